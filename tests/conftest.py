@@ -1,0 +1,74 @@
+"""Fixtures and the environment that all tests share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+# Set before any library reads them; vLLM's engine processes inherit them.
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """Root of the source tree."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Give a function that saves a small random Llama in float32 and returns its directory.
+
+    The directory has no tokenizer: prompts are token ids, engines need `skip_tokenizer_init`. Equal
+    arguments give the same directory. The weights are drawn wide, so that attention is far from
+    uniform and a wrong key or channel shows in the logits.
+    """
+    made: dict[tuple[int, ...], Path] = {}
+
+    def make(
+        *, head_dim: int = 64, layers: int = 2, kv_heads: int = 2, group: int = 2, seed: int = 0
+    ) -> Path:
+        key = (head_dim, layers, kv_heads, group, seed)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("tiny-llama")
+            _save_llama(made[key], *key)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tiny_llama: Callable[..., Path]) -> Path:
+    """Two layers, two KV heads of 64 channels, two query heads on each."""
+    return tiny_llama()
+
+
+def _save_llama(
+    directory: Path, head_dim: int, layers: int, kv_heads: int, group: int, seed: int
+) -> None:
+    # Imported here: tests that need no model should not pay for transformers.
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=kv_heads * group,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=16384,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).to(torch.float32).save_pretrained(directory)
