@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vllm_leank.errors import UserError
+
 # RoPE type names of older checkpoints, and what they are called today.
 _ROPE_TYPE_ALIASES = {"su": "longrope", "mrope": "default"}
 
@@ -13,9 +15,9 @@ class Geometry:
     """Shape and RoPE of a decoder's attention.
 
     `rope_theta` is None for models without RoPE. `rope_scaling` is brought into one spelling, so
-    that equal settings compare equal: the legacy key `type` becomes `rope_type`, `rope_theta` is
-    taken out, and what changes nothing (type `default`, None values, a partial rotary factor of 1)
-    is dropped; None is left when nothing remains.
+    that equal settings compare equal: the legacy key `type` becomes `rope_type`, and what changes
+    nothing (type `default`, None values, a partial rotary factor of 1) is dropped; None is left
+    when nothing remains.
     """
 
     num_layers: int
@@ -26,11 +28,9 @@ class Geometry:
 
     def __post_init__(self) -> None:
         theta = self.rope_theta
-        scaling = dict(self.rope_scaling or {})
-        inner_theta = scaling.pop("rope_theta", None)
-        theta = inner_theta if theta is None else theta
         object.__setattr__(self, "rope_theta", None if theta is None else float(theta))
-        object.__setattr__(self, "rope_scaling", _canonical_rope_scaling(scaling))
+        scaling = _canonical_rope_scaling(self.rope_scaling or {})
+        object.__setattr__(self, "rope_scaling", scaling)
 
     @classmethod
     def from_hf_config(cls, config: Any) -> "Geometry":
@@ -41,14 +41,14 @@ class Geometry:
         attention), and takes the text part of a multimodal config.
 
         Raises:
-            ValueError: a needed field is missing, or layers differ in their RoPE settings.
+            UserError: a needed field is missing, or layers differ in their RoPE settings.
         """
         get = _getter(_text_config(config))
         num_heads = _required(get, "num_attention_heads")
         head_dim = get("head_dim") or _required(get, "hidden_size") // num_heads
         rope = get("rope_parameters") or get("rope_scaling") or {}
         if rope and all(isinstance(value, Mapping) for value in rope.values()):
-            raise ValueError(
+            raise UserError(
                 "the model's layers have different RoPE settings "
                 f"({', '.join(rope)}); one setting for all layers is supported"
             )
@@ -78,11 +78,12 @@ class Geometry:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def _canonical_rope_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:
-    rope_type = scaling.pop("rope_type", None) or scaling.get("type") or "default"
-    scaling.pop("type", None)
-    rope_type = _ROPE_TYPE_ALIASES.get(rope_type, rope_type)
+def _canonical_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
     rest = {key: value for key, value in sorted(scaling.items()) if value is not None}
+    legacy_type = rest.pop("type", "default")
+    rope_type = rest.pop("rope_type", legacy_type)
+    if isinstance(rope_type, str):
+        rope_type = _ROPE_TYPE_ALIASES.get(rope_type, rope_type)
     if rest.get("partial_rotary_factor") == 1:
         del rest["partial_rotary_factor"]
     if rope_type == "default":
@@ -108,5 +109,5 @@ def _getter(config: Any) -> Any:
 def _required(get: Any, name: str) -> int:
     value = get(name)
     if value is None:
-        raise ValueError(f"the model's config has no {name}")
+        raise UserError(f"the model's config has no {name}")
     return int(value)

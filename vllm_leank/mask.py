@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pydantic
 import yaml
 
+from vllm_leank.errors import UserError
 from vllm_leank.geometry import Geometry
 from vllm_leank.strict_yaml import Loc, YamlError, read_strict_yaml
 
@@ -30,7 +31,7 @@ _MODEL_ID = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})?")
 BoolArray = npt.NDArray[np.bool_]
 
 
-class MaskError(ValueError):
+class MaskError(UserError):
     """A mask that cannot be used: where the fault is, what it is and what is allowed.
 
     `path`, `line` (from 1) and `key` (dotted, `layers[3][1]`) are None or "" where there is none.
@@ -44,10 +45,10 @@ class MaskError(ValueError):
         self.line = line
         self.loc = loc
         self.key = _dotted(loc)
-        place = str(path) if path is not None else "mask"
+        place = "" if path is None else str(path)
         if line is not None:
-            place += f", line {line}"
-        super().__init__(f"{place}: {self.key}: {reason}" if self.key else f"{place}: {reason}")
+            place = f"{place}, line {line}" if place else f"line {line}"
+        super().__init__(": ".join(part for part in (place, self.key, reason) if part))
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,12 +374,14 @@ def _check_geometry(geometry: Geometry) -> None:
         raise MaskError(
             f"is {geometry.head_dim}; it must be a multiple of 32", loc=("geometry", "head_dim")
         )
-    if geometry.rope_theta is not None and not geometry.rope_theta > 0:
+    if geometry.rope_theta is not None and not 0 < geometry.rope_theta < float("inf"):
         raise MaskError(
             f"is {geometry.rope_theta}; it must be positive", loc=("geometry", "rope_theta")
         )
     if geometry.rope_scaling is not None:
         _check_plain(geometry.rope_scaling, ("geometry", "rope_scaling"))
+        if not isinstance(geometry.rope_scaling["rope_type"], str):
+            raise MaskError("must be text", loc=("geometry", "rope_scaling", "rope_type"))
 
 
 def _check_keep(keep: BoolArray, geometry: Geometry, align: int) -> None:

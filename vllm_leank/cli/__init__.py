@@ -1,0 +1,28 @@
+"""The command `leank`; each group of sub-commands has a module here.
+
+Modules import what is slow (torch, transformers) inside the command that needs it.
+"""
+
+import sys
+
+import typer
+
+from vllm_leank.cli import mask
+from vllm_leank.errors import UserError
+
+app = typer.Typer(
+    help="LeanK for vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(mask.app, name="mask")
+
+
+def main() -> None:
+    """Run the command line; what the user can fix ends in one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"leank: {error}", file=sys.stderr)
+        sys.exit(2)
