@@ -29,7 +29,7 @@ lint: .venv/project.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@tree=$$(mktemp -d) && trap 'rm -rf "$$tree"' EXIT && \
-	$(BIN)/python setup.py --quiet build_py --no-compile --build-lib "$$tree" && cd "$$tree" && \
+	$(BIN)/python setup.py --quiet build_py --build-lib "$$tree" && cd "$$tree" && \
 	$(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/.mypy_cache vllm_leank
 

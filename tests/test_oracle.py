@@ -92,18 +92,18 @@ def test_full_mask_is_the_plain_model(
     torch.testing.assert_close(oracle.logits(tokens, exact_until), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_one_layer_key_by_key(tiny_llama: Callable[..., Path]) -> None:
-    """A layer's attention again, one query and one key at a time, from its own projections."""
+def test_layers_key_by_key(tiny_llama_dir: Path) -> None:
+    """The attention again, one query and one key at a time, from the layers' own projections."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     sink, recent, exact_until = 3, 10, 60
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama(layers=1), dtype=torch.float64).eval()
-    keep = random_keep(1, 2, 64)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float64).eval()
+    keep = random_keep(2, 2, 64)
     tokens = random_tokens(90)
     oracle = Oracle(model, keep, sink, recent, dtype=torch.float64)
 
-    def attention(hidden: torch.Tensor) -> torch.Tensor:
-        layer = model.model.layers[0].self_attn
+    def attention(index: int, hidden: torch.Tensor) -> torch.Tensor:
+        layer = model.model.layers[index].self_attn
         q, k, v = (
             projection(hidden).view(90, -1, 64).transpose(0, 1)
             for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
@@ -116,7 +116,7 @@ def test_one_layer_key_by_key(tiny_llama: Callable[..., Path]) -> None:
             far = range(sink, sink + 32 * steps) if t >= exact_until else range(0)
             heads = []
             for head in range(4):
-                channels = torch.from_numpy(keep[0, head // 2])
+                channels = torch.from_numpy(keep[index, head // 2])
                 weight, total = torch.zeros(64, dtype=torch.float64), 0.0
                 for j in range(t + 1):
                     if j in far and not channels.any():
@@ -130,10 +130,10 @@ def test_one_layer_key_by_key(tiny_llama: Callable[..., Path]) -> None:
         return layer.o_proj(torch.stack(rows))
 
     with torch.inference_mode():
-        block = model.model.layers[0]
         x = model.model.embed_tokens(torch.tensor(tokens))
-        x = x + attention(block.input_layernorm(x))
-        x = x + block.mlp(block.post_attention_layernorm(x))
+        for index, block in enumerate(model.model.layers):
+            x = x + attention(index, block.input_layernorm(x))
+            x = x + block.mlp(block.post_attention_layernorm(x))
         expected = model.lm_head(model.model.norm(x))
     # float32 parts of transformers' own norms and rotary embedding bound the agreement.
     torch.testing.assert_close(
