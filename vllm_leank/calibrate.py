@@ -138,6 +138,8 @@ def calibrate(
     if not 0 <= ratio <= 1:
         raise UserError(f"ratio is {ratio}; it must lie between 0 (keep all) and 1 (prune all)")
     device = _checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not Path(model_path).is_dir() and model_path.startswith(("/", ".", "~")):
+        raise UserError(f"{model_path}: no such directory")
     model_id = model_id or _default_model_id(model_path)
     config = _loaded(transformers.AutoConfig, model_path).get_text_config()
     geometry = Geometry.from_hf_config(config)

@@ -305,6 +305,8 @@ def _typed(value: Any) -> _File:
         if first["type"] == "missing":
             raise MaskError("missing", loc=loc) from error
         reason = first["msg"].removeprefix("Input ")
+        if first["type"] in ("dict_type", "model_type"):
+            reason = "should be a mapping"
         raise MaskError(f"{_short(first['input'])} {reason}", loc=loc) from error
 
 
@@ -429,11 +431,11 @@ class _PlainDumper(yaml.SafeDumper):
 
 
 def _yaml(value: dict[str, Any], *, flow: bool = False) -> str:
+    # Without allow_unicode: PyYAML writes a raw U+0085 and reads it back as a blank.
     return yaml.dump(
         value,
         Dumper=_PlainDumper,
         sort_keys=False,
-        allow_unicode=True,
         default_flow_style=flow,
         width=10**6 if flow else 100,
     )
