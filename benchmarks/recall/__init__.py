@@ -1,0 +1,1 @@
+"""A small recall model: its synthetic tasks, tokenizer, training and evaluation."""
