@@ -1,0 +1,124 @@
+"""The attention backend as vLLM sees it, and the window module beside each attention layer."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
+
+from vllm_leank.layout import WINDOW_BLOCK, CacheLayout
+from vllm_leank.report import log_capacity
+from vllm_leank.specs import WindowSpec, archive_spec, window_spec
+from vllm_leank.window import STEP, Window
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
+
+
+class PagesBackend(AttentionBackend):
+    """What the two cache groups have in common: page order and metadata."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Blocks outermost: pages of unequal size lie side by side within a block."""
+        return (KVCacheLayout.BLHNC,)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        return [MultipleOf(STEP)]
+
+    @staticmethod
+    def get_builder_cls() -> "type[AttentionMetadataBuilder]":
+        from vllm_leank.metadata import PagesMetadataBuilder
+
+        return PagesMetadataBuilder
+
+
+class LeanKBackend(PagesBackend):
+    """`--attention-backend leank`: pruned archive and dense window.
+
+    What cannot be served is refused by `vllm_leank.checks` when vLLM's config is made; what vLLM
+    asks here, per attention layer, gives the same answers.
+    """
+
+    @staticmethod
+    def get_name() -> str:
+        return "LEANK"
+
+    @staticmethod
+    def get_impl_cls() -> "type[AttentionImpl]":
+        from vllm_leank.impl import LeanKImpl
+
+        return LeanKImpl
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size % 32 == 0
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        """True: `compat.request_prompt_lengths` switches it on, for the prompt lengths alone."""
+        return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+
+def layer_backend(layout: CacheLayout, window: Window) -> type[LeanKBackend]:
+    """The backend of one layer, which knows the layer's pages.
+
+    All carry one name, so that vLLM shares metadata between layers with equal specs.
+    """
+
+    class LayerLeanKBackend(LeanKBackend):
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+            assert isinstance(spec, FullAttentionSpec)
+            block = layout.archive_block
+            return archive_spec(spec, window, block, layout.archive_page_bytes)
+
+    return LayerLeanKBackend
+
+
+class WindowBackend(PagesBackend):
+    """The window group's side: it has pages and metadata, but nothing computes through it."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "LEANK_WINDOW"
+
+    @staticmethod
+    def get_impl_cls() -> "type[AttentionImpl]":
+        raise NotImplementedError("window pages are read by the attention layer")
+
+
+class WindowLayer(AttentionLayerBase):
+    """Owner of one attention layer's window pages, known to vLLM as `<layer name>.window`."""
+
+    def __init__(self, attention: Any, window: Window) -> None:
+        self.num_heads = attention.num_heads
+        self.kv_cache = torch.tensor([])
+        self._attention = attention
+        self._window = window
+        self._vllm_config: VllmConfig | None = None
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        """Backend of the window group."""
+        return WindowBackend
+
+    def get_kv_cache_spec(self, vllm_config: "VllmConfig") -> WindowSpec:
+        """Spec of this layer's window pages."""
+        self._vllm_config = vllm_config
+        base = self._attention.get_kv_cache_spec(vllm_config)
+        return window_spec(base, self._window, WINDOW_BLOCK)
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Take the layer's pages, `[num_blocks, num_kv_heads, 32, 2 * head_dim]`."""
+        super().bind_kv_cache(kv_cache)
+        if self._vllm_config is not None:
+            log_capacity(self._vllm_config, num_blocks=kv_cache.shape[0])

@@ -1,0 +1,112 @@
+"""What leank refuses at startup: each with what, why, and the flag to change."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import vllm.envs as envs
+
+from vllm_leank import compat
+from vllm_leank.options import OptionError, given_options
+from vllm_leank.settings import load_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def check_config(vllm_config: "VllmConfig") -> None:
+    """Check a whole config, and prepare it for leank if leank is selected.
+
+    Runs wherever a `VllmConfig` is made, first of all in the process that reads the command line,
+    before any weights are loaded.
+
+    Raises:
+        OptionError: leank cannot serve this config; the message lists every reason.
+        MaskError: there is no mask for the model, or it is faulty.
+    """
+    if not compat.is_selected(vllm_config):
+        if given_options(vllm_config.additional_config):
+            raise OptionError(
+                "leank options are given, but leank is not selected: add "
+                "--attention-backend leank, or remove them from --additional-config"
+            )
+        return
+    if vllm_config.model_config is None:
+        return
+    reasons = list(refusals(vllm_config))
+    if reasons:
+        raise OptionError("leank cannot serve this: " + "; ".join(reasons))
+    load_settings(vllm_config)
+    compat.request_prompt_lengths(vllm_config)
+
+
+def refusals(vllm_config: "VllmConfig") -> Iterator[str]:
+    """Every reason not to serve a config, each a sentence part that says what to change."""
+    yield from _platform(vllm_config)
+    yield from _model(vllm_config)
+    yield from _options(vllm_config)
+
+
+def _platform(config: "VllmConfig") -> Iterator[str]:
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cuda() or current_platform.is_cpu()):
+        yield f"it runs on NVIDIA GPUs and on CPU, not on {current_platform.device_name}"
+
+
+def _model(config: "VllmConfig") -> Iterator[str]:
+    model, text = config.model_config, config.model_config.hf_text_config
+    other = "serve this model without --attention-backend leank"
+    if model.runner_type != "generate":
+        yield f"only text generation is supported, not --runner {model.runner_type}; {other}"
+    if model.is_encoder_decoder:
+        yield f"cross and encoder attention are not supported; {other}"
+        return
+    if model.use_mla:
+        yield f"multi-head latent attention (MLA) is not supported; {other}"
+        return
+    if model.is_hybrid or model.is_attention_free:
+        yield f"state-space and linear-attention layers are not supported; {other}"
+        return
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if model.get_sliding_window() or kinds - {"full_attention"}:
+        yield (
+            "sliding-window or chunked attention is not supported (full attention in every "
+            f"layer is); {other}"
+        )
+    if getattr(text, "attn_logit_softcapping", None):
+        yield f"a logits soft cap is not supported; {other}"
+    if model.is_mm_prefix_lm:
+        yield f"bidirectional attention over images is not supported; {other}"
+    head_size = model.get_head_size()
+    if head_size % 32:
+        yield f"head size {head_size} is not a multiple of 32; {other}"
+
+
+def _options(config: "VllmConfig") -> Iterator[str]:
+    cache, parallel = config.cache_config, config.parallel_config
+    if config.attention_config.backend_per_kind:
+        yield (
+            "it serves all layers or none: remove backend_per_kind from --attention-config and "
+            "use --attention-backend leank"
+        )
+    if cache.cache_dtype != "auto":
+        yield (
+            f"--kv-cache-dtype {cache.cache_dtype} is not supported: pages have the model's "
+            "dtype, remove the flag"
+        )
+    if cache.user_specified_block_size:
+        yield "--block-size follows from the mask: remove the flag"
+    if config.speculative_config is not None:
+        yield "speculative decoding is not supported yet: remove --speculative-config"
+    if config.kv_transfer_config is not None:
+        yield "KV connectors are not supported: remove --kv-transfer-config"
+    if parallel.decode_context_parallel_size > 1:
+        yield "decode context parallelism is not supported: remove --decode-context-parallel-size"
+    if parallel.prefill_context_parallel_size > 1:
+        yield "prefill context parallelism is not supported: remove --prefill-context-parallel-size"
+    if parallel.enable_dbo:
+        yield "dual batch overlap is not supported: remove --enable-dbo"
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield "it has two cache groups: remove --disable-hybrid-kv-cache-manager"
+    if envs.VLLM_BATCH_INVARIANT:
+        yield "batch-invariant mode is not supported: unset VLLM_BATCH_INVARIANT"

@@ -1,0 +1,129 @@
+"""One attention layer: store, compact, attend."""
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_leank.backend import WindowLayer, layer_backend
+from vllm_leank.compat import layer_index
+from vllm_leank.kernels import reference
+from vllm_leank.metadata import PagesMetadata
+from vllm_leank.options import OptionError
+from vllm_leank.settings import load_settings
+
+
+class LeanKImpl(AttentionImpl[PagesMetadata]):
+    """Attention of one layer over its window and archive pages.
+
+    Args are vLLM's, see `AttentionImpl`.
+
+    Raises:
+        OptionError: the layer's attention has a feature that pruned keys do not support.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        unsupported = {
+            "ALiBi": alibi_slopes is not None,
+            "sliding-window attention": sliding_window is not None,
+            "a logits soft cap": bool(logits_soft_cap),
+            "attention sink parameters": sinks is not None,
+            f"{attn_type} attention": attn_type != AttentionType.DECODER,
+            "KV sharing between layers": kv_sharing_target_layer_name is not None,
+        }
+        for feature, present in unsupported.items():
+            if present:
+                raise OptionError(
+                    f"leank does not support {feature}, which this model's attention uses; "
+                    "serve it without --attention-backend leank"
+                )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self._vllm_config = get_current_vllm_config()
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take the layer's part of the mask and give the layer its pages.
+
+        Called by vLLM between loading the weights and asking for cache specs; only now does the
+        layer stand in the forward context, where its name is found.
+        """
+        context = self._vllm_config.compilation_config.static_forward_context
+        name, layer = next(
+            (name, layer) for name, layer in context.items() if getattr(layer, "impl", 0) is self
+        )
+        settings = load_settings(self._vllm_config)
+        index = layer_index(name)
+        layout = settings.plan.layer(index, get_tensor_model_parallel_rank())
+        heads = settings.plan.rank_heads(get_tensor_model_parallel_rank())
+        device = self._vllm_config.device_config.device
+
+        self._window_name = f"{name}.window"
+        self._layout = layout
+        self._window = settings.window
+        self._channels = tuple(
+            torch.tensor(settings.mask.kept_channels(index, head), device=device) for head in heads
+        )
+        layer.attn_backend = layer_backend(layout, settings.window)
+        context.setdefault(self._window_name, WindowLayer(layer, settings.window))
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: PagesMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of a step's tokens, written to `output`.
+
+        Args:
+            layer: the attention layer.
+            query: `[num_tokens, num_heads, head_dim]`.
+            key: `[num_tokens, num_kv_heads, head_dim]`.
+            value: like `key`.
+            kv_cache: archive pages, `[num_blocks, 1, archive_block, page_items / archive_block]`.
+            attn_metadata: the step; None while vLLM profiles memory.
+            output: like `query`.
+            output_scale: not supported.
+            output_block_scale: not supported.
+        """
+        assert output_scale is None, "vLLM fuses output quantization without asking"
+        if attn_metadata is None:
+            return output.zero_()
+        forward_context = get_forward_context()
+        window_metadata = forward_context.attn_metadata[self._window_name]
+        batch = attn_metadata.batch(window_metadata)
+        cache = reference.LayerCache(
+            window_pages=forward_context.no_compile_layers[self._window_name].kv_cache,
+            archive_pages=kv_cache.flatten(1),
+            layout=self._layout,
+            channels=self._channels,
+            window=self._window,
+        )
+        reference.store(key, value, cache, batch)
+        reference.compact(cache, batch)
+        reference.attend(query, output, cache, batch, self.scale)
+        return output

@@ -1,0 +1,252 @@
+"""Where every byte of the cache lies: pages, heads within a page, chunks within a head.
+
+Archive page of one layer (`archive_block` tokens), per KV head in order: the kept K channels as
+chunks of 64, 32 and 16 columns (widest first), each chunk `[archive_block, width]` contiguous;
+then V `[archive_block, head_dim]`. A head that keeps no channel has neither K nor V there.
+
+Window page of one layer: `[num_kv_heads, 32, 2 * head_dim]`, K then V in the last dimension.
+
+Nothing else in the project computes an offset or a size. Sizes are in bytes, offsets in elements.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from vllm_leank.window import STEP, Window
+
+WINDOW_BLOCK = STEP
+"""Tokens of a window page."""
+
+CHUNK_WIDTHS = (64, 32, 16)
+"""Widths of K chunks, widest first; the last is the finest alignment of a mask."""
+
+TOKEN_BYTES_UNIT = 64
+"""An archive page has a multiple of this many bytes per token, so that pages of any kind and
+number stay aligned for wide loads and for views of the cache as rows of up to 128 elements."""
+
+ARCHIVE_BLOCKS = tuple(range(STEP, 257, STEP))
+"""Page sizes, in tokens, to choose the archive block from."""
+
+
+@dataclass(frozen=True)
+class KChunk:
+    """Columns of one head's kept K channels that lie together.
+
+    Attributes:
+        offset: first element within the page; token i of the page has its row of the chunk at
+            `offset + i * width`.
+        width: columns.
+        first: index, among the head's kept channels, of the chunk's first column.
+    """
+
+    offset: int
+    width: int
+    first: int
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """One KV head's part of an archive page: its K chunks, and where V `[block, head_dim]`
+    begins (None where the head keeps no channel, and so no V).
+    """
+
+    k_chunks: tuple[KChunk, ...]
+    v_offset: int | None
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Archive and window pages of one layer on one rank.
+
+    Attributes:
+        kept: kept K channels of each KV head, each a multiple of 16.
+        head_dim: channels of a head.
+        itemsize: bytes of a cache element.
+        archive_block: tokens of an archive page.
+        archive_page_bytes: size of an archive page. May exceed what this rank's heads fill:
+            all ranks of a layer have pages of one size.
+    """
+
+    kept: tuple[int, ...]
+    head_dim: int
+    itemsize: int
+    archive_block: int
+    archive_page_bytes: int
+
+    @cached_property
+    def heads(self) -> tuple[HeadLayout, ...]:
+        """Layout of each KV head within the archive page."""
+        heads, offset = [], 0
+        for kept in self.kept:
+            chunks, first = [], 0
+            for width in CHUNK_WIDTHS:
+                while kept - first >= width:
+                    chunks.append(KChunk(offset, width, first))
+                    first += width
+                    offset += self.archive_block * width
+            v_offset = offset if kept else None
+            offset += self.archive_block * self.head_dim if kept else 0
+            heads.append(HeadLayout(tuple(chunks), v_offset))
+        return tuple(heads)
+
+    @property
+    def archive_page_items(self) -> int:
+        """Elements of an archive page."""
+        return self.archive_page_bytes // self.itemsize
+
+    @property
+    def window_page_bytes(self) -> int:
+        """Size of a window page."""
+        return window_token_bytes(len(self.kept), self.head_dim, self.itemsize) * WINDOW_BLOCK
+
+
+def archive_token_bytes(kept: Sequence[int], head_dim: int, itemsize: int) -> int:
+    """Bytes of one archived token of one layer, before padding."""
+    return sum(count + head_dim for count in kept if count) * itemsize
+
+
+def window_token_bytes(num_kv_heads: int, head_dim: int, itemsize: int) -> int:
+    """Bytes of one dense token of one layer."""
+    return num_kv_heads * 2 * head_dim * itemsize
+
+
+def rank_heads(num_kv_heads: int, tp_size: int, rank: int) -> range:
+    """KV heads that tensor-parallel rank `rank` holds; with more ranks than heads, each head
+    has several ranks.
+    """
+    if tp_size <= num_kv_heads:
+        per_rank = num_kv_heads // tp_size
+        return range(rank * per_rank, (rank + 1) * per_rank)
+    head = rank // (tp_size // num_kv_heads)
+    return range(head, head + 1)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Page sizes of a whole model, the same on every rank.
+
+    Attributes:
+        kept: kept K channels, `[num_layers][num_kv_heads]`.
+        head_dim: channels of a head.
+        itemsize: bytes of a cache element.
+        tp_size: tensor-parallel ranks.
+        archive_block: tokens of an archive page.
+        token_bytes: bytes per token of each layer's archive page, padding included.
+    """
+
+    kept: tuple[tuple[int, ...], ...]
+    head_dim: int
+    itemsize: int
+    tp_size: int
+    archive_block: int
+    token_bytes: tuple[int, ...]
+
+    def layer(self, index: int, rank: int = 0) -> CacheLayout:
+        """Layout of layer `index` on tensor-parallel rank `rank`."""
+        return CacheLayout(
+            kept=tuple(self.kept[index][head] for head in self.rank_heads(rank)),
+            head_dim=self.head_dim,
+            itemsize=self.itemsize,
+            archive_block=self.archive_block,
+            archive_page_bytes=self.token_bytes[index] * self.archive_block,
+        )
+
+    def rank_heads(self, rank: int = 0) -> range:
+        """KV heads of tensor-parallel rank `rank`."""
+        return rank_heads(len(self.kept[0]), self.tp_size, rank)
+
+    @property
+    def dense_token_bytes(self) -> int:
+        """Bytes of one dense token over all layers of a rank."""
+        heads = len(self.rank_heads())
+        return len(self.kept) * window_token_bytes(heads, self.head_dim, self.itemsize)
+
+    @property
+    def archive_token_bytes(self) -> int:
+        """Bytes of one archived token over all layers of a rank, padding included."""
+        return sum(self.token_bytes)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of vLLM's pool: it can hold either group's pages of all layers."""
+        return max(
+            self.archive_token_bytes * self.archive_block, self.dense_token_bytes * WINDOW_BLOCK
+        )
+
+    def blocks_in_prefill(self, window: Window, length: int) -> int:
+        """Blocks that a prompt of `length` tokens holds while it is computed."""
+        return _pages(window.archived(length), self.archive_block) + _pages(length, WINDOW_BLOCK)
+
+    def blocks_in_decode(self, window: Window, length: int) -> int:
+        """Blocks that a request of `length` tokens holds once its prompt is done."""
+        freed = len(window.free_tokens(length, 0))
+        return self.blocks_in_prefill(window, length) - freed
+
+
+def plan_cache(
+    kept: Sequence[Sequence[int]], head_dim: int, itemsize: int, tp_size: int = 1
+) -> CachePlan:
+    """Choose the page sizes for a mask.
+
+    Args:
+        kept: kept K channels, `[num_layers][num_kv_heads]`.
+        head_dim: channels of a head.
+        itemsize: bytes of a cache element.
+        tp_size: tensor-parallel ranks; every rank gets the page of the largest.
+
+    Returns:
+        The plan. Its pages always give vLLM two cache groups, and its archive block wastes the
+        least of a pool block, which is as large as the larger group's pages.
+    """
+    token_bytes = []
+    for layer in kept:
+        largest = max(
+            archive_token_bytes(
+                [layer[head] for head in rank_heads(len(layer), tp_size, rank)],
+                head_dim,
+                itemsize,
+            )
+            for rank in range(tp_size)
+        )
+        token_bytes.append(max(-(-largest // TOKEN_BYTES_UNIT), 1) * TOKEN_BYTES_UNIT)
+    token_bytes = uneven(token_bytes)
+
+    heads = len(rank_heads(len(kept[0]), tp_size, 0))
+    archive = sum(token_bytes)
+    dense = len(kept) * window_token_bytes(heads, head_dim, itemsize)
+
+    def waste(block: int) -> float:
+        pages = (archive * block, dense * WINDOW_BLOCK)
+        return 1 - min(pages) / max(pages)
+
+    return CachePlan(
+        kept=tuple(tuple(int(count) for count in layer) for layer in kept),
+        head_dim=head_dim,
+        itemsize=itemsize,
+        tp_size=tp_size,
+        archive_block=min(ARCHIVE_BLOCKS, key=waste),
+        token_bytes=tuple(token_bytes),
+    )
+
+
+def uneven(sizes: Sequence[int]) -> list[int]:
+    """Sizes of which no two or more come in equal numbers of layers.
+
+    vLLM takes archive pages whose sizes all occur equally often for a repeating pattern of
+    layers and splits the window layers into many groups, at a great loss of capacity
+    (`_get_packed_kv_cache_groups`, vLLM 0.32). Raising one layer to the next larger size, where
+    the gap is smallest, breaks the pattern.
+    """
+    sizes = list(sizes)
+    while len(counts := Counter(sizes)) > 1 and len(set(counts.values())) == 1:
+        ordered = sorted(counts)
+        smaller, larger = min(pairwise(ordered), key=lambda pair: pair[1] - pair[0])
+        sizes[sizes.index(smaller)] = larger
+    return sizes
+
+
+def _pages(tokens: int, block: int) -> int:
+    return -(-tokens // block)

@@ -1,0 +1,107 @@
+"""Who holds which blocks: the scheduler's managers of the archive and the window group."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
+
+from vllm_leank.layout import WINDOW_BLOCK
+
+if TYPE_CHECKING:
+    from vllm_leank.specs import ArchiveSpec, WindowSpec
+
+
+class ArchiveManager(FullAttentionManager):
+    """Gives a request archive pages for its archived tokens, not for the dense ones."""
+
+    def __init__(self, kv_cache_spec: "ArchiveSpec", **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._window = kv_cache_spec.window
+        _check_group(self)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        **kwargs: Any,
+    ) -> int:
+        """Blocks that `num_tokens` tokens need beyond those held; see the base class."""
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            self._window.archived(num_tokens),
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            **kwargs,
+        )
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Allocate what `num_tokens` tokens need; see the base class."""
+        return super().allocate_new_blocks(
+            request_id, self._window.archived(num_tokens), num_tokens_main_model
+        )
+
+
+class WindowManager(FullAttentionManager):
+    """Frees the dense middle of a request once its prompt is done, and lets others share the
+    dense pages of its prompt.
+
+    Pages of generated tokens are never offered to the prefix cache: their K and V were computed
+    with the pruned archive, so a prompt that contains the same text must compute its own. A hit
+    therefore never changes an answer.
+    """
+
+    def __init__(self, kv_cache_spec: "WindowSpec", **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._window = kv_cache_spec.window
+        _check_group(self)
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free the blocks that no later query reads.
+
+        Args:
+            request_id: the request.
+            processed_computed_tokens: tokens whose step has finished.
+            num_prompt_tokens: prompt length; nothing is freed while it is unknown.
+        """
+        if num_prompt_tokens is None:
+            return
+        free = self._window.free_tokens(processed_computed_tokens, num_prompt_tokens)
+        self._remove_blocks_in_range(
+            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK
+        )
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Offer the request's full blocks to the prefix cache, those of its prompt only."""
+        super().cache_blocks(
+            request, min(num_tokens, request.num_prompt_tokens), retention_interval, **kwargs
+        )
+
+
+def _check_group(manager: FullAttentionManager) -> None:
+    """Refuse a split of the layers that would waste most of the memory (see `layout.uneven`)."""
+    if manager.kv_cache_group_id > 1:
+        raise RuntimeError(
+            "vLLM split leank's cache into more than two groups, which would waste most of it; "
+            "please report this with the mask file and the model's config"
+        )

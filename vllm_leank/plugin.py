@@ -1,0 +1,36 @@
+"""Entry point: vLLM calls `register` in every process, also for those who do not use leank."""
+
+import logging
+
+
+def register() -> None:
+    """Make `--attention-backend leank` known to vLLM.
+
+    Never raises, may be called again, and imports nothing heavy beyond what vLLM has loaded. With
+    a vLLM outside the supported range, leank stays selectable, and selecting it says so.
+    """
+    try:
+        _register()
+    except Exception:
+        logging.getLogger("vllm.leank").exception(
+            "vllm-leank could not be set up; --attention-backend leank will not be known"
+        )
+
+
+def _register() -> None:
+    from vllm_leank import compat
+
+    installed = compat.vllm_version()
+    if installed is None:
+        return
+    problem = compat.unsupported_vllm(installed)
+    if problem is None:
+        from vllm_leank.checks import check_config
+
+        compat.register_backend_name("vllm_leank.backend.LeanKBackend")
+        compat.hook_platform(check_config)
+    else:
+        from vllm_leank.unsupported import refuse
+
+        compat.register_backend_name("vllm_leank.unsupported.UnsupportedBackend")
+        compat.hook_platform(refuse)

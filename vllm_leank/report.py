@@ -1,0 +1,56 @@
+"""The startup report: which mask serves, and how many requests fit against dense."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+from vllm_leank.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.leank.report")
+
+LONG_REQUEST = 32_768
+"""Tokens of the request that capacity is stated for, where the model takes as many."""
+
+
+def log_capacity(vllm_config: "VllmConfig", num_blocks: int) -> None:
+    """Log the report, once, when the cache's size is known; on the first rank only."""
+    if vllm_config.parallel_config.rank == 0:
+        length = min(LONG_REQUEST, vllm_config.model_config.max_model_len)
+        for line in report(load_settings(vllm_config), num_blocks, length):
+            logger.info_once("%s", line)
+
+
+def report(settings: Settings, num_blocks: int, length: int) -> list[str]:
+    """The report's lines.
+
+    Args:
+        settings: mask, window and page sizes.
+        num_blocks: blocks of vLLM's pool.
+        length: tokens of the request that capacity is stated for.
+    """
+    mask, window, plan = settings.mask, settings.window, settings.plan
+    heads = Counter(int(count) for count in mask.kept_counts.flat)
+    per_count = ", ".join(f"{heads[count]} keep {count}" for count in sorted(heads))
+    pool = num_blocks * plan.block_bytes
+    fit = num_blocks / plan.blocks_in_decode(window, length)
+    dense = pool / (plan.dense_token_bytes * length)
+    made_for = ""
+    if (mask.sink, mask.recent) != (window.sink, window.recent):
+        made_for = f" (the mask was made for {mask.sink} and {mask.recent})"
+    archive, full = plan.archive_token_bytes, plan.dense_token_bytes
+    return [
+        f"leank mask: {mask.model}, {mask.provenance['method']}, sha256 {mask.sha256[:12]}, "
+        f"{mask.path}",
+        f"leank mask: {mask.k_kept:.1%} of K and {mask.v_kept:.1%} of V kept; of "
+        f"{mask.kept_counts.size} heads of {mask.geometry.head_dim} channels in "
+        f"{mask.geometry.num_layers} layers {per_count}",
+        f"leank window: sink {window.sink}, recent {window.recent} tokens dense{made_for}",
+        f"leank cache: {archive:,} bytes per far token against {full:,} dense "
+        f"({archive / full:.1%}); archive pages of {plan.archive_block} tokens",
+        f"leank capacity: {fit:.1f} requests of {length:,} tokens in decode, {dense:.1f} dense "
+        f"({fit / dense:.2f}x), in {pool / 2**30:.2f} GiB",
+    ]

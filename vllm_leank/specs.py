@@ -1,0 +1,100 @@
+"""Cache specs of the two groups: how vLLM sizes, places and counts archive and window pages."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_leank.compat import register_spec
+from vllm_leank.managers import ArchiveManager, WindowManager
+from vllm_leank.window import Window
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeanKSpec(FullAttentionSpec):
+    """What the specs of both groups share: the window rule, and merging that keeps it.
+
+    `FullAttentionSpec.merge` would rebuild the spec from its own fields alone.
+    """
+
+    sink: int
+    recent: int
+
+    @property
+    def window(self) -> Window:
+        """The dense window."""
+        return Window(self.sink, self.recent)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """The one spec that all layers of a group share.
+
+        Raises:
+            AssertionError: the specs differ (vLLM takes this for a "no").
+        """
+        assert all(spec == specs[0] for spec in specs), "leank specs of one group differ"
+        return specs[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchiveSpec(LeanKSpec):
+    """Pages of pruned tokens. A request needs them for its archived tokens only.
+
+    They take no part in prefix caching: a prefix hit brings dense window pages, from which the
+    archive is made anew when the prompt is done. And they need no slot mapping: compaction writes
+    them from the block table.
+    """
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        return False
+
+    @property
+    def uses_slot_mapping(self) -> bool:
+        return False
+
+    def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
+        """Bytes of one request of `max_model_len` tokens."""
+        tokens = self.window.archived(vllm_config.model_config.max_model_len)
+        return -(-tokens // self.block_size) * self.page_size_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSpec(LeanKSpec):
+    """Pages of dense tokens, all heads. During prefill they hold the whole prompt, so a request of
+    `max_model_len` tokens is counted in full (`FullAttentionSpec.max_memory_usage_bytes`).
+    """
+
+
+def archive_spec(base: FullAttentionSpec, window: Window, block: int, page: int) -> ArchiveSpec:
+    """Spec of a layer's archive: pages of `block` tokens and `page` bytes in all."""
+    return ArchiveSpec(
+        **_window_fields(base, window),
+        block_size=block,
+        num_head_slots=1,
+        state_content_bytes=page // block,
+    )
+
+
+def window_spec(base: FullAttentionSpec, window: Window, block: int) -> WindowSpec:
+    """Spec of a layer's window: pages of `block` dense tokens."""
+    return WindowSpec(**_window_fields(base, window), block_size=block)
+
+
+def _window_fields(base: FullAttentionSpec, window: Window) -> dict[str, Any]:
+    return {
+        "num_kv_heads": base.num_kv_heads,
+        "head_size": base.head_size,
+        "head_size_v": base.head_size_v,
+        "dtype": base.dtype,
+        "sink": window.sink,
+        "recent": window.recent,
+    }
+
+
+# On import, since the scheduler's process first meets leank when it unpickles a spec.
+register_spec(ArchiveSpec, ArchiveManager)
+register_spec(WindowSpec, WindowManager)

@@ -1,0 +1,84 @@
+"""The window rule: which tokens of a request are dense, and from when on.
+
+A request of length L keeps its first `sink` tokens and at least its last `recent` tokens dense,
+in *window* pages; the tokens between are pruned, in *archive* pages:
+
+    0 .. sink               dense    window pages
+    sink .. boundary(L)     pruned   archive pages
+    boundary(L) .. L        dense    window pages
+
+What a query reads is decided by its position alone:
+
+* position t < `exact_until` (the prompt length): every key 0..t, dense ("exact prefill");
+* any other position t: keys [0, sink) and [boundary(t + 1), t] dense, and [sink, boundary(t + 1))
+  from the archive.
+
+So an answer depends on the tokens, the prompt length and the mask, and not on chunk sizes, batch
+mates, preemption or which blocks happen to be cached. Nothing else in the project computes a
+boundary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+STEP = 32
+"""Tokens by which the boundary moves: one window page, compacted into the archive at once."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The dense window of every request.
+
+    Attributes:
+        sink: first tokens that stay dense; a multiple of 32, so that they fill whole window pages.
+        recent: least number of last tokens that stay dense; at least 32.
+
+    Raises:
+        ValueError: if a value is out of range; the message names it and what is allowed.
+    """
+
+    sink: int
+    recent: int
+
+    def __post_init__(self) -> None:
+        if self.sink < 0 or self.sink % STEP:
+            raise ValueError(
+                f"sink is {self.sink}, but must be 0 or a multiple of {STEP}: "
+                f"the first tokens fill whole window pages of {STEP}"
+            )
+        if self.recent < STEP:
+            raise ValueError(
+                f"recent is {self.recent}, but must be at least {STEP}: "
+                f"the archive takes tokens in steps of {STEP}"
+            )
+
+    def boundary(self, length: Any) -> Any:
+        """First token after the pruned range of a request that is `length` tokens long.
+
+        Takes and returns an int, or an integer array or tensor of any shape.
+        """
+        excess = length - (self.sink + self.recent)
+        return self.sink + excess // STEP * STEP * (excess > 0)
+
+    def archived(self, length: int) -> int:
+        """Archive slots that a request of `length` tokens needs (slots are token positions)."""
+        boundary = self.boundary(length)
+        return boundary if boundary > self.sink else 0
+
+    def compaction(self, before: int, after: int, exact_until: int) -> range:
+        """Tokens that the step from `before` to `after` computed tokens moves to the archive.
+
+        During exact prefill nobody reads the archive, so nothing is moved until the step that
+        completes the prompt. That one moves the whole prompt, wherever it began: a prompt whose
+        first tokens came from the prefix cache needs no archive pages from there.
+        """
+        if after < exact_until:
+            return range(0)
+        start = self.sink if before < exact_until else self.boundary(before)
+        return range(start, self.boundary(after), STEP)
+
+    def free_tokens(self, processed: int, exact_until: int) -> range:
+        """Tokens whose window pages no query after the first `processed` tokens reads."""
+        if processed < exact_until:
+            return range(0)
+        return range(self.sink, self.boundary(processed), STEP)
