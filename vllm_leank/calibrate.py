@@ -179,7 +179,7 @@ def calibrate(
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "vllm_leank": __version__,
             "transformers": transformers.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
         },
     )
 

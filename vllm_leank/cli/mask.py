@@ -127,6 +127,7 @@ def _summary(mask: Mask) -> dict[str, Any]:
 
 def _print_tables(mask: Mask, summary: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     geometry = mask.geometry
@@ -137,7 +138,7 @@ def _print_tables(mask: Mask, summary: dict[str, Any]) -> None:
         "layers x KV heads x head_dim",
         "{num_layers} x {num_kv_heads} x {head_dim}".format(**geometry.as_dict()),
     )
-    facts.add_row("RoPE", f"theta {geometry.rope_theta}, scaling {geometry.rope_scaling}")
+    facts.add_row("RoPE", escape(f"theta {geometry.rope_theta}, scaling {geometry.rope_scaling}"))
     facts.add_row("dense tokens", f"first {mask.sink}, last {mask.recent}")
     for channels, heads in summary["heads_by_kept"].items():
         facts.add_row(f"heads keeping {channels}", str(heads))
@@ -148,7 +149,7 @@ def _print_tables(mask: Mask, summary: dict[str, Any]) -> None:
     )
     facts.add_row("bound on attention speed", bound)
     for key, value in {**mask.provenance, "sha256": mask.sha256}.items():
-        facts.add_row(key, str(value))
+        facts.add_row(escape(key), escape(str(value)))
 
     layers = Table(title="channels kept", title_justify="left")
     layers.add_column("layer", justify="right")

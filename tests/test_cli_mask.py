@@ -1,0 +1,179 @@
+"""`leank mask`: what it prints, and that faults end in one message and exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vllm_leank import cli, mask_resolver
+from vllm_leank.mask import Geometry, Mask, load_mask, save_mask
+
+
+@pytest.fixture
+def leank(monkeypatch, capsys):
+    """Run `leank ARGS` in this process; gives exit code, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["leank", *map(str, args)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit_info.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def mask_file(tmp_path):
+    keep = np.arange(128) < np.array([[128, 32], [0, 64]])[..., None]
+    mask = Mask.from_keep(
+        keep,
+        Geometry(2, 2, 128, 5e5, None),
+        model="org/name",
+        provenance={"method": "by hand", "steps": 7},
+    )
+    save_mask(mask, tmp_path / "m.yaml")
+    return tmp_path / "m.yaml"
+
+
+def test_show_json(leank, mask_file):
+    code, out, _ = leank("mask", "show", mask_file, "--json")
+    shown = json.loads(out)
+    assert code == 0
+    # Dense: 2 layers x 2 heads x 128 channels x (K and V) x 2 bytes. Kept: 224 of K, 3 heads of V.
+    assert shown["far_token_bytes_bf16"] == {"dense": 2048, "kept": 2 * (224 + 3 * 128)}
+    assert shown["far_bytes_share"] == pytest.approx(1216 / 2048)
+    assert shown["speed_bound"] == pytest.approx(2048 / 1216)
+    assert shown["heads_by_kept"] == {"0": 1, "32": 1, "64": 1, "128": 1}
+    assert shown["k_kept"] == pytest.approx(224 / 512)
+    assert shown["v_kept"] == 0.75
+    assert shown["kept_by_layer"] == [[128, 32], [0, 64]]
+    assert shown["window"] == {"sink": 64, "recent": 256}
+    assert shown["provenance"] == {"method": "by hand", "steps": 7}
+    assert shown["sha256"] == load_mask(mask_file).sha256
+
+
+def test_show_tables(leank, mask_file):
+    code, out, _ = leank("mask", "show", mask_file)
+    assert code == 0
+    for text in ("org/name", "43.75%", "75.00%", "1,216 of 2,048 (59.4%)", "1.68x", "by hand"):
+        assert text in out
+    assert "heads keeping 32" in out
+    assert "128  32" in out
+
+
+def test_show_of_a_mask_that_keeps_nothing(leank, tmp_path):
+    mask = Mask.from_keep(
+        np.zeros((1, 1, 64), bool),
+        Geometry(1, 1, 64, None, None),
+        model="m",
+        provenance={"method": "[bold]x[/nothing]"},
+    )
+    save_mask(mask, tmp_path / "m.yaml")
+    assert (
+        json.loads(leank("mask", "show", tmp_path / "m.yaml", "--json")[1])["speed_bound"] is None
+    )
+    code, out, _ = leank("mask", "show", tmp_path / "m.yaml")
+    assert code == 0
+    assert "[bold]x[/nothing]" in out
+
+
+def test_show_by_model_id(leank, mask_file, monkeypatch):
+    masks = [load_mask(mask_file)]
+    monkeypatch.setattr(mask_resolver, "list_masks", lambda folder: masks)
+    assert json.loads(leank("mask", "show", "ORG/name", "--json")[1])["path"] == str(mask_file)
+    code, _, err = leank("mask", "show", "org/other")
+    assert code == 2
+    assert "neither a mask file nor a model" in err
+    masks *= 2
+    code, _, err = leank("mask", "show", "org/name")
+    assert code == 2
+    assert "several masks" in err
+
+
+def test_faults_are_one_message_without_traceback(mask_file):
+    mask_file.write_text(mask_file.read_text().replace("align: 32", "align: 33"))
+    for arguments, message in [
+        (["show", mask_file], f"leank: {mask_file}, line 4: align: is 33; it must be a multiple"),
+        (
+            ["calibrate", "--model", "/none", "--data", "x", "--ratio", "0.7", "--out", mask_file],
+            f"leank: {mask_file}: exists already",
+        ),
+    ]:
+        command = [sys.executable, "-c", "from vllm_leank.cli import main; main()", "mask"]
+        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith(message)
+        assert done.stderr.count("\n") == 1
+
+
+def test_showing_a_mask_needs_no_torch(mask_file):
+    code = (
+        "import sys; from vllm_leank.cli import main\n"
+        f"sys.argv = ['leank', 'mask', 'show', {str(mask_file)!r}]\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'vllm', 'triton', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+
+
+@pytest.fixture
+def data(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"prompt_token_ids": rng.integers(0, 512, 100).tolist()}) for _ in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    return tmp_path / "prompts.jsonl"
+
+
+def test_calibrate_writes_a_mask_for_the_model(leank, tiny_llama_dir, data, tmp_path):
+    arguments = ["mask", "calibrate", "--model", tiny_llama_dir, "--data", data, "--ratio", 0.7]
+    options = ["--align", 16, "--sink", 32, "--recent", 128, "--device", "cpu"]
+    out = tmp_path / "m.yaml"
+    code, stdout, _ = leank(*arguments, *options, "--out", out, "--model-id", "leank/tiny")
+    assert code == 0
+    mask = load_mask(out)
+    assert (mask.model, mask.align, mask.sink, mask.recent) == ("leank/tiny", 16, 32, 128)
+    # 2 layers x 2 heads x 64 channels in groups of 16: 16 groups, of which 30% are 5.
+    assert mask.kept_counts.sum() == 5 * 16
+    assert "68.75% of K pruned (70.00% asked)" in stdout
+    provenance = mask.provenance
+    assert provenance["method"] == "calibrate"
+    assert provenance["achieved"] == 0.6875
+    assert (provenance["prompts"], provenance["tokens"]) == (4, 400)
+    assert provenance["data"] == "prompts.jsonl"
+    assert leank(*arguments, "--out", out)[0] == 2
+    code, _, _ = leank(
+        *arguments, *options, "--out", out, "--model-id", "leank/tiny", "--overwrite"
+    )
+    assert code == 0
+    assert load_mask(out).sha256 == mask.sha256
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--ratio", "1.5", "between 0 (keep all) and 1"),
+        ("--align", "24", "multiple of 16"),
+        ("--recent", "5", "at least 32"),
+        ("--dtype", "int8", "float32, bfloat16"),
+        ("--device", "warp", "cannot be used"),
+        ("--model", "/no/such/model", "no such directory"),
+        ("--data", "/no/such/file", "No such file"),
+        ("--model-id", "a b", "no model id"),
+        ("--max-prompts", "0", "max-prompts"),
+    ],
+)
+def test_calibrate_refuses_bad_options(
+    leank, tiny_llama_dir, data, tmp_path, option, value, message
+):
+    options = {"--model": tiny_llama_dir, "--data": data, "--ratio": 0.7, "--out": tmp_path / "m"}
+    options[option] = value
+    code, _, err = leank("mask", "calibrate", *(part for pair in options.items() for part in pair))
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "m").exists()

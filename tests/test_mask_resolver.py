@@ -1,0 +1,117 @@
+"""Which mask a model gets, and what is said when there is none."""
+
+import os
+
+import pytest
+
+from vllm_leank.mask import Geometry, Mask, MaskError, save_mask
+from vllm_leank.mask_resolver import find_masks, list_masks, resolve_mask
+
+SHORT = Geometry(2, 2, 64, 1e6, None)
+LONG = Geometry(2, 2, 64, 1e6, {"rope_type": "yarn", "factor": 4.0})
+OTHER = Geometry(2, 2, 96, 1e6, None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "masks"
+    for name, model, geometry in [
+        ("org/short.yaml", "Org/Model-7B", SHORT),
+        ("org/long.yaml", "Org/Model-7B", LONG),
+        ("other.yaml", "else/Model-8B", OTHER),
+    ]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        save_mask(Mask.full(geometry, model=model), root / name)
+    (root / "README.md").write_text("not a mask")
+    return root
+
+
+def resolved(folder, model, geometry, option=None):
+    return resolve_mask(option, model, geometry, folder=folder).path.relative_to(folder).as_posix()
+
+
+def test_context_ranges_of_one_model_are_told_apart_by_geometry(folder):
+    assert resolved(folder, "Org/Model-7B", SHORT) == "org/short.yaml"
+    assert resolved(folder, "org/model-7b", LONG) == "org/long.yaml"
+
+
+@pytest.mark.parametrize(
+    ("directory", "found"),
+    [
+        ("elsewhere/Model-7B", True),
+        ("elsewhere/model-7b/", True),
+        ("Model-7B/model", True),
+        ("models--org--Model-7B/snapshots/0123", True),
+        ("models--fork--Model-7B/snapshots/0123", False),
+        ("Model-7B/checkpoint-100", False),
+        ("my-Model-7B", False),
+    ],
+)
+def test_local_directories(folder, tmp_path, monkeypatch, directory, found):
+    (tmp_path / directory).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for model in (directory, os.path.join(str(tmp_path), directory)):
+        if found:
+            assert resolved(folder, model, SHORT) == "org/short.yaml"
+        else:
+            assert find_masks(model, folder) == []
+
+
+def test_a_name_without_organisation_is_no_hub_id(folder):
+    assert find_masks("Model-7B", folder) == []
+    assert find_masks("fork/Model-7B", folder) == []
+
+
+def test_unknown_model(folder):
+    with pytest.raises(MaskError, match="no mask for a/b with") as caught:
+        resolve_mask(None, "a/b", SHORT, folder=folder)
+    message = str(caught.value)
+    assert "head_dim=64" in message
+    assert "leank mask calibrate --model a/b --data" in message
+    assert "option `mask`" in message
+
+
+def test_known_model_with_another_geometry(folder):
+    with pytest.raises(MaskError, match="no mask for else/model-8b") as caught:
+        resolve_mask(None, "else/model-8b", SHORT, folder=folder)
+    assert f"{folder / 'other.yaml'}: head_dim is 96, not 64" in str(caught.value)
+
+
+def test_several_fitting_masks(folder):
+    save_mask(Mask.full(SHORT, model="org/model-7b"), folder / "second.yaml")
+    with pytest.raises(MaskError, match="several masks fit") as caught:
+        resolve_mask(None, "org/model-7b", SHORT, folder=folder)
+    assert "short.yaml" in str(caught.value)
+    assert "second.yaml" in str(caught.value)
+
+
+def test_option_names_a_file(folder, monkeypatch):
+    path = str(folder / "org" / "short.yaml")
+    assert resolved(folder, "any/model", SHORT, path) == "org/short.yaml"
+    monkeypatch.setenv("HOME", str(folder))
+    assert resolved(folder, "any/model", SHORT, "~/org/short.yaml") == "org/short.yaml"
+    with pytest.raises(MaskError, match="No such file"):
+        resolve_mask(str(folder / "none.yaml"), "Org/Model-7B", SHORT, folder=folder)
+
+
+def test_option_with_another_geometry_names_field_values_and_file(folder):
+    path = folder / "org" / "long.yaml"
+    with pytest.raises(MaskError, match="rope_scaling is") as caught:
+        resolve_mask(str(path), "Org/Model-7B", SHORT, folder=folder)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "'yarn'" in message
+    assert "not None" in message
+
+
+def test_a_broken_file_in_the_folder_is_reported(folder):
+    (folder / "broken.yaml").write_text("format: leank-mask/9\n")
+    with pytest.raises(MaskError, match=r"broken\.yaml"):
+        resolve_mask(None, "Org/Model-7B", SHORT, folder=folder)
+
+
+def test_masks_of_the_package_are_valid_and_unambiguous(repo):
+    masks = list_masks()
+    assert len(masks) == len(list((repo / "masks").rglob("*.yaml")))
+    for mask in masks:
+        assert resolve_mask(None, mask.model, mask.geometry).path == mask.path
