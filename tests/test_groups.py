@@ -1,0 +1,199 @@
+"""vLLM's own planner over leank's specs: two groups, no wasted memory and no overlap, any mask."""
+
+import random
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from vllm.v1.core.kv_cache_utils import (
+    generate_scheduler_kv_cache_config,
+    get_kv_cache_configs,
+    get_kv_cache_groups,
+    get_max_concurrency_for_kv_cache_config,
+)
+from vllm.v1.kv_cache_interface import iter_layer_specs
+from vllm_cache import cache_configs, cache_specs, vllm_config
+
+from vllm_leank.layout import WINDOW_BLOCK, plan_cache
+from vllm_leank.specs import ArchiveSpec, WindowSpec
+from vllm_leank.window import Window
+
+WINDOW = Window(64, 256)
+LENGTH = 8192
+HEAD_DIM = 128
+COUNTS = (0, 16, 32, 48, 64, 80, 96, 112, 128)
+
+
+def random_mask(rng, layers, heads):
+    return [[rng.choice(COUNTS) for _ in range(heads)] for _ in range(layers)]
+
+
+def equal(rng, layers, heads):
+    return [[rng.choice(COUNTS)] * heads] * layers
+
+
+def all_full(rng, layers, heads):
+    return [[HEAD_DIM] * heads] * layers
+
+
+def all_empty(rng, layers, heads):
+    return [[0] * heads] * layers
+
+
+def some_layers_empty(rng, layers, heads):
+    return [
+        [0] * heads if rng.random() < 0.5 else layer for layer in random_mask(rng, layers, heads)
+    ]
+
+
+def size_patterns(heads):
+    """One layer of each possible page size."""
+    patterns = {}
+    for empty in range(heads + 1):
+        kept = [0] * empty + [16] * (heads - empty)
+        while True:
+            patterns.setdefault(sum(count + HEAD_DIM for count in kept if count), list(kept))
+            grow = next((i for i, count in enumerate(kept) if 0 < count < HEAD_DIM), None)
+            if grow is None:
+                break
+            kept[grow] += 16
+    return list(patterns.values())
+
+
+def all_sizes_differ(rng, layers, heads):
+    patterns = size_patterns(heads)
+    return rng.sample(patterns, min(layers, len(patterns)))
+
+
+def sizes_in_equal_counts(rng, layers, heads):
+    repeats = rng.choice([2, 3, 4])
+    mask = rng.sample(size_patterns(heads), max(layers // repeats, 2)) * repeats
+    rng.shuffle(mask)
+    return mask
+
+
+def few_sizes(rng, layers, heads):
+    return rng.choices(rng.sample(size_patterns(heads), 3), k=layers)
+
+
+MASKS = (
+    random_mask,
+    equal,
+    all_full,
+    all_empty,
+    some_layers_empty,
+    all_sizes_differ,
+    sizes_in_equal_counts,
+    few_sizes,
+)
+
+
+def pages(config):
+    """First byte and end within a block of each layer's page, per group."""
+    specs = {
+        name: spec
+        for group in config.kv_cache_groups
+        for name, spec in zip(group.layer_names, layer_specs(group), strict=True)
+    }
+    found = {}
+    for tensor in config.kv_cache_tensors:
+        for i, name in enumerate(tensor.layers):
+            first = tensor.offset + i * tensor.layer_stride
+            found[name] = (first, first + specs[name].page_size_bytes, tensor)
+    return [[found[name] for name in group.layer_names] for group in config.kv_cache_groups]
+
+
+def layer_specs(group):
+    specs = list(iter_layer_specs(group.kv_cache_spec))
+    return specs if len(specs) > 1 else specs * len(group.layer_names)
+
+
+@pytest.mark.parametrize("make", MASKS)
+def test_any_mask_gives_two_groups_that_fill_the_memory_without_overlap(make):
+    rng = random.Random(make.__name__)
+    for _ in range(65):
+        heads = rng.choice([1, 2, 4, 8])
+        tp_size = rng.choice([1, 1, 2, 4, 8])
+        mask = make(rng, rng.choice([1, 2, 3, 4, 6, 8, 16]), heads)
+        plan = plan_cache(mask, HEAD_DIM, rng.choice([2, 4]), tp_size)
+        memory = plan.block_bytes * rng.randint(600, 5000) + rng.randrange(plan.block_bytes)
+        configs = cache_configs(plan, WINDOW, memory, LENGTH)
+
+        assert len(configs) == tp_size
+        for config in configs:
+            kinds = [type(layer_specs(group)[0]) for group in config.kv_cache_groups]
+            assert kinds == [ArchiveSpec, WindowSpec], mask
+            assert config.num_blocks == memory // plan.block_bytes
+            for group in pages(config):
+                assert len(group) == len(mask)
+                group.sort(key=lambda page: page[0])
+                assert all(end <= first for (_, end, _), (first, _, _) in pairwise(group))
+                assert all(first % 2048 == 0 for first, _, _ in group)
+                assert group[0][0] == 0
+                assert group[-1][1] <= plan.block_bytes
+                for _, _, tensor in group:
+                    assert tensor.block_stride == plan.block_bytes
+                    assert tensor.size == plan.block_bytes * config.num_blocks
+
+
+@pytest.mark.parametrize("layers", [32, 80])
+@pytest.mark.parametrize("make", [random_mask, all_sizes_differ, sizes_in_equal_counts])
+def test_large_models_give_two_groups(make, layers):
+    plan = plan_cache(make(random.Random(layers), layers, 8), HEAD_DIM, 2)
+    assert len(get_kv_cache_groups(vllm_config(LENGTH), cache_specs(plan, WINDOW))) == 2
+
+
+def test_equal_counts_of_sizes_are_what_makes_vllm_split():
+    """The fault that `uneven` guards against: fails when vLLM no longer has it."""
+    mask = [[32, 32], [64, 64], [96, 96]]
+    plan = plan_cache(mask, HEAD_DIM, 2)
+    split = vars(plan) | {"token_bytes": (640, 768, 896)}
+    groups = get_kv_cache_groups(vllm_config(LENGTH), cache_specs(type(plan)(**split), WINDOW))
+    assert len(groups) > 2
+
+
+def test_pipeline_stages_give_two_groups_each():
+    plan = plan_cache(random_mask(random.Random(0), 8, 4), HEAD_DIM, 2)
+    specs = cache_specs(plan, WINDOW)
+    stages = [
+        {name: spec for name, spec in specs.items() if (int(name.split(".")[2]) < 5) == first}
+        for first in (True, False)
+    ]
+    configs = get_kv_cache_configs(vllm_config(LENGTH), stages, [10**9, 10**9])
+    for stage, config in zip(stages, configs, strict=True):
+        assert [len(group) for group in pages(config)] == [len(stage) // 2] * 2
+        assert config.num_blocks == configs[0].num_blocks
+
+
+def test_vllm_counts_a_request_of_full_length_as_it_is_in_prefill():
+    plan = plan_cache(random_mask(random.Random(1), 6, 4), HEAD_DIM, 2)
+    blocks = plan.blocks_in_prefill(WINDOW, LENGTH)
+    # One more block: vLLM keeps one for itself.
+    config = cache_configs(plan, WINDOW, plan.block_bytes * (blocks + 1), LENGTH)[0]
+    concurrency = get_max_concurrency_for_kv_cache_config(vllm_config(LENGTH), config)
+    assert concurrency == (blocks + 1) / blocks
+    with pytest.raises(ValueError, match="larger than the available KV cache memory"):
+        cache_configs(plan, WINDOW, plan.block_bytes * blocks, LENGTH)
+
+
+def test_the_scheduler_sees_one_spec_per_group():
+    plan = plan_cache(random_mask(random.Random(2), 6, 4), HEAD_DIM, 2)
+    config = generate_scheduler_kv_cache_config(cache_configs(plan, WINDOW, 10**9, LENGTH))
+    archive, window = (group.kv_cache_spec for group in config.kv_cache_groups)
+    assert isinstance(archive, ArchiveSpec)
+    assert archive.block_size == plan.archive_block
+    assert isinstance(window, WindowSpec)
+    assert window.block_size == WINDOW_BLOCK
+    assert archive.window == window.window == WINDOW
+
+
+def test_generators_make_what_they_are_named_after():
+    rng = random.Random(0)
+
+    def counts(mask):
+        sizes = [sum(count + HEAD_DIM for count in layer if count) for layer in mask]
+        return Counter(Counter(sizes).values())
+
+    assert set(counts(all_sizes_differ(rng, 16, 4))) == {1}
+    assert len(counts(sizes_in_equal_counts(rng, 16, 4))) == 1
+    assert len({tuple(layer) for layer in equal(rng, 16, 4)}) == 1
