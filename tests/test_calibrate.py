@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from vllm_leank.attention_hook import hooked_attention
-from vllm_leank.calibrate import calibrate, measure_scores
+from vllm_leank.calibrate import calibrate, head_shares, measure_scores
 from vllm_leank.errors import UserError
 from vllm_leank.prompts import read_prompts
 from vllm_leank.select_channels import select_channels
@@ -244,20 +244,31 @@ def test_files_without_prompts_are_refused(tmp_path):
         read(tmp_path / "latin.jsonl")
 
 
-def test_calibration_is_deterministic_and_keeps_loud_channels(tmp_path):
-    """Made loud: KV head 1 of layer 1, channels 0..15, which RoPE mixes with 16..31."""
+def test_calibration_is_deterministic_and_keeps_the_loud_channels_of_a_head(tmp_path):
+    """Made loud: in KV head 1 of layer 1, channels 0..7 and 16..23, which RoPE mixes with them."""
     model = tiny("llama")
     attention = model.model.layers[1].self_attn
+    loud = torch.cat([torch.arange(8), torch.arange(16, 24)])
     with torch.no_grad():
-        attention.k_proj.weight[32:48] *= 30
+        attention.k_proj.weight[32 + loud] *= 30
         for query_head in (3, 4, 5):
-            attention.q_proj.weight[query_head * 32 :][:16] *= 30
+            attention.q_proj.weight[32 * query_head + loud] *= 30
     model.save_pretrained(tmp_path / "my-model")
     data = write(tmp_path / "p.jsonl", *(json.dumps({"prompt_token_ids": ids}) for ids in PROMPTS))
     first, second = (
-        calibrate(str(tmp_path / "my-model"), data, ratio=0.75, align=16, device="cpu")
+        calibrate(str(tmp_path / "my-model"), data, ratio=0.875, align=16, device="cpu")
         for _ in range(2)
     )
     assert first.sha256 == second.sha256
     assert first.model == "my-model"
-    assert first.kept_counts.tolist() == [[0, 0], [0, 32]]
+    assert first.kept_counts.tolist() == [[0, 0], [0, 16]]
+    assert first.kept_channels(1, 1) == tuple(loud.tolist())
+
+
+def test_shares_do_not_depend_on_the_size_of_a_heads_logits():
+    scores = np.random.default_rng(0).random((2, 2, 32))
+    scaled = scores * np.array([[1.0, 1e-6], [1e9, 1.0]])[..., None]
+    np.testing.assert_allclose(head_shares(scaled), head_shares(scores))
+    np.testing.assert_allclose(head_shares(scores).sum(-1), 1)
+    scores[0, 1] = 0
+    assert (head_shares(scores)[0, 1] == 0).all()

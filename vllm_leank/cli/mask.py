@@ -134,6 +134,8 @@ def _print_tables(mask: Mask, summary: dict[str, Any]) -> None:
     dense, kept = summary["far_token_bytes_bf16"].values()
     bound = "none" if summary["speed_bound"] is None else f"{summary['speed_bound']:.2f}x"
     facts = Table(title=f"mask for {mask.model}", title_justify="left", show_header=False)
+    facts.add_column()
+    facts.add_column(overflow="fold")
     facts.add_row(
         "layers x KV heads x head_dim",
         "{num_layers} x {num_kv_heads} x {head_dim}".format(**geometry.as_dict()),
