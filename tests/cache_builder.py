@@ -1,0 +1,260 @@
+"""A layer's cache as vLLM would hand it to kernels, made to hurt whoever reads what it must not.
+
+Blocks are handed out in random order. Whatever was not written is NaN: fresh pages, page tails,
+block 0 and the pages of freed blocks. Block tables only ever grow, so rows keep the ids of freed
+blocks.
+"""
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from vllm_leank.kernels.batch import Batch
+from vllm_leank.kernels.reference import LayerCache
+
+from vllm_leank.layout import WINDOW_BLOCK, CacheLayout, archive_token_bytes
+from vllm_leank.window import Window
+
+
+@dataclass(eq=False)
+class Request:
+    """One request: all of its queries, keys and values, and its block table rows.
+
+    Attributes:
+        prompt: tokens of the prompt.
+        query: `[length, num_heads, head_dim]`.
+        key: `[length, num_kv_heads, head_dim]`.
+        value: like `key`.
+        expected: attention by definition, fp64, like `query`.
+        computed: tokens computed so far.
+        window_row: window page of each 32 tokens, freed ones included.
+        archive_row: archive page of each `archive_block` tokens.
+        freed: indices into `window_row` that were freed.
+    """
+
+    prompt: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    expected: Tensor = field(init=False)
+    computed: int = 0
+    window_row: list[int] = field(default_factory=list)
+    archive_row: list[int] = field(default_factory=list)
+    freed: set[int] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+
+@dataclass
+class Step:
+    """What a kernel gets in one step, `[num_tokens, ...]` with padding tokens at the end."""
+
+    batch: Batch
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    expected: Tensor
+    """Of the tokens that are not padding, fp64."""
+
+
+class CacheBuilder:
+    """Pools, requests and steps of one layer.
+
+    Args:
+        kept: kept K channels of each KV head; which ones is random.
+        head_dim: channels of a head.
+        group: query heads of each KV head.
+        window: the dense window.
+        archive_block: tokens of an archive page.
+        dtype: of pages, queries, keys and values.
+        num_blocks: blocks of each pool.
+        spare_bytes: bytes per token by which an archive page exceeds what the heads fill.
+        seed: of everything random.
+        device: of all tensors.
+    """
+
+    def __init__(
+        self,
+        kept: tuple[int, ...],
+        head_dim: int,
+        group: int,
+        window: Window,
+        archive_block: int = 64,
+        dtype: torch.dtype = torch.float32,
+        num_blocks: int = 160,
+        spare_bytes: int = 64,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
+        self._random = random.Random(seed)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._group, self._dtype, self._device = group, dtype, device
+        self.scale = head_dim**-0.5
+        page = (archive_token_bytes(kept, head_dim, dtype.itemsize) + spare_bytes) * archive_block
+        layout = CacheLayout(tuple(kept), head_dim, dtype.itemsize, archive_block, page)
+        nan = {"fill_value": float("nan"), "dtype": dtype, "device": device}
+        self.cache = LayerCache(
+            window_pages=torch.full((num_blocks, len(kept), WINDOW_BLOCK, 2 * head_dim), **nan),
+            archive_pages=torch.full((num_blocks, layout.archive_page_items), **nan),
+            layout=layout,
+            channels=tuple(
+                torch.tensor(
+                    sorted(self._random.sample(range(head_dim), count)),
+                    dtype=torch.int64,
+                    device=device,
+                )
+                for count in kept
+            ),
+            window=window,
+        )
+        self._free = list(range(1, num_blocks))
+
+    def add(self, prompt: int, length: int) -> Request:
+        """A request with a prompt of `prompt` tokens, `length` tokens in all."""
+        heads, head_dim = len(self.cache.channels), self.cache.layout.head_dim
+
+        def draw(num_heads: int) -> Tensor:
+            tokens = torch.randn(length, num_heads, head_dim, generator=self._generator)
+            return tokens.to(self._dtype).to(self._device)
+
+        # Wide queries: attention far from uniform shows a wrong key.
+        request = Request(prompt, 3 * draw(heads * self._group), draw(heads), draw(heads))
+        request.expected = self.expected(request)
+        return request
+
+    def share(self, other: Request, prompt: int, hit: int) -> Request:
+        """The same tokens with another prompt length, `hit` of them found in the prefix cache."""
+        copy = Request(prompt, other.query, other.key, other.value, computed=hit)
+        copy.expected = self.expected(copy)
+        copy.window_row = other.window_row[: hit // WINDOW_BLOCK]
+        return copy
+
+    def step(
+        self, work: Iterable[tuple[Request, int]], padded_rows: int = 0, padded_tokens: int = 0
+    ) -> Step:
+        """Plan a step that computes some more tokens of each request."""
+        work = list(work)
+        ranges = []
+        for request, tokens in work:
+            self._reclaim(request)
+            ranges.append(range(request.computed, request.computed + tokens))
+            request.computed += tokens
+            assert request.computed <= len(request)
+            archived = self.cache.window.archived(request.computed)
+            self._grow(request.window_row, request.computed, WINDOW_BLOCK)
+            self._grow(request.archive_row, archived, self.cache.layout.archive_block)
+
+        starts = [0]
+        for tokens in ranges:
+            starts.append(starts[-1] + len(tokens))
+        starts += [starts[-1]] * padded_rows
+        empty = [0] * padded_rows
+        slots = [
+            request.window_row[t // WINDOW_BLOCK] * WINDOW_BLOCK + t % WINDOW_BLOCK
+            for (request, _), tokens in zip(work, ranges, strict=True)
+            for t in tokens
+        ]
+        batch = Batch(
+            query_start_loc=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=self._int32([request.computed for request, _ in work] + empty),
+            exact_until=self._int32([request.prompt for request, _ in work] + empty),
+            window_table=self._table([request.window_row for request, _ in work], padded_rows),
+            archive_table=self._table([request.archive_row for request, _ in work], padded_rows),
+            slots=torch.tensor(slots + [-1] * padded_tokens, device=self._device),
+        )
+
+        def gather(name: str) -> Tensor:
+            parts = [
+                getattr(request, name)[tokens.start : tokens.stop]
+                for (request, _), tokens in zip(work, ranges, strict=True)
+            ]
+            padding = torch.full_like(parts[0][:1], float("nan")).expand(padded_tokens, -1, -1)
+            return torch.cat([*parts, padding])
+
+        real = starts[-1]
+        return Step(
+            batch, gather("query"), gather("key"), gather("value"), gather("expected")[:real]
+        )
+
+    def run(self, step: Step, kernels: ModuleType) -> Tensor:
+        """Store, compact and attend; outputs of the tokens that are not padding."""
+        output = torch.full_like(step.query, float("nan"))
+        kernels.store(step.key, step.value, self.cache, step.batch)
+        kernels.compact(self.cache, step.batch)
+        kernels.attend(step.query, output, self.cache, step.batch, self.scale)
+        return output[: len(step.expected)]
+
+    def expected(self, request: Request) -> Tensor:
+        """Attention of every query by definition, fp64 `[length, num_heads, head_dim]`."""
+        length, sink = len(request), self.cache.window.sink
+        rows = []
+        for position in range(length):
+            boundary = sink
+            while position + 1 - (boundary + WINDOW_BLOCK) >= self.cache.window.recent:
+                boundary += WINDOW_BLOCK
+            exact = position < request.prompt
+            rows.append(
+                [t <= position and (exact or t < sink or t >= boundary) for t in range(length)]
+            )
+        dense = torch.tensor(rows, device=self._device)
+        far = dense.new_ones(length, length).tril() & ~dense
+        output = torch.empty_like(request.query, dtype=torch.float64)
+        for head in range(output.shape[1]):
+            kv_head = head // self._group
+            kept = self.cache.channels[kv_head]
+            q = request.query[:, head].double() * self.scale
+            k, v = request.key[:, kv_head].double(), request.value[:, kv_head].double()
+            scores = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device)
+            scores = torch.where(dense, q @ k.T, scores)
+            if len(kept):
+                scores = torch.where(far, q[:, kept] @ k[:, kept].T, scores)
+            output[:, head] = scores.softmax(-1) @ v
+        return output
+
+    def archived_slots(
+        self, request: Request, tokens: Iterable[int]
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Every run of elements that holds one of the tokens in the archive: page, first element,
+        and what belongs there.
+        """
+        block, head_dim = self.cache.layout.archive_block, self.cache.layout.head_dim
+        for t in tokens:
+            page, row = request.archive_row[t // block], t % block
+            for head, part in enumerate(self.cache.layout.heads):
+                if part.v_offset is None:
+                    continue
+                kept = request.key[t, head, self.cache.channels[head]]
+                for chunk in part.k_chunks:
+                    columns = kept[chunk.first : chunk.first + chunk.width]
+                    yield page, chunk.offset + row * chunk.width, columns
+                yield page, part.v_offset + row * head_dim, request.value[t, head]
+
+    def _reclaim(self, request: Request) -> None:
+        """Free what no later query reads, poison it, and let others have it."""
+        for token in self.cache.window.free_tokens(request.computed, request.prompt):
+            index = token // WINDOW_BLOCK
+            if index not in request.freed:
+                request.freed.add(index)
+                self.cache.window_pages[request.window_row[index]] = float("nan")
+                self._free.append(request.window_row[index])
+
+    def _grow(self, row: list[int], tokens: int, block: int) -> None:
+        while len(row) * block < tokens:
+            row.append(self._free.pop(self._random.randrange(len(self._free))))
+
+    def _table(self, rows: list[list[int]], padded_rows: int) -> Tensor:
+        width = max(map(len, rows)) + 2
+        return self._int32([row + [0] * (width - len(row)) for row in rows + [[]] * padded_rows])
+
+    def _int32(self, values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self._device)
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the error against that of the expected values; NaN if any is NaN."""
+    error = actual.double() - expected.double()
+    return (error.square().mean().sqrt() / expected.double().square().mean().sqrt()).item()

@@ -1,0 +1,168 @@
+"""The reference kernels against the definition; memory that nobody wrote is NaN."""
+
+import pytest
+import torch
+from cache_builder import CacheBuilder, relative_rms
+from vllm_leank.kernels import reference
+
+from vllm_leank.window import Window
+
+COUNTS = (0, 16, 32, 48, 64, 96, 128)
+FP32, BF16, FP16 = (torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)
+
+
+def mixed(head_dim):
+    """Head layouts that hold every kept count the head size allows, the first keeping nothing."""
+    return tuple(count for count in COUNTS if count <= head_dim)
+
+
+def serve(builder):
+    """Steps of a server: chunks of prompts, decode and replayed answers side by side."""
+    long, short, tiny = builder.add(310, 330), builder.add(20, 240), builder.add(1, 120)
+    yield builder.step([(long, 70), (short, 10)])
+    yield builder.step([(long, 239), (short, 190), (tiny, 1)], padded_rows=2, padded_tokens=3)
+    yield builder.step([(tiny, 100), (long, 1), (short, 1)])
+    yield builder.step([(long, 1), (short, 33), (tiny, 1)], padded_rows=1)
+    for _ in range(3):
+        yield builder.step([(short, 1), (long, 1), (tiny, 1)], padded_tokens=5)
+
+
+@pytest.mark.parametrize("window", [Window(0, 32), Window(32, 64), Window(64, 100)], ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "group", "archive_block", "dtype", "tolerance"),
+    [
+        (64, 1, 32, *FP32),
+        (64, 4, 64, *BF16),
+        (96, 2, 64, *FP32),
+        (96, 1, 96, *FP16),
+        (128, 4, 64, *FP32),
+        (128, 2, 96, *BF16),
+        (128, 1, 32, *FP16),
+        (256, 2, 32, *FP32),
+        (256, 4, 96, *BF16),
+        (256, 1, 64, *FP16),
+    ],
+)
+def test_every_query_reads_what_the_rule_says(
+    head_dim, group, archive_block, dtype, tolerance, window
+):
+    builder = CacheBuilder(mixed(head_dim), head_dim, group, window, archive_block, dtype)
+    for step in serve(builder):
+        output = builder.run(step, reference)
+        assert output.isfinite().all()
+        assert relative_rms(output, step.expected) < tolerance
+
+
+@pytest.mark.parametrize("kept", [(0, 0), (32, 32), (128, 128)])
+def test_masks_with_equal_heads(kept):
+    builder = CacheBuilder(kept, 128, 2, Window(32, 64))
+    for step in serve(builder):
+        assert relative_rms(builder.run(step, reference), step.expected) < 1e-6
+
+
+@pytest.mark.parametrize("window", [Window(0, 32), Window(64, 100)], ids=str)
+@pytest.mark.parametrize("max_scores", [1, 5000])
+def test_long_replays_are_computed_in_parts(window, max_scores, monkeypatch):
+    monkeypatch.setattr(reference, "MAX_SCORES", max_scores)
+    builder = CacheBuilder((0, 48), 64, 2, window)
+    request = builder.add(100, 300)
+    step = builder.step([(request, 300)])
+    assert relative_rms(builder.run(step, reference), step.expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [400],
+        [200] * 2,
+        [1] * 400,
+        [37] * 10 + [30],
+        [149, 1, 250],
+        [150, 250],
+        [151, 249],
+        [399, 1],
+    ],
+    ids=lambda chunks: f"{len(chunks)} steps from {chunks[0]}",
+)
+def test_chunks_do_not_change_the_result(chunks):
+    builder = CacheBuilder((16, 0, 96), 128, 2, Window(32, 64), num_blocks=40)
+    request = builder.add(150, 400)
+    output = torch.cat([builder.run(builder.step([(request, n)]), reference) for n in chunks])
+    assert relative_rms(output, request.expected) < 1e-6
+    for page, first, content in builder.archived_slots(request, range(32, 320)):
+        assert builder.cache.archive_pages[page, first : first + len(content)].equal(content)
+
+
+@pytest.mark.parametrize("hit", [32, 64, 192, 288])
+def test_a_prefix_hit_does_not_change_the_result(hit):
+    builder = CacheBuilder((64, 0), 128, 2, Window(32, 64))
+    first = builder.add(290, 400)
+    builder.run(builder.step([(first, 290)]), reference)
+    second = builder.share(first, prompt=300, hit=hit)
+    for tokens in [(299 - hit), 1, 50, 1, 1]:
+        step = builder.step([(second, tokens)])
+        assert relative_rms(builder.run(step, reference), step.expected) < 1e-6
+
+
+def bits(pages):
+    return pages.clone().view(torch.int32)
+
+
+def test_store_writes_its_own_slots_only():
+    builder = CacheBuilder((32, 0), 64, 2, Window(32, 64))
+    a, b = builder.add(200, 200), builder.add(50, 60)
+    builder.run(builder.step([(a, 101), (b, 50)]), reference)
+    step = builder.step([(a, 40), (b, 1)], padded_tokens=2)
+    window, archive = bits(builder.cache.window_pages), bits(builder.cache.archive_pages)
+    reference.store(step.key, step.value, builder.cache, step.batch)
+    assert bits(builder.cache.archive_pages).equal(archive)
+    wanted = builder.cache.window_pages.clone()
+    wanted.view(torch.int32).copy_(window)
+    for request, tokens in [(a, range(101, 141)), (b, range(50, 51))]:
+        for t in tokens:
+            page = wanted[request.window_row[t // 32]]
+            page[:, t % 32, :64], page[:, t % 32, 64:] = request.key[t], request.value[t]
+    assert bits(builder.cache.window_pages).equal(bits(wanted))
+
+
+@pytest.mark.parametrize("archive_block", [32, 64, 96])
+def test_compact_writes_its_own_slots_only(archive_block):
+    builder = CacheBuilder((32, 0, 48), 64, 2, Window(32, 64), archive_block)
+    a, b, c = builder.add(10, 300), builder.add(260, 300), builder.add(150, 300)
+    builder.run(builder.step([(a, 127), (b, 100), (c, 100)]), reference)
+    step = builder.step([(a, 34), (b, 160), (c, 49)], padded_rows=1)
+    reference.store(step.key, step.value, builder.cache, step.batch)
+    window, archive = bits(builder.cache.window_pages), bits(builder.cache.archive_pages)
+    reference.compact(builder.cache, step.batch)
+    assert bits(builder.cache.window_pages).equal(window)
+    wanted = builder.cache.archive_pages.clone()
+    wanted.view(torch.int32).copy_(archive)
+    # a moves from 127 to 161 tokens; b completes its prompt, and c does not.
+    for request, tokens in [(a, range(32, 96)), (b, range(32, 192))]:
+        for page, first, content in builder.archived_slots(request, tokens):
+            wanted[page, first : first + len(content)] = content
+    assert bits(builder.cache.archive_pages).equal(bits(wanted))
+
+
+def test_a_step_without_requests_does_nothing():
+    """Dummy runs of vLLM: rows without queries, slots that are padding."""
+    builder = CacheBuilder((32, 0), 64, 2, Window(32, 64))
+    request = builder.add(10, 10)
+    step = builder.step([(request, 10)], padded_rows=3, padded_tokens=6)
+    builder.run(step, reference)
+    pools = bits(builder.cache.window_pages), bits(builder.cache.archive_pages)
+    empty = type(step.batch)(
+        query_start_loc=torch.zeros(4, dtype=torch.int32),
+        seq_lens=torch.zeros(3, dtype=torch.int32),
+        exact_until=torch.zeros(3, dtype=torch.int32),
+        window_table=torch.zeros(3, 4, dtype=torch.int32),
+        archive_table=torch.zeros(3, 4, dtype=torch.int32),
+        slots=torch.full((6,), -1),
+    )
+    output = torch.full_like(step.query, 7.0)
+    reference.store(step.key, step.value, builder.cache, empty)
+    reference.compact(builder.cache, empty)
+    reference.attend(step.query, output, builder.cache, empty, builder.scale)
+    assert (output == 7).all()
+    assert bits(builder.cache.window_pages).equal(pools[0])
+    assert bits(builder.cache.archive_pages).equal(pools[1])
