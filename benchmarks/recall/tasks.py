@@ -154,7 +154,10 @@ def make_row(
     )
 
 
-def _lookup(rng, groups, questions):
+_Made = tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]
+
+
+def _lookup(rng: np.random.Generator, groups: int, questions: int) -> _Made:
     """Statements `[groups, 1, 7]`, questions `[questions, 10]`, guarded words of `lookup`."""
     keys = rng.permutation(WORDS)[:groups]
     values = WORDS[rng.integers(len(WORDS), size=(groups, 4))]
@@ -165,7 +168,7 @@ def _lookup(rng, groups, questions):
     return statements[:, None], lines, (keys, values[:, 0])
 
 
-def _multivalue(rng, groups, questions):
+def _multivalue(rng: np.random.Generator, groups: int, questions: int) -> _Made:
     """Statements `[groups, 4, 5]`, questions `[questions, 23]`, guarded words of `multivalue`."""
     keys = rng.permutation(WORDS)[:groups]
     values = WORDS[rng.integers(len(WORDS), size=(groups, GROUP, 2))]
@@ -177,7 +180,7 @@ def _multivalue(rng, groups, questions):
     return statements, lines, (keys, values[:, :, 0])
 
 
-def _tracking(rng, groups, questions):
+def _tracking(rng: np.random.Generator, groups: int, questions: int) -> _Made:
     """Statements `[groups, 4, 4]`, questions `[questions, 12]`, guarded words of `tracking`."""
     names = rng.permutation(WORDS)[: groups * GROUP].reshape(groups, GROUP)
     chain = np.concatenate([rng.choice(NUMBERS, size=(groups, 1)), names], axis=1)
@@ -192,14 +195,16 @@ def _tracking(rng, groups, questions):
 _MAKERS = {"lookup": _lookup, "multivalue": _multivalue, "tracking": _tracking}
 
 
-def _columns(rows: int, *parts) -> np.ndarray:
+def _columns(rows: int, *parts: int | np.ndarray) -> np.ndarray:
     """Join scalars, `[rows]` and `[rows, n]` arrays side by side into one 2-D array."""
     parts = [part if np.ndim(part) == 2 else np.reshape(part, (-1, 1)) for part in parts]
     columns = [np.broadcast_to(part, (rows, part.shape[1])) for part in parts]
     return np.concatenate(columns, axis=1)
 
 
-def _hide(rng, statements, room, guarded):
+def _hide(
+    rng: np.random.Generator, statements: np.ndarray, room: int, guarded: tuple[np.ndarray, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """Scatter `statements` `[groups, n, tokens]` over `room` tokens of filler, groups in order.
 
     Returns the haystack `[room]` and, at each statement's second token, its number in its group.
@@ -210,25 +215,35 @@ def _hide(rng, statements, room, guarded):
     starts = (gaps + width * np.arange(groups * per_group))[slots]
     places = starts[:, :, None] + np.arange(width)
 
-    haystack = WORDS[rng.integers(len(WORDS), size=room)]
-    draw, low = rng.random(room), 0.0
-    for share, token in _FILLER:
-        chosen = (low <= draw) & (draw < low + share)
-        haystack[chosen] = rng.choice(NUMBERS, size=chosen.sum()) if token is None else token
-        low += share
+    haystack = _filler(rng, room)
     is_filler = np.ones(room, dtype=bool)
     haystack[places] = statements
     is_filler[places] = False
-
-    is_guarded = np.zeros(VOCAB_SIZE, dtype=bool)
-    for words in guarded:
-        is_guarded[words] = True
-    near = is_guarded[haystack]
-    touched = np.zeros(room, dtype=bool)
-    touched[1:] |= near[:-1]
-    touched[:-1] |= near[1:]
-    haystack[is_filler & (haystack == EQUALS) & touched] = COMMA
+    haystack[is_filler & (haystack == EQUALS) & _beside(haystack, guarded)] = COMMA
 
     ordinal = np.full(room, -1)
     ordinal[places[:, :, 1]] = np.arange(per_group)
     return haystack, ordinal
+
+
+def _filler(rng: np.random.Generator, room: int) -> np.ndarray:
+    """Random words with the numbers and punctuation of `_FILLER` among them, `[room]`."""
+    filler = WORDS[rng.integers(len(WORDS), size=room)]
+    draw, low = rng.random(room), 0.0
+    for share, token in _FILLER:
+        chosen = (low <= draw) & (draw < low + share)
+        filler[chosen] = rng.choice(NUMBERS, size=chosen.sum()) if token is None else token
+        low += share
+    return filler
+
+
+def _beside(tokens: np.ndarray, words: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Where a neighbour of `tokens` `[n]` is one of `words`, bool `[n]`."""
+    sought = np.zeros(VOCAB_SIZE, dtype=bool)
+    for ids in words:
+        sought[ids] = True
+    found = sought[tokens]
+    beside = np.zeros(len(tokens), dtype=bool)
+    beside[1:] |= found[:-1]
+    beside[:-1] |= found[1:]
+    return beside
