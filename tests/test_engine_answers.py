@@ -1,0 +1,162 @@
+"""What the engine answers: dense with a full mask, the definition with any other, every time."""
+
+import numpy as np
+import pytest
+import torch
+from engines import engine
+from mask_samples import full_mask, random_mask
+from oracle import Oracle
+
+pytestmark = pytest.mark.engine
+
+# 20 prompts: around window pages (32), archive pages, sink + recent (96), and long ones.
+LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 300, 511, 777, 1500, 3000, 6000]
+LOGPROB_TOLERANCE = 5e-4
+"""fp32 on both sides; the order of summation differs."""
+
+KEPT = [0, 32, 16, 48]  # 37.5% of K, and one streaming head in four
+SINK, RECENT = 32, 64
+
+
+def prompts_of(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 512, length).tolist() for length in lengths]
+
+
+def assert_same(one, other, tolerance=LOGPROB_TOLERANCE):
+    for index, ((tokens, logprobs), (others, other_logprobs)) in enumerate(
+        zip(one, other, strict=True)
+    ):
+        assert tokens == others, f"prompt {index}"
+        assert logprobs == pytest.approx(other_logprobs, abs=tolerance), f"prompt {index}"
+
+
+def test_a_full_mask_gives_the_answers_of_plain_vllm(tiny_llama_dir):
+    prompts = prompts_of(LENGTHS)
+    with engine(tiny_llama_dir) as plain:
+        expected = plain.generate(prompts, 128)
+    with engine(tiny_llama_dir, full_mask(tiny_llama_dir)) as leank:
+        assert_same(leank.generate(prompts, 128), expected)
+
+
+@pytest.mark.parametrize("length", [20, 200, 1100])
+def test_logits_are_those_of_the_definition(tiny_llama_dir, length):
+    """Prefill, and 200 decode steps, which is at least five compactions."""
+    mask = random_mask(tiny_llama_dir, KEPT)
+    (prompt,) = prompts_of([length], seed=length)
+    with engine(tiny_llama_dir, mask, max_logprobs=512) as leank:
+        tokens, logprobs, prompt_logprobs = all_logprobs(leank.llm, prompt, 200)
+    oracle = Oracle(tiny_llama_dir, mask.keep, SINK, RECENT)
+    expected = oracle.logits(prompt + tokens[:-1], exact_until=length).log_softmax(-1)
+    assert torch.allclose(logprobs, expected[length - 1 :], atol=1e-3)
+    assert torch.allclose(prompt_logprobs, expected[: length - 1], atol=1e-3)
+    # The mask matters here: without it, the same comparison fails.
+    dense = Oracle(tiny_llama_dir, np.ones_like(mask.keep), SINK, RECENT)
+    unpruned = dense.logits(prompt + tokens[:-1], exact_until=length).log_softmax(-1)
+    assert not torch.allclose(logprobs, unpruned[length - 1 :], atol=1e-1)
+
+
+def all_logprobs(llm, prompt, max_tokens):
+    """Greedy tokens, and log-probabilities `[tokens, vocabulary]` of output and prompt."""
+    from vllm import SamplingParams
+
+    vocabulary = 512
+    (output,) = llm.generate(
+        [{"prompt_token_ids": prompt}],
+        SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0,
+            logprobs=vocabulary,
+            prompt_logprobs=vocabulary,
+            ignore_eos=True,
+            detokenize=False,
+        ),
+        use_tqdm=False,
+    )
+
+    def dense(rows):
+        return torch.tensor([[row[token].logprob for token in range(vocabulary)] for row in rows])
+
+    completion = output.outputs[0]
+    return list(completion.token_ids), dense(completion.logprobs), dense(output.prompt_logprobs[1:])
+
+
+def test_history_does_not_matter(tiny_llama_dir):
+    """Whole, chunked, in batches of any size, and preempted: equal tokens."""
+    prompts = prompts_of([1500, 700, 33, 400, 96, 1000, 257, 640])
+    mask = random_mask(tiny_llama_dir, KEPT)
+    with engine(tiny_llama_dir, mask, max_num_batched_tokens=8192) as leank:
+        whole = leank.generate(prompts, 100)
+        for batch in (1, 2):
+            for start in range(0, len(prompts), batch):
+                part = slice(start, start + batch)
+                assert_same(leank.generate(prompts[part], 100), whole[part])
+    for chunk in (32, 33, 100, 512):
+        with engine(tiny_llama_dir, mask, max_num_batched_tokens=chunk) as leank:
+            assert_same(leank.generate(prompts, 100), whole)
+
+
+def test_preemption_does_not_matter(tiny_llama_dir):
+    """Requests thrown out of a cache that is too small, and replayed: equal tokens."""
+    prompts = prompts_of([30, 300, 33, 200, 96, 250, 128, 64])
+    mask = random_mask(tiny_llama_dir, KEPT)
+    with engine(tiny_llama_dir, mask, max_model_len=1024) as leank:
+        unpressed = leank.generate(prompts, 400)
+        one_request = leank.plan.blocks_in_prefill(leank.window, 1024)
+    with engine(
+        tiny_llama_dir, mask, max_model_len=1024, num_gpu_blocks_override=one_request + 2
+    ) as leank:
+        outputs_lost = []
+        preempt = leank.scheduler._preempt_request
+
+        def count(request, *args, **kwargs):
+            outputs_lost.append(request.num_output_tokens)
+            return preempt(request, *args, **kwargs)
+
+        leank.scheduler._preempt_request = count
+        assert_same(leank.generate(prompts, 400), unpressed)
+    replayed_across_a_boundary = [lost for lost in outputs_lost if lost > 64]
+    assert len(replayed_across_a_boundary) >= 3, f"preempted after outputs: {outputs_lost}"
+
+
+def test_a_prefix_hit_does_not_change_the_answer(tiny_llama_dir):
+    """Hits of many lengths, also of a prompt that contains what another request generated."""
+    mask = random_mask(tiny_llama_dir, KEPT)
+    (document,) = prompts_of([1024])
+    tails = prompts_of([40, 3, 200], seed=5)
+    with engine(tiny_llama_dir, mask) as leank:
+        first = [document + tail for tail in tails]
+        first += [document[:length] for length in (64, 65, 96, 127, 128, 500)]
+        expected = leank.generate(first, 100)
+        second = [prompt + tokens for prompt, (tokens, _) in zip(first[:3], expected, strict=False)]
+        expected += leank.generate(second, 50)
+    with engine(tiny_llama_dir, mask, enable_prefix_caching=True) as leank:
+        hits = []
+        lookup = leank.scheduler.kv_cache_manager.get_computed_blocks
+
+        def watch(request, *args, **kwargs):
+            found = lookup(request, *args, **kwargs)
+            hits.append(found[1])
+            return found
+
+        leank.scheduler.kv_cache_manager.get_computed_blocks = watch
+        answers = [leank.generate([prompt], 100)[0] for prompt in first]
+        answers += [leank.generate([prompt], 50)[0] for prompt in second]
+        assert_same(answers, expected)
+    assert sum(hit >= 1024 for hit in hits) >= 5, hits
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("head_dim", "group"), [(64, 1), (96, 2), (128, 4), (256, 2)], ids=lambda value: str(value)
+)
+def test_head_sizes_groups_and_dtypes_serve(tiny_llama, head_dim, group, dtype):
+    model = tiny_llama(head_dim=head_dim, group=group)
+    mask = random_mask(model, [32, 0, head_dim, 64 if head_dim > 64 else 48])
+    prompt, *_ = prompts_of([300])
+    with engine(model, mask, dtype=dtype, max_model_len=1024) as leank:
+        ((tokens, logprobs),) = leank.generate([prompt], 40)
+    oracle = Oracle(model, mask.keep, SINK, RECENT)
+    expected = oracle.position_logprobs(prompt + tokens, exact_until=len(prompt))[-40:]
+    tolerance = {"bfloat16": 0.2, "float16": 0.03, "float32": 1e-3}[dtype]
+    assert torch.tensor(logprobs) == pytest.approx(expected, abs=tolerance)

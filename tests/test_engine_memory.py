@@ -1,0 +1,85 @@
+"""What the engine holds in memory, and that it reads nothing else."""
+
+import math
+
+import pytest
+from engines import CACHE_BYTES, engine
+from mask_samples import full_mask, random_mask
+from test_engine_answers import KEPT, assert_same, prompts_of
+from vllm import SamplingParams
+
+pytestmark = pytest.mark.engine
+
+
+def poison_freed_blocks(leank):
+    """Fill blocks with NaN the moment they go back to the pool; returns the blocks freed."""
+    pool, memory = leank.block_pool, leank.memory
+    free_blocks, freed = pool.free_blocks, []
+
+    def free(blocks):
+        blocks = list(blocks)
+        free_blocks(blocks)
+        ids = [block.block_id for block in blocks if block.ref_cnt == 0 and not block.is_null]
+        memory[ids] = math.nan
+        freed.extend(ids)
+
+    pool.free_blocks = free
+    return freed
+
+
+@pytest.mark.parametrize("counts", [KEPT, [0]], ids=["pruned", "all heads streaming"])
+def test_memory_that_nobody_wrote_is_never_read(tiny_llama_dir, counts):
+    """NaN in fresh pages, page tails, block 0, and in every block the moment it is freed."""
+    prompts = prompts_of([1, 31, 64, 97, 300, 1000])
+    mask = random_mask(tiny_llama_dir, counts)
+    with engine(tiny_llama_dir, mask, max_model_len=2048) as leank:
+        expected = leank.generate(prompts, 100)
+    with engine(tiny_llama_dir, mask, max_model_len=2048, max_num_batched_tokens=100) as leank:
+        assert leank.memory.eq(0).all()
+        leank.memory.fill_(math.nan)
+        freed = poison_freed_blocks(leank)
+        assert_same(leank.generate(prompts, 100), expected)
+        assert len(freed) > 60
+        assert leank.memory[0].isnan().all(), "block 0 is nobody's, but was written"
+
+
+def step_until(leank, request_id, tokens):
+    """Step the engine until the request has computed this many tokens; its state."""
+    llm_engine = leank.llm.llm_engine
+    request = next(r for key, r in leank.scheduler.requests.items() if key.startswith(request_id))
+    while request.num_computed_tokens < tokens:
+        llm_engine.step()
+    return request
+
+
+@pytest.mark.parametrize("mask", [full_mask, lambda model: random_mask(model, KEPT)])
+def test_a_request_holds_what_the_layout_says(tiny_llama_dir, mask):
+    """At 8K tokens: all of the prompt in prefill, archive and window after; nothing at the end."""
+    length = 8192
+    (prompt,) = prompts_of([length])
+    with engine(tiny_llama_dir, mask(tiny_llama_dir), max_model_len=length + 64) as leank:
+        pool, plan, window = leank.block_pool, leank.plan, leank.window
+        free = pool.get_num_free_blocks()
+        params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True, detokenize=False)
+        leank.llm.llm_engine.add_request("one", {"prompt_token_ids": prompt}, params)
+        leank.llm.llm_engine.step()
+        step_until(leank, "one", length)
+        assert free - pool.get_num_free_blocks() == plan.blocks_in_prefill(window, length)
+        for generated in (1, 31, 32, 33, 50):
+            step_until(leank, "one", length + generated)
+            held = free - pool.get_num_free_blocks()
+            # The pool is asked for a step's pages before what that step frees is known.
+            assert held - plan.blocks_in_decode(window, length + generated) in (0, 1)
+        assert free - pool.get_num_free_blocks() < plan.blocks_in_prefill(window, length) / 1.3
+        while leank.llm.llm_engine.has_unfinished_requests():
+            leank.llm.llm_engine.step()
+        assert pool.get_num_free_blocks() == free
+
+
+def test_capacity_is_what_the_layout_says(tiny_llama_dir):
+    mask = random_mask(tiny_llama_dir, KEPT)
+    with engine(tiny_llama_dir, mask) as leank:
+        config = leank.core.scheduler.kv_cache_config
+        assert len(config.kv_cache_groups) == 2
+        assert config.num_blocks == CACHE_BYTES // leank.plan.block_bytes
+        assert leank.memory.shape[1] * 4 == leank.plan.block_bytes

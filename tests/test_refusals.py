@@ -1,0 +1,200 @@
+"""What cannot be served ends startup with one message that says what to change."""
+
+import json
+import os
+import subprocess
+import sys
+from re import escape
+
+import pytest
+from mask_samples import random_mask
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_leank.mask import save_mask
+
+
+@pytest.fixture
+def mask_file(tiny_llama_dir, tmp_path):
+    path = tmp_path / "mask.yaml"
+    save_mask(random_mask(tiny_llama_dir, [32, 0]), path)
+    return path
+
+
+def config_of(model, options, **args):
+    args = {"attention_backend": "leank", "skip_tokenizer_init": True} | args
+    additional = {"leank": options} if options is not None else {}
+    return EngineArgs(model=str(model), additional_config=additional, **args).create_engine_config()
+
+
+def test_a_good_config_passes(tiny_llama_dir, mask_file):
+    config = config_of(tiny_llama_dir, {"mask": str(mask_file)})
+    assert config.attention_config.backend.name == "LEANK"
+
+
+OPTIONS = {
+    "unknown option": ({"sinks": 64}, 'no option "sinks"; allowed: mask, sink, recent'),
+    "sink of a wrong type": ({"sink": "64"}, "option sink = '64'"),
+    "sink not in whole pages": ({"sink": 30}, "sink is 30, but must be 0 or a multiple of 32"),
+    "recent below a step": ({"recent": 16}, "recent is 16, but must be at least 32"),
+    "no such mask": ({"mask": "/no/such/mask.yaml"}, "/no/such/mask.yaml: cannot be read"),
+    "a folder for a mask": ({"mask": "/"}, "not a regular file"),
+    "an empty mask path": ({"mask": ""}, "option mask = ''"),
+    "options that are no mapping": ("mask.yaml", "must be a mapping of options"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS.values(), ids=OPTIONS)
+def test_options(tiny_llama_dir, mask_file, options, message):
+    if isinstance(options, dict):
+        options = {"mask": str(mask_file)} | options
+    with pytest.raises(ValueError, match="(?s)" + escape(message)):
+        config_of(tiny_llama_dir, options)
+
+
+FLAGS = {
+    "fp8 KV cache": ({"kv_cache_dtype": "fp8"}, "remove the flag"),
+    "block size": ({"block_size": 32}, "--block-size follows from the mask: remove the flag"),
+    "one kind of layers": (
+        {"attention_config": {"backend_per_kind": {"full_attention": "LEANK"}}},
+        "remove backend_per_kind",
+    ),
+    "speculation": (
+        {
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 2,
+                "prompt_lookup_max": 2,
+            }
+        },
+        "remove --speculative-config",
+    ),
+    "KV connector": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "remove --kv-transfer-config",
+    ),
+    "no hybrid manager": (
+        {"disable_hybrid_kv_cache_manager": True},
+        "remove --disable-hybrid-kv-cache-manager",
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), FLAGS.values(), ids=FLAGS)
+def test_flags(tiny_llama_dir, mask_file, flags, message):
+    if "attention_config" in flags:
+        flags = {"attention_backend": None} | flags
+    with pytest.raises(ValueError, match="(?s)leank cannot serve this.*" + escape(message)):
+        config_of(tiny_llama_dir, {"mask": str(mask_file)}, **flags)
+
+
+def test_batch_invariant_mode(tiny_llama_dir, mask_file, monkeypatch):
+    monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True)
+    with pytest.raises(ValueError, match="unset VLLM_BATCH_INVARIANT"):
+        config_of(tiny_llama_dir, {"mask": str(mask_file)})
+
+
+MODELS = {
+    "sliding window": (
+        {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "sliding_window": 128,
+        },
+        "sliding-window or chunked attention is not supported",
+    ),
+    "layers of several kinds": (
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "use_sliding_window": True,
+            "sliding_window": 128,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+        "full attention in every layer",
+    ),
+    "soft cap": (
+        {
+            "architectures": ["Gemma2ForCausalLM"],
+            "model_type": "gemma2",
+            "attn_logit_softcapping": 50.0,
+        },
+        "a logits soft cap is not supported",
+    ),
+    "head size": ({"head_dim": 48}, "head size 48 is not a multiple of 32"),
+    "other RoPE": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        "whose geometry is not that of",
+    ),
+    "other number of layers": ({"num_hidden_layers": 1}, "num_layers is 2, not 1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), MODELS.values(), ids=MODELS)
+def test_models(tiny_llama_dir, mask_file, tmp_path, changes, message):
+    config = json.loads((tiny_llama_dir / "config.json").read_text())
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match="(?s)" + escape(message)):
+        config_of(model, {"mask": str(mask_file)})
+
+
+def test_a_model_without_a_mask_is_told_how_to_make_one(tiny_llama_dir):
+    with pytest.raises(ValueError, match="leank mask calibrate"):
+        config_of(tiny_llama_dir, {})
+
+
+def test_options_without_the_backend(tiny_llama_dir, mask_file):
+    with pytest.raises(ValueError, match="add --attention-backend leank"):
+        config_of(tiny_llama_dir, {"mask": str(mask_file)}, attention_backend=None)
+
+
+LAYERS = {
+    "ALiBi": {"alibi_slopes": [1.0]},
+    "sliding-window attention": {"sliding_window": 128},
+    "a logits soft cap": {"logits_soft_cap": 30.0},
+    "attention sink parameters": {"sinks": [0.0]},
+    "encoder_only attention": {"attn_type": "encoder_only"},
+    "encoder_decoder attention": {"attn_type": "encoder_decoder"},
+    "KV sharing between layers": {"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"},
+}
+
+
+@pytest.mark.parametrize(("feature", "arguments"), LAYERS.items(), ids=LAYERS)
+def test_layers(feature, arguments):
+    """A model's code may ask for what its config does not show."""
+    from vllm_leank.impl import LeanKImpl
+
+    with pytest.raises(ValueError, match=f"leank does not support {feature}"):
+        LeanKImpl(1, 64, 1.0, 1, **arguments)
+
+
+def test_plain_vllm_is_as_without_the_plugin(tiny_llama_dir):
+    """Same config and same choice of backend whether the plugin is loaded or not."""
+    script = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+config = EngineArgs(model=sys.argv[1], skip_tokenizer_init=True).create_engine_config()
+from vllm.v1.attention.selector import get_attn_backend
+from vllm.config import set_current_vllm_config
+import torch
+with set_current_vllm_config(config):
+    backend = get_attn_backend(64, torch.float32, "auto")
+print(backend.get_name(), config.compute_hash(), config.model_config.rswa_window)
+print(sorted(name for name in sys.modules if name.startswith("vllm_leank")))
+"""
+
+    def run(plugins):
+        result = subprocess.run(
+            [sys.executable, "-c", script, str(tiny_llama_dir)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"VLLM_PLUGINS": plugins},
+        )
+        return result.stdout.splitlines()[-2:]
+
+    (with_plugin, modules), (without, none) = run("leank"), run("")
+    assert with_plugin == without
+    assert "vllm_leank.plugin" in modules
+    assert none == "[]"
