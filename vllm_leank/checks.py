@@ -7,7 +7,6 @@ import vllm.envs as envs
 
 from vllm_leank import compat
 from vllm_leank.options import OptionError, given_options
-from vllm_leank.settings import load_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,6 +34,9 @@ def check_config(vllm_config: "VllmConfig") -> None:
     reasons = list(refusals(vllm_config))
     if reasons:
         raise OptionError("leank cannot serve this: " + "; ".join(reasons))
+    # Here, since every process that uses vLLM imports this module.
+    from vllm_leank.settings import load_settings
+
     load_settings(vllm_config)
     compat.request_prompt_lengths(vllm_config)
 
