@@ -1,0 +1,134 @@
+"""Options, and what the startup report says."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vllm_leank.geometry import Geometry
+from vllm_leank.layout import plan_cache
+from vllm_leank.mask import Mask
+from vllm_leank.options import OptionError, Options, given_options, parse_options
+from vllm_leank.report import report
+from vllm_leank.settings import Settings, _window
+from vllm_leank.window import Window
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (None, Options()),
+        ({}, Options()),
+        ({"other": {"sink": "x"}}, Options()),
+        ({"leank": {}}, Options()),
+        ({"leank": {"mask": "m.yaml"}}, Options(mask="m.yaml")),
+        ({"leank": {"sink": 0, "recent": 32}}, Options(sink=0, recent=32)),
+        ({"leank": {"sink": None}}, Options()),
+    ],
+)
+def test_options_are_read(given, options):
+    assert parse_options(given) == options
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sinc": 64}, 'leank has no option "sinc"; allowed: mask, sink, recent'),
+        ({"sink": "64"}, "leank option sink = '64': input should be a valid integer"),
+        ({"sink": 64.0}, "leank option sink = 64.0: input should be a valid integer"),
+        ({"recent": True}, "leank option recent = True: input should be a valid integer"),
+        ({"mask": 3}, "leank option mask = 3: input should be a valid string"),
+        ({"mask": ""}, "leank option mask = '': string should have at least 1 character"),
+        ([], 'additional_config["leank"] is [], but must be a mapping of options'),
+        ("m.yaml", "additional_config[\"leank\"] is 'm.yaml', but must be a mapping of options"),
+        (None, 'additional_config["leank"] is None, but must be a mapping of options'),
+        ({1: 2}, 'additional_config["leank"]: option names must be strings'),
+    ],
+)
+def test_wrong_options_are_refused_by_name(given, message):
+    with pytest.raises(OptionError) as refused:
+        parse_options({"leank": given})
+    assert str(refused.value).startswith(message)
+
+
+def test_every_wrong_option_is_named():
+    with pytest.raises(OptionError, match=r"option recent = 'x'.*; leank has no option \"sinc\""):
+        parse_options({"leank": {"sinc": 64, "recent": "x"}})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, False), ({}, False), ({"leank": {}}, True), ("leank", False)],
+)
+def test_whether_options_were_given(given, expected):
+    assert given_options(given) is expected
+
+
+def hand_made_mask(sink=64, recent=256):
+    """Two layers, two heads of 64 channels, which keep 0, 32, 32 and 64."""
+    keep = np.zeros((2, 2, 64), bool)
+    keep[0, 1, :32] = keep[1, 0, 16:48] = keep[1, 1] = True
+    return Mask(
+        "org/tiny",
+        Geometry(2, 2, 64, 10000.0, None),
+        32,
+        sink,
+        recent,
+        {"method": "by hand"},
+        keep,
+        path="tiny.yaml",
+        sha256="0123456789abcdef",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "made_for", "window"),
+    [
+        (Options(), (64, 256), Window(64, 256)),
+        (Options(sink=0), (64, 256), Window(0, 256)),
+        (Options(recent=100), (64, 256), Window(64, 100)),
+        (Options(), (4, 64), Window(32, 64)),
+        (Options(), (33, 64), Window(64, 64)),
+    ],
+)
+def test_window_comes_from_options_then_from_the_mask(options, made_for, window):
+    assert _window(options, hand_made_mask(*made_for)) == window
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(sink=-32), "leank option sink is -32, but must be 0 or a multiple of 32"),
+        (Options(sink=30), "leank option sink is 30, but must be 0 or a multiple of 32"),
+        (Options(recent=16), "leank option recent is 16, but must be at least 32"),
+    ],
+)
+def test_windows_out_of_range_are_refused_as_options(options, message):
+    with pytest.raises(OptionError, match=message):
+        _window(options, hand_made_mask())
+
+
+def settings(window, mask):
+    plan = plan_cache(mask.kept_counts.tolist(), 64, 2)
+    return Settings(mask, window, replace(plan, archive_block=64))
+
+
+def test_report_of_a_hand_made_mask():
+    """Padding makes both layers' far tokens 448 bytes; 134 blocks of 56 KiB hold a request."""
+    lines = report(settings(Window(64, 256), hand_made_mask()), num_blocks=1000, length=8192)
+    assert lines == [
+        "leank mask: org/tiny, by hand, sha256 0123456789ab, tiny.yaml",
+        "leank mask: 50.0% of K and 75.0% of V kept; of 4 heads of 64 channels in 2 layers "
+        "1 keep 0, 2 keep 32, 1 keep 64",
+        "leank window: sink 64, recent 256 tokens dense",
+        "leank cache: 896 bytes per far token against 1,024 dense (87.5%); archive pages of 64 "
+        "tokens",
+        "leank capacity: 7.5 requests of 8,192 tokens in decode, 6.8 dense (1.09x), in 0.05 GiB",
+    ]
+
+
+def test_report_says_when_the_window_is_not_the_masks():
+    lines = report(settings(Window(32, 256), hand_made_mask(sink=4)), num_blocks=1, length=8192)
+    assert lines[2] == (
+        "leank window: sink 32, recent 256 tokens dense (the mask was made for 4 and 256)"
+    )
