@@ -10,7 +10,6 @@ from typing import Any
 # Before vLLM is imported: the engine runs in this process, where tests can look at its pages.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-CACHE_BYTES = 1 << 30
 
 import torch
 from vllm import LLM, SamplingParams
@@ -20,6 +19,9 @@ from vllm_leank.layout import CachePlan
 from vllm_leank.mask import Mask, save_mask
 from vllm_leank.settings import load_settings
 from vllm_leank.window import Window
+
+CACHE_BYTES = 1 << 30
+"""Cache of every engine here: VLLM_CPU_KVCACHE_SPACE is in GiB."""
 
 
 @dataclass(frozen=True)

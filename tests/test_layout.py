@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_leank.layout import (
     ARCHIVE_BLOCKS,
+    ARCHIVE_WASTE,
     CHUNK_WIDTHS,
     CacheLayout,
     archive_token_bytes,
@@ -172,6 +173,17 @@ def test_every_rank_fits_its_heads_into_pages_of_one_size(mask, tp_size, itemsiz
             assert 0 <= need <= plan.token_bytes[index]
         assert plan.token_bytes[index] > 0
         assert plan.token_bytes[index] % 64 == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(masks, st.sampled_from([1, 2, 4]))
+def test_far_tokens_leave_little_of_a_block_empty(mask, tp_size):
+    plan = plan_cache(mask, 128, 2, tp_size)
+    used = plan.archive_token_bytes * plan.archive_block / plan.block_bytes
+    assert used >= 1 - ARCHIVE_WASTE or plan.archive_block == max(ARCHIVE_BLOCKS)
+    if plan.archive_block > min(ARCHIVE_BLOCKS):
+        smaller = plan.archive_token_bytes * (plan.archive_block - 32)
+        assert smaller < (1 - ARCHIVE_WASTE) * plan.dense_token_bytes * 32
 
 
 @settings(max_examples=500, deadline=None)

@@ -30,6 +30,9 @@ number stay aligned for wide loads and for views of the cache as rows of up to 1
 ARCHIVE_BLOCKS = tuple(range(STEP, 257, STEP))
 """Page sizes, in tokens, to choose the archive block from."""
 
+ARCHIVE_WASTE = 0.05
+"""Share of a pool block that an archive page may leave empty."""
+
 
 @dataclass(frozen=True)
 class KChunk:
@@ -198,8 +201,7 @@ def plan_cache(
         tp_size: tensor-parallel ranks; every rank gets the page of the largest.
 
     Returns:
-        The plan. Its pages always give vLLM two cache groups, and its archive block wastes the
-        least of a pool block, which is as large as the larger group's pages.
+        The plan. Its pages always give vLLM two cache groups.
     """
     token_bytes = []
     for layer in kept:
@@ -218,18 +220,29 @@ def plan_cache(
     archive = sum(token_bytes)
     dense = len(kept) * window_token_bytes(heads, head_dim, itemsize)
 
-    def waste(block: int) -> float:
-        pages = (archive * block, dense * WINDOW_BLOCK)
-        return 1 - min(pages) / max(pages)
-
     return CachePlan(
         kept=tuple(tuple(int(count) for count in layer) for layer in kept),
         head_dim=head_dim,
         itemsize=itemsize,
         tp_size=tp_size,
-        archive_block=min(ARCHIVE_BLOCKS, key=waste),
+        archive_block=_archive_block(archive, dense),
         token_bytes=tuple(token_bytes),
     )
+
+
+def _archive_block(archive_token_bytes: int, dense_token_bytes: int) -> int:
+    """The smallest archive block whose pages nearly fill a pool block, or else the largest.
+
+    A pool block is as large as the larger group's pages, and far tokens are most of what a long
+    request holds: their pages may waste `ARCHIVE_WASTE` of it at most.
+    """
+    window = dense_token_bytes * WINDOW_BLOCK
+    fitting = (
+        block
+        for block in ARCHIVE_BLOCKS
+        if archive_token_bytes * block >= (1 - ARCHIVE_WASTE) * window
+    )
+    return next(fitting, ARCHIVE_BLOCKS[-1])
 
 
 def uneven(sizes: Sequence[int]) -> list[int]:

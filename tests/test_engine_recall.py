@@ -1,0 +1,61 @@
+"""The bundled model through the engine: its mask keeps its answers, a random one loses them."""
+
+import numpy as np
+import pytest
+from engines import engine
+from recall.demo import MODEL
+from recall.tasks import TASKS, make_sample
+
+from vllm_leank.mask import Mask, load_mask, save_mask
+from vllm_leank.mask_resolver import find_masks
+
+pytestmark = pytest.mark.engine
+
+SAMPLES = {1024: 8, 2048: 8, 4096: 4, 8192: 2}
+"""Held-out samples per task at each length; more of them stand in benchmarks/results."""
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    (mask,) = find_masks(str(MODEL))
+    return mask
+
+
+def accuracy(mask, samples=SAMPLES):
+    """Share of right answers, over all tasks and lengths."""
+    window = {} if mask is None else {"sink": mask.sink, "recent": mask.recent}
+    right = []
+    with engine(MODEL, mask and mask.path, max_model_len=8192 + 64, **window) as running:
+        for task in TASKS:
+            for length, count in samples.items():
+                asked = [make_sample(task, length, seed) for seed in range(count)]
+                prompts = [sample.prompt_token_ids for sample in asked]
+                answers = running.generate(prompts, TASKS[task].answer_tokens)
+                right += [
+                    tokens == sample.answer_token_ids
+                    for (tokens, _), sample in zip(answers, asked, strict=True)
+                ]
+    return sum(right) / len(right)
+
+
+def test_the_shipped_mask_prunes_70_percent(shipped):
+    assert shipped.provenance["method"] == "calibrate"
+    assert shipped.k_kept <= 0.3
+
+
+def test_the_shipped_mask_keeps_the_answers(shipped):
+    assert accuracy(shipped) >= accuracy(None) - 0.01
+
+
+def test_a_random_mask_of_the_same_size_loses_them(shipped, tmp_path):
+    rng = np.random.default_rng(0)
+    keep = np.zeros_like(shipped.keep)
+    for index, head in enumerate(keep.reshape(-1, keep.shape[-1])):
+        head[rng.permutation(head.size)[: shipped.kept_counts.flat[index]]] = True
+    mask = Mask.from_keep(
+        keep, shipped.geometry, model="random", provenance={"method": "random"},
+        sink=shipped.sink, recent=shipped.recent,
+    )  # fmt: skip
+    path = tmp_path / "random.yaml"
+    save_mask(mask, path)
+    assert accuracy(load_mask(path), {1024: 8, 2048: 4}) < 0.5

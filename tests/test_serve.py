@@ -1,0 +1,71 @@
+"""`vllm serve MODEL --attention-backend leank`, from outside, over HTTP."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import OpenAI
+from recall.demo import MODEL, server
+from recall.tasks import make_sample
+from transformers import AutoTokenizer
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def url():
+    with server(max_model_len=2048) as address:
+        yield address
+
+
+def ask(url, task, length, seed=0, **params):
+    """The question as text, the right answer and the endpoint's completion."""
+    sample = make_sample(task, length, seed)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    completion = OpenAI(base_url=f"{url}/v1", api_key="none").completions.create(
+        model="recall",
+        prompt=tokenizer.decode(sample.prompt_token_ids[1:]),
+        max_tokens=32,
+        temperature=0,
+        **params,
+    )
+    expected = tokenizer.decode(sample.answer_token_ids, skip_special_tokens=True)
+    return completion, expected
+
+
+@pytest.mark.parametrize("task", ["single", "multikey", "tracking"])
+def test_needles_are_found_over_http(url, task):
+    completion, expected = ask(url, task, 1500)
+    assert completion.choices[0].text.strip() == expected
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.usage.prompt_tokens > 1400
+
+
+def test_a_request_that_is_too_long_is_refused_and_the_server_lives(url):
+    reply = httpx.post(
+        f"{url}/v1/completions",
+        json={"model": "recall", "prompt": [5] * 4096, "max_tokens": 4},
+        timeout=60,
+    )
+    assert reply.status_code == 400
+    completion, expected = ask(url, "multikey", 1000)
+    assert completion.choices[0].text.strip() == expected
+
+
+def test_a_faulty_mask_ends_the_start_with_one_message(tmp_path):
+    mask = tmp_path / "mask.yaml"
+    mask.write_text("format: leank-mask/1\nmodel: leank/recall\nkeep: all\n")
+    result = subprocess.run(
+        [
+            Path(sys.executable).with_name("vllm"),
+            *("serve", MODEL, "--attention-backend", "leank"),
+            *("--additional-config", f'{{"leank": {{"mask": "{mask}"}}}}'),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode != 0
+    assert f"{mask}, line 3: keep" in result.stdout + result.stderr
