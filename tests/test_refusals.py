@@ -10,6 +10,7 @@ import pytest
 from mask_samples import random_mask
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_leank.checks import refusals
 from vllm_leank.mask import save_mask
 
 
@@ -120,6 +121,47 @@ MODELS = {
         },
         "a logits soft cap is not supported",
     ),
+    "latent attention": (
+        {
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v2",
+            "kv_lora_rank": 64,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+        },
+        "multi-head latent attention (MLA) is not supported",
+    ),
+    "state space": (
+        {
+            "architectures": ["MambaForCausalLM"],
+            "model_type": "mamba",
+            "state_size": 16,
+            "expand": 2,
+            "conv_kernel": 4,
+            "time_step_rank": 8,
+        },
+        "state-space and linear-attention layers are not supported",
+    ),
+    "encoder": (
+        {"architectures": ["BertModel"], "model_type": "bert"},
+        "only text generation is supported",
+    ),
+    "encoder and decoder": (
+        {
+            "architectures": ["WhisperForConditionalGeneration"],
+            "model_type": "whisper",
+            "d_model": 128,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "max_source_positions": 64,
+            "max_target_positions": 64,
+        },
+        "cross and encoder attention are not supported",
+    ),
     "head size": ({"head_dim": 48}, "head size 48 is not a multiple of 32"),
     "other RoPE": (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
@@ -137,6 +179,23 @@ def test_models(tiny_llama_dir, mask_file, tmp_path, changes, message):
     (model / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match="(?s)" + escape(message)):
         config_of(model, {"mask": str(mask_file)})
+
+
+PARALLEL = {
+    "decode_context_parallel_size": "remove --decode-context-parallel-size",
+    "prefill_context_parallel_size": "remove --prefill-context-parallel-size",
+    "enable_dbo": "remove --enable-dbo",
+}
+
+
+@pytest.mark.parametrize(("setting", "message"), PARALLEL.items(), ids=PARALLEL)
+def test_parallelism(tiny_llama_dir, mask_file, setting, message):
+    """Set on a finished config: on one CPU, vLLM itself would not get as far."""
+    config = config_of(tiny_llama_dir, {"mask": str(mask_file)})
+    assert list(refusals(config)) == []
+    setattr(config.parallel_config, setting, 2)
+    (reason,) = refusals(config)
+    assert message in reason
 
 
 def test_a_model_without_a_mask_is_told_how_to_make_one(tiny_llama_dir):
