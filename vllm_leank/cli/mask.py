@@ -48,7 +48,7 @@ def calibrate(
     query_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Take q from the last tokens of each prompt only.", show_default="all"
+            min=1, help="Take queries from the last tokens of each prompt only.", show_default="all"
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -61,7 +61,7 @@ def calibrate(
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
-    """Make a mask without training, from the energy of q and K over sample prompts."""
+    """Make a mask without training, from q, K and far attention over sample prompts."""
     if out.exists() and not overwrite:
         raise UserError(f"{out}: exists already; choose another name or give --overwrite")
     from vllm_leank import calibrate as calibration
