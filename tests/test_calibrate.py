@@ -1,4 +1,4 @@
-"""Channel energies against a plain recomputation, channel choice against LeanK's rule."""
+"""Head statistics against a plain recomputation, channel choice against LeanK's rule."""
 
 import json
 import re
@@ -8,11 +8,13 @@ import pytest
 import torch
 import transformers
 
+from vllm_leank import calibrate as calibration
 from vllm_leank.attention_hook import hooked_attention
-from vllm_leank.calibrate import calibrate, head_shares, measure_scores
+from vllm_leank.calibrate import HeadStatistics, calibrate, head_shares, measure_heads
 from vllm_leank.errors import UserError
 from vllm_leank.prompts import read_prompts
 from vllm_leank.select_channels import select_channels
+from vllm_leank.window import Window
 
 THETA = 10000.0
 SHAPE = {
@@ -35,7 +37,8 @@ LATENT = {
     "head_dim": 16,
     "first_k_dense_replace": 2,
 }
-PROMPTS = [list(range(1, 60)), [5, 5, 5, 7, 96, 0], [42]]
+WINDOW = Window(sink=32, recent=32)
+PROMPTS = [[*range(1, 90), *range(3, 60)], [5, 5, 5, 7, 96, 0], [42]]
 
 
 def tiny(model_type, **options):
@@ -48,11 +51,13 @@ def tiny(model_type, **options):
     return model
 
 
-def expected_scores(model, prompts, query_tokens):
-    """Energies from what the projections give, with RoPE written out."""
+def expected_statistics(model, prompts, query_tokens):
+    """Energies and far mass from what the projections give, with RoPE and attention written out."""
     H, D = SHAPE["num_key_value_heads"], SHAPE["head_dim"]
+    group = SHAPE["num_attention_heads"] // H
     layers = model.model.layers
     sums = torch.zeros(2, len(layers), H, D, dtype=torch.float64)
+    mass = torch.zeros(len(layers), H, dtype=torch.float64)
     counts = [0, 0]
     for ids in prompts:
         seen = {}
@@ -73,27 +78,54 @@ def expected_scores(model, prompts, query_tokens):
         positions = torch.arange(len(ids), dtype=torch.float64)[:, None]
         frequencies = THETA ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
         cos, sin = (positions * frequencies).cos(), (positions * frequencies).sin()
+        rotated = {}
         for (i, j), out in seen.items():
             x = out.double().reshape(len(ids), -1, D)
             low, high = x[..., : D // 2], x[..., D // 2 :]
             c, s = cos[:, None], sin[:, None]
-            x = torch.cat([low * c - high * s, high * c + low * s], dim=-1)
-            if j == 0 and query_tokens:
-                x = x[-query_tokens:]
-            for head in range(x.shape[1]):
-                sums[j, i, head * H // x.shape[1]] += x[:, head].square().sum(0)
-            if i == 0:
-                counts[j] += x.shape[0] * x.shape[1] // H
-    return (sums[0] / counts[0] * (sums[1] / counts[1])).numpy()
+            rotated[i, j] = torch.cat([low * c - high * s, high * c + low * s], dim=-1)
+        first = max(0, len(ids) - query_tokens) if query_tokens else 0
+        for i in range(len(layers)):
+            q, k = rotated[i, 0], rotated[i, 1]
+            for head in range(H):
+                sums[1, i, head] += k[:, head].square().sum(0)
+            for head in range(H * group):
+                sums[0, i, head // group] += q[first:, head].square().sum(0)
+                for t in range(first, len(ids)):
+                    weights = (k[: t + 1, head // group] @ q[t, head] / D**0.5).softmax(0)
+                    # Dense stay the first 32 tokens and the last 32 to 63.
+                    steps = max(0, t + 1 - 64) // 32
+                    mass[i, head // group] += weights[32 : 32 + 32 * steps].sum()
+        counts[0] += (len(ids) - first) * group
+        counts[1] += len(ids)
+    return (sums[0] / counts[0] * (sums[1] / counts[1])).numpy(), (mass / counts[0]).numpy()
 
 
 @pytest.mark.parametrize("query_tokens", [None, 4])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
-def test_scores_are_the_energy_of_q_and_k_after_rope(model_type, query_tokens):
+def test_statistics_are_energy_after_rope_and_attention_on_far_tokens(
+    model_type, query_tokens, monkeypatch
+):
+    monkeypatch.setattr(calibration, "QUERY_CHUNK", 50)
     model = tiny(model_type, **({"sliding_window": None} if model_type == "mistral" else {}))
-    scores = measure_scores(model, PROMPTS, query_tokens)
-    np.testing.assert_allclose(scores, expected_scores(model, PROMPTS, query_tokens), rtol=1e-4)
+    heads = measure_heads(model, PROMPTS, WINDOW, query_tokens)
+    energy, far_mass = expected_statistics(model, PROMPTS, query_tokens)
+    np.testing.assert_allclose(heads.energy, energy, rtol=1e-4)
+    np.testing.assert_allclose(heads.far_mass, far_mass, rtol=1e-4)
+    assert (far_mass > 0).all()
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_channels_score_is_its_heads_far_mass_times_its_share_of_the_energy():
+    energy = np.array([[[1.0, 3.0], [20.0, 20.0], [5.0, 0.0]]])
+    heads = HeadStatistics(energy, np.array([[0.4, 0.2, 0.0]]))
+    np.testing.assert_allclose(heads.scores(), [[[0.1, 0.3], [0.1, 0.1], [0.0, 0.0]]])
+
+
+def test_prompts_without_far_tokens_are_refused():
+    heads = measure_heads(tiny("llama"), PROMPTS, Window(sink=64, recent=256))
+    with pytest.raises(UserError, match="longer prompts"):
+        heads.scores()
 
 
 def test_the_hook_changes_no_output():
@@ -129,7 +161,9 @@ def test_a_hook_can_replace_attention():
             changed = model(ids).logits
         assert torch.equal(model(ids).logits, dense)
     assert not torch.allclose(changed, dense)
-    assert seen == [(i, (1, 6, 59, 32), (1, 2, 59, 32), pytest.approx(32**-0.5)) for i in range(2)]
+    assert seen == [
+        (i, (1, 6, 146, 32), (1, 2, 146, 32), pytest.approx(32**-0.5)) for i in range(2)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +180,7 @@ def test_other_kinds_of_attention_are_refused(model_type, options, message):
     model = tiny(model_type, **options)
     before = model.config._attn_implementation
     with pytest.raises(UserError, match=message):
-        measure_scores(model, PROMPTS)
+        measure_heads(model, PROMPTS, WINDOW)
     assert model.config._attn_implementation == before
 
 
@@ -154,7 +188,7 @@ def test_values_that_are_not_finite_are_refused():
     model = tiny("llama")
     model.model.layers[1].self_attn.q_proj.weight.data[3] = torch.inf
     with pytest.raises(UserError, match="not finite"):
-        measure_scores(model, PROMPTS)
+        measure_heads(model, PROMPTS, WINDOW).scores()
 
 
 def rounded_at_threshold(scores, threshold, align):
@@ -256,7 +290,15 @@ def test_calibration_is_deterministic_and_keeps_the_loud_channels_of_a_head(tmp_
     model.save_pretrained(tmp_path / "my-model")
     data = write(tmp_path / "p.jsonl", *(json.dumps({"prompt_token_ids": ids}) for ids in PROMPTS))
     first, second = (
-        calibrate(str(tmp_path / "my-model"), data, ratio=0.875, align=16, device="cpu")
+        calibrate(
+            str(tmp_path / "my-model"),
+            data,
+            ratio=0.875,
+            align=16,
+            sink=32,
+            recent=32,
+            device="cpu",
+        )
         for _ in range(2)
     )
     assert first.sha256 == second.sha256

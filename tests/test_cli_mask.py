@@ -125,7 +125,7 @@ def test_showing_a_mask_needs_no_torch(mask_file):
 @pytest.fixture
 def data(tmp_path):
     rng = np.random.default_rng(0)
-    lines = [json.dumps({"prompt_token_ids": rng.integers(0, 512, 100).tolist()}) for _ in range(4)]
+    lines = [json.dumps({"prompt_token_ids": rng.integers(0, 512, 200).tolist()}) for _ in range(4)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     return tmp_path / "prompts.jsonl"
 
@@ -144,7 +144,7 @@ def test_calibrate_writes_a_mask_for_the_model(leank, tiny_llama_dir, data, tmp_
     provenance = mask.provenance
     assert provenance["method"] == "calibrate"
     assert provenance["achieved"] == 0.6875
-    assert (provenance["prompts"], provenance["tokens"]) == (4, 400)
+    assert (provenance["prompts"], provenance["tokens"]) == (4, 800)
     assert provenance["data"] == "prompts.jsonl"
     assert leank(*arguments, "--out", out)[0] == 2
     code, _, _ = leank(
@@ -160,6 +160,8 @@ def test_calibrate_writes_a_mask_for_the_model(leank, tiny_llama_dir, data, tmp_
         ("--ratio", "1.5", "between 0 (keep all) and 1"),
         ("--align", "24", "multiple of 16"),
         ("--recent", "5", "at least 32"),
+        ("--sink", "40", "multiple of 32"),
+        ("--recent", "256", "no query saw a far token"),
         ("--dtype", "int8", "float32, bfloat16"),
         ("--device", "warp", "cannot be used"),
         ("--model", "/no/such/model", "no such directory"),

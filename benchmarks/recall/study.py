@@ -7,7 +7,7 @@ the kept channels only; where a head keeps none, they do not see those keys. As 
 `recall.evaluate`, an answer counts when all its tokens are the most likely ones.
 
 Compared are the mask that ships, masks by the rule of `leank mask calibrate` at several ratios,
-two other rules at 70%, and random channels in the numbers that the shipped mask keeps per head.
+two other rules at 70% (raw energy on training samples only), and random channels in the numbers that the shipped mask keeps per head.
 """
 
 import argparse
@@ -210,7 +210,6 @@ def main() -> None:
         "seconds": round(time.monotonic() - begin, 1),
         "window": {"sink": window.sink, "recent": window.recent},
         "shipped_is_recomputed": same,
-        "shipped_sha256": shipped.sha256,
         "first_seeds": SEEDS,
         "masks": {name: kept_shares(keep) for name, keep in keeps.items()},
         "cells": cells,
