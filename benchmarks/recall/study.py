@@ -7,7 +7,8 @@ the kept channels only; where a head keeps none, they do not see those keys. As 
 `recall.evaluate`, an answer counts when all its tokens are the most likely ones.
 
 Compared are the mask that ships, masks by the rule of `leank mask calibrate` at several ratios,
-two other rules at 70% (raw energy on training samples only), and random channels in the numbers that the shipped mask keeps per head.
+two other rules at 70% (raw energy on training samples only), and random channels in the numbers
+that the shipped mask keeps per head.
 """
 
 import argparse
