@@ -1,7 +1,11 @@
 """The bundled model through the engine: its mask keeps its answers, a random one loses them."""
 
+import os
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
+import torch
 from engines import engine
 from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
@@ -23,9 +27,12 @@ def shipped():
 
 def accuracy(mask, samples=SAMPLES):
     """Share of right answers, over all tasks and lengths."""
-    window = {} if mask is None else {"sink": mask.sink, "recent": mask.recent}
+    window = {"sink": mask.sink, "recent": mask.recent}
     right = []
-    with engine(MODEL, mask and mask.path, max_model_len=8192 + 64, **window) as running:
+    with (
+        all_threads(),
+        engine(MODEL, mask.path, max_model_len=8192 + 64, **window) as running,
+    ):
         for task in TASKS:
             for length, count in samples.items():
                 asked = [make_sample(task, length, seed) for seed in range(count)]
@@ -38,13 +45,23 @@ def accuracy(mask, samples=SAMPLES):
     return sum(right) / len(right)
 
 
+@contextmanager
+def all_threads():
+    """A model of this size gains from more than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_the_shipped_mask_prunes_70_percent(shipped):
     assert shipped.provenance["method"] == "calibrate"
     assert shipped.k_kept <= 0.3
 
 
 def test_the_shipped_mask_keeps_the_answers(shipped):
-    assert accuracy(shipped) >= accuracy(None) - 0.01
+    """Dense attention is right in all but 3 of 4096 of them (benchmarks/results)."""
+    assert accuracy(shipped) >= 0.99
 
 
 def test_a_random_mask_of_the_same_size_loses_them(shipped, tmp_path):

@@ -22,6 +22,10 @@ def log_capacity(vllm_config: "VllmConfig", num_blocks: int) -> None:
         length = min(LONG_REQUEST, vllm_config.model_config.max_model_len)
         for line in report(load_settings(vllm_config), num_blocks, length):
             logger.info_once("%s", line)
+        if vllm_config.device_config.device_type != "cpu":
+            logger.warning_once(
+                "leank attention: plain PyTorch, without CUDA graphs; right, but slow on a GPU"
+            )
 
 
 def report(settings: Settings, num_blocks: int, length: int) -> list[str]:
