@@ -60,7 +60,7 @@ class Batch:
                     starts[1:],
                     self.seq_lens.tolist(),
                     self.exact_until.tolist(),
-                    strict=False,
+                    strict=False,  # padded rows at the end may lack a prompt length
                 )
             )
             if last > first

@@ -4,6 +4,7 @@ Attention is computed in fp32 whatever the pages' dtype. Only what the window ru
 read, so pages may hold anything elsewhere, NaN included.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -92,26 +93,40 @@ def attend(
         exact = min(max(row.exact_until - row.before, 0), row.after - row.before)
         first = row.queries.start
         if exact:
-            output[first : first + exact] = _attend_dense(
-                query[first : first + exact],
-                row.before,
-                cache,
-                batch.window_table[row.table_row],
-                scale,
-            ).to(output.dtype)
+            part = slice(first, first + exact)
+            output[part] = _attend(_attend_dense, query[part], row.before, row, cache, batch, scale)
         if first + exact < row.queries.stop:
             rest = slice(first + exact, row.queries.stop)
-            output[rest] = _attend_pruned(
-                query[rest], row.before + exact, row, cache, batch, scale
-            ).to(output.dtype)
+            output[rest] = _attend(
+                _attend_pruned, query[rest], row.before + exact, row, cache, batch, scale
+            )
+
+
+def _attend(
+    rule: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    start: int,
+    row: Row,
+    cache: LayerCache,
+    batch: Batch,
+    scale: float,
+) -> torch.Tensor:
+    """Apply one rule to queries `[n, num_heads, head_dim]` of a request, some at a time."""
+    group = query.shape[1] // len(cache.channels)
+    at_once = max(MAX_SCORES // (group * (start + len(query))), 1)
+    parts = [
+        rule(part, start + i * at_once, row, cache, batch, scale)
+        for i, part in enumerate(query.split(at_once))
+    ]
+    return torch.cat(parts).to(query.dtype)
 
 
 def _attend_dense(
-    query: torch.Tensor, start: int, cache: LayerCache, table: torch.Tensor, scale: float
+    query: torch.Tensor, start: int, row: Row, cache: LayerCache, batch: Batch, scale: float
 ) -> torch.Tensor:
-    """Exact causal attention of queries `[n, num_heads, head_dim]` at `start` and following."""
+    """Exact causal attention of queries `[n, num_heads, head_dim]` at `start` onwards."""
     end = start + len(query)
-    key, value = _dense_tokens(cache, table, 0, end)
+    key, value = _dense_tokens(cache, batch.window_table[row.table_row], 0, end)
     mask = None
     if start:
         device = query.device
@@ -132,19 +147,6 @@ def _attend_pruned(
     query: torch.Tensor, start: int, row: Row, cache: LayerCache, batch: Batch, scale: float
 ) -> torch.Tensor:
     """Attention by the second rule of queries `[n, num_heads, head_dim]` at `start` onwards."""
-    group = query.shape[1] // len(cache.channels)
-    at_once = max(MAX_SCORES // (group * row.after), 1)
-    return torch.cat(
-        [
-            _attend_pruned_part(part, start + i * at_once, row, cache, batch, scale)
-            for i, part in enumerate(query.split(at_once))
-        ]
-    )
-
-
-def _attend_pruned_part(
-    query: torch.Tensor, start: int, row: Row, cache: LayerCache, batch: Batch, scale: float
-) -> torch.Tensor:
     device, window = query.device, cache.window
     end = start + len(query)
     position = torch.arange(start, end, device=device)[:, None]

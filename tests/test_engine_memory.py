@@ -35,7 +35,6 @@ def test_memory_that_nobody_wrote_is_never_read(tiny_llama_dir, counts):
     with engine(tiny_llama_dir, mask, max_model_len=2048) as leank:
         expected = leank.generate(prompts, 100)
     with engine(tiny_llama_dir, mask, max_model_len=2048, max_num_batched_tokens=100) as leank:
-        assert leank.memory.eq(0).all()
         leank.memory.fill_(math.nan)
         freed = poison_freed_blocks(leank)
         assert_same(leank.generate(prompts, 100), expected)

@@ -50,8 +50,10 @@ def all_threads():
     """A model of this size gains from more than one."""
     before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_shipped_mask_prunes_70_percent(shipped):

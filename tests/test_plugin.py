@@ -102,7 +102,8 @@ def test_registering_again_changes_nothing(registered):
 def test_registering_imports_nothing_that_only_serving_needs(registered):
     ours = {name for name in registered["modules"] if name.startswith("vllm_leank.")}
     assert ours == {
-        f"vllm_leank.{name}" for name in ("checks", "compat", "options", "plugin", "version")
+        f"vllm_leank.{name}"
+        for name in ("checks", "compat", "errors", "options", "plugin", "version")
     }
     assert "transformers" not in registered["modules"]
 

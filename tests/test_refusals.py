@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from re import escape
@@ -12,6 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_leank.checks import refusals
 from vllm_leank.mask import save_mask
+from vllm_leank.settings import load_settings
 
 
 @pytest.fixture
@@ -30,6 +32,26 @@ def config_of(model, options, **args):
 def test_a_good_config_passes(tiny_llama_dir, mask_file):
     config = config_of(tiny_llama_dir, {"mask": str(mask_file)})
     assert config.attention_config.backend.name == "LEANK"
+
+
+def test_the_dtype_of_the_model_may_be_named(tiny_llama_dir, mask_file):
+    config_of(tiny_llama_dir, {"mask": str(mask_file)}, dtype="bfloat16", kv_cache_dtype="bfloat16")
+
+
+def test_a_config_carries_the_mask_that_it_was_made_with(tiny_llama_dir, tmp_path):
+    """Also to other processes, and when the file has changed since."""
+    path = tmp_path / "mask.yaml"
+    masks = [random_mask(tiny_llama_dir, counts) for counts in ([32, 0], [64])]
+    configs = []
+    for mask in masks:
+        save_mask(mask, path, overwrite=True)
+        configs.append(config_of(tiny_llama_dir, {"mask": str(path)}))
+    path.unlink()
+    for mask, config in zip(masks, configs, strict=True):
+        assert load_settings(config).mask.sha256 == mask.sha256
+        copy = load_settings(pickle.loads(pickle.dumps(config)))
+        assert (copy.mask.keep == mask.keep).all()
+        assert copy.plan == load_settings(config).plan
 
 
 OPTIONS = {
@@ -53,7 +75,7 @@ def test_options(tiny_llama_dir, mask_file, options, message):
 
 
 FLAGS = {
-    "fp8 KV cache": ({"kv_cache_dtype": "fp8"}, "remove the flag"),
+    "fp8 KV cache": ({"kv_cache_dtype": "fp8"}, "use --kv-cache-dtype bfloat16"),
     "block size": ({"block_size": 32}, "--block-size follows from the mask: remove the flag"),
     "one kind of layers": (
         {"attention_config": {"backend_per_kind": {"full_attention": "LEANK"}}},
@@ -163,6 +185,17 @@ MODELS = {
         "cross and encoder attention are not supported",
     ),
     "head size": ({"head_dim": 48}, "head size 48 is not a multiple of 32"),
+    "a checkpoint with an fp8 KV cache": (
+        {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "naive-quantized",
+                "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+                "config_groups": {},
+            }
+        },
+        "use --kv-cache-dtype bfloat16",
+    ),
     "other RoPE": (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
         "whose geometry is not that of",

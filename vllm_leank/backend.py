@@ -1,5 +1,6 @@
 """The attention backend as vLLM sees it, and the window module beside each attention layer."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -8,7 +9,6 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
 from vllm_leank.layout import WINDOW_BLOCK, CacheLayout
-from vllm_leank.report import log_capacity
 from vllm_leank.specs import WindowSpec, archive_spec, window_spec
 from vllm_leank.window import STEP, Window
 
@@ -98,14 +98,22 @@ class WindowBackend(PagesBackend):
 
 
 class WindowLayer(AttentionLayerBase):
-    """Owner of one attention layer's window pages, known to vLLM as `<layer name>.window`."""
+    """Owner of one attention layer's window pages, known to vLLM as `<layer name>.window`.
 
-    def __init__(self, attention: Any, window: Window) -> None:
+    Args:
+        attention: the attention layer.
+        window: the dense window.
+        on_bind: called with the number of blocks when the pages are there.
+    """
+
+    def __init__(
+        self, attention: Any, window: Window, on_bind: Callable[[int], None] | None = None
+    ) -> None:
         self.num_heads = attention.num_heads
         self.kv_cache = torch.tensor([])
         self._attention = attention
         self._window = window
-        self._vllm_config: VllmConfig | None = None
+        self._on_bind = on_bind
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """Backend of the window group."""
@@ -113,12 +121,11 @@ class WindowLayer(AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: "VllmConfig") -> WindowSpec:
         """Spec of this layer's window pages."""
-        self._vllm_config = vllm_config
         base = self._attention.get_kv_cache_spec(vllm_config)
         return window_spec(base, self._window, WINDOW_BLOCK)
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the layer's pages, `[num_blocks, num_kv_heads, 32, 2 * head_dim]`."""
         super().bind_kv_cache(kv_cache)
-        if self._vllm_config is not None:
-            log_capacity(self._vllm_config, num_blocks=kv_cache.shape[0])
+        if self._on_bind is not None:
+            self._on_bind(len(kv_cache))

@@ -35,9 +35,9 @@ def check_config(vllm_config: "VllmConfig") -> None:
     if reasons:
         raise OptionError("leank cannot serve this: " + "; ".join(reasons))
     # Here, since every process that uses vLLM imports this module.
-    from vllm_leank.settings import load_settings
+    from vllm_leank.settings import resolve_settings
 
-    load_settings(vllm_config)
+    resolve_settings(vllm_config)
     compat.request_prompt_lengths(vllm_config)
 
 
@@ -91,11 +91,11 @@ def _options(config: "VllmConfig") -> Iterator[str]:
             "it serves all layers or none: remove backend_per_kind from --attention-config and "
             "use --attention-backend leank"
         )
-    if cache.cache_dtype != "auto":
-        yield (
-            f"--kv-cache-dtype {cache.cache_dtype} is not supported: pages have the model's "
-            "dtype, remove the flag"
-        )
+    if compat.cache_dtype(config) != config.model_config.dtype:
+        asked = "the checkpoint's fp8" if cache.cache_dtype == "auto" else cache.cache_dtype
+        own = str(config.model_config.dtype).removeprefix("torch.")
+        flag = "remove the flag" if own == "float32" else f"use --kv-cache-dtype {own}"
+        yield f"a KV cache of another dtype than the model's ({asked}) is not supported: {flag}"
     if cache.user_specified_block_size:
         yield "--block-size follows from the mask: remove the flag"
     if config.speculative_config is not None:

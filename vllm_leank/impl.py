@@ -1,5 +1,6 @@
 """One attention layer: store, compact, attend."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm_leank.backend import WindowLayer, layer_backend
 from vllm_leank.compat import layer_index
 from vllm_leank.kernels import reference
+from vllm_leank.layout import CacheLayout
 from vllm_leank.metadata import PagesMetadata
 from vllm_leank.options import OptionError
+from vllm_leank.report import log_capacity
 from vllm_leank.settings import load_settings
 
 
@@ -71,19 +74,26 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             (name, layer) for name, layer in context.items() if getattr(layer, "impl", 0) is self
         )
         settings = load_settings(self._vllm_config)
-        index = layer_index(name)
-        layout = settings.plan.layer(index, get_tensor_model_parallel_rank())
-        heads = settings.plan.rank_heads(get_tensor_model_parallel_rank())
-        device = self._vllm_config.device_config.device
-
+        index, rank = layer_index(name), get_tensor_model_parallel_rank()
         self._window_name = f"{name}.window"
-        self._layout = layout
         self._window = settings.window
-        self._channels = tuple(
-            torch.tensor(settings.mask.kept_channels(index, head), device=device) for head in heads
-        )
-        layer.attn_backend = layer_backend(layout, settings.window)
-        context.setdefault(self._window_name, WindowLayer(layer, settings.window))
+        self._layout = settings.plan.layer(index, rank)
+        _check_layer(name, layer, self._layout)
+
+        kept = [
+            channel
+            for head in settings.plan.rank_heads(rank)
+            for channel in settings.mask.kept_channels(index, head)
+        ]
+        # A buffer, so that it moves, sleeps and wakes with the layer.
+        device = self._vllm_config.device_config.device
+        channels = torch.tensor(kept, dtype=torch.long, device=device)
+        layer.register_buffer("leank_channels", channels, persistent=False)
+        layer.attn_backend = layer_backend(self._layout, self._window)
+        if self._window_name not in context:
+            is_first = not any(isinstance(other, WindowLayer) for other in context.values())
+            report = partial(log_capacity, self._vllm_config) if is_first else None
+            context[self._window_name] = WindowLayer(layer, self._window, report)
 
     def forward(
         self,
@@ -118,12 +128,23 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         batch = attn_metadata.batch(window_metadata)
         cache = reference.LayerCache(
             window_pages=forward_context.no_compile_layers[self._window_name].kv_cache,
-            archive_pages=kv_cache.flatten(1),
+            archive_pages=kv_cache.view(len(kv_cache), -1),
             layout=self._layout,
-            channels=self._channels,
+            channels=layer.leank_channels.split(self._layout.kept),
             window=self._window,
         )
         reference.store(key, value, cache, batch)
         reference.compact(cache, batch)
         reference.attend(query, output, cache, batch, self.scale)
         return output
+
+
+def _check_layer(name: str, layer: Any, layout: CacheLayout) -> None:
+    """Refuse a layer that is not what the model's config, and so the mask, says."""
+    expected = (len(layout.kept), layout.head_dim, layout.head_dim)
+    found = (layer.num_kv_heads, layer.head_size, layer.head_size_v)
+    if found != expected:
+        raise OptionError(
+            f"leank: {name} has KV heads, K and V head sizes {found}, but the mask is for "
+            f"{expected}; serve this model without --attention-backend leank"
+        )

@@ -20,12 +20,12 @@ import yaml
 from vllm_leank.errors import UserError
 from vllm_leank.geometry import Geometry
 from vllm_leank.strict_yaml import Loc, YamlError, read_strict_yaml
+from vllm_leank.window import STEP
 
 __all__ = ["Geometry", "Mask", "MaskError", "dump_mask", "load_mask", "parse_mask", "save_mask"]
 
 FORMAT = "leank-mask/1"
 MAX_BYTES = 2 << 20  # 40 times the largest mask of today: 126 layers, 8 KV heads, 256 channels
-MIN_RECENT = 32  # tokens leave the recent window in steps of this size
 _MODEL_ID = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})?")
 
 BoolArray = npt.NDArray[np.bool_]
@@ -352,9 +352,9 @@ def _check(mask: Mask) -> None:
         )
     if mask.sink < 0:
         raise MaskError(f"is {mask.sink}; it must be at least 0", loc=("window", "sink"))
-    if mask.recent < MIN_RECENT:
+    if mask.recent < STEP:
         raise MaskError(
-            f"is {mask.recent}; it must be at least {MIN_RECENT}, the step of compaction",
+            f"is {mask.recent}; it must be at least {STEP}, the step of compaction",
             loc=("window", "recent"),
         )
     _check_plain(mask.provenance, ("provenance",))

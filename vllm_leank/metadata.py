@@ -1,7 +1,6 @@
 """A step's metadata: built once per cache group and step, shared by all layers of the group."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,35 +22,49 @@ _SHARED = "_leank_metadata"
 
 @dataclass
 class PagesMetadata(AttentionMetadata):
-    """What one cache group contributes to a step.
+    """What one cache group contributes to a step; see `Batch` for the shared fields.
 
     Attributes:
-        common: vLLM's description of the step, for this group.
+        query_start_loc: `[num_reqs + 1]`, on the host.
+        seq_lens: `[num_reqs]`.
+        exact_until: `[num_reqs]`; zeros in vLLM's dummy runs, which have no prompts.
+        block_table: `[num_reqs, max_blocks]`, of this group.
+        slots: `[num_tokens]`, of this group.
     """
 
-    common: CommonAttentionMetadata
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    exact_until: torch.Tensor
+    block_table: torch.Tensor
+    slots: torch.Tensor
+    _batch: Batch | None = None
 
-    @cached_property
-    def exact_until(self) -> torch.Tensor:
-        """Prompt lengths, int `[num_reqs]`; zeros in vLLM's dummy runs, which have no prompts."""
-        lengths = prompt_lengths(self.common)
-        return torch.zeros_like(self.common.seq_lens) if lengths is None else lengths
+    @classmethod
+    def of_step(cls, common: CommonAttentionMetadata) -> "PagesMetadata":
+        """The group's part of vLLM's description of a step."""
+        lengths = prompt_lengths(common)
+        return cls(
+            query_start_loc=common.query_start_loc_cpu,
+            seq_lens=common.seq_lens,
+            exact_until=torch.zeros_like(common.seq_lens) if lengths is None else lengths,
+            block_table=common.block_table_tensor,
+            slots=common.slot_mapping,
+        )
 
     def batch(self, window: "PagesMetadata") -> Batch:
         """The step as kernels read it; `self` is the archive group's part. Made by the first layer
         that asks, for all layers.
         """
-        batch: Batch | None = self.__dict__.get("_batch")
-        if batch is None:
-            batch = self.__dict__["_batch"] = Batch(
-                query_start_loc=self.common.query_start_loc_cpu,
-                seq_lens=self.common.seq_lens,
+        if self._batch is None:
+            self._batch = Batch(
+                query_start_loc=self.query_start_loc,
+                seq_lens=self.seq_lens,
                 exact_until=self.exact_until,
-                window_table=window.common.block_table_tensor,
-                archive_table=self.common.block_table_tensor,
-                slots=window.common.slot_mapping,
+                window_table=window.block_table,
+                archive_table=self.block_table,
+                slots=window.slots,
             )
-        return batch
+        return self._batch
 
 
 class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
@@ -77,6 +90,6 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
         """Metadata of this step for the group; see the base class."""
         shared: PagesMetadata | None = common_attn_metadata.__dict__.get(_SHARED)
         if shared is None:
-            shared = PagesMetadata(common_attn_metadata)
+            shared = PagesMetadata.of_step(common_attn_metadata)
             common_attn_metadata.__dict__[_SHARED] = shared
         return shared

@@ -5,10 +5,12 @@ from typing import Any
 
 import pydantic
 
+from vllm_leank.errors import UserError
+
 KEY = "leank"
 
 
-class OptionError(ValueError):
+class OptionError(UserError):
     """An option, or a combination of options, that cannot work: what, why, and what to change."""
 
 

@@ -17,15 +17,17 @@ LONG_REQUEST = 32_768
 
 
 def log_capacity(vllm_config: "VllmConfig", num_blocks: int) -> None:
-    """Log the report, once, when the cache's size is known; on the first rank only."""
-    if vllm_config.parallel_config.rank == 0:
-        length = min(LONG_REQUEST, vllm_config.model_config.max_model_len)
-        for line in report(load_settings(vllm_config), num_blocks, length):
-            logger.info_once("%s", line)
-        if vllm_config.device_config.device_type != "cpu":
-            logger.warning_once(
-                "leank attention: plain PyTorch, without CUDA graphs; right, but slow on a GPU"
-            )
+    """Log the report when the cache's size is known; on the first rank only."""
+    settings = load_settings(vllm_config)
+    longest = vllm_config.model_config.max_model_len
+    # vLLM tries CUDA graphs with a small pool first; a real one holds a request of full length.
+    is_trial = num_blocks < settings.plan.blocks_in_prefill(settings.window, longest)
+    if is_trial or vllm_config.parallel_config.rank != 0:
+        return
+    for line in report(settings, num_blocks, min(LONG_REQUEST, longest)):
+        logger.info("%s", line)
+    if vllm_config.device_config.device_type != "cpu":
+        logger.warning("leank attention: plain PyTorch, without CUDA graphs: slow on a GPU")
 
 
 def report(settings: Settings, num_blocks: int, length: int) -> list[str]:

@@ -1,11 +1,7 @@
 """What a server runs with: the mask, the dense window and the page sizes, from vLLM's config."""
 
-import json
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
-
-import torch
 
 from vllm_leank.geometry import Geometry
 from vllm_leank.layout import CachePlan, plan_cache
@@ -16,6 +12,8 @@ from vllm_leank.window import STEP, Window
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+_ATTACHED = "_leank_settings"
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,11 @@ class Settings:
     plan: CachePlan
 
 
-def load_settings(vllm_config: "VllmConfig") -> Settings:
-    """Read options and mask, and plan the cache. Every process does so, from the same files.
+def resolve_settings(vllm_config: "VllmConfig") -> Settings:
+    """Read options and mask, plan the cache, and attach the result to the config.
+
+    It travels with the config to every process, so all ranks use one mask, whatever happens to
+    the file meanwhile.
 
     Raises:
         OptionError: an option is unknown or out of range.
@@ -42,26 +43,25 @@ def load_settings(vllm_config: "VllmConfig") -> Settings:
     """
     options = parse_options(vllm_config.additional_config)
     model = vllm_config.model_config
-    geometry = Geometry.from_hf_config(model.hf_text_config)
-    return _load_settings(
-        options,
-        model.model,
-        json.dumps(geometry.as_dict()),
-        model.dtype.itemsize,
-        vllm_config.parallel_config.tensor_parallel_size,
-    )
-
-
-@lru_cache(maxsize=8)
-def _load_settings(
-    options: Options, model: str, geometry: str, itemsize: int, tp_size: int
-) -> Settings:
-    mask = resolve_mask(options.mask, model, Geometry(**json.loads(geometry)))
-    return Settings(
+    mask = resolve_mask(options.mask, model.model, Geometry.from_hf_config(model.hf_text_config))
+    settings = Settings(
         mask=mask,
         window=_window(options, mask),
-        plan=plan_cache(mask.kept_counts.tolist(), mask.geometry.head_dim, itemsize, tp_size),
+        plan=plan_cache(
+            mask.kept_counts.tolist(),
+            mask.geometry.head_dim,
+            model.dtype.itemsize,
+            vllm_config.parallel_config.tensor_parallel_size,
+        ),
     )
+    vllm_config.__dict__[_ATTACHED] = settings
+    return settings
+
+
+def load_settings(vllm_config: "VllmConfig") -> Settings:
+    """What `resolve_settings` attached to the config."""
+    settings: Settings = vllm_config.__dict__[_ATTACHED]
+    return settings
 
 
 def _window(options: Options, mask: Mask) -> Window:
@@ -74,8 +74,3 @@ def _window(options: Options, mask: Mask) -> Window:
         return Window(sink, recent)
     except ValueError as error:
         raise OptionError(f"leank option {error}") from None
-
-
-def cache_dtype(vllm_config: "VllmConfig") -> torch.dtype:
-    """Dtype of the pages: the model's."""
-    return vllm_config.model_config.dtype
