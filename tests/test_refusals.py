@@ -261,6 +261,24 @@ def test_layers(feature, arguments):
         LeanKImpl(1, 64, 1.0, 1, **arguments)
 
 
+def test_a_layer_with_a_backend_of_its_own():
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    from vllm_leank.backend import WindowBackend
+    from vllm_leank.impl import check_all_layers
+
+    class Other(AttentionLayerBase):
+        def get_attn_backend(self):
+            return WindowBackend
+
+        def get_kv_cache_spec(self, vllm_config):
+            return None
+
+    check_all_layers({"model.layers.0.mlp.experts": object()})
+    with pytest.raises(ValueError, match=r"but model\.layers\.0\.attn has a backend of its own"):
+        check_all_layers({"model.layers.0.attn": Other()})
+
+
 def test_plain_vllm_is_as_without_the_plugin(tiny_llama_dir):
     """Same config and same choice of backend whether the plugin is loaded or not."""
     script = """

@@ -7,6 +7,7 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_leank.backend import WindowLayer, layer_backend
@@ -79,6 +80,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         self._window = settings.window
         self._layout = settings.plan.layer(index, rank)
         _check_layer(name, layer, self._layout)
+        check_all_layers(context)
 
         kept = [
             channel
@@ -137,6 +139,25 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         reference.compact(cache, batch)
         reference.attend(query, output, cache, batch, self.scale)
         return output
+
+
+def check_all_layers(context: dict[str, Any]) -> None:
+    """Refuse a model whose code picked another backend for some layers: those would be dense.
+
+    Args:
+        context: vLLM's forward context, the model's layers by name.
+
+    Raises:
+        OptionError: names the first such layer.
+    """
+    for name, layer in context.items():
+        if not isinstance(layer, AttentionLayerBase) or isinstance(layer, WindowLayer):
+            continue
+        if not isinstance(getattr(layer, "impl", None), LeanKImpl):
+            raise OptionError(
+                f"leank serves all layers or none, but {name} has a backend of its own; serve "
+                "this model without --attention-backend leank"
+            )
 
 
 def _check_layer(name: str, layer: Any, layout: CacheLayout) -> None:
