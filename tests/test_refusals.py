@@ -10,10 +10,14 @@ from re import escape
 import pytest
 from mask_samples import random_mask
 from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
 
 from vllm_leank.checks import refusals
 from vllm_leank.mask import save_mask
 from vllm_leank.settings import load_settings
+
+
+load_general_plugins()  # as the command line does before it reads an option
 
 
 @pytest.fixture
@@ -284,6 +288,7 @@ def test_plain_vllm_is_as_without_the_plugin(tiny_llama_dir):
     script = """
 import sys
 from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
 config = EngineArgs(model=sys.argv[1], skip_tokenizer_init=True).create_engine_config()
 from vllm.v1.attention.selector import get_attn_backend
 from vllm.config import set_current_vllm_config
