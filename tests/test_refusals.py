@@ -16,7 +16,6 @@ from vllm_leank.checks import refusals
 from vllm_leank.mask import save_mask
 from vllm_leank.settings import load_settings
 
-
 load_general_plugins()  # as the command line does before it reads an option
 
 
