@@ -42,6 +42,52 @@ def test_memory_that_nobody_wrote_is_never_read(tiny_llama_dir, counts):
         assert leank.memory[0].isnan().all(), "block 0 is nobody's, but was written"
 
 
+def poison_new_blocks(leank):
+    """Fill blocks with NaN the moment a request gets them; those of a prefix hit stay."""
+    pool, memory = leank.block_pool, leank.memory
+    get_new_blocks = pool.get_new_blocks
+
+    def get(*args, **kwargs):
+        blocks = get_new_blocks(*args, **kwargs)
+        memory[[block.block_id for block in blocks]] = math.nan
+        return blocks
+
+    pool.get_new_blocks = get
+
+
+def test_shared_prefixes_survive_preemption_in_poisoned_memory(tiny_llama_dir):
+    """Prefix caching in a pool that is too small: hits, preemptions and NaN at once."""
+    documents = prompts_of([256, 192])
+    tails = prompts_of([5, 70, 33, 64, 1, 100, 20, 40], seed=7)
+    prompts = [documents[index % 2] + tail for index, tail in enumerate(tails)]
+    prompts += [documents[0], documents[0] + documents[1]]
+    mask = random_mask(tiny_llama_dir, KEPT)
+    with engine(tiny_llama_dir, mask, max_model_len=1024) as leank:
+        expected = leank.generate(prompts, 300)
+        one_request = leank.plan.blocks_in_prefill(leank.window, 1024)
+    with engine(
+        tiny_llama_dir,
+        mask,
+        max_model_len=1024,
+        num_gpu_blocks_override=one_request + 2,
+        enable_prefix_caching=True,
+        max_num_batched_tokens=150,
+    ) as leank:
+        free = leank.block_pool.get_num_free_blocks()
+        poison_new_blocks(leank)
+        preempted = []
+        preempt = leank.scheduler._preempt_request
+
+        def count(request, *args, **kwargs):
+            preempted.append(request.num_output_tokens)
+            return preempt(request, *args, **kwargs)
+
+        leank.scheduler._preempt_request = count
+        assert_same(leank.generate(prompts, 300), expected)
+        assert sum(outputs > 0 for outputs in preempted) >= 2, preempted
+        assert leank.block_pool.get_num_free_blocks() == free
+
+
 def step_until(leank, request_id, tokens):
     """Step the engine until the request has computed this many tokens; its state."""
     llm_engine = leank.llm.llm_engine
