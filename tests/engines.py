@@ -59,6 +59,18 @@ class Engine:
         raw = torch.tensor([], dtype=pages.dtype).set_(pages.untyped_storage())
         return raw.view(pages.shape[0], -1)
 
+    def watch_preemptions(self) -> list[int]:
+        """Output tokens that requests had when they were preempted, from now on."""
+        preempted: list[int] = []
+        preempt = self.scheduler._preempt_request
+
+        def count(request: Any, *args: Any, **kwargs: Any) -> Any:
+            preempted.append(request.num_output_tokens)
+            return preempt(request, *args, **kwargs)
+
+        self.scheduler._preempt_request = count
+        return preempted
+
     def generate(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, **params: Any
     ) -> list[tuple[list[int], list[float]]]:

@@ -106,14 +106,7 @@ def test_preemption_does_not_matter(tiny_llama_dir):
     with engine(
         tiny_llama_dir, mask, max_model_len=1024, num_gpu_blocks_override=one_request + 2
     ) as leank:
-        outputs_lost = []
-        preempt = leank.scheduler._preempt_request
-
-        def count(request, *args, **kwargs):
-            outputs_lost.append(request.num_output_tokens)
-            return preempt(request, *args, **kwargs)
-
-        leank.scheduler._preempt_request = count
+        outputs_lost = leank.watch_preemptions()
         assert_same(leank.generate(prompts, 400), unpressed)
     replayed_across_a_boundary = [lost for lost in outputs_lost if lost > 64]
     assert len(replayed_across_a_boundary) >= 3, f"preempted after outputs: {outputs_lost}"

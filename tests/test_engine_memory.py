@@ -76,14 +76,7 @@ def test_shared_prefixes_survive_preemption_in_poisoned_memory(tiny_llama_dir):
     ) as leank:
         free = leank.block_pool.get_num_free_blocks()
         poison_new_blocks(leank)
-        preempted = []
-        preempt = leank.scheduler._preempt_request
-
-        def count(request, *args, **kwargs):
-            preempted.append(request.num_output_tokens)
-            return preempt(request, *args, **kwargs)
-
-        leank.scheduler._preempt_request = count
+        preempted = leank.watch_preemptions()
         assert_same(leank.generate(prompts, 300), expected)
         assert sum(outputs > 0 for outputs in preempted) >= 2, preempted
         assert leank.block_pool.get_num_free_blocks() == free
