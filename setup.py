@@ -37,12 +37,11 @@ setup(
     # requirement on `vllm` would bring the CUDA build in beside it.
     install_requires=[
         "numpy",
+        "packaging",
         "pydantic>=2",
         "pyyaml",
         "rich",
-        "safetensors",
         "torch",
-        "tqdm",
         "transformers",
         "typer",
     ],

@@ -80,7 +80,6 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         self._window = settings.window
         self._layout = settings.plan.layer(index, rank)
         _check_layer(name, layer, self._layout)
-        check_all_layers(context)
 
         kept = [
             channel
@@ -93,8 +92,10 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         layer.register_buffer("leank_channels", channels, persistent=False)
         layer.attn_backend = layer_backend(self._layout, self._window)
         if self._window_name not in context:
-            is_first = not any(isinstance(other, WindowLayer) for other in context.values())
-            report = partial(log_capacity, self._vllm_config) if is_first else None
+            report = None
+            if not any(isinstance(other, WindowLayer) for other in context.values()):
+                check_all_layers(context)
+                report = partial(log_capacity, self._vllm_config)
             context[self._window_name] = WindowLayer(layer, self._window, report)
 
     def forward(

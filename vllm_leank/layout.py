@@ -181,7 +181,7 @@ class CachePlan:
 
     def blocks_in_prefill(self, window: Window, length: int) -> int:
         """Blocks that a prompt of `length` tokens holds while it is computed."""
-        return _pages(window.archived(length), self.archive_block) + _pages(length, WINDOW_BLOCK)
+        return pages(window.archived(length), self.archive_block) + pages(length, WINDOW_BLOCK)
 
     def blocks_in_decode(self, window: Window, length: int) -> int:
         """Blocks that a request of `length` tokens holds once its prompt is done."""
@@ -261,5 +261,6 @@ def uneven(sizes: Sequence[int]) -> list[int]:
     return sizes
 
 
-def _pages(tokens: int, block: int) -> int:
+def pages(tokens: int, block: int) -> int:
+    """Pages of `block` tokens that hold `tokens` tokens."""
     return -(-tokens // block)

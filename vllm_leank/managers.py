@@ -11,16 +11,29 @@ from vllm_leank.compat import limit_block_hashes
 from vllm_leank.layout import WINDOW_BLOCK
 
 if TYPE_CHECKING:
-    from vllm_leank.specs import ArchiveSpec, WindowSpec
+    from vllm_leank.specs import LeanKSpec
 
 
-class ArchiveManager(FullAttentionManager):
-    """Gives a request archive pages for its archived tokens, not for the dense ones."""
+class LeanKManager(FullAttentionManager):
+    """What the managers of both groups share: the window rule, and that there are two groups.
 
-    def __init__(self, kv_cache_spec: "ArchiveSpec", **kwargs: Any) -> None:
+    Raises:
+        RuntimeError: vLLM split the layers in a way that would waste most of the memory (see
+            `layout.uneven`).
+    """
+
+    def __init__(self, kv_cache_spec: "LeanKSpec", **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._window = kv_cache_spec.window
-        _check_group(self)
+        if self.kv_cache_group_id > 1:
+            raise RuntimeError(
+                "vLLM split leank's cache into more than two groups, which would waste most of it; "
+                "please report this with the mask file and the model's config"
+            )
+
+
+class ArchiveManager(LeanKManager):
+    """Gives a request archive pages for its archived tokens, not for the dense ones."""
 
     def get_num_blocks_to_allocate(
         self,
@@ -57,7 +70,7 @@ class ArchiveManager(FullAttentionManager):
         """
 
 
-class WindowManager(FullAttentionManager):
+class WindowManager(LeanKManager):
     """Frees the dense middle of a request once its prompt is done, and lets others share the
     dense pages of its prompt.
 
@@ -65,11 +78,6 @@ class WindowManager(FullAttentionManager):
     with the pruned archive, so a prompt that contains the same text must compute its own. A hit
     therefore never changes an answer.
     """
-
-    def __init__(self, kv_cache_spec: "WindowSpec", **kwargs: Any) -> None:
-        super().__init__(kv_cache_spec, **kwargs)
-        self._window = kv_cache_spec.window
-        _check_group(self)
 
     def remove_skipped_blocks(
         self,
@@ -107,12 +115,3 @@ class WindowManager(FullAttentionManager):
         tokens = request.num_prompt_tokens - 1
         limit_block_hashes(request, tokens // self.block_pool.hash_block_size)
         super().cache_blocks(request, min(num_tokens, tokens), retention_interval, **kwargs)
-
-
-def _check_group(manager: FullAttentionManager) -> None:
-    """Refuse a split of the layers that would waste most of the memory (see `layout.uneven`)."""
-    if manager.kv_cache_group_id > 1:
-        raise RuntimeError(
-            "vLLM split leank's cache into more than two groups, which would waste most of it; "
-            "please report this with the mask file and the model's config"
-        )

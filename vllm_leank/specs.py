@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_leank.compat import register_spec
+from vllm_leank.layout import pages
 from vllm_leank.managers import ArchiveManager, WindowManager
 from vllm_leank.window import Window
 
@@ -59,7 +60,7 @@ class ArchiveSpec(LeanKSpec):
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
         """Bytes of one request of `max_model_len` tokens."""
         tokens = self.window.archived(vllm_config.model_config.max_model_len)
-        return -(-tokens // self.block_size) * self.page_size_bytes
+        return pages(tokens, self.block_size) * self.page_size_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
