@@ -4,18 +4,24 @@ Attention is computed in fp32 whatever the pages' dtype. Only what the window ru
 read, so pages may hold anything elsewhere, NaN included.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from vllm_leank.kernels.batch import Batch, Row
 
-from vllm_leank.layout import WINDOW_BLOCK, CacheLayout
+from vllm_leank.layout import SCALE_BYTES, WINDOW_BLOCK, CacheLayout, HeadLayout
 from vllm_leank.window import STEP, Window
 
 MAX_SCORES = 1 << 24
 """Scores of one KV head's query group that are held at once (64 MiB in fp32)."""
+
+FP8 = torch.float8_e4m3fn
+"""Dtype of an 8-bit archive."""
+
+FP8_MAX = 448.0
+"""Its largest number."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class LayerCache:
 
     Attributes:
         window_pages: `[num_blocks, num_kv_heads, 32, 2 * head_dim]`, K then V.
-        archive_pages: `[num_blocks, page_items]`, described by `layout`.
+        archive_pages: `[num_blocks, page_items]`, described by `layout`; rows may lie apart. Of the
+            model's dtype or `float8_e4m3fn`.
         layout: where heads and chunks lie within an archive page.
         channels: per KV head, int64 `[kept]`: the kept K channels, ascending.
         window: the dense window.
@@ -50,31 +57,51 @@ def store(key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: Batc
 
 def compact(cache: LayerCache, batch: Batch) -> None:
     """Copy what left the dense window in this step to the archive: kept K channels, and V of
-    heads that keep any.
+    heads that keep any. V of slots without a token becomes 0 in the pages that were written, so
+    that whole pages can be multiplied by weights that are 0 there.
     """
-    moved = [
-        (row.table_row, token)
-        for row in batch.rows
-        for token in cache.window.compaction(row.before, row.after, row.exact_until)
-    ]
+    moved, empty = [], []
+    block = cache.layout.archive_block
+    for row in batch.rows:
+        tokens = cache.window.compaction(row.before, row.after, row.exact_until)
+        moved += [(row.table_row, token) for token in tokens]
+        empty += [(row.table_row, slot) for slot in _empty_slots(tokens, cache.window.sink, block)]
     if not moved:
         return
     device = cache.window_pages.device
     table_row, token = torch.tensor(moved, device=device).unbind(1)
     source = cache.window_pages[batch.window_table[table_row, token // WINDOW_BLOCK].long()]
-    block = cache.layout.archive_block
-    pages = batch.archive_table[table_row, token // block].long()[:, None]
-    slots = (token % block)[:, None] + torch.arange(STEP, device=device)
+    pages, steps = _places(cache, batch, moved)
+    empty_pages, empty_steps = _places(cache, batch, empty)
 
-    head_dim = cache.layout.head_dim
     for head, part in enumerate(cache.layout.heads):
         if part.v_offset is None:
             continue
-        kept = source[:, head, :, cache.channels[head]]
+        key, value = source[:, head].split(cache.layout.head_dim, dim=-1)
+        key = key[..., cache.channels[head]]
+        if part.scale_offset is not None:
+            (key, k_scale), (value, v_scale) = quantize(key), quantize(value)
+            scales = _scales(cache, part.scale_offset)
+            scales[pages, :, steps] = torch.stack((k_scale, v_scale), dim=1)
+            scales[empty_pages, :, empty_steps] = 1
         for chunk in part.k_chunks:
-            columns = kept[..., chunk.first : chunk.first + chunk.width]
-            _rows(cache, chunk.offset, chunk.width)[pages, slots] = columns
-        _rows(cache, part.v_offset, head_dim)[pages, slots] = source[:, head, :, head_dim:]
+            columns = key[..., chunk.first : chunk.first + chunk.width]
+            rows = _rows(cache, chunk.offset, block, chunk.width)
+            rows.unflatten(1, (-1, STEP))[pages, steps] = columns
+        values = _values(cache, part).unflatten(2, (-1, STEP))
+        values[pages, :, steps] = value.transpose(1, 2)
+        values[empty_pages, :, empty_steps] = 0
+
+
+def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values `[n, 32, width]` in fp8, and the scales `[n]`, fp32, that they have to be
+    multiplied by: the largest of a step becomes 448.
+    """
+    values = values.float()
+    # Not divided by 448: a product has the same bits on every device.
+    scale = values.abs().amax((1, 2)) * (1 / FP8_MAX)
+    scale = scale.where(scale > 0, 1.0)
+    return (values / scale[:, None, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
 def attend(
@@ -171,9 +198,8 @@ def _attend_pruned(
         if part.v_offset is None or newest == window.sink:
             attended[head] = scores.softmax(-1) @ value[head]
             continue
-        tokens = torch.arange(window.sink, newest, device=device)
         archived_key, archived_value = _archived_tokens(
-            cache, batch.archive_table[row.table_row], head, tokens
+            cache, batch.archive_table[row.table_row], head, newest
         )
         pruned = (q[..., channels] @ archived_key.T).masked_fill(~sees_archive, -torch.inf)
         weights = torch.cat((scores, pruned), dim=-1).softmax(-1)
@@ -195,20 +221,62 @@ def _dense_tokens(
 
 
 def _archived_tokens(
-    cache: LayerCache, table: torch.Tensor, head: int, tokens: torch.Tensor
+    cache: LayerCache, table: torch.Tensor, head: int, end: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept K channels `[len(tokens), kept]` and V `[len(tokens), head_dim]` of one head, fp32."""
-    block = cache.layout.archive_block
-    pages, slots = table[tokens // block].long(), tokens % block
-    part = cache.layout.heads[head]
+    """Kept K channels `[end - sink, kept]` and V `[end - sink, head_dim]` of one head, fp32, of
+    the tokens from the sink to `end`.
+    """
+    block, part = cache.layout.archive_block, cache.layout.heads[head]
+    first = cache.window.sink // block
+    pages = table[first : -(-end // block)].long()
+    tokens = slice(cache.window.sink - first * block, end - first * block)
+    chunks = [_rows(cache, c.offset, block, c.width)[pages].flatten(0, 1) for c in part.k_chunks]
+    key = torch.cat(chunks, dim=-1)[tokens].float()
+    value = _values(cache, part)[pages].transpose(1, 2).flatten(0, 1)[tokens].float()
+    if part.scale_offset is not None:
+        scales = _scales(cache, part.scale_offset)[pages].transpose(0, 1).flatten(1)
+        k_scale, v_scale = scales.repeat_interleave(STEP, dim=1)[:, tokens, None]
+        key, value = key * k_scale, value * v_scale
+    return key, value
+
+
+def _empty_slots(tokens: range, sink: int, block: int) -> Iterator[int]:
+    """Beginnings of the runs of 32 slots that hold no token, in the archive pages that compaction
+    of `tokens` begins or ends.
+    """
+    if tokens and tokens.start == sink:
+        yield from range(sink // block * block, sink, STEP)
+    if tokens:
+        yield from range(tokens.stop, -(-tokens.stop // block) * block, STEP)
+
+
+def _places(
+    cache: LayerCache, batch: Batch, slots: list[tuple[int, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where runs of 32 archive slots lie that begin at `(table row, slot)`: pages, and the runs'
+    indices within them.
+    """
+    device, block = cache.window_pages.device, cache.layout.archive_block
+    row, slot = torch.tensor(slots, dtype=torch.long, device=device).view(-1, 2).unbind(1)
+    return batch.archive_table[row, slot // block].long(), slot % block // STEP
+
+
+def _rows(cache: LayerCache, offset: int, rows: int, width: int) -> torch.Tensor:
+    """View of one part of every archive page, `[num_blocks, rows, width]`."""
+    part = cache.archive_pages[:, offset : offset + rows * width]
+    return part.unflatten(1, (rows, width))
+
+
+def _values(cache: LayerCache, part: HeadLayout) -> torch.Tensor:
+    """View of a head's V in every archive page, `[num_blocks, head_dim, archive_block]`."""
     assert part.v_offset is not None
-    key = torch.cat([_rows(cache, c.offset, c.width)[pages, slots] for c in part.k_chunks], dim=-1)
-    value = _rows(cache, part.v_offset, cache.layout.head_dim)[pages, slots]
-    return key.float(), value.float()
+    return _rows(cache, part.v_offset, cache.layout.head_dim, cache.layout.archive_block)
 
 
-def _rows(cache: LayerCache, offset: int, width: int) -> torch.Tensor:
-    """View of one part of every archive page, `[num_blocks, archive_block, width]`."""
-    block = cache.layout.archive_block
-    part = cache.archive_pages[:, offset : offset + block * width]
-    return part.unflatten(1, (block, width))
+def _scales(cache: LayerCache, offset: int) -> torch.Tensor:
+    """View of a head's scales in every archive page, fp32 `[num_blocks, 2, archive_block // 32]`,
+    K's and then V's.
+    """
+    end = offset + 2 * cache.layout.archive_block // STEP * SCALE_BYTES
+    part = cache.archive_pages.view(torch.uint8)[:, offset:end]
+    return part.view(torch.float32).unflatten(1, (2, -1))

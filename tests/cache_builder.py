@@ -1,8 +1,8 @@
 """A layer's cache as vLLM would hand it to kernels, made to hurt whoever reads what it must not.
 
-Blocks are handed out in random order. Whatever was not written is NaN: fresh pages, page tails,
-block 0 and the pages of freed blocks. Block tables only ever grow, so rows keep the ids of freed
-blocks.
+Blocks are handed out in random order, and their pages lie apart. Whatever was not written is NaN,
+scales included: fresh pages, page tails, block 0 and the pages of freed blocks. Block tables only
+ever grow, so rows keep the ids of freed blocks.
 """
 
 import random
@@ -70,7 +70,8 @@ class CacheBuilder:
         group: query heads of each KV head.
         window: the dense window.
         archive_block: tokens of an archive page.
-        dtype: of pages, queries, keys and values.
+        dtype: of window pages, queries, keys and values.
+        archive_dtype: of archive pages; by default `dtype`.
         num_blocks: blocks of each pool.
         spare_bytes: bytes per token by which an archive page exceeds what the heads fill.
         seed: of everything random.
@@ -85,6 +86,7 @@ class CacheBuilder:
         window: Window,
         archive_block: int = 64,
         dtype: torch.dtype = torch.float32,
+        archive_dtype: torch.dtype | None = None,
         num_blocks: int = 160,
         spare_bytes: int = 64,
         seed: int = 0,
@@ -94,12 +96,20 @@ class CacheBuilder:
         self._generator = torch.Generator().manual_seed(seed)
         self._group, self._dtype, self._device = group, dtype, device
         self.scale = head_dim**-0.5
-        page = (archive_token_bytes(kept, head_dim, dtype.itemsize) + spare_bytes) * archive_block
-        layout = CacheLayout(tuple(kept), head_dim, dtype.itemsize, archive_block, page)
-        nan = {"fill_value": float("nan"), "dtype": dtype, "device": device}
+        archive_dtype = archive_dtype or dtype
+        item = archive_dtype.itemsize
+        page = (archive_token_bytes(kept, head_dim, item) + spare_bytes) * archive_block
+        layout = CacheLayout(tuple(kept), head_dim, dtype.itemsize, item, archive_block, page)
+
+        def pages(num_bytes: int, dtype: torch.dtype) -> Tensor:
+            # All bits set are NaN in every dtype.
+            blocks = torch.full((num_blocks, num_bytes + 1024), 0xFF, dtype=torch.uint8)
+            return blocks.to(device)[:, :num_bytes].view(dtype)
+
+        window_pages = pages(layout.window_page_bytes, dtype)
         self.cache = LayerCache(
-            window_pages=torch.full((num_blocks, len(kept), WINDOW_BLOCK, 2 * head_dim), **nan),
-            archive_pages=torch.full((num_blocks, layout.archive_page_items), **nan),
+            window_pages=window_pages.unflatten(1, (len(kept), WINDOW_BLOCK, 2 * head_dim)),
+            archive_pages=pages(page, archive_dtype),
             layout=layout,
             channels=tuple(
                 torch.tensor(
@@ -210,28 +220,60 @@ class CacheBuilder:
             k, v = request.key[:, kv_head].double(), request.value[:, kv_head].double()
             scores = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device)
             scores = torch.where(dense, q @ k.T, scores)
+            far_v = v
             if len(kept):
-                scores = torch.where(far, q[:, kept] @ k[:, kept].T, scores)
-            output[:, head] = scores.softmax(-1) @ v
+                k, k_scale = self._archived(request.key[:, kv_head, kept])
+                far_v, v_scale = self._archived(request.value[:, kv_head])
+                scores = torch.where(far, q[:, kept] @ (k.double() * k_scale).T, scores)
+                far_v = far_v.double() * v_scale
+            weights = scores.softmax(-1)
+            output[:, head] = (weights * dense) @ v + (weights * far) @ far_v
         return output
 
-    def archived_slots(
-        self, request: Request, tokens: Iterable[int]
-    ) -> Iterator[tuple[int, int, Tensor]]:
-        """Every run of elements that holds one of the tokens in the archive: page, first element,
-        and what belongs there.
+    def archive_bytes(
+        self, request: Request, slots: Iterable[int], empty: bool = False
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """What belongs into archive slots: page, byte positions, and bytes, uint8.
+
+        Of a token: K, V and the scales of its step. Of an empty slot: V, all 0, and scales of 1.
         """
-        block, head_dim = self.cache.layout.archive_block, self.cache.layout.head_dim
-        for t in tokens:
-            page, row = request.archive_row[t // block], t % block
-            for head, part in enumerate(self.cache.layout.heads):
-                if part.v_offset is None:
-                    continue
-                kept = request.key[t, head, self.cache.channels[head]]
-                for chunk in part.k_chunks:
-                    columns = kept[chunk.first : chunk.first + chunk.width]
-                    yield page, chunk.offset + row * chunk.width, columns
-                yield page, part.v_offset + row * head_dim, request.value[t, head]
+        layout = self.cache.layout
+        block = layout.archive_block
+
+        def run(position: int, stride: int, content: Tensor) -> tuple[int, Tensor, Tensor]:
+            item = content.element_size()
+            first = torch.arange(len(content)) * stride + position
+            positions = first[:, None] * item + torch.arange(item)
+            return page, positions.flatten().to(self._device), content.view(torch.uint8)
+
+        for head, part in enumerate(layout.heads):
+            if part.v_offset is None:
+                continue
+            key, k_scale = self._archived(request.key[:, head, self.cache.channels[head]])
+            value, v_scale = self._archived(request.value[:, head])
+            for t in slots:
+                page, slot = request.archive_row[t // block], t % block
+                scales = torch.cat((k_scale[t], v_scale[t]))
+                for chunk in part.k_chunks if not empty else ():
+                    columns = key[t, chunk.first : chunk.first + chunk.width]
+                    yield run(chunk.offset + slot * chunk.width, 1, columns)
+                v = torch.zeros_like(value[t]) if empty else value[t]
+                yield run(part.v_offset + slot, block, v)
+                if part.scale_offset is not None:
+                    scales = torch.ones_like(scales) if empty else scales
+                    yield run(part.scale_offset // 4 + slot // 32, block // 32, scales)
+
+    def _archived(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What the archive stores of `[length, width]`, and each token's scale, fp32 `[length, 1]`.
+
+        With fp8, the largest value of each 32 tokens from the sink on becomes 448.
+        """
+        scale = torch.ones(len(values), 1, device=self._device)
+        if self.cache.layout.is_fp8:
+            for start in range(self.cache.window.sink, len(values) - 31, 32):
+                largest = values[start : start + 32].float().abs().max()
+                scale[start : start + 32] = largest * (1 / 448) if largest else 1
+        return (values.float() / scale).to(self.cache.archive_pages.dtype), scale
 
     def _reclaim(self, request: Request) -> None:
         """Free what no later query reads, poison it, and let others have it."""

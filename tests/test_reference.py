@@ -9,6 +9,7 @@ from vllm_leank.window import Window
 
 COUNTS = (0, 16, 32, 48, 64, 96, 128)
 FP32, BF16, FP16 = (torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)
+FP8 = torch.float8_e4m3fn
 
 
 def mixed(head_dim):
@@ -53,6 +54,20 @@ def test_every_query_reads_what_the_rule_says(
         assert relative_rms(output, step.expected) < tolerance
 
 
+@pytest.mark.parametrize("window", [Window(0, 32), Window(64, 100)], ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "group", "archive_block", "dtype", "tolerance"),
+    [(64, 2, 64, *FP32), (96, 1, 96, *FP16), (128, 4, 128, *BF16), (256, 1, 32, *FP32)],
+)
+def test_an_fp8_archive(head_dim, group, archive_block, dtype, tolerance, window):
+    """As exact as any other: the definition quantises, too."""
+    builder = CacheBuilder(mixed(head_dim), head_dim, group, window, archive_block, dtype, FP8)
+    for step in serve(builder):
+        output = builder.run(step, reference)
+        assert output.isfinite().all()
+        assert relative_rms(output, step.expected) < tolerance
+
+
 @pytest.mark.parametrize("kept", [(0, 0), (32, 32), (128, 128)])
 def test_masks_with_equal_heads(kept):
     builder = CacheBuilder(kept, 128, 2, Window(32, 64))
@@ -89,8 +104,9 @@ def test_chunks_do_not_change_the_result(chunks):
     request = builder.add(150, 400)
     output = torch.cat([builder.run(builder.step([(request, n)]), reference) for n in chunks])
     assert relative_rms(output, request.expected) < 1e-6
-    for page, first, content in builder.archived_slots(request, range(32, 320)):
-        assert builder.cache.archive_pages[page, first : first + len(content)].equal(content)
+    archive = raw(builder.cache.archive_pages)
+    for page, positions, content in builder.archive_bytes(request, range(32, 320)):
+        assert archive[page, positions].equal(content)
 
 
 @pytest.mark.parametrize("hit", [32, 64, 192, 288])
@@ -104,8 +120,9 @@ def test_a_prefix_hit_does_not_change_the_result(hit):
         assert relative_rms(builder.run(step, reference), step.expected) < 1e-6
 
 
-def bits(pages):
-    return pages.clone().view(torch.int32)
+def raw(pages):
+    """Bytes of pages, in which NaN equals NaN."""
+    return pages.clone().view(torch.uint8)
 
 
 def test_store_writes_its_own_slots_only():
@@ -113,35 +130,38 @@ def test_store_writes_its_own_slots_only():
     a, b = builder.add(200, 200), builder.add(50, 60)
     builder.run(builder.step([(a, 101), (b, 50)]), reference)
     step = builder.step([(a, 40), (b, 1)], padded_tokens=2)
-    window, archive = bits(builder.cache.window_pages), bits(builder.cache.archive_pages)
+    wanted, archive = builder.cache.window_pages.clone(), raw(builder.cache.archive_pages)
     reference.store(step.key, step.value, builder.cache, step.batch)
-    assert bits(builder.cache.archive_pages).equal(archive)
-    wanted = builder.cache.window_pages.clone()
-    wanted.view(torch.int32).copy_(window)
+    assert raw(builder.cache.archive_pages).equal(archive)
     for request, tokens in [(a, range(101, 141)), (b, range(50, 51))]:
         for t in tokens:
             page = wanted[request.window_row[t // 32]]
             page[:, t % 32, :64], page[:, t % 32, 64:] = request.key[t], request.value[t]
-    assert bits(builder.cache.window_pages).equal(bits(wanted))
+    assert raw(builder.cache.window_pages).equal(raw(wanted))
 
 
+@pytest.mark.parametrize("archive_dtype", [torch.float32, FP8], ids=str)
 @pytest.mark.parametrize("archive_block", [32, 64, 96])
-def test_compact_writes_its_own_slots_only(archive_block):
-    builder = CacheBuilder((32, 0, 48), 64, 2, Window(32, 64), archive_block)
+def test_compact_writes_its_own_slots_only(archive_block, archive_dtype):
+    window = Window(32, 64)
+    builder = CacheBuilder((32, 0, 48), 64, 2, window, archive_block, archive_dtype=archive_dtype)
     a, b, c = builder.add(10, 300), builder.add(260, 300), builder.add(150, 300)
     builder.run(builder.step([(a, 127), (b, 100), (c, 100)]), reference)
     step = builder.step([(a, 34), (b, 160), (c, 49)], padded_rows=1)
     reference.store(step.key, step.value, builder.cache, step.batch)
-    window, archive = bits(builder.cache.window_pages), bits(builder.cache.archive_pages)
+    window_pages, wanted = raw(builder.cache.window_pages), raw(builder.cache.archive_pages)
     reference.compact(builder.cache, step.batch)
-    assert bits(builder.cache.window_pages).equal(window)
-    wanted = builder.cache.archive_pages.clone()
-    wanted.view(torch.int32).copy_(archive)
+    assert raw(builder.cache.window_pages).equal(window_pages)
     # a moves from 127 to 161 tokens; b completes its prompt, and c does not.
-    for request, tokens in [(a, range(32, 96)), (b, range(32, 192))]:
-        for page, first, content in builder.archived_slots(request, tokens):
-            wanted[page, first : first + len(content)] = content
-    assert bits(builder.cache.archive_pages).equal(bits(wanted))
+    for request, first, end in [(a, 32, 96), (b, 32, 192)]:
+        block_end = -(-end // archive_block) * archive_block
+        empty = [*range(first // archive_block * archive_block, first), *range(end, block_end)]
+        for page, positions, content in [
+            *builder.archive_bytes(request, range(first, end)),
+            *builder.archive_bytes(request, empty, empty=True),
+        ]:
+            wanted[page, positions] = content
+    assert raw(builder.cache.archive_pages).equal(wanted)
 
 
 def test_a_step_without_requests_does_nothing():
@@ -150,7 +170,7 @@ def test_a_step_without_requests_does_nothing():
     request = builder.add(10, 10)
     step = builder.step([(request, 10)], padded_rows=3, padded_tokens=6)
     builder.run(step, reference)
-    pools = bits(builder.cache.window_pages), bits(builder.cache.archive_pages)
+    pools = raw(builder.cache.window_pages), raw(builder.cache.archive_pages)
     empty = type(step.batch)(
         query_start_loc=torch.zeros(4, dtype=torch.int32),
         seq_lens=torch.zeros(3, dtype=torch.int32),
@@ -164,5 +184,5 @@ def test_a_step_without_requests_does_nothing():
     reference.compact(builder.cache, empty)
     reference.attend(step.query, output, builder.cache, empty, builder.scale)
     assert (output == 7).all()
-    assert bits(builder.cache.window_pages).equal(pools[0])
-    assert bits(builder.cache.archive_pages).equal(pools[1])
+    assert raw(builder.cache.window_pages).equal(pools[0])
+    assert raw(builder.cache.archive_pages).equal(pools[1])

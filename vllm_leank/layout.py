@@ -1,12 +1,18 @@
 """Where every byte of the cache lies: pages, heads within a page, chunks within a head.
 
 Archive page of one layer (`archive_block` tokens), per KV head in order: the kept K channels as
-chunks of 64, 32 and 16 columns (widest first), each chunk `[archive_block, width]` contiguous;
-then V `[archive_block, head_dim]`. A head that keeps no channel has neither K nor V there.
+chunks of the widths that add up to their number, each a power of two, at least 16 and widest first
+(112 = 64 + 32 + 16), each chunk `[archive_block, width]` contiguous; then V transposed,
+`[head_dim, archive_block]`. A head that keeps no channel has neither K nor V there.
+
+An archive of 8-bit floats (e4m3, "fp8") has scales behind all heads: fp32
+`[heads that keep any][K, V][archive_block // 32]`. An element's value is what is stored times the
+scale of its head and 32 tokens.
 
 Window page of one layer: `[num_kv_heads, 32, 2 * head_dim]`, K then V in the last dimension.
 
-Nothing else in the project computes an offset or a size. Sizes are in bytes, offsets in elements.
+Nothing else in the project computes an offset or a size. Sizes are in bytes; offsets in elements,
+but for those of scales, which are in bytes.
 """
 
 from collections import Counter
@@ -20,12 +26,16 @@ from vllm_leank.window import STEP, Window
 WINDOW_BLOCK = STEP
 """Tokens of a window page."""
 
-CHUNK_WIDTHS = (64, 32, 16)
+CHUNK_WIDTHS = (256, 128, 64, 32, 16)
 """Widths of K chunks, widest first; the last is the finest alignment of a mask."""
 
-TOKEN_BYTES_UNIT = 64
-"""An archive page has a multiple of this many bytes per token, so that pages of any kind and
-number stay aligned for wide loads and for views of the cache as rows of up to 128 elements."""
+TOKEN_BYTES_UNIT = 16
+"""An archive page has a multiple of this many bytes per token. Pages have multiples of 32 tokens,
+so each begins at a multiple of 512 bytes: wide loads are aligned, and rows of up to 256 elements
+of 2 bytes, or 512 of 1 byte, divide pages."""
+
+SCALE_BYTES = 4
+"""Bytes of a scale, an fp32 number; fp8 only."""
 
 ARCHIVE_BLOCKS = tuple(range(STEP, 257, STEP))
 """Page sizes, in tokens, to choose the archive block from."""
@@ -52,12 +62,19 @@ class KChunk:
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """One KV head's part of an archive page: its K chunks, and where V `[block, head_dim]`
-    begins (None where the head keeps no channel, and so no V).
+    """One KV head's part of an archive page.
+
+    Attributes:
+        k_chunks: its K chunks, none where it keeps no channel.
+        v_offset: first element of V `[head_dim, archive_block]`; None where it keeps no channel,
+            and so no V.
+        scale_offset: first byte of its scales `[2, archive_block // 32]`, K's and then V's; None
+            where there are none: it keeps no channel, or the archive is not fp8.
     """
 
     k_chunks: tuple[KChunk, ...]
     v_offset: int | None
+    scale_offset: int | None
 
 
 @dataclass(frozen=True)
@@ -67,22 +84,43 @@ class CacheLayout:
     Attributes:
         kept: kept K channels of each KV head, each a multiple of 16.
         head_dim: channels of a head.
-        itemsize: bytes of a cache element.
+        itemsize: bytes of an element of a window page.
+        archive_itemsize: bytes of an element of an archive page; 1 means fp8, with scales.
         archive_block: tokens of an archive page.
         archive_page_bytes: size of an archive page. May exceed what this rank's heads fill:
             all ranks of a layer have pages of one size.
+
+    Raises:
+        ValueError: the heads do not fit into `archive_page_bytes`.
     """
 
     kept: tuple[int, ...]
     head_dim: int
     itemsize: int
+    archive_itemsize: int
     archive_block: int
     archive_page_bytes: int
+
+    def __post_init__(self) -> None:
+        token_bytes = archive_token_bytes(self.kept, self.head_dim, self.archive_itemsize)
+        if token_bytes * self.archive_block > self.archive_page_bytes:
+            raise ValueError(
+                f"{self.archive_block} tokens of {token_bytes} bytes do not fit into an archive "
+                f"page of {self.archive_page_bytes}"
+            )
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether archive pages hold 8-bit floats and scales."""
+        return self.archive_itemsize == 1
 
     @cached_property
     def heads(self) -> tuple[HeadLayout, ...]:
         """Layout of each KV head within the archive page."""
         heads, offset = [], 0
+        scale_offset = self.archive_block * sum(
+            (kept + self.head_dim) * self.archive_itemsize for kept in self.kept if kept
+        )
         for kept in self.kept:
             chunks, first = [], 0
             for width in CHUNK_WIDTHS:
@@ -92,13 +130,15 @@ class CacheLayout:
                     offset += self.archive_block * width
             v_offset = offset if kept else None
             offset += self.archive_block * self.head_dim if kept else 0
-            heads.append(HeadLayout(tuple(chunks), v_offset))
+            scaled = kept and self.is_fp8
+            heads.append(HeadLayout(tuple(chunks), v_offset, scale_offset if scaled else None))
+            scale_offset += 2 * self.archive_block // STEP * SCALE_BYTES if scaled else 0
         return tuple(heads)
 
     @property
     def archive_page_items(self) -> int:
         """Elements of an archive page."""
-        return self.archive_page_bytes // self.itemsize
+        return self.archive_page_bytes // self.archive_itemsize
 
     @property
     def window_page_bytes(self) -> int:
@@ -106,9 +146,13 @@ class CacheLayout:
         return window_token_bytes(len(self.kept), self.head_dim, self.itemsize) * WINDOW_BLOCK
 
 
-def archive_token_bytes(kept: Sequence[int], head_dim: int, itemsize: int) -> int:
-    """Bytes of one archived token of one layer, before padding."""
-    return sum(count + head_dim for count in kept if count) * itemsize
+def archive_token_bytes(kept: Sequence[int], head_dim: int, archive_itemsize: int) -> int:
+    """Bytes of one archived token of one layer, before padding; with fp8, its share of the scales
+    in whole bytes.
+    """
+    items = [count + head_dim for count in kept if count]
+    scales = 2 * SCALE_BYTES * len(items) if archive_itemsize == 1 else 0
+    return sum(items) * archive_itemsize + -(-scales // STEP)
 
 
 def window_token_bytes(num_kv_heads: int, head_dim: int, itemsize: int) -> int:
@@ -134,7 +178,8 @@ class CachePlan:
     Attributes:
         kept: kept K channels, `[num_layers][num_kv_heads]`.
         head_dim: channels of a head.
-        itemsize: bytes of a cache element.
+        itemsize: bytes of an element of a window page.
+        archive_itemsize: bytes of an element of an archive page; 1 means fp8.
         tp_size: tensor-parallel ranks.
         archive_block: tokens of an archive page.
         token_bytes: bytes per token of each layer's archive page, padding included.
@@ -143,6 +188,7 @@ class CachePlan:
     kept: tuple[tuple[int, ...], ...]
     head_dim: int
     itemsize: int
+    archive_itemsize: int
     tp_size: int
     archive_block: int
     token_bytes: tuple[int, ...]
@@ -153,6 +199,7 @@ class CachePlan:
             kept=tuple(self.kept[index][head] for head in self.rank_heads(rank)),
             head_dim=self.head_dim,
             itemsize=self.itemsize,
+            archive_itemsize=self.archive_itemsize,
             archive_block=self.archive_block,
             archive_page_bytes=self.token_bytes[index] * self.archive_block,
         )
@@ -190,26 +237,32 @@ class CachePlan:
 
 
 def plan_cache(
-    kept: Sequence[Sequence[int]], head_dim: int, itemsize: int, tp_size: int = 1
+    kept: Sequence[Sequence[int]],
+    head_dim: int,
+    itemsize: int,
+    tp_size: int = 1,
+    archive_itemsize: int | None = None,
 ) -> CachePlan:
     """Choose the page sizes for a mask.
 
     Args:
         kept: kept K channels, `[num_layers][num_kv_heads]`.
         head_dim: channels of a head.
-        itemsize: bytes of a cache element.
+        itemsize: bytes of an element of a window page.
         tp_size: tensor-parallel ranks; every rank gets the page of the largest.
+        archive_itemsize: bytes of an element of an archive page; 1 means fp8, None `itemsize`.
 
     Returns:
         The plan. Its pages always give vLLM two cache groups.
     """
+    archive_itemsize = archive_itemsize or itemsize
     token_bytes = []
     for layer in kept:
         largest = max(
             archive_token_bytes(
                 [layer[head] for head in rank_heads(len(layer), tp_size, rank)],
                 head_dim,
-                itemsize,
+                archive_itemsize,
             )
             for rank in range(tp_size)
         )
@@ -224,6 +277,7 @@ def plan_cache(
         kept=tuple(tuple(int(count) for count in layer) for layer in kept),
         head_dim=head_dim,
         itemsize=itemsize,
+        archive_itemsize=archive_itemsize,
         tp_size=tp_size,
         archive_block=_archive_block(archive, dense),
         token_bytes=tuple(token_bytes),
