@@ -23,13 +23,10 @@ Queries count by the tokens they stand at: with `query_tokens`, the last ones of
 should be answers, as those are what reads pruned tokens when a model is served.
 """
 
-import datetime
-import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,15 +36,14 @@ from rich.console import Console
 from rich.progress import track
 
 from vllm_leank.attention_hook import hooked_attention
+from vllm_leank.checkpoint import usable_device
 from vllm_leank.errors import UserError
 from vllm_leank.geometry import Geometry
 from vllm_leank.mask import Mask
+from vllm_leank.mask_request import MaskRequest
 from vllm_leank.prompts import read_prompts
-from vllm_leank.select_channels import select_channels
-from vllm_leank.version import __version__
 from vllm_leank.window import Window
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUERY_CHUNK = 256
 """Queries whose attention is computed at once: bounds the memory of a long prompt."""
 
@@ -211,75 +207,31 @@ def calibrate(
     Raises:
         UserError: the model or the data cannot be used, or an argument is out of range.
     """
-    if not 0 <= ratio <= 1:
-        raise UserError(f"ratio is {ratio}; it must lie between 0 (keep all) and 1 (prune all)")
-    device = _checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if not Path(model_path).is_dir() and model_path.startswith(("/", ".", "~")):
-        raise UserError(f"{model_path}: no such directory")
-    model_id = model_id or _default_model_id(model_path)
-    config = _loaded(transformers.AutoConfig, model_path).get_text_config()
-    geometry = Geometry.from_hf_config(config)
-    # Reports a bad align, window or model id before the work, not after it.
-    Mask.full(geometry, model=model_id, align=align, sink=sink, recent=recent)
-    try:
-        window = Window(sink, recent)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-    # Prompts of token ids need no tokenizer.
-    tokenizer = functools.cache(lambda: _loaded(transformers.AutoTokenizer, model_path))
+    request = MaskRequest.open(
+        model_path, model_id, ratio=ratio, align=align, sink=sink, recent=recent
+    )
+    checkpoint = request.checkpoint
+    device = usable_device(device)
     prompts = read_prompts(
         data,
-        lambda text: tokenizer().encode(text),
-        vocab_size=config.vocab_size,
+        # Prompts of token ids need no tokenizer.
+        lambda text: checkpoint.tokenizer.encode(text),
+        vocab_size=checkpoint.config.vocab_size,
         max_prompts=max_prompts,
-        max_tokens=min(max_tokens, getattr(config, "max_position_embeddings", max_tokens)),
+        max_tokens=checkpoint.max_tokens(max_tokens),
     )
-    model = _loaded(transformers.AutoModelForCausalLM, model_path, dtype=dtype)
-    model = model.to(device).eval()
-    scores = measure_heads(model, prompts, window, query_tokens).scores()
-    keep = select_channels(scores, ratio, align)
-    return Mask.from_keep(
-        keep,
-        geometry,
-        model=model_id,
-        align=align,
-        sink=sink,
-        recent=recent,
-        provenance={
+    model = checkpoint.load(dtype, device)
+    scores = measure_heads(model, prompts, request.window, query_tokens).scores()
+    return request.mask(
+        scores,
+        {
             "method": "calibrate",
             "score": "far attention mass of the head * share of E[q^2]*E[k^2] in the head",
-            "ratio": float(ratio),
-            "achieved": round(1 - float(keep.mean()), 6),
             "data": data.name,
             "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
             "prompts": len(prompts),
             "tokens": sum(len(ids) for ids in prompts),
             "query_tokens": query_tokens,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "vllm_leank": __version__,
-            "transformers": transformers.__version__,
-            "torch": str(torch.__version__),
         },
     )
-
-
-def _default_model_id(model_path: str) -> str:
-    path = Path(model_path)
-    return path.resolve().name if path.is_dir() else model_path
-
-
-def _checked_device(device: str) -> str:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r} cannot be used: {error}") from error
-    return device
-
-
-def _loaded(kind: Any, model_path: str, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(model_path, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model_path}: cannot be loaded by transformers: {error}") from error
