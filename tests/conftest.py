@@ -1,6 +1,7 @@
 """Fixtures and the environment that all tests share."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,25 @@ REPO = Path(__file__).parents[1]
 def repo() -> Path:
     """Root of the source tree."""
     return REPO
+
+
+@pytest.fixture
+def leank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `leank ARGS` in this process; gives exit code, stdout, stderr."""
+    from vllm_leank import cli
+
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["leank", *map(str, args)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit_info.value.code or 0, out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")

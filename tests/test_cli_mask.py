@@ -7,23 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from vllm_leank import cli, mask_resolver
+from vllm_leank import mask_resolver
 from vllm_leank.mask import Geometry, Mask, load_mask, save_mask
-
-
-@pytest.fixture
-def leank(monkeypatch, capsys):
-    """Run `leank ARGS` in this process; gives exit code, stdout, stderr."""
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["leank", *map(str, args)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_info.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -31,7 +31,27 @@ def select_channels(
     heads = best // (head_dim // align)
     counts = np.bincount(heads, minlength=num_layers * num_heads) * align
 
-    keep = np.zeros(scores.shape, dtype=bool)
-    below = np.arange(head_dim) < counts.reshape(num_layers, num_heads, 1)
-    np.put_along_axis(keep, order, below, axis=-1)
+    return _best(order, counts.reshape(num_layers, num_heads))
+
+
+def round_survivors(
+    factors: npt.NDArray[np.float64], ratio: float, align: int
+) -> npt.NDArray[np.bool_]:
+    """Stage 2 of LeanK to the letter: the channels that its training would deploy.
+
+    `factors` is `[L, H, D]`, finite and not negative; `ratio` in [0, 1] is the quantile of all
+    factors below which channels are pruned. A head with `c` channels at the threshold or above
+    keeps `floor((c + align/2) / align) * align`, its largest factors first, ties to the lower
+    channel. Channels of factor 0 never count: training ran without them. The result is bool
+    `[L, H, D]`; the share that it prunes may differ from `ratio` by what rounding moves.
+    """
+    survivors = ((factors >= np.quantile(factors, ratio)) & (factors > 0)).sum(axis=-1)
+    order = np.argsort(-factors, axis=-1, kind="stable")
+    return _best(order, (survivors + align // 2) // align * align)
+
+
+def _best(order: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """The first `counts` `[L, H]` channels of each head in `order` `[L, H, D]`."""
+    keep = np.zeros(order.shape, dtype=bool)
+    np.put_along_axis(keep, order, np.arange(order.shape[-1]) < counts[..., None], axis=-1)
     return keep

@@ -62,8 +62,7 @@ def calibrate(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Make a mask without training, from q, K and far attention over sample prompts."""
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists already; choose another name or give --overwrite")
+    _check_new(out, overwrite)
     from vllm_leank import calibrate as calibration
 
     mask = calibration.calibrate(
@@ -85,6 +84,54 @@ def calibrate(
         f"{out}: {1 - mask.k_kept:.2%} of K pruned ({ratio:.2%} asked), "
         f"{mask.far_bytes_share:.1%} of a far token's bytes left"
     )
+
+
+@app.command(name="import")
+def import_file(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="A .pth mask or a .tsv file of factors from LeanK's code."
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="Whose mask it is: a directory with config.json, or a hub id.")
+    ],
+    out: Annotated[Path, typer.Option(help="The mask file to write.")],
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the K channels to prune, 0..1; factors only.", show_default="none"
+        ),
+    ] = None,
+    align: Annotated[int, typer.Option(help="Heads keep multiples of this many channels.")] = 32,
+    sink: Annotated[int, typer.Option(help="First tokens that stay dense.")] = 128,
+    recent: Annotated[int, typer.Option(help="Last tokens that stay dense.")] = 768,
+    model_id: Annotated[
+        str | None,
+        typer.Option(help="The id the mask is found by.", show_default="name of the checkpoint"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+) -> None:
+    """Turn a mask or the scaling factors of the official LeanK code into a mask file."""
+    _check_new(out, overwrite)
+    from vllm_leank.import_mask import import_mask
+
+    mask = import_mask(
+        source, model, ratio=ratio, align=align, sink=sink, recent=recent, model_id=model_id
+    )
+    save_mask(mask, out, overwrite=overwrite)
+    asked = "" if ratio is None else f" ({ratio:.2%} asked)"
+    print(
+        f"{out}: {1 - mask.k_kept:.2%} of K pruned{asked}, "
+        f"{mask.far_bytes_share:.1%} of a far token's bytes left"
+    )
+
+
+def _check_new(out: Path, overwrite: bool) -> None:
+    """Refuse an existing file before the work, not after it."""
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: exists already; choose another name or give --overwrite")
 
 
 def _find(name: str) -> Mask:
