@@ -115,7 +115,7 @@ def test_any_mask_gives_two_groups_that_fill_the_memory_without_overlap(make):
         heads = rng.choice([1, 2, 4, 8])
         tp_size = rng.choice([1, 1, 2, 4, 8])
         mask = make(rng, rng.choice([1, 2, 3, 4, 6, 8, 16]), heads)
-        plan = plan_cache(mask, HEAD_DIM, rng.choice([2, 4]), tp_size)
+        plan = plan_cache(mask, HEAD_DIM, rng.choice([2, 4]), tp_size, rng.choice([None, 1]))
         memory = plan.block_bytes * rng.randint(600, 5000) + rng.randrange(plan.block_bytes)
         configs = cache_configs(plan, WINDOW, memory, LENGTH)
 
@@ -128,7 +128,7 @@ def test_any_mask_gives_two_groups_that_fill_the_memory_without_overlap(make):
                 assert len(group) == len(mask)
                 group.sort(key=lambda page: page[0])
                 assert all(end <= first for (_, end, _), (first, _, _) in pairwise(group))
-                assert all(first % 2048 == 0 for first, _, _ in group)
+                assert all(first % 512 == 0 for first, _, _ in group)
                 assert group[0][0] == 0
                 assert group[-1][1] <= plan.block_bytes
                 for _, _, tensor in group:
@@ -136,10 +136,12 @@ def test_any_mask_gives_two_groups_that_fill_the_memory_without_overlap(make):
                     assert tensor.size == plan.block_bytes * config.num_blocks
 
 
+@pytest.mark.parametrize("archive_itemsize", [1, 2])
 @pytest.mark.parametrize("layers", [32, 80])
 @pytest.mark.parametrize("make", [random_mask, all_sizes_differ, sizes_in_equal_counts])
-def test_large_models_give_two_groups(make, layers):
-    plan = plan_cache(make(random.Random(layers), layers, 8), HEAD_DIM, 2)
+def test_large_models_give_two_groups(make, layers, archive_itemsize):
+    mask = make(random.Random(layers), layers, 8)
+    plan = plan_cache(mask, HEAD_DIM, 2, archive_itemsize=archive_itemsize)
     assert len(get_kv_cache_groups(vllm_config(LENGTH), cache_specs(plan, WINDOW))) == 2
 
 

@@ -24,43 +24,52 @@ OFFICIAL_MASKS = Path(__file__).parents[2] / "shared" / "official-masks"
 
 counts = st.integers(0, 16).map(lambda n: n * 16)
 layouts = st.builds(
-    lambda kept, head_dim, itemsize, block, spare: CacheLayout(
+    lambda kept, head_dim, archive_itemsize, block, spare: CacheLayout(
         tuple(kept),
         head_dim,
-        itemsize,
+        2,
+        archive_itemsize,
         block,
-        (archive_token_bytes(kept, head_dim, itemsize) + spare) * block,
+        (archive_token_bytes(kept, head_dim, archive_itemsize) + spare) * block,
     ),
     st.lists(counts, min_size=1, max_size=8),
     st.sampled_from([64, 96, 128, 256]),
     st.sampled_from([1, 2, 4]),
     st.sampled_from([32, 64, 96, 256]),
-    st.sampled_from([0, 64, 640]),
+    st.sampled_from([0, 16, 640]),
 )
 
 
 @settings(max_examples=300, deadline=None)
 @given(layouts)
-def test_chunks_and_values_tile_the_page(layout):
-    parts = []
+def test_chunks_values_and_scales_tile_the_page(layout):
+    parts, scales = [], []
     for kept, head in zip(layout.kept, layout.heads, strict=True):
         columns = [
             c for chunk in head.k_chunks for c in range(chunk.first, chunk.first + chunk.width)
         ]
         assert columns == list(range(kept))
         assert all(chunk.width in CHUNK_WIDTHS for chunk in head.k_chunks)
+        assert all(chunk.offset % chunk.width == 0 for chunk in head.k_chunks)
         parts += [(chunk.offset, chunk.width) for chunk in head.k_chunks]
         assert (head.v_offset is None) == (kept == 0)
         if head.v_offset is not None:
             parts.append((head.v_offset, layout.head_dim))
+        assert (head.scale_offset is None) == (kept == 0 or layout.archive_itemsize > 1)
+        if head.scale_offset is not None:
+            scales.append(head.scale_offset)
     end = 0
     for offset, width in parts:
         assert offset == end
         end += width * layout.archive_block
-    assert end <= layout.archive_page_items
-    assert end * layout.itemsize == layout.archive_block * archive_token_bytes(
-        layout.kept, layout.head_dim, layout.itemsize
-    )
+    end *= layout.archive_itemsize
+    for offset in scales:
+        assert offset == end
+        assert offset % 4 == 0
+        end += 2 * 4 * layout.archive_block // 32
+    token_bytes = archive_token_bytes(layout.kept, layout.head_dim, layout.archive_itemsize)
+    assert end <= token_bytes * layout.archive_block <= layout.archive_page_bytes
+    assert end > (token_bytes - 1) * layout.archive_block
 
 
 @pytest.mark.parametrize(
@@ -71,46 +80,89 @@ def test_chunks_and_values_tile_the_page(layout):
         (32, [32]),
         (48, [32, 16]),
         (64, [64]),
+        (80, [64, 16]),
         (96, [64, 32]),
         (112, [64, 32, 16]),
-        (128, [64, 64]),
-        (256, [64, 64, 64, 64]),
+        (128, [128]),
+        (176, [128, 32, 16]),
+        (240, [128, 64, 32, 16]),
+        (256, [256]),
     ],
 )
-def test_chunks_are_widest_first(kept, widths):
-    head = CacheLayout((kept,), 256, 2, 64, 1 << 20).heads[0]
+def test_chunks_have_binary_widths_widest_first(kept, widths):
+    head = CacheLayout((kept,), 256, 2, 2, 64, 1 << 20).heads[0]
     assert [chunk.width for chunk in head.k_chunks] == widths
 
 
 def test_offsets_of_a_page_in_literal_numbers():
-    layout = CacheLayout((48, 0, 16), 128, 2, 64, 64 * 640)
+    layout = CacheLayout((48, 0, 16), 128, 2, 2, 64, 64 * 640)
     first, second, third = layout.heads
     assert [(c.offset, c.width, c.first) for c in first.k_chunks] == [(0, 32, 0), (2048, 16, 32)]
     assert first.v_offset == 3072
-    assert (second.k_chunks, second.v_offset) == ((), None)
+    assert (second.k_chunks, second.v_offset, second.scale_offset) == ((), None, None)
     assert [(c.offset, c.width, c.first) for c in third.k_chunks] == [(11264, 16, 0)]
     assert third.v_offset == 12288
     assert layout.archive_page_items == 20480
     assert layout.window_page_bytes == 3 * 32 * 2 * 128 * 2
+    assert [head.scale_offset for head in layout.heads] == [None] * 3
+
+
+def test_offsets_of_an_fp8_page_in_literal_numbers():
+    """Scales of a head: 2 of K, one for each 32 tokens, and 2 of V."""
+    layout = CacheLayout((112, 0, 16), 128, 2, 1, 64, 64 * 400)
+    first, second, third = layout.heads
+    assert [(c.offset, c.width, c.first) for c in first.k_chunks] == [
+        (0, 64, 0), (4096, 32, 64), (6144, 16, 96)
+    ]  # fmt: skip
+    assert (first.v_offset, first.scale_offset) == (7168, 24576)
+    assert (second.k_chunks, second.v_offset, second.scale_offset) == ((), None, None)
+    assert [(c.offset, c.width, c.first) for c in third.k_chunks] == [(15360, 16, 0)]
+    assert (third.v_offset, third.scale_offset) == (16384, 24592)
+    assert layout.archive_page_items == 25600
+    assert layout.window_page_bytes == 3 * 32 * 2 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("kept", "itemsize", "token_bytes"),
+    [
+        ((48, 0, 16), 2, 640),
+        ((48, 0, 16), 1, 320 + 1),
+        ((16,) * 8, 1, 1152 + 2),
+        ((0, 0), 1, 0),
+    ],
+)
+def test_bytes_of_a_token_include_its_share_of_the_scales(kept, itemsize, token_bytes):
+    assert archive_token_bytes(kept, 128, itemsize) == token_bytes
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "page"), [(2, 64 * 320 - 1), (1, 64 * 160), (1, 64 * 161 - 1)]
+)
+def test_a_page_too_small_for_its_heads_is_refused(itemsize, page):
+    with pytest.raises(ValueError, match=r"64 tokens of .* bytes do not fit into an archive page"):
+        CacheLayout((32,), 128, 2, itemsize, 64, page)
 
 
 HAND_WRITTEN = ((32, 64, 0, 96), (0, 0, 0, 0), (32, 32, 32, 32), (128, 128, 128, 128))
 
 
 @pytest.mark.parametrize(
-    ("tp_size", "itemsize", "token_bytes", "archive_block", "block_bytes", "dense"),
+    ("tp_size", "itemsize", "archive", "token_bytes", "archive_block", "block_bytes", "dense"),
     [
-        (1, 2, (1280, 64, 1280, 2048), 64, 299008, 8192),
-        (1, 4, (2560, 64, 2560, 4096), 64, 593920, 16384),
-        (2, 2, (704, 64, 704, 1024), 64, 159744, 4096),
-        (4, 2, (512, 64, 320, 512), 64, 90112, 2048),
-        (8, 2, (512, 64, 320, 512), 64, 90112, 2048),
+        (1, 2, None, (1280, 16, 1280, 2048), 64, 295936, 8192),
+        (1, 4, None, (2560, 16, 2560, 4096), 64, 590848, 16384),
+        (2, 2, None, (704, 16, 704, 1024), 64, 156672, 4096),
+        (4, 2, None, (512, 16, 320, 512), 64, 87040, 2048),
+        (8, 2, None, (512, 16, 320, 512), 64, 87040, 2048),
+        (1, 2, 1, (656, 16, 656, 1040), 128, 303104, 8192),
+        (1, 4, 1, (656, 16, 656, 1040), 224, 530432, 16384),
+        (4, 2, 1, (272, 16, 176, 272), 96, 70656, 2048),
     ],
 )
 def test_plan_of_a_hand_written_mask(
-    tp_size, itemsize, token_bytes, archive_block, block_bytes, dense
+    tp_size, itemsize, archive, token_bytes, archive_block, block_bytes, dense
 ):
-    plan = plan_cache(HAND_WRITTEN, 128, itemsize, tp_size)
+    plan = plan_cache(HAND_WRITTEN, 128, itemsize, tp_size, archive)
     assert plan.token_bytes == token_bytes
     assert plan.archive_block == archive_block
     assert plan.block_bytes == block_bytes
@@ -119,27 +171,32 @@ def test_plan_of_a_hand_written_mask(
 
 
 @pytest.mark.parametrize(
-    ("name", "tp_size", "archive", "dense", "block_bytes"),
+    ("name", "tp_size", "itemsize", "archive", "dense", "archive_block", "block_bytes"),
     [
-        ("llama3.1-8b-instruct", 1, 73984, 131072, 4734976),
-        ("llama3.1-8b-instruct", 2, 40960, 65536, 2621440),
-        ("qwen2.5-7b-instruct", 1, 28096, 57344, 1835008),
-        ("qwen2.5-7b-instruct", 2, 16256, 28672, 1040384),
+        ("llama3.1-8b-instruct", 1, 2, 73984, 131072, 64, 4734976),
+        ("llama3.1-8b-instruct", 2, 2, 40960, 65536, 64, 2621440),
+        ("llama3.1-8b-instruct", 1, 1, 37504, 131072, 128, 4800512),
+        ("qwen2.5-7b-instruct", 1, 2, 28048, 57344, 64, 1835008),
+        ("qwen2.5-7b-instruct", 2, 2, 16208, 28672, 64, 1037312),
+        ("qwen2.5-7b-instruct", 1, 1, 14464, 57344, 128, 1851392),
     ],
 )
-def test_plan_of_the_official_masks(name, tp_size, archive, dense, block_bytes):
+def test_plan_of_the_official_masks(
+    name, tp_size, itemsize, archive, dense, archive_block, block_bytes
+):
     path = OFFICIAL_MASKS / f"{name}.pth"
     if not path.exists():
         pytest.skip(f"the official mask {path.name} is not here")
     kept = torch.load(path, weights_only=True).sum(-1).int().tolist()
-    plan = plan_cache(kept, 128, 2, tp_size)
+    plan = plan_cache(kept, 128, 2, tp_size, itemsize)
     window = Window(64, 256)
-    assert plan.archive_block == 64
+    assert plan.archive_block == archive_block
     assert plan.archive_token_bytes == archive
     assert plan.dense_token_bytes == dense
     assert plan.block_bytes == block_bytes
-    assert plan.blocks_in_prefill(window, 32768) == 508 + 1024
-    assert plan.blocks_in_decode(window, 32768) == 508 + 2 + 8
+    pages = {64: 508, 128: 254}[archive_block]
+    assert plan.blocks_in_prefill(window, 32768) == pages + 1024
+    assert plan.blocks_in_decode(window, 32768) == pages + 2 + 8
 
 
 def test_blocks_of_short_requests():
@@ -161,9 +218,9 @@ masks = st.integers(1, 4).flatmap(
 
 
 @settings(max_examples=200, deadline=None)
-@given(masks, st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([2, 4]))
+@given(masks, st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 4]))
 def test_every_rank_fits_its_heads_into_pages_of_one_size(mask, tp_size, itemsize):
-    plan = plan_cache(mask, 128, itemsize, tp_size)
+    plan = plan_cache(mask, 128, 4, tp_size, itemsize)
     assert plan.archive_block in ARCHIVE_BLOCKS
     for index in range(len(mask)):
         sizes = {plan.layer(index, rank).archive_page_bytes for rank in range(tp_size)}
@@ -172,13 +229,13 @@ def test_every_rank_fits_its_heads_into_pages_of_one_size(mask, tp_size, itemsiz
             need = archive_token_bytes(plan.layer(index, rank).kept, 128, itemsize)
             assert 0 <= need <= plan.token_bytes[index]
         assert plan.token_bytes[index] > 0
-        assert plan.token_bytes[index] % 64 == 0
+        assert plan.token_bytes[index] % 16 == 0
 
 
 @settings(max_examples=200, deadline=None)
-@given(masks, st.sampled_from([1, 2, 4]))
-def test_far_tokens_leave_little_of_a_block_empty(mask, tp_size):
-    plan = plan_cache(mask, 128, 2, tp_size)
+@given(masks, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
+def test_far_tokens_leave_little_of_a_block_empty(mask, tp_size, archive_itemsize):
+    plan = plan_cache(mask, 128, 2, tp_size, archive_itemsize)
     used = plan.archive_token_bytes * plan.archive_block / plan.block_bytes
     assert used >= 1 - ARCHIVE_WASTE or plan.archive_block == max(ARCHIVE_BLOCKS)
     if plan.archive_block > min(ARCHIVE_BLOCKS):
