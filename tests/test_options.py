@@ -24,6 +24,8 @@ from vllm_leank.window import Window
         ({"leank": {"mask": "m.yaml"}}, Options(mask="m.yaml")),
         ({"leank": {"sink": 0, "recent": 32}}, Options(sink=0, recent=32)),
         ({"leank": {"sink": None}}, Options()),
+        ({"leank": {"archive_dtype": "auto"}}, Options()),
+        ({"leank": {"archive_dtype": "fp8"}}, Options(archive_dtype="fp8")),
     ],
 )
 def test_options_are_read(given, options):
@@ -33,12 +35,17 @@ def test_options_are_read(given, options):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"sinc": 64}, 'leank has no option "sinc"; allowed: mask, sink, recent'),
+        ({"sinc": 64}, 'leank has no option "sinc"; allowed: mask, sink, recent, archive_dtype'),
         ({"sink": "64"}, "leank option sink = '64': input should be a valid integer"),
         ({"sink": 64.0}, "leank option sink = 64.0: input should be a valid integer"),
         ({"recent": True}, "leank option recent = True: input should be a valid integer"),
         ({"mask": 3}, "leank option mask = 3: input should be a valid string"),
         ({"mask": ""}, "leank option mask = '': string should have at least 1 character"),
+        (
+            {"archive_dtype": "int4"},
+            "leank option archive_dtype = 'int4': input should be 'auto' or 'fp8'",
+        ),
+        ({"archive_dtype": 8}, "leank option archive_dtype = 8: input should be 'auto' or 'fp8'"),
         ([], 'additional_config["leank"] is [], but must be a mapping of options'),
         ("m.yaml", "additional_config[\"leank\"] is 'm.yaml', but must be a mapping of options"),
         (None, 'additional_config["leank"] is None, but must be a mapping of options'),
@@ -108,8 +115,8 @@ def test_windows_out_of_range_are_refused_as_options(options, message):
         _window(options, hand_made_mask())
 
 
-def settings(window, mask):
-    plan = plan_cache(mask.kept_counts.tolist(), 64, 2)
+def settings(window, mask, archive_itemsize=None):
+    plan = plan_cache(mask.kept_counts.tolist(), 64, 2, archive_itemsize=archive_itemsize)
     return Settings(mask, window, replace(plan, archive_block=64))
 
 
@@ -124,6 +131,17 @@ def test_report_of_a_hand_made_mask():
         "leank cache: 896 bytes per far token against 1,024 dense (87.5%); archive pages of 64 "
         "tokens",
         "leank capacity: 7.5 requests of 8,192 tokens in decode, 6.8 dense (1.09x), in 0.05 GiB",
+    ]
+
+
+def test_report_of_an_fp8_archive():
+    """240 bytes per far token in both layers, padding and scales included."""
+    fp8 = settings(Window(64, 256), hand_made_mask(), archive_itemsize=1)
+    lines = report(fp8, num_blocks=1000, length=8192)
+    assert lines[-2:] == [
+        "leank cache: 480 bytes per far token against 1,024 dense (46.9%); fp8 archive pages of "
+        "64 tokens",
+        "leank capacity: 7.5 requests of 8,192 tokens in decode, 3.9 dense (1.91x), in 0.03 GiB",
     ]
 
 

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from re import escape
+from types import SimpleNamespace
 
 import pytest
 from mask_samples import random_mask
@@ -58,7 +59,11 @@ def test_a_config_carries_the_mask_that_it_was_made_with(tiny_llama_dir, tmp_pat
 
 
 OPTIONS = {
-    "unknown option": ({"sinks": 64}, 'no option "sinks"; allowed: mask, sink, recent'),
+    "unknown option": (
+        {"sinks": 64},
+        'no option "sinks"; allowed: mask, sink, recent, archive_dtype',
+    ),
+    "unknown archive dtype": ({"archive_dtype": "int8"}, "input should be 'auto' or 'fp8'"),
     "sink of a wrong type": ({"sink": "64"}, "option sink = '64'"),
     "sink not in whole pages": ({"sink": 30}, "sink is 30, but must be 0 or a multiple of 32"),
     "recent below a step": ({"recent": 16}, "recent is 16, but must be at least 32"),
@@ -232,6 +237,24 @@ def test_parallelism(tiny_llama_dir, mask_file, setting, message):
     setattr(config.parallel_config, setting, 2)
     (reason,) = refusals(config)
     assert message in reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "archive_dtype", "refused"),
+    [((8, 0), "auto", False), ((8, 6), "fp8", True), ((8, 9), "fp8", False)],
+)
+def test_fp8_needs_a_gpu_that_has_it(
+    tiny_llama_dir, mask_file, monkeypatch, capability, archive_dtype, refused
+):
+    config = config_of(tiny_llama_dir, {"mask": str(mask_file), "archive_dtype": archive_dtype})
+    gpu = SimpleNamespace(
+        is_cuda=lambda: True, has_device_capability=lambda needed: capability >= needed
+    )
+    monkeypatch.setattr("vllm.platforms.current_platform", gpu)
+    reasons = list(refusals(config))
+    assert len(reasons) == refused
+    if refused:
+        assert "needs a GPU of compute capability 8.9 or newer: remove it from" in reasons[0]
 
 
 def test_a_model_without_a_mask_is_told_how_to_make_one(tiny_llama_dir):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import vllm.envs as envs
 
 from vllm_leank import compat
-from vllm_leank.options import OptionError, given_options
+from vllm_leank.options import OptionError, given_options, parse_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -53,6 +53,12 @@ def _platform(config: "VllmConfig") -> Iterator[str]:
 
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         yield f"it runs on NVIDIA GPUs and on CPU, not on {current_platform.device_name}"
+    fp8 = parse_options(config.additional_config).archive_dtype == "fp8"
+    if fp8 and current_platform.is_cuda() and not current_platform.has_device_capability((8, 9)):
+        yield (
+            'the option archive_dtype "fp8" needs a GPU of compute capability 8.9 or newer: remove '
+            "it from --additional-config"
+        )
 
 
 def _model(config: "VllmConfig") -> Iterator[str]:

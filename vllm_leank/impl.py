@@ -117,7 +117,8 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             query: `[num_tokens, num_heads, head_dim]`.
             key: `[num_tokens, num_kv_heads, head_dim]`.
             value: like `key`.
-            kv_cache: archive pages, `[num_blocks, 1, archive_block, page_items / archive_block]`.
+            kv_cache: archive pages, `[num_blocks, 1, archive_block, bytes per token / itemsize]`,
+                in the model's dtype whatever they hold.
             attn_metadata: the step; None while vLLM profiles memory.
             output: like `query`.
             output_scale: not supported.
@@ -129,9 +130,12 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         forward_context = get_forward_context()
         window_metadata = forward_context.attn_metadata[self._window_name]
         batch = attn_metadata.batch(window_metadata)
+        archive_pages = kv_cache.view(len(kv_cache), -1)
+        if self._layout.is_fp8:
+            archive_pages = archive_pages.view(reference.FP8)
         cache = reference.LayerCache(
             window_pages=forward_context.no_compile_layers[self._window_name].kv_cache,
-            archive_pages=kv_cache.view(len(kv_cache), -1),
+            archive_pages=archive_pages,
             layout=self._layout,
             channels=layer.leank_channels.split(self._layout.kept),
             window=self._window,

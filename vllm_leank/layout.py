@@ -193,6 +193,11 @@ class CachePlan:
     archive_block: int
     token_bytes: tuple[int, ...]
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether archive pages hold 8-bit floats and scales."""
+        return self.archive_itemsize == 1
+
     def layer(self, index: int, rank: int = 0) -> CacheLayout:
         """Layout of layer `index` on tensor-parallel rank `rank`."""
         return CacheLayout(

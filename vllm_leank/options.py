@@ -1,7 +1,7 @@
 """The options of `--additional-config '{"leank": {...}}'`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
@@ -21,6 +21,7 @@ class Options(pydantic.BaseModel):
         mask: path of a mask file; by default the one shipped for the model.
         sink: first tokens that stay dense, a multiple of 32; by default the mask's.
         recent: last tokens that stay dense, at least 32; by default the mask's.
+        archive_dtype: what far tokens are stored in: the model's dtype ("auto") or 8-bit floats.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -28,6 +29,7 @@ class Options(pydantic.BaseModel):
     mask: str | None = pydantic.Field(default=None, min_length=1)
     sink: int | None = None
     recent: int | None = None
+    archive_dtype: Literal["auto", "fp8"] = "auto"
 
 
 def parse_options(additional_config: Any) -> Options:

@@ -48,6 +48,7 @@ def report(settings: Settings, num_blocks: int, length: int) -> list[str]:
     if (mask.sink, mask.recent) != (window.sink, window.recent):
         made_for = f" (the mask was made for {mask.sink} and {mask.recent})"
     archive, full = plan.archive_token_bytes, plan.dense_token_bytes
+    kind = "fp8 archive" if plan.is_fp8 else "archive"
     return [
         f"leank mask: {mask.model}, {mask.provenance['method']}, sha256 {mask.sha256[:12]}, "
         f"{mask.path}",
@@ -56,7 +57,7 @@ def report(settings: Settings, num_blocks: int, length: int) -> list[str]:
         f"{mask.geometry.num_layers} layers {per_count}",
         f"leank window: sink {window.sink}, recent {window.recent} tokens dense{made_for}",
         f"leank cache: {archive:,} bytes per far token against {full:,} dense "
-        f"({archive / full:.1%}); archive pages of {plan.archive_block} tokens",
+        f"({archive / full:.1%}); {kind} pages of {plan.archive_block} tokens",
         f"leank capacity: {fit:.1f} requests of {length:,} tokens in decode, {dense:.1f} dense "
         f"({fit / dense:.2f}x), in {pool / 2**30:.2f} GiB",
     ]

@@ -52,6 +52,7 @@ def resolve_settings(vllm_config: "VllmConfig") -> Settings:
             mask.geometry.head_dim,
             model.dtype.itemsize,
             vllm_config.parallel_config.tensor_parallel_size,
+            archive_itemsize=1 if options.archive_dtype == "fp8" else None,
         ),
     )
     vllm_config.__dict__[_ATTACHED] = settings
