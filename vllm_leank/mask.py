@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pydantic
 import yaml
 
+from vllm_leank.atomic import write_atomically
 from vllm_leank.errors import UserError
 from vllm_leank.geometry import Geometry
 from vllm_leank.strict_yaml import Loc, YamlError, read_strict_yaml
@@ -206,17 +207,8 @@ def save_mask(mask: Mask, path: str | os.PathLike[str], *, overwrite: bool = Fal
         raise MaskError(f"would be larger than {MAX_BYTES} bytes, the limit", path=path)
     if os.path.lexists(path) and not overwrite:
         raise MaskError("exists already; choose another name or allow overwriting", path=path)
-    # Not tempfile: that makes files only their owner can read.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        try:
-            with part.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_atomically(path, data)
     except OSError as error:
         raise MaskError(f"cannot be written: {error.strerror}", path=path) from error
 

@@ -13,7 +13,6 @@ that the shipped mask keeps per head.
 
 import argparse
 import json
-import math
 import shlex
 import sys
 import time
@@ -28,6 +27,7 @@ from recall.evaluate import BATCH_TOKENS, head_commit, machine
 from recall.tasks import TASKS, make_sample
 from vllm_leank.attention_hook import hooked_attention
 from vllm_leank.calibrate import HeadStatistics, head_shares, measure_heads
+from vllm_leank.far_attention import far_attention
 from vllm_leank.mask import Mask, load_mask
 from vllm_leank.select_channels import select_channels
 from vllm_leank.window import Window
@@ -68,19 +68,9 @@ class FarPruning:
         if self.keep is None:
             return None
         keep = self.keep[layer]  # [H, D]
-        grouped = query.unflatten(1, (keep.shape[0], -1)).float()  # [B, H, group, T, D]
-        keys = key.float().unsqueeze(2)
-        T, S = query.shape[2], key.shape[2]
-        at_key = torch.arange(S, device=key.device)
-        at_query = torch.arange(S - T, S, device=key.device)[:, None]
-        far = (at_key >= self.window.sink) & (at_key < self.window.boundary(at_query + 1))
-        pruned = (grouped * keep[:, None, None]) @ keys.transpose(-1, -2)
-        logits = torch.where(far, pruned, grouped @ keys.transpose(-1, -2))
-        hidden = (at_key > at_query) | (far & ~keep.any(-1)[:, None, None, None])
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        weights = (logits * scale).masked_fill(hidden, -math.inf).softmax(-1)
-        output = weights @ value.float().unsqueeze(2)
-        return output.flatten(1, 2).transpose(1, 2).to(query.dtype)
+        return far_attention(
+            query, [key], [value], self.window, keep.float(), ~keep.any(-1), scaling
+        )
 
 
 @torch.inference_mode()
