@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vllm_leank.errors import UserError
 
-_NAME = "leank_hook"
+_NAME, _NAME_WITHOUT_MASK = "leank_hook", "leank_hook_without_mask"
 
 # Arguments by which models ask for another attention than plain causal softmax(qK)V.
 _REFUSED = {
@@ -51,21 +51,28 @@ _active: list[AttentionHook] = []
 
 
 @contextmanager
-def hooked_attention(model: PreTrainedModel, hook: AttentionHook) -> Iterator[None]:
+def hooked_attention(
+    model: PreTrainedModel, hook: AttentionHook, *, mask: bool = True
+) -> Iterator[None]:
     """Within the context, every attention layer of `model` calls `hook`.
+
+    A hook that computes attention itself, over rows without padding, needs no `attention_mask`:
+    with `mask` False it gets None, and is spared what is large for a chunk of a long prompt.
 
     Raises:
         UserError: the model does not use the interface; while it runs: a layer does another
             attention than causal attention over all tokens.
     """
-    AttentionInterface.register(_NAME, _attention)
+    # Of what has no mask function, transformers takes that it needs no mask.
     AttentionMaskInterface.register(_NAME, sdpa_mask)
+    name = _NAME if mask else _NAME_WITHOUT_MASK
+    AttentionInterface.register(name, _attention)
     before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
-    if model.config._attn_implementation != _NAME:
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
         raise UserError(
             f"{type(model).__name__} does not use transformers' AttentionInterface, "
-            "so its attention cannot be observed"
+            "so its attention can be neither observed nor changed"
         )
     _active.append(hook)
     try:

@@ -1,15 +1,25 @@
-"""Sample prompts from a JSONL file."""
+"""Sample prompts, with or without answers, from a JSONL file."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from vllm_leank.errors import UserError
+
+Tokenize = Callable[[str], list[int]]
+
+
+class Sample(NamedTuple):
+    """Token ids of a prompt and of the answer that continues it."""
+
+    prompt: list[int]
+    answer: list[int]
 
 
 def read_prompts(
     path: Path,
-    tokenize: Callable[[str], list[int]],
+    tokenize: Tokenize,
     *,
     vocab_size: int,
     max_prompts: int,
@@ -25,43 +35,91 @@ def read_prompts(
         UserError: the file cannot be read, has a bad line, or no prompt.
     """
     prompts: list[list[int]] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if len(prompts) == max_prompts:
-                    break
-                if line.strip():
-                    try:
-                        ids = _token_ids(line, tokenize, vocab_size)
-                    except UserError as error:
-                        raise UserError(f"{path}, line {number}: {error}") from error
-                    prompts.append(ids[-max_tokens:])
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text") from error
+    for number, line in _lines(path):
+        if len(prompts) == max_prompts:
+            break
+        try:
+            ids = _token_ids(_object(line), "prompt", tokenize, vocab_size)
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+        prompts.append(ids[-max_tokens:])
     if not prompts:
         raise UserError(f"{path}: has no prompts")
     return prompts
 
 
-def _token_ids(line: str, tokenize: Callable[[str], list[int]], vocab_size: int) -> list[int]:
+def read_samples(
+    path: Path,
+    tokenize: Tokenize,
+    tokenize_answer: Tokenize,
+    *,
+    vocab_size: int,
+    max_tokens: int,
+) -> list[Sample]:
+    """All prompts with their answers; a prompt is cut at its start to `max_tokens` with the answer.
+
+    A line is as in `read_prompts`, with `"answer_token_ids"` or `"answer"` as well.
+    `tokenize_answer` gives the tokens of a text that continues another.
+
+    Raises:
+        UserError: the file cannot be read, has a bad line (no answer, say), or no sample.
+    """
+    samples: list[Sample] = []
+    for number, line in _lines(path):
+        try:
+            value = _object(line)
+            prompt = _token_ids(value, "prompt", tokenize, vocab_size)
+            answer = _token_ids(value, "answer", tokenize_answer, vocab_size)
+            if len(answer) >= max_tokens:
+                raise UserError(
+                    f"the answer has {len(answer)} tokens; with its prompt it may have {max_tokens}"
+                )
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+        samples.append(Sample(prompt[len(answer) - max_tokens :], answer))
+    if not samples:
+        raise UserError(f"{path}: has no samples")
+    return samples
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers (from 1)."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text") from error
+
+
+def _object(line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"not JSON: {error}") from error
-    if not isinstance(value, dict) or ("prompt" in value) == ("prompt_token_ids" in value):
-        raise UserError('must be an object with one of "prompt_token_ids" and "prompt"')
-    if "prompt" in value:
-        if not isinstance(value["prompt"], str):
-            raise UserError('"prompt" must be text')
-        ids = tokenize(value["prompt"])
+    if not isinstance(value, dict):
+        raise UserError("must be an object")
+    return value
+
+
+def _token_ids(value: dict[str, Any], name: str, tokenize: Tokenize, vocab_size: int) -> list[int]:
+    """Ids of `name` or `name`_token_ids, whichever the line has."""
+    name_ids = f"{name}_token_ids"
+    if (name in value) == (name_ids in value):
+        raise UserError(f'must have one of "{name_ids}" and "{name}"')
+    if name in value:
+        if not isinstance(value[name], str):
+            raise UserError(f'"{name}" must be text')
+        ids = tokenize(value[name])
     else:
-        ids = value["prompt_token_ids"]
+        ids = value[name_ids]
         if not isinstance(ids, list):
-            raise UserError('"prompt_token_ids" must be a list of token ids')
+            raise UserError(f'"{name_ids}" must be a list of token ids')
     if not ids:
-        raise UserError("the prompt is empty")
+        raise UserError(f"the {name} is empty")
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise UserError(f"{token!r} is no token id; the vocabulary is 0..{vocab_size - 1}")

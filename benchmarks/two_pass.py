@@ -1,0 +1,55 @@
+"""The loss of LeanK in its plain form: the whole sample runs twice, with gradients the second time.
+
+What `vllm_leank.learn.distillation` computes with one pass over the context. Its gradients and its
+time are compared with this one's.
+"""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from vllm_leank.attention_hook import hooked_attention
+from vllm_leank.far_attention import far_attention
+from vllm_leank.prompts import Sample
+from vllm_leank.window import Window
+
+
+def two_pass_loss(
+    model: PreTrainedModel,
+    window: Window,
+    sample: Sample,
+    factors: torch.Tensor,
+    blind: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Squared difference of the answer's final hidden states, as `Distiller.loss` computes it."""
+    prompt, answer = len(sample.prompt), len(sample.answer)
+    tokens = torch.tensor([sample.prompt + sample.answer], device=model.device)
+
+    def full(query, key, value, scaling):
+        output = scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2)
+
+    def teacher(layer, query, key, value, attention_mask, scaling):
+        return full(query, key, value, scaling)
+
+    def student(layer, query, key, value, attention_mask, scaling):
+        read = (part[:, :, :prompt] for part in (query, key, value))
+        scaled = far_attention(
+            query[:, :, prompt:],
+            [key],
+            [value],
+            window,
+            factors[layer],
+            None if blind is None else blind[layer],
+            scaling,
+        )
+        return torch.cat([full(*read, scaling), scaled], dim=1)
+
+    hidden = []
+    for hook, grad in ((teacher, False), (student, True)):
+        with torch.set_grad_enabled(grad), hooked_attention(model, hook, mask=False):
+            output = model.base_model(input_ids=tokens, use_cache=False)
+        hidden.append(output.last_hidden_state[:, -answer:].float())
+    return (hidden[1] - hidden[0]).square().mean()
