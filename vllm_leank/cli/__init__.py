@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from vllm_leank.cli import mask
+from vllm_leank.cli import bench, mask
 from vllm_leank.errors import UserError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(mask.app, name="mask")
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

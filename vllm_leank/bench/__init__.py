@@ -1,0 +1,1 @@
+"""What `leank bench` measures: decode attention alone, and whole engines side by side."""

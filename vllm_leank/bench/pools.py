@@ -1,0 +1,118 @@
+"""Pools of random pages with shuffled block tables, as decode finds them in a running server."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_leank.bench.cases import Case
+from vllm_leank.kernels.batch import Batch
+from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.layout import WINDOW_BLOCK, CacheLayout, pages
+from vllm_leank.window import STEP
+
+FILL_ITEMS = 1 << 26
+"""Random numbers that are drawn at once."""
+
+
+def fill_normal(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill a contiguous tensor of any floating dtype with normal numbers."""
+    for part in tensor.view(-1).split(FILL_ITEMS):
+        part.copy_(torch.randn(part.numel(), dtype=torch.bfloat16, device=part.device))
+    return tensor
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Block tables of all copies of a case: page 0 is nobody's, and stands for freed pages.
+
+    Attributes:
+        batches: one per copy; their pages are disjoint.
+        window_pages: pages of the window pool, page 0 included.
+        archive_pages: pages of the archive pool, page 0 included.
+    """
+
+    batches: list[Batch]
+    window_pages: int
+    archive_pages: int
+
+    @classmethod
+    def shuffled(
+        cls, case: Case, archive_block: int, copies: int, device: torch.device
+    ) -> "Tables":
+        """Tables in which every page is used once, in random order."""
+        window, rows = case.window, copies * case.batch
+        boundary = max(window.boundary(case.length), window.sink)
+        window_width = pages(case.length, WINDOW_BLOCK)
+        archive_width = pages(boundary, archive_block)
+        is_dense = torch.ones(window_width, dtype=torch.bool, device=device)
+        is_dense[window.sink // WINDOW_BLOCK : boundary // WINDOW_BLOCK] = False
+        is_archive = torch.arange(archive_width, device=device) >= window.sink // archive_block
+        if boundary == window.sink:
+            is_archive[:] = False
+        window_tables, num_window = _tables(rows, is_dense)
+        archive_tables, num_archive = _tables(rows, is_archive)
+        batches = [
+            _batch(case, window_table, archive_table)
+            for window_table, archive_table in zip(
+                window_tables.split(case.batch), archive_tables.split(case.batch), strict=True
+            )
+        ]
+        return cls(batches, num_window, num_archive)
+
+
+def layer_cache(
+    layout: CacheLayout,
+    channels: tuple[torch.Tensor, ...],
+    case: Case,
+    tables: Tables,
+    dtype: torch.dtype,
+) -> LayerCache:
+    """A layer's pages, random where a table points and NaN in page 0."""
+    device = tables.batches[0].seq_lens.device
+    window_shape = (tables.window_pages, len(layout.kept), WINDOW_BLOCK, 2 * layout.head_dim)
+    archive_shape = (tables.archive_pages, layout.archive_page_items)
+    archive_dtype = torch.float8_e4m3fn if layout.is_fp8 else dtype
+    cache = LayerCache(
+        window_pages=fill_normal(torch.empty(window_shape, dtype=dtype, device=device)),
+        archive_pages=fill_normal(torch.empty(archive_shape, dtype=archive_dtype, device=device)),
+        layout=layout,
+        channels=channels,
+        window=case.window,
+    )
+    count = 2 * layout.archive_block // STEP
+    for head in layout.heads:
+        if head.scale_offset is not None:
+            first = head.scale_offset // 4
+            exponents = torch.randint(-1, 2, (tables.archive_pages, count), device=device)
+            cache.scales[:, first : first + count] = exponents.float().exp2()
+    for pool in (cache.window_pages, cache.archive_pages):
+        pool[0].view(torch.uint8).fill_(0xFF)  # NaN in every dtype
+    return cache
+
+
+def _batch(case: Case, window_table: torch.Tensor, archive_table: torch.Tensor) -> Batch:
+    """A decode step: every request computes the token after its prompt."""
+    device, starts = window_table.device, torch.arange(case.batch + 1, dtype=torch.int32)
+    lengths = torch.full((case.batch,), case.length, dtype=torch.int32, device=device)
+    return Batch(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=lengths,
+        exact_until=lengths - 1,
+        window_table=window_table,
+        archive_table=archive_table,
+        slots=torch.full((case.batch,), -1, device=device),
+        max_query_len=1,
+        max_seq_len=case.length,
+    )
+
+
+def _tables(rows: int, used: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A table `[rows, width]` with a page of its own wherever `used` `[width]`, 0 elsewhere; and
+    the number of pages.
+    """
+    width = int(used.sum())
+    shuffled = torch.randperm(rows * width, device=used.device).view(rows, width) + 1
+    table = torch.zeros(rows, max(len(used), 1), dtype=torch.int32, device=used.device)
+    table[:, : len(used)][:, used] = shuffled.int()
+    return table, rows * width + 1
