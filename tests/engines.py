@@ -98,7 +98,13 @@ class Engine:
 
 @contextmanager
 def engine(
-    model: Path, mask: Mask | Path | None = None, *, sink: int = 32, recent: int = 64, **args: Any
+    model: Path,
+    mask: Mask | Path | None = None,
+    *,
+    sink: int = 32,
+    recent: int = 64,
+    archive_dtype: str = "auto",
+    **args: Any,
 ) -> Iterator[Engine]:
     """An engine on CPU in fp32: with leank and the mask, or, without a mask, plain vLLM."""
     if mask is not None:
@@ -106,7 +112,9 @@ def engine(
             path = Path(model) / f"{mask.sha256}.yaml"
             save_mask(mask, path, overwrite=True)
             mask = path
-        options = {"mask": str(mask), "sink": sink, "recent": recent}
+        options = {
+            "mask": str(mask), "sink": sink, "recent": recent, "archive_dtype": archive_dtype
+        }  # fmt: skip
         args |= {"attention_backend": "leank", "additional_config": {"leank": options}}
     defaults = {
         "dtype": "float32",

@@ -5,7 +5,8 @@ Written from the definition alone and sharing no code with the package, the boun
 * a query at position t < `exact_until` reads every key 0..t as it is;
 * any other query reads keys `[0, sink)` and `[boundary(t + 1), t]` as they are, and the far keys
   between them only in the channels that the mask keeps, at unchanged scale. A KV head that keeps no
-  channel does not see far keys at all: neither their score nor their V.
+  channel does not see far keys at all: neither their score nor their V;
+* with an fp8 archive, what is read of far keys and their V was rounded to 8-bit floats.
 
 Nothing is evicted and nothing is packed. All K and V stay dense, and what a query may read is
 decided by its position each time it asks.
@@ -48,6 +49,7 @@ class Rule:
     sink: int
     recent: int
     exact_until: int
+    fp8: bool = False
 
 
 def visibility(queries: range, num_keys: int, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -61,6 +63,18 @@ def visibility(queries: range, num_keys: int, rule: Rule) -> tuple[Tensor, Tenso
             far[row, rule.sink : end] = True
             dense[row, rule.sink : end] = False
     return dense, far
+
+
+def rounded(far: Tensor, sink: int) -> Tensor:
+    """`[tokens, channels]` as an fp8 archive gives them back: e4m3, with one scale for every `STEP`
+    tokens from the sink on, by which the largest number becomes 448, the largest of e4m3.
+    """
+    far = far.clone()
+    for step in far[sink:].split(STEP):
+        scale = step.abs().max() / 448
+        if scale > 0:
+            step.copy_((step / scale).to(torch.float8_e4m3fn).to(far.dtype) * scale)
+    return far
 
 
 def masked_attention(
@@ -84,12 +98,16 @@ def masked_attention(
             keep = rule.keep[layer, kv_head]
             k = key[kv_head].to(dtype)
             k_pruned = k * keep
+            v = v_far = value[kv_head].to(dtype)
+            if rule.fp8:
+                k_pruned, v_far = rounded(k_pruned, rule.sink), rounded(v, rule.sink)
             hidden = ~dense if not keep.any() else ~(dense | far)
             for head in range(kv_head * group, (kv_head + 1) * group):
                 q = query[head, rows.start : rows.stop].to(dtype)
                 scores = torch.where(far, q @ k_pruned.T, q @ k.T) * scaling
                 weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-                output[head, rows.start : rows.stop] = weights @ value[kv_head].to(dtype)
+                attended = (weights * ~far) @ v + (weights * far) @ v_far
+                output[head, rows.start : rows.stop] = attended
     return output
 
 
@@ -125,6 +143,7 @@ class Oracle:
         sink: first tokens that stay dense.
         recent: least number of last tokens that stay dense.
         dtype: of weights, activations and cache.
+        fp8: whether far tokens are stored in 8-bit floats.
 
     Raises:
         ValueError: if the shape of `keep` is not the model's, or no token would stay dense.
@@ -137,6 +156,7 @@ class Oracle:
         sink: int,
         recent: int,
         dtype: torch.dtype = torch.float32,
+        fp8: bool = False,
     ) -> None:
         if isinstance(model, (str, Path)):
             model = AutoModelForCausalLM.from_pretrained(model)
@@ -151,6 +171,7 @@ class Oracle:
         self.keep = torch.from_numpy(keep.astype(bool))
         self.sink = sink
         self.recent = recent
+        self.fp8 = fp8
 
     def logits(self, token_ids: Sequence[int], exact_until: int) -> Tensor:
         """Next-token logits at every position, `[T, vocabulary]` in float32 (one forward)."""
@@ -181,7 +202,7 @@ class Oracle:
         return tokens, torch.stack(rows)
 
     def _rule(self, exact_until: int) -> Rule:
-        return Rule(self.keep, self.sink, self.recent, exact_until)
+        return Rule(self.keep, self.sink, self.recent, exact_until, self.fp8)
 
     @torch.inference_mode()
     def _forward(self, token_ids: Sequence[int], rule: Rule, cache: Any = None) -> Tensor:

@@ -56,6 +56,25 @@ def test_logits_are_those_of_the_definition(tiny_llama_dir, length):
     assert not torch.allclose(logprobs, unpruned[length - 1 :], atol=1e-1)
 
 
+@pytest.mark.parametrize("mask_of", [full_mask, lambda model: random_mask(model, KEPT)])
+def test_an_fp8_archive_rounds_as_defined_and_changes_little(tiny_llama_dir, mask_of):
+    mask = mask_of(tiny_llama_dir)
+    (prompt,) = prompts_of([600])
+    with engine(tiny_llama_dir, mask, archive_dtype="fp8", max_logprobs=512) as leank:
+        leank.memory.fill_(torch.nan)
+        tokens, logprobs, _ = all_logprobs(leank.llm, prompt, 100)
+
+    def error(**kind):
+        """Root mean square; log-probabilities have a standard deviation of 1.1."""
+        oracle = Oracle(tiny_llama_dir, mask.keep, SINK, RECENT, **kind)
+        expected = oracle.logits(prompt + tokens[:-1], exact_until=600).log_softmax(-1)[599:]
+        return (logprobs - expected).square().mean().sqrt()
+
+    # Sums in another order may round a number to the other neighbour; that is all.
+    assert error(fp8=True) < 1e-3
+    assert 1e-2 < error() < 0.1
+
+
 def all_logprobs(llm, prompt, max_tokens):
     """Greedy tokens, and log-probabilities `[tokens, vocabulary]` of output and prompt."""
     from vllm import SamplingParams

@@ -78,6 +78,20 @@ def test_attention_by_hand(
     torch.testing.assert_close(output, torch.full((1, 1, 2), expected))
 
 
+@pytest.mark.parametrize(("fp8", "stored"), [(False, 1.06), (True, 1.0)])
+def test_fp8_rounds_far_keys_and_values_by_hand(fp8: bool, stored: float) -> None:
+    """448 makes the scale 1; next to 1, e4m3 has steps of 1/8. The near key 33 stays as it is."""
+    key, value = torch.zeros(1, 35, 2), torch.zeros(1, 35, 2)
+    key[0, 5, 0], key[0, 6, 0] = 1.06, -448.0  # weights 2 ** stored and 0
+    value[0, 5, 0], value[0, 7, 1], value[0, 33, 1] = 1.06, 448.0, 1.06
+    rule = Rule(torch.tensor([[[True, True]]]), sink=1, recent=2, exact_until=0, fp8=fp8)
+    query = torch.full((1, 1, 2), math.log(2))
+    output = masked_attention(query, key, value, scaling=1.0, layer=0, rule=rule)
+    total = 33 + 2**stored
+    expected = torch.tensor([[[2**stored * stored / total, (448 + 1.06) / total]]])
+    torch.testing.assert_close(output, expected)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("exact_until", [0, 100])
 def test_full_mask_is_the_plain_model(
