@@ -7,7 +7,7 @@ from vllm_leank.kernels import reference
 
 from vllm_leank.window import Window
 
-COUNTS = (0, 16, 32, 48, 64, 96, 128)
+COUNTS = (0, 16, 32, 48, 64, 96, 112, 128, 256)
 FP32, BF16, FP16 = (torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)
 FP8 = torch.float8_e4m3fn
 

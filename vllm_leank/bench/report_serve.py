@@ -1,0 +1,37 @@
+"""The table that `leank bench serve` prints."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def print_serve(results: dict[str, Any]) -> None:
+    """Print a row per variant; in brackets, against the first."""
+    load = results["load"]
+    table = Table(
+        title=f"{load['model']}, prompts of {load['prompt_tokens']:,} tokens",
+        caption="in brackets: against the first",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("variant")
+    for name in ("requests\nat once", "decode\ntokens/s", "first token\ns"):
+        table.add_column(name, justify="right")
+    table.add_column("per token, ms\np50", justify="right")
+    table.add_column("\np99", justify="right")
+    against = {ratio["variant"]: ratio for ratio in results["ratios"]}
+    for one in results["variants"]:
+        ratio, decode = against.get(one["variant"]), one["decode"]
+        cells = {
+            "concurrent": f"{one['concurrent']}",
+            "tokens_per_s": f"{decode['tokens_per_s']:,.0f}",
+            "ttft": f"{one['ttft_s']['median']:.3f}",
+            "tpot_p50": f"{decode['tpot_p50_ms']:.2f}",
+        }
+        if ratio is not None:
+            cells = {name: f"{cell}\n({ratio[name]:.2f}x)" for name, cell in cells.items()}
+        table.add_row(one["variant"], *cells.values(), f"{decode['tpot_p99_ms']:.2f}")
+    Console().print(table)

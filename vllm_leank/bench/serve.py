@@ -1,0 +1,95 @@
+"""Runs engines of one model one after the other, with and without leank, under the same load."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_leank.errors import UserError
+
+VARIANTS = ("flash", "flash-fp8", "leank", "leank-fp8")
+"""vLLM's FlashAttention and leank, each with the model's dtype and with 8-bit floats."""
+
+
+def parse_variants(text: str) -> list[str]:
+    """Variants from `flash,leank`.
+
+    Raises:
+        UserError: one of them is unknown.
+    """
+    variants = [part.strip() for part in text.split(",")]
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise UserError(f"--variants has {variant!r}; allowed: {', '.join(VARIANTS)}")
+    return variants
+
+
+def variant_args(variant: str, leank: dict[str, Any]) -> dict[str, Any]:
+    """The engine arguments in which a variant differs; `leank` are leank's options."""
+    fp8 = variant.endswith("-fp8")
+    if variant.startswith("flash"):
+        return {"attention_backend": "FLASH_ATTN"} | ({"kv_cache_dtype": "fp8"} if fp8 else {})
+    options = leank | ({"archive_dtype": "fp8"} if fp8 else {})
+    return {"attention_backend": "leank", "additional_config": {"leank": options}}
+
+
+def parse_engine_args(text: str | None) -> dict[str, Any]:
+    """More engine arguments, from a JSON object.
+
+    Raises:
+        UserError: not a JSON object.
+    """
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--engine-args is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError('--engine-args is not a JSON object such as {"max_num_seqs": 64}')
+    return value
+
+
+def run_variant(variant: str, run: dict[str, Any]) -> dict[str, Any]:
+    """Figures of a variant, measured in a process of its own, whose log goes to stderr.
+
+    Args:
+        variant: its name, for messages.
+        run: the fields of `engine_run.Run`.
+
+    Raises:
+        UserError: the engine did not start, or gave nothing that can be reported.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "run.json"), Path(folder, "result.json")
+        source.write_text(json.dumps(run), encoding="utf-8")
+        # -P: the working directory, which may be a checkout, is no place to import from.
+        command = [sys.executable, "-P", "-m", "vllm_leank.bench.engine_run"]
+        done = subprocess.run([*command, source, target], stdout=sys.stderr, check=False)
+        if done.returncode or not target.exists():
+            raise UserError(
+                f"{variant}: the engine ended with exit code {done.returncode}; its log is above"
+            )
+        result: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+    if "error" in result:
+        raise UserError(f"{variant}: {result['error']}")
+    return {"variant": variant} | result
+
+
+def ratios(variants: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each variant against the first: requests, tokens per second, times to first and per token."""
+    first = variants[0]
+    return [
+        {
+            "variant": one["variant"],
+            "against": first["variant"],
+            "concurrent": one["concurrent"] / first["concurrent"],
+            "tokens_per_s": one["decode"]["tokens_per_s"] / first["decode"]["tokens_per_s"],
+            "ttft": one["ttft_s"]["median"] / first["ttft_s"]["median"],
+            "tpot_p50": one["decode"]["tpot_p50_ms"] / first["decode"]["tpot_p50_ms"],
+        }
+        for one in variants[1:]
+    ]
