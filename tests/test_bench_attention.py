@@ -224,7 +224,7 @@ def test_options_are_checked_before_the_gpu(leank, mask_file, tmp_path):
 
 def test_result_files_say_where_they_come_from(tmp_path, monkeypatch, repo):
     monkeypatch.setattr(sys, "argv", ["leank", "bench", "x", "--case", "a b"])
-    head = results.header()
+    head = results.header("x")
     assert head["command"] == "leank bench x --case 'a b'"
     assert {"python", "torch", "vllm"} <= set(head["machine"]["versions"])
     assert head["date"].endswith("+00:00")
@@ -233,7 +233,7 @@ def test_result_files_say_where_they_come_from(tmp_path, monkeypatch, repo):
     )
     if done.returncode == 0:
         assert head["commit"].removesuffix("-dirty") == done.stdout.strip()
-    assert results.header("abc")["commit"] == "abc"
+    assert results.header("x", "abc")["commit"] == "abc"
     results.save_results(head, tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text()) == head
     assert len(list(tmp_path.iterdir())) == 1

@@ -95,7 +95,6 @@ class _Load:
             EngineArgs(**run.engine_args),
             usage_context=UsageContext.LLM_CLASS,
             stat_loggers=[lambda *_, **__: self.recorder],
-            enable_multiprocessing=True,
         )
         self.config = self.engine.vllm_config
         self._rng = np.random.default_rng(run.seed)

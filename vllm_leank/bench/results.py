@@ -2,25 +2,29 @@
 
 import datetime
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_leank.atomic import write_atomically
 from vllm_leank.bench.machine import head_commit, machine
 from vllm_leank.errors import UserError
 from vllm_leank.mask import Mask
 from vllm_leank.version import __version__
+
+ATTENTION = "decode attention"
+SERVE = "engines under load"
 
 
 class CorrectnessError(UserError):
     """What was to be measured gives wrong results, so there is nothing to report."""
 
 
-def header(commit: str | None = None) -> dict[str, Any]:
+def header(what: str, commit: str | None = None) -> dict[str, Any]:
     """The first entries of every result file; `commit` is asked of git when it is not given."""
     return {
+        "what": what,
         "command": shlex.join(["leank", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "vllm_leank": __version__,
@@ -60,10 +64,24 @@ def save_results(results: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def load_results(path: Path, kind: str) -> dict[str, Any]:
+    """Read a result file of `leank bench` whose `what` is `kind`.
+
+    Raises:
+        UserError: it cannot be read, or is no such file.
+    """
+    try:
+        results = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(results, dict) or results.get("what") != kind:
+        raise UserError(f"{path}: has no results of the kind {kind!r}")
+    return results

@@ -13,6 +13,9 @@ from vllm_leank.errors import UserError
 VARIANTS = ("flash", "flash-fp8", "leank", "leank-fp8")
 """vLLM's FlashAttention and leank, each with the model's dtype and with 8-bit floats."""
 
+STDERR = 2
+"""File descriptor: stdout is for results."""
+
 
 def parse_variants(text: str) -> list[str]:
     """Variants from `flash,leank`.
@@ -68,7 +71,7 @@ def run_variant(variant: str, run: dict[str, Any]) -> dict[str, Any]:
         source.write_text(json.dumps(run), encoding="utf-8")
         # -P: the working directory, which may be a checkout, is no place to import from.
         command = [sys.executable, "-P", "-m", "vllm_leank.bench.engine_run"]
-        done = subprocess.run([*command, source, target], stdout=sys.stderr, check=False)
+        done = subprocess.run([*command, source, target], stdout=STDERR, check=False)
         if done.returncode or not target.exists():
             raise UserError(
                 f"{variant}: the engine ended with exit code {done.returncode}; its log is above"

@@ -57,7 +57,7 @@ def attention(
     """
     from vllm_leank.bench.cases import parse_case, parse_layers
     from vllm_leank.bench.machine import require_gpu
-    from vllm_leank.bench.results import check_new, describe_mask, header, save_results
+    from vllm_leank.bench.results import ATTENTION, check_new, describe_mask, header, save_results
     from vllm_leank.mask import load_mask
     from vllm_leank.window import STEP
 
@@ -76,9 +76,116 @@ def attention(
     archive_dtypes = ["auto", "fp8"] if archive_dtype == "both" else [archive_dtype]
     shape = Shape(loaded, chosen, query_heads, DTYPES[dtype], archive_dtypes)
     measured = measure(shape, cases, tell=lambda line: print(line, file=sys.stderr, flush=True))
-    results = header(commit) | {"what": "decode attention, mean over layers"}
+    results = header(ATTENTION, commit)
     results |= {"seconds": round(time.monotonic() - begin, 1), "mask": describe_mask(loaded)}
     results |= measured
     print_attention(results)
     if out is not None:
         save_results(results, out)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="Checkpoint: a directory or a hub id.")],
+    variants: Annotated[
+        str, typer.Option(help="What to run: flash, flash-fp8, leank, leank-fp8.")
+    ] = "flash,flash-fp8,leank,leank-fp8",
+    mask: Annotated[
+        Path | None, typer.Option(help="Mask file.", show_default="looked up by model")
+    ] = None,
+    sink: Annotated[
+        int | None, typer.Option(help="First tokens that stay dense.", show_default="the mask's")
+    ] = None,
+    recent: Annotated[
+        int | None, typer.Option(help="Last tokens that stay dense.", show_default="the mask's")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32000,
+    output_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens per request that are measured.")
+    ] = 256,
+    num_prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts that are submitted at once: more than fit.")
+    ] = 128,
+    lone_prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts whose time to first token is measured.")
+    ] = 3,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest request; must leave room for what early requests generate until the "
+            "last one has started.",
+            show_default="prompt and output tokens, and 1024",
+        ),
+    ] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="vLLM's.")] = 0.92,
+    load_format: Annotated[str, typer.Option(help="vLLM's; dummy for random weights.")] = "auto",
+    engine_args: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="More engine arguments.", show_default="none"),
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds to wait for steady decoding of a variant.")
+    ] = 600,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    commit: Commit = None,
+) -> None:
+    """Compare whole engines: requests at once, decode speed, time to first and per token.
+
+    One variant after the other gets the same prompts of random tokens. The file of --out is written
+    anew after each.
+    """
+    from vllm_leank.bench import serve as serving
+    from vllm_leank.bench.report_serve import print_serve
+    from vllm_leank.bench.results import SERVE, check_new, describe_mask, header, save_results
+    from vllm_leank.mask import load_mask
+
+    check_new(out, overwrite)
+    chosen = serving.parse_variants(variants)
+    if max_model_len is None:
+        max_model_len = prompt_tokens + output_tokens + 1024
+    common = {
+        "model": model,
+        "load_format": load_format,
+        "max_model_len": max_model_len,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "skip_tokenizer_init": True,
+        "seed": 0,
+    }
+    common |= serving.parse_engine_args(engine_args)
+    given = {"mask": None if mask is None else str(mask), "sink": sink, "recent": recent}
+    leank = {name: value for name, value in given.items() if value is not None}
+    load = {
+        "prompt_tokens": prompt_tokens,
+        "steady_steps": output_tokens,
+        "num_prompts": num_prompts,
+        "lone_prompts": lone_prompts,
+        "seed": seed,
+        "limit_s": time_limit,
+    }
+    results = header(SERVE, commit) | {"load": {"model": model} | load}
+    if mask is not None:
+        results["mask"] = describe_mask(load_mask(mask))
+    results["variants"] = []
+    for variant in chosen:
+        arguments = common | serving.variant_args(variant, leank)
+        results["variants"].append(serving.run_variant(variant, load | {"engine_args": arguments}))
+        results["ratios"] = serving.ratios(results["variants"])
+        if out is not None:
+            save_results(results, out)
+    print_serve(results)
+
+
+@app.command()
+def plot(
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="RESULTS...", help="Files that `leank bench attention` wrote."),
+    ],
+    out: Annotated[Path, typer.Option(help="The picture: a .png, .svg or .pdf file.")],
+) -> None:
+    """Draw the speed-up of decode attention against context length and batch."""
+    from vllm_leank.bench.plot import plot_speedup
+
+    plot_speedup(results, out)

@@ -1,0 +1,78 @@
+"""`leank bench plot`: lines and labels, and a picture that opens."""
+
+import json
+
+import pytest
+
+from vllm_leank.bench.plot import read_cases, series
+from vllm_leank.bench.results import ATTENTION
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def file(tmp_path):
+    cases = [
+        {
+            "batch": batch,
+            "length": length,
+            "sink": 128,
+            "recent": 768,
+            "archive_dtype": dtype,
+            "mean": {"speedup_flash": 1.5 + factor, "bound_flash": 1.7 + factor},
+        }
+        for dtype, factor in (("auto", 0), ("fp8", 1.5))
+        for batch, length in ((64, 32768), (16, 8192), (16, 32768))
+    ]
+    results = {"what": ATTENTION, "mask": {"model": "llama"}, "cases": cases}
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    return tmp_path / "r.json"
+
+
+def test_lines_are_cases_that_differ_in_one_thing(file):
+    lines = series(read_cases(file), "length")
+    assert list(lines) == [
+        "archive in the model's dtype, batch 16",
+        "archive in the model's dtype, batch 64",
+        "archive fp8, batch 16",
+        "archive fp8, batch 64",
+    ]
+    assert [row["length"] for row in lines["archive fp8, batch 16"]] == [8192, 32768]
+    lines = series(read_cases(file), "batch")
+    assert [row["batch"] for row in lines["archive fp8, length 32,768"]] == [16, 64]
+
+
+def test_a_lone_case_has_a_label(file):
+    assert list(series(read_cases(file)[:1], "batch")) == ["leank"]
+
+
+@pytest.mark.parametrize(("name", "magic"), [("p.png", b"\x89PNG"), ("p.svg", b"<?xml")])
+def test_the_picture(leank, file, tmp_path, name, magic):
+    code, _, err = leank("bench", "plot", file, "--out", tmp_path / name)
+    assert (code, err) == (0, "")
+    assert (tmp_path / name).read_bytes().startswith(magic)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no", "not JSON"),
+        ("[]", "has no results of the kind 'decode attention'"),
+        ('{"what": "engines under load"}', "has no results of the kind"),
+        ('{"what": "decode attention", "mask": {"model": "m"}}', "lacks 'cases'"),
+        (None, "cannot be read"),
+    ],
+)
+def test_other_files_are_refused(leank, tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "r.json").write_text(text)
+    code, _, err = leank("bench", "plot", tmp_path / "r.json", "--out", tmp_path / "p.png")
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_other_pictures_are_refused(leank, file, tmp_path):
+    code, _, err = leank("bench", "plot", file, "--out", tmp_path / "p.bmp")
+    assert code == 2
+    assert "p.bmp" in err

@@ -1,0 +1,179 @@
+"""`leank bench serve`: what counts as steady, what variants are, and one real engine on CPU."""
+
+import json
+import subprocess
+
+import pytest
+from rich.console import Console
+
+from vllm_leank.bench import serve
+from vllm_leank.bench.report_serve import print_serve
+from vllm_leank.bench.steady import SteadyState, Step
+from vllm_leank.errors import UserError
+
+
+def decode(time, running, latency=0.01):
+    return Step(time, running, new_tokens=running, latencies=(latency,) * running)
+
+
+def watch(*steps):
+    state = SteadyState()
+    for step in steps:
+        state.add(step)
+    return state
+
+
+def test_steady_is_all_running_decode_and_no_prompt():
+    state = watch(
+        Step(1.0, 1),  # a chunk of a prompt
+        Step(2.0, 2, prompt_tokens=100, new_tokens=1),  # which is complete now
+        Step(3.0, 2, new_tokens=1),  # the other's first chunk
+        Step(4.0, 2, prompt_tokens=100, new_tokens=2),
+        decode(4.5, 2),
+        decode(5.0, 2),
+        Step(6.0, 3, new_tokens=2),
+        Step(7.0, 3, prompt_tokens=100, new_tokens=3),
+        decode(7.5, 3),
+        decode(8.0, 3, latency=0.02),
+        decode(8.5, 3),
+    )
+    stretch = state.longest
+    assert state.current is stretch
+    assert (stretch.running, len(stretch.steps), stretch.begin, stretch.seconds) == (3, 3, 7.0, 1.5)
+    assert stretch.tokens_per_s == 9 / 1.5
+    assert stretch.latency_ms(50) == pytest.approx(10)
+    assert stretch.latency_ms(99) == pytest.approx(20)
+    assert state.peak == 3
+
+
+def test_a_preemption_begins_another_stretch():
+    state = watch(
+        decode(1, 4),
+        decode(2, 4),
+        decode(3, 4),
+        Step(4, 3, new_tokens=3, preempted=1),
+        decode(5, 3),
+    )
+    assert (state.longest.running, len(state.longest.steps)) == (4, 3)
+    assert (state.current.running, len(state.current.steps)) == (3, 2)
+    assert (state.preempted, state.peak) == (1, 4)
+
+
+def test_of_equally_long_stretches_the_fuller_counts():
+    assert watch(decode(1, 4), Step(2, 5), decode(3, 5)).longest.running == 5
+    assert watch(decode(1, 5), Step(2, 5), decode(3, 4)).longest.running == 5
+
+
+def test_without_steady_steps_there_is_none():
+    assert not watch(Step(1, 1), Step(2, 1, prompt_tokens=9, new_tokens=1)).longest.steps
+    assert not watch(Step(1, 0)).longest.steps
+
+
+def test_variants():
+    options = {"mask": "m.yaml", "sink": 64}
+    assert serve.variant_args("flash", options) == {"attention_backend": "FLASH_ATTN"}
+    assert serve.variant_args("flash-fp8", options)["kv_cache_dtype"] == "fp8"
+    assert serve.variant_args("leank", options) == {
+        "attention_backend": "leank",
+        "additional_config": {"leank": options},
+    }
+    fp8 = serve.variant_args("leank-fp8", options)["additional_config"]["leank"]
+    assert fp8 == {"mask": "m.yaml", "sink": 64, "archive_dtype": "fp8"}
+    assert serve.parse_variants("leank, flash") == ["leank", "flash"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--variants", "flash,fast"], "--variants has 'fast'; allowed: flash, flash-fp8"),
+        (["--engine-args", "{"], "--engine-args is not JSON"),
+        (["--engine-args", "[]"], "--engine-args is not a JSON object"),
+        (["--mask", "/no/mask"], "cannot be read"),
+        (["--out", "/no/such/folder/r.json"], "no such directory"),
+    ],
+)
+def test_options_are_checked_before_an_engine_starts(leank, options, message):
+    code, _, err = leank("bench", "serve", "--model", "x", *options)
+    assert code == 2
+    assert message in err
+
+
+def run_with(monkeypatch, returncode, result):
+    def fake(command, **_):
+        if result is not None:
+            command[-1].write_text(json.dumps(result))
+        return subprocess.CompletedProcess(command, returncode)
+
+    monkeypatch.setattr(serve.subprocess, "run", fake)
+    return serve.run_variant("leank", {})
+
+
+def test_an_engine_that_fails_is_named(monkeypatch):
+    with pytest.raises(UserError, match="leank: the engine ended with exit code 1; its log is"):
+        run_with(monkeypatch, 1, None)
+    with pytest.raises(UserError, match="leank: never steady"):
+        run_with(monkeypatch, 0, {"error": "never steady"})
+    assert run_with(monkeypatch, 0, {"concurrent": 3}) == {"variant": "leank", "concurrent": 3}
+
+
+def figures(variant, concurrent, tokens_per_s, ttft, tpot):
+    decode = {"tokens_per_s": tokens_per_s, "tpot_p50_ms": tpot, "tpot_p99_ms": 2 * tpot}
+    return {
+        "variant": variant,
+        "concurrent": concurrent,
+        "decode": decode,
+        "ttft_s": {"median": ttft},
+    }
+
+
+def test_ratios_and_their_table(monkeypatch, capsys):
+    monkeypatch.setattr(Console, "width", 80)
+    variants = [figures("flash", 27, 1000.0, 1.0, 20.0), figures("leank", 54, 1500.0, 1.05, 10.0)]
+    (ratio,) = ratios = serve.ratios(variants)
+    assert ratio == {
+        "variant": "leank",
+        "against": "flash",
+        "concurrent": 2,
+        "tokens_per_s": 1.5,
+        "ttft": 1.05,
+        "tpot_p50": 0.5,
+    }
+    load = {"model": "m", "prompt_tokens": 32000}
+    print_serve({"load": load, "variants": variants, "ratios": ratios})
+    shown = capsys.readouterr().out
+    for text in ("1,500", "(1.50x)", "(2.00x)", "54", "20.00", "32,000"):
+        assert text in shown
+
+
+@pytest.mark.engine
+def test_an_engine_on_cpu(leank, repo, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    engine_args = {"max_num_seqs": 3, "enforce_eager": True, "dtype": "float32"}
+    code, out, err = leank(
+        *("bench", "serve", "--variants", "leank-fp8"),
+        *("--model", repo / "benchmarks/recall/model"),
+        *("--mask", repo / "masks/leank/recall.yaml", "--sink", 64, "--recent", 128),
+        *("--prompt-tokens", 400, "--output-tokens", 8, "--num-prompts", 5, "--lone-prompts", 1),
+        *("--engine-args", json.dumps(engine_args), "--out", tmp_path / "r.json"),
+    )
+    assert code == 0, err
+    results = json.loads((tmp_path / "r.json").read_text())
+    (one,) = results["variants"]
+    assert (one["variant"], one["concurrent"], one["waiting"], one["preempted"]) == (
+        "leank-fp8",
+        3,
+        2,
+        0,
+    )
+    assert one["decode"]["steps"] == 8
+    # Two clocks: of outputs, and of tokens within the engine.
+    per_step = 3 / one["decode"]["tokens_per_s"] * 1e3
+    assert 0.3 * per_step < one["decode"]["tpot_p50_ms"] < 3 * per_step
+    assert one["ttft_s"]["median"] > 0
+    options = one["run"]["engine_args"]["additional_config"]["leank"]
+    assert options["archive_dtype"] == "fp8"
+    assert options["recent"] == 128
+    assert results["mask"]["model"] == "leank/recall"
+    assert results["ratios"] == []
+    assert "leank-fp8" in out

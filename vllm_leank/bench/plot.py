@@ -1,0 +1,94 @@
+"""Draws the speed-up of decode attention against context length and batch."""
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_leank.atomic import write_atomically
+from vllm_leank.bench.results import ATTENTION, load_results
+from vllm_leank.errors import UserError
+from vllm_leank.pictures import check_picture
+
+AXES = {"length": "context length, tokens", "batch": "batch, requests"}
+SERIES = ("model", "archive_dtype", "length", "batch", "sink", "recent")
+"""What tells cases apart, in the order of labels."""
+
+
+def plot_speedup(paths: Sequence[Path], out: Path) -> None:
+    """Draw the cases of result files: a panel over context length, and one over the batch.
+
+    Full lines are measured, dashed ones the bound by bytes.
+
+    Raises:
+        UserError: a file is no result of `leank bench attention`, or the picture cannot be made.
+    """
+    check_picture(out)
+    cases = [case for path in paths for case in read_cases(path)]
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, over in zip(figure.subplots(1, 2, sharey=True), AXES, strict=True):
+        for color, (label, rows) in enumerate(series(cases, over).items()):
+            xs = [row[over] for row in rows]
+            style = {"color": f"C{color % 10}", "markersize": 4}
+            axes.plot(xs, [row["speedup"] for row in rows], "o-", label=label, **style)
+            axes.plot(xs, [row["bound"] for row in rows], "--", linewidth=1, **style)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set(xlabel=AXES[over], xscale="log")
+        ticks = sorted({case[over] for case in cases})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.supylabel("speed-up against FlashAttention (dashed: bound by bytes)", fontsize="medium")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=out.suffix.lower()[1:], dpi=120)
+    try:
+        write_atomically(out, buffer.getvalue())
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from error
+
+
+def read_cases(path: Path) -> list[dict[str, Any]]:
+    """What is drawn of a result file's cases.
+
+    Raises:
+        UserError: it is no result of `leank bench attention`.
+    """
+    results = load_results(path, ATTENTION)
+    try:
+        return [
+            {
+                "model": results["mask"]["model"],
+                **{name: case[name] for name in SERIES[1:]},
+                "speedup": case["mean"]["speedup_flash"],
+                "bound": case["mean"]["bound_flash"],
+            }
+            for case in results["cases"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: lacks {error}, so it is no whole result file") from error
+
+
+def series(cases: Sequence[dict[str, Any]], over: str) -> dict[str, list[dict[str, Any]]]:
+    """The lines of a panel, by label: cases that differ in `over` alone, in its order.
+
+    A label names what differs between the cases.
+    """
+    names = [name for name in SERIES if name != over]
+    differing = [name for name in names if len({case[name] for case in cases}) > 1]
+    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for case in sorted(cases, key=lambda case: (*(case[name] for name in differing), case[over])):
+        label = ", ".join(_describe(name, case[name]) for name in differing)
+        lines[label or "leank"].append(case)
+    return dict(lines)
+
+
+def _describe(name: str, value: Any) -> str:
+    if name == "model":
+        return str(value)
+    if name == "archive_dtype":
+        return "archive fp8" if value == "fp8" else "archive in the model's dtype"
+    return f"{name} {value:,}"
