@@ -5,14 +5,14 @@ read, so pages may hold anything elsewhere, NaN included.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from vllm_leank.kernels.batch import Batch, Row
+from vllm_leank.kernels.cache import LayerCache
 
-from vllm_leank.layout import SCALE_BYTES, WINDOW_BLOCK, CacheLayout, HeadLayout
-from vllm_leank.window import STEP, Window
+from vllm_leank.layout import SCALE_BYTES, WINDOW_BLOCK, HeadLayout
+from vllm_leank.window import STEP
 
 MAX_SCORES = 1 << 24
 """Scores of one KV head's query group that are held at once (64 MiB in fp32)."""
@@ -22,26 +22,6 @@ FP8 = torch.float8_e4m3fn
 
 FP8_MAX = 448.0
 """Its largest number."""
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    """One layer's pages, its mask and the rule for reading them.
-
-    Attributes:
-        window_pages: `[num_blocks, num_kv_heads, 32, 2 * head_dim]`, K then V.
-        archive_pages: `[num_blocks, page_items]`, described by `layout`; rows may lie apart. Of the
-            model's dtype or `float8_e4m3fn`.
-        layout: where heads and chunks lie within an archive page.
-        channels: per KV head, int64 `[kept]`: the kept K channels, ascending.
-        window: the dense window.
-    """
-
-    window_pages: torch.Tensor
-    archive_pages: torch.Tensor
-    layout: CacheLayout
-    channels: tuple[torch.Tensor, ...]
-    window: Window
 
 
 def store(key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: Batch) -> None:

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from vllm_leank.kernels.batch import Batch
-from vllm_leank.kernels.reference import LayerCache
+from vllm_leank.kernels.cache import LayerCache
 
 from vllm_leank.layout import WINDOW_BLOCK, CacheLayout, archive_token_bytes
 from vllm_leank.window import Window
@@ -169,12 +169,15 @@ class CacheBuilder:
             for t in tokens
         ]
         batch = Batch(
-            query_start_loc=torch.tensor(starts, dtype=torch.int32),
+            query_start_loc=self._int32(starts),
+            query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
             seq_lens=self._int32([request.computed for request, _ in work] + empty),
             exact_until=self._int32([request.prompt for request, _ in work] + empty),
             window_table=self._table([request.window_row for request, _ in work], padded_rows),
             archive_table=self._table([request.archive_row for request, _ in work], padded_rows),
             slots=torch.tensor(slots + [-1] * padded_tokens, device=self._device),
+            max_query_len=max(map(len, ranges)),
+            max_seq_len=max(request.computed for request, _ in work),
         )
 
         def gather(name: str) -> Tensor:

@@ -173,11 +173,14 @@ def test_a_step_without_requests_does_nothing():
     pools = raw(builder.cache.window_pages), raw(builder.cache.archive_pages)
     empty = type(step.batch)(
         query_start_loc=torch.zeros(4, dtype=torch.int32),
+        query_start_loc_cpu=torch.zeros(4, dtype=torch.int32),
         seq_lens=torch.zeros(3, dtype=torch.int32),
         exact_until=torch.zeros(3, dtype=torch.int32),
         window_table=torch.zeros(3, 4, dtype=torch.int32),
         archive_table=torch.zeros(3, 4, dtype=torch.int32),
         slots=torch.full((6,), -1),
+        max_query_len=0,
+        max_seq_len=0,
     )
     output = torch.full_like(step.query, 7.0)
     reference.store(step.key, step.value, builder.cache, empty)

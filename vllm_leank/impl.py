@@ -12,12 +12,14 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_leank.backend import WindowLayer, layer_backend
 from vllm_leank.compat import layer_index
-from vllm_leank.kernels import reference
+from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.reference import FP8
 from vllm_leank.layout import CacheLayout
 from vllm_leank.metadata import PagesMetadata
 from vllm_leank.options import OptionError
 from vllm_leank.report import log_capacity
 from vllm_leank.settings import load_settings
+from vllm_leank.step import attend_layer
 
 
 class LeanKImpl(AttentionImpl[PagesMetadata]):
@@ -63,6 +65,8 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self._vllm_config = get_current_vllm_config()
+        self._cache: LayerCache | None = None
+        self._pages = (0, 0)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take the layer's part of the mask and give the layer its pages.
@@ -130,20 +134,25 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         forward_context = get_forward_context()
         window_metadata = forward_context.attn_metadata[self._window_name]
         batch = attn_metadata.batch(window_metadata)
+        window_pages = forward_context.no_compile_layers[self._window_name].kv_cache
+        if self._cache is None or self._pages != (kv_cache.data_ptr(), window_pages.data_ptr()):
+            self._cache = self._bind(layer, kv_cache, window_pages)
+            self._pages = kv_cache.data_ptr(), window_pages.data_ptr()
+        attend_layer(query, key, value, output, self._cache, batch, self.scale)
+        return output
+
+    def _bind(self, layer: Any, kv_cache: torch.Tensor, window_pages: torch.Tensor) -> LayerCache:
+        """The layer's pages as kernels take them. vLLM may allocate them more than once."""
         archive_pages = kv_cache.view(len(kv_cache), -1)
         if self._layout.is_fp8:
-            archive_pages = archive_pages.view(reference.FP8)
-        cache = reference.LayerCache(
-            window_pages=forward_context.no_compile_layers[self._window_name].kv_cache,
+            archive_pages = archive_pages.view(FP8)
+        return LayerCache(
+            window_pages=window_pages,
             archive_pages=archive_pages,
             layout=self._layout,
             channels=layer.leank_channels.split(self._layout.kept),
             window=self._window,
         )
-        reference.store(key, value, cache, batch)
-        reference.compact(cache, batch)
-        reference.attend(query, output, cache, batch, self.scale)
-        return output
 
 
 def check_all_layers(context: dict[str, Any]) -> None:

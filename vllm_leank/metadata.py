@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _SHARED = "_leank_metadata"
+_PROMPT_LENGTHS = "_leank_prompt_lengths"
 
 
 @dataclass
@@ -25,44 +26,30 @@ class PagesMetadata(AttentionMetadata):
     """What one cache group contributes to a step; see `Batch` for the shared fields.
 
     Attributes:
-        query_start_loc: `[num_reqs + 1]`, on the host.
-        seq_lens: `[num_reqs]`.
+        common: vLLM's description of the step, for this group.
         exact_until: `[num_reqs]`; zeros in vLLM's dummy runs, which have no prompts.
-        block_table: `[num_reqs, max_blocks]`, of this group.
-        slots: `[num_tokens]`, of this group.
     """
 
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
+    common: CommonAttentionMetadata
     exact_until: torch.Tensor
-    block_table: torch.Tensor
-    slots: torch.Tensor
     _batch: Batch | None = None
-
-    @classmethod
-    def of_step(cls, common: CommonAttentionMetadata) -> "PagesMetadata":
-        """The group's part of vLLM's description of a step."""
-        lengths = prompt_lengths(common)
-        return cls(
-            query_start_loc=common.query_start_loc_cpu,
-            seq_lens=common.seq_lens,
-            exact_until=torch.zeros_like(common.seq_lens) if lengths is None else lengths,
-            block_table=common.block_table_tensor,
-            slots=common.slot_mapping,
-        )
 
     def batch(self, window: "PagesMetadata") -> Batch:
         """The step as kernels read it; `self` is the archive group's part. Made by the first layer
         that asks, for all layers.
         """
         if self._batch is None:
+            common = self.common
             self._batch = Batch(
-                query_start_loc=self.query_start_loc,
-                seq_lens=self.seq_lens,
+                query_start_loc=common.query_start_loc,
+                query_start_loc_cpu=common.query_start_loc_cpu,
+                seq_lens=common.seq_lens,
                 exact_until=self.exact_until,
-                window_table=window.block_table,
-                archive_table=self.block_table,
-                slots=window.slots,
+                window_table=window.common.block_table_tensor,
+                archive_table=common.block_table_tensor,
+                slots=window.common.slot_mapping,
+                max_query_len=common.max_query_len,
+                max_seq_len=common.max_seq_len,
             )
         return self._batch
 
@@ -74,12 +61,16 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
     same description of the step to all builders of a group: the first one's result is kept there.
     """
 
-    _cudagraph_support = AttentionCGSupport.NEVER
+    # Decode kernels read lengths, tables and prompt lengths on the device, from tensors that stay
+    # in place from step to step.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
+        self._prompt_lengths = shared_prompt_lengths(vllm_config, device)
 
     def build(
         self,
@@ -90,6 +81,24 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
         """Metadata of this step for the group; see the base class."""
         shared: PagesMetadata | None = common_attn_metadata.__dict__.get(_SHARED)
         if shared is None:
-            shared = PagesMetadata.of_step(common_attn_metadata)
+            exact_until = self._prompt_lengths[: common_attn_metadata.num_reqs]
+            lengths = prompt_lengths(common_attn_metadata)
+            if lengths is None:
+                exact_until.zero_()
+            else:
+                # Rows of padding, which have no prompt, have no tokens either.
+                exact_until[: len(lengths)].copy_(lengths[: len(exact_until)], non_blocking=True)
+            shared = PagesMetadata(common_attn_metadata, exact_until)
             common_attn_metadata.__dict__[_SHARED] = shared
         return shared
+
+
+def shared_prompt_lengths(vllm_config: "VllmConfig", device: Any) -> torch.Tensor:
+    """Int32 `[max_num_seqs]`: one for all builders, as CUDA graphs hold its address."""
+    attached: torch.Tensor | None = vllm_config.__dict__.get(_PROMPT_LENGTHS)
+    if attached is None:
+        padded = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        rows = max(vllm_config.scheduler_config.max_num_seqs, padded)
+        attached = torch.zeros(rows, dtype=torch.int32, device=device)
+        vllm_config.__dict__[_PROMPT_LENGTHS] = attached
+    return attached

@@ -1,0 +1,135 @@
+"""Attention of many queries per request over dense and archived tokens: outputs that are computed
+again after a preemption, and whatever else comes after a prompt in more than one token.
+
+Each query has a boundary of its own: a token may be dense for one and archived for the next.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from vllm_leank.kernels.batch import Batch
+from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.common import boundary_of, skip_archived
+from vllm_leank.kernels.decode import LOG2_E
+from vllm_leank.kernels.launch import EXTEND_COLUMNS, tile_tokens
+from vllm_leank.kernels.pages import fold_archive, fold_window, window_tile
+
+
+# Rows of a part of the batch begin anywhere: their addresses must not choose another compilation.
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "window_table_ptr", "archive_table_ptr", "query_start_ptr", "seq_lens_ptr",
+        "exact_until_ptr",
+    ]
+)  # fmt: skip
+def _extend_kernel(
+    q_ptr, output_ptr, window_ptr, archive_ptr, scales_ptr,
+    window_desc, v_desc, k16, k32, k64, k128, k256,
+    window_table_ptr, archive_table_ptr, query_start_ptr, seq_lens_ptr, exact_until_ptr,
+    heads_ptr, channels_ptr, scale_log2,
+    stride_q_token, stride_q_head, stride_o_token, stride_o_head,
+    stride_window_page, stride_archive_page, stride_scales,
+    stride_window_table, stride_archive_table,
+    COUNTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    QUERIES: tl.constexpr = N // G
+    i_block, head, i_req = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(query_start_ptr + i_req)
+    num_queries = tl.load(query_start_ptr + i_req + 1) - start
+    after = tl.load(seq_lens_ptr + i_req)
+    exact_until = tl.load(exact_until_ptr + i_req)
+    before = after - num_queries
+    # Positions of the first and the last query that this program has to do.
+    oldest = tl.maximum(before + i_block * QUERIES, exact_until)
+    newest = tl.minimum(before + (i_block + 1) * QUERIES, after) - 1
+    if oldest <= newest:
+        o_n = tl.arange(0, N)
+        o_d = tl.arange(0, D_PAD)
+        position = before + i_block * QUERIES + o_n // G
+        m_n = (o_n < QUERIES * G) & (position >= oldest) & (position <= newest)
+        row = (start + i_block * QUERIES + o_n // G).to(tl.int64)
+        p_q = q_ptr + row * stride_q_token + (head * G + o_n % G) * stride_q_head
+        m_nd = m_n[None, :] & (o_d < D)[:, None]
+        q = tl.load(p_q[None, :] + o_d[:, None], mask=m_nd, other=0.0)  # [D_PAD, N]
+        m = tl.full([N], float("-inf"), tl.float32)
+        l = tl.zeros([N], tl.float32)
+        acc = tl.zeros([D_PAD, N], tl.float32)
+        boundary = boundary_of(position + 1, SINK, RECENT)
+
+        kept = tl.load(heads_ptr + 5 * head)
+        stop = boundary_of(newest + 1, SINK, RECENT)
+        if (kept > 0) & (stop > SINK):
+            p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table
+            for c in tl.static_range(len(COUNTS)):
+                if kept == COUNTS[c]:
+                    m, l, acc = fold_archive(
+                        m, l, acc, SINK // TILE, tl.cdiv(stop, TILE), stop, boundary[None, :],
+                        q, p_q, m_n, scale_log2, heads_ptr + 5 * head, channels_ptr, p_table,
+                        k16, k32, k64, k128, k256, v_desc, archive_ptr, scales_ptr,
+                        stride_archive_page, stride_scales,
+                        SINK, D, D_PAD, COUNTS[c], TILE, BLOCK, FP8, TMA, True, STAGES,
+                    )  # fmt: skip
+
+        # What is archived for the oldest query is archived for all.
+        first_boundary = boundary_of(oldest + 1, SINK, RECENT)
+        p_table = window_table_ptr + i_req.to(tl.int64) * stride_window_table
+        for i in range(0, tl.cdiv(newest + 1 - (first_boundary - SINK), 32)):
+            i_page = skip_archived(i, first_boundary, SINK)
+            page = tl.load(p_table + i_page)
+            token = i_page * 32 + tl.arange(0, 32)[:, None]
+            k, v = window_tile(window_desc, window_ptr, page, head, stride_window_page, D, D_PAD,
+                               TMA)  # fmt: skip
+            v = tl.where(token <= newest, v, 0.0)
+            seen = (token <= position[None, :]) & ((token < SINK) | (token >= boundary[None, :]))
+            m, l, acc = fold_window(m, l, acc, k, v, q, seen, scale_log2, True, True)
+
+        p_output = output_ptr + row * stride_o_token + (head * G + o_n % G) * stride_o_head
+        acc = (acc / l[None, :]).to(output_ptr.dtype.element_ty)
+        tl.store(p_output[None, :] + o_d[:, None], acc, mask=m_nd)
+
+
+def extend(
+    query: torch.Tensor, output: torch.Tensor, cache: LayerCache, batch: Batch, scale: float
+) -> None:
+    """Attention of the queries after each request's prompt; see `reference.attend`. Rows of prompt
+    tokens are left as they are.
+
+    Args:
+        query: `[num_tokens, num_heads, head_dim]`, after RoPE.
+        output: like `query`.
+        cache: the layer's pages.
+        batch: the step's requests.
+        scale: factor of the QK product.
+    """
+    layout, window, tables = cache.layout, cache.window, cache.tables
+    _, num_heads, head_dim = query.shape
+    num_kv_heads = len(layout.kept)
+    group = num_heads // num_kv_heads
+    columns = max(EXTEND_COLUMNS, triton.next_power_of_2(group))
+    archive, scales = cache.archive_pages, cache.scales
+    tma = tables.device.tma
+    grid = (triton.cdiv(batch.max_query_len, columns // group), num_kv_heads, batch.num_reqs)
+    _extend_kernel[grid](
+        query, output, cache.window_pages, archive, scales,
+        *(cache.descriptors.arguments if tma else (archive,) * 7),
+        batch.window_table, batch.archive_table, batch.query_start_loc, batch.seq_lens,
+        batch.exact_until, tables.heads, tables.channels, scale * LOG2_E,
+        query.stride(0), query.stride(1), output.stride(0), output.stride(1),
+        cache.window_pages.stride(0), archive.stride(0), scales.stride(0),
+        batch.window_table.stride(0), batch.archive_table.stride(0),
+        COUNTS=tables.counts,
+        SINK=window.sink,
+        RECENT=window.recent,
+        G=group,
+        N=columns,
+        D=head_dim,
+        D_PAD=triton.next_power_of_2(head_dim),
+        BLOCK=layout.archive_block,
+        TILE=tile_tokens(layout),
+        FP8=layout.is_fp8,
+        TMA=tma,
+        STAGES=2,
+        num_warps=4,
+    )  # fmt: skip

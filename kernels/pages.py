@@ -1,0 +1,172 @@
+"""Device functions that read pages into a running softmax.
+
+All hold keys in rows and queries in columns: scores are K q^T `[tokens, N]` and outputs V^T p
+`[head_dim, N]`. So a few queries take 8 columns, the least of the tensor cores, and the pages' tiles
+go to them as they lie.
+"""
+
+import triton
+import triton.language as tl
+from vllm_leank.kernels.common import rescale, skip_archived
+
+
+@triton.jit
+def load_tile(
+    desc, ptr, page, offset, row, column, stride_page, stride_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, USED_ROWS: tl.constexpr,
+    USED_COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """A tile `[ROWS, COLUMNS]` of a page part that begins `offset` elements into the page and has
+    rows of `stride_row` elements. Beyond the used rows and columns it holds anything.
+
+    With TMA, `desc` describes pages as `[page, row, column]` with this row length.
+    """
+    if TMA:
+        tile = desc.load([page, offset // stride_row + row, column]).reshape(ROWS, COLUMNS)
+    else:
+        o_row = row + tl.arange(0, ROWS)
+        o_column = column + tl.arange(0, COLUMNS)
+        p_tile = ptr + page.to(tl.int64) * stride_page + offset
+        p_tile += o_row[:, None] * stride_row + o_column[None, :]
+        if (ROWS == USED_ROWS) & (COLUMNS == USED_COLUMNS):
+            tile = tl.load(p_tile)
+        else:
+            m_row = tl.arange(0, ROWS) < USED_ROWS
+            m_column = tl.arange(0, COLUMNS) < USED_COLUMNS
+            tile = tl.load(p_tile, mask=m_row[:, None] & m_column[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def window_tile(
+    window_desc, window_ptr, page, head, stride_page,
+    D: tl.constexpr, D_PAD: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """K and V of one head in a window page, `[32, D_PAD]` each."""
+    offset = head * (32 * 2 * D)
+    k = load_tile(window_desc, window_ptr, page, offset, 0, 0, stride_page, 2 * D,
+                  32, D_PAD, 32, D, TMA)  # fmt: skip
+    v = load_tile(window_desc, window_ptr, page, offset, 0, D, stride_page, 2 * D,
+                  32, D_PAD, 32, D, TMA)  # fmt: skip
+    return k, v
+
+
+@triton.jit
+def fold_window(m, l, acc, k, v, q, seen, scale_log2, MASKED: tl.constexpr, RAGGED: tl.constexpr):
+    """Take K and V of a window page into the running softmax.
+
+    seen: which tokens a column sees, `[32, N]` or `[32, 1]`, used with MASKED.
+    """
+    s = tl.dot(k, q) * scale_log2
+    if MASKED:
+        s = tl.where(seen, s, float("-inf"))
+    m, alpha, p = rescale(s, m, RAGGED)
+    l = l * alpha + tl.sum(p, 0)
+    acc = tl.dot(tl.trans(v), p.to(v.dtype), acc=acc * alpha[None, :])
+    return m, l, acc
+
+
+@triton.jit
+def _kept_query(p_q, m_q, p_channels, q_max, WIDTH: tl.constexpr, FP8: tl.constexpr):
+    """Some kept channels of the queries, `[WIDTH, N]`."""
+    channel = tl.load(p_channels + tl.arange(0, WIDTH))
+    q = tl.load(p_q[None, :] + channel[:, None], mask=m_q[None, :], other=0.0)
+    if FP8:
+        q = (q.to(tl.float32) / q_max[None, :]).to(tl.float16)
+    return q
+
+
+@triton.jit
+def fold_archive(
+    m, l, acc, first, last, stop, boundary, q, p_q, m_q, scale_log2,
+    p_head, channels_ptr, p_table, k16, k32, k64, k128, k256, v_desc, archive_ptr, scales_ptr,
+    stride_page, stride_scales,
+    SINK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, KEPT: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr,
+    RAGGED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Take archive tiles `first` to `last` of a head that keeps `KEPT` channels into the running
+    softmax of `N` columns of queries.
+
+    Tokens from `SINK` to `boundary` are seen, a scalar or, for each column, `[1, N]`; no column
+    sees tokens from `stop` on.
+
+    m, l: `[N]`; acc: `[D_PAD, N]`; q: `[D_PAD, N]`; p_q, m_q: `[N]`, the queries and which exist.
+    """
+    p_channels = channels_ptr + tl.load(p_head + 1)
+    k_offset = tl.load(p_head + 2)
+    v_offset = tl.load(p_head + 3)
+    scale_offset = tl.load(p_head + 4)
+    q_max = 1.0
+    if FP8:
+        # In units of its largest channel, a query fits into fp16, to which e4m3 converts fast.
+        q_max = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 0), 1e-30)
+    # Chunks have the widths of KEPT's binary digits, widest first.
+    if KEPT & 256:
+        q256 = _kept_query(p_q, m_q, p_channels, q_max, 256, FP8)
+    if KEPT & 128:
+        q128 = _kept_query(p_q, m_q, p_channels + (KEPT & 256), q_max, 128, FP8)
+    if KEPT & 64:
+        q64 = _kept_query(p_q, m_q, p_channels + (KEPT & 384), q_max, 64, FP8)
+    if KEPT & 32:
+        q32 = _kept_query(p_q, m_q, p_channels + (KEPT & 448), q_max, 32, FP8)
+    if KEPT & 16:
+        q16 = _kept_query(p_q, m_q, p_channels + (KEPT & 480), q_max, 16, FP8)
+    DOT: tl.constexpr = tl.float16 if FP8 else q.dtype
+    # Each row keeps a sum of its own until the end: a sum over rows would make all warps wait.
+    l_rows = tl.zeros([TILE, m.shape[0]], tl.float32)
+    # One tile ahead, so that the pipeline of tiles does not wait for the block table.
+    next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
+    for i in tl.range(first, last, num_stages=STAGES):
+        token = i * TILE
+        page = next_page
+        next_page = tl.load(p_table + tl.minimum(i + 1, last - 1) * TILE // BLOCK)
+        slot = token % BLOCK
+        s = tl.zeros([TILE, m.shape[0]], tl.float32)
+        offset = k_offset
+        if KEPT & 256:
+            k = load_tile(k256, archive_ptr, page, offset, slot, 0, stride_page, 256,
+                          TILE, 256, TILE, 256, TMA)  # fmt: skip
+            s = tl.dot(k.to(DOT), q256, acc=s)
+            offset += BLOCK * 256
+        if KEPT & 128:
+            k = load_tile(k128, archive_ptr, page, offset, slot, 0, stride_page, 128,
+                          TILE, 128, TILE, 128, TMA)  # fmt: skip
+            s = tl.dot(k.to(DOT), q128, acc=s)
+            offset += BLOCK * 128
+        if KEPT & 64:
+            k = load_tile(k64, archive_ptr, page, offset, slot, 0, stride_page, 64,
+                          TILE, 64, TILE, 64, TMA)  # fmt: skip
+            s = tl.dot(k.to(DOT), q64, acc=s)
+            offset += BLOCK * 64
+        if KEPT & 32:
+            k = load_tile(k32, archive_ptr, page, offset, slot, 0, stride_page, 32,
+                          TILE, 32, TILE, 32, TMA)  # fmt: skip
+            s = tl.dot(k.to(DOT), q32, acc=s)
+            offset += BLOCK * 32
+        if KEPT & 16:
+            k = load_tile(k16, archive_ptr, page, offset, slot, 0, stride_page, 16,
+                          TILE, 16, TILE, 16, TMA)  # fmt: skip
+            s = tl.dot(k.to(DOT), q16, acc=s)
+        v = load_tile(v_desc, archive_ptr, page, v_offset, 0, slot, stride_page, BLOCK,
+                      D_PAD, TILE, D, TILE, TMA).to(DOT)  # fmt: skip
+        o_token = token + tl.arange(0, TILE)
+        if FP8:
+            p_scale = scales_ptr + page.to(tl.int64) * stride_scales + scale_offset
+            p_scale += o_token % BLOCK // 32
+            # Scales of steps that hold no token may hold anything.
+            m_token = (o_token >= SINK) & (o_token < stop)
+            k_scale = tl.load(p_scale) * scale_log2
+            v_scale = tl.where(m_token, tl.load(p_scale + BLOCK // 32), 0.0)
+            s *= q_max[None, :] * k_scale[:, None]
+        else:
+            s *= scale_log2
+        seen = (o_token[:, None] >= SINK) & (o_token[:, None] < boundary)
+        m, alpha, p = rescale(tl.where(seen, s, float("-inf")), m, RAGGED)
+        l *= alpha
+        l_rows = l_rows * alpha[None, :] + p
+        if FP8:
+            p *= v_scale[:, None]
+        acc = tl.dot(v, p.to(DOT), acc=acc * alpha[None, :])
+    l += tl.sum(l_rows, 0)
+    return m, l, acc
