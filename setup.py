@@ -41,13 +41,22 @@ setup(
         "pydantic>=2",
         "pyyaml",
         "rich",
+        "safetensors",
         "torch",
         "transformers",
         "typer",
     ],
     extras_require={
         "gpu": ["vllm" + VERSION["SUPPORTED_VLLM"]],
-        "test": ["hypothesis", "mypy==2.4.*", "pytest", "ruff==0.17.*", "types-PyYAML"],
+        "plot": ["matplotlib"],
+        "test": [
+            "hypothesis",
+            "matplotlib",
+            "mypy==2.4.*",
+            "pytest",
+            "ruff==0.17.*",
+            "types-PyYAML",
+        ],
     },
     entry_points={
         "console_scripts": ["leank = vllm_leank.cli:main"],

@@ -214,8 +214,7 @@ def calibrate(
     device = usable_device(device)
     prompts = read_prompts(
         data,
-        # Prompts of token ids need no tokenizer.
-        lambda text: checkpoint.tokenizer.encode(text),
+        checkpoint.encode,
         vocab_size=checkpoint.config.vocab_size,
         max_prompts=max_prompts,
         max_tokens=checkpoint.max_tokens(max_tokens),

@@ -47,6 +47,14 @@ class Checkpoint:
         """
         return load_part(transformers.AutoTokenizer, self.path)
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, after the tokens that begin a sequence."""
+        return self.tokenizer.encode(text, verbose=False)
+
+    def encode_rest(self, text: str) -> list[int]:
+        """Token ids of a text that continues another."""
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
     def max_tokens(self, limit: int) -> int:
         """`limit`, or the longest context of the model if that is shorter."""
         return min(limit, getattr(self.config, "max_position_embeddings", None) or limit)

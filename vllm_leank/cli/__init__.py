@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from vllm_leank.cli import bench, mask
+from vllm_leank.cli import bench, mask, mask_learn
 from vllm_leank.errors import UserError
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+mask.app.command()(mask_learn.learn)
 app.add_typer(mask.app, name="mask")
 app.add_typer(bench.app, name="bench")
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.errors import UserError
 from vllm_leank.mask import Mask, load_mask, save_mask
 from vllm_leank.mask_resolver import find_masks
@@ -62,7 +63,7 @@ def calibrate(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Make a mask without training, from q, K and far attention over sample prompts."""
-    _check_new(out, overwrite)
+    check_new(out, overwrite)
     from vllm_leank import calibrate as calibration
 
     mask = calibration.calibrate(
@@ -80,10 +81,7 @@ def calibrate(
         model_id=model_id,
     )
     save_mask(mask, out, overwrite=overwrite)
-    print(
-        f"{out}: {1 - mask.k_kept:.2%} of K pruned ({ratio:.2%} asked), "
-        f"{mask.far_bytes_share:.1%} of a far token's bytes left"
-    )
+    report_mask(out, mask, ratio)
 
 
 @app.command(name="import")
@@ -114,24 +112,14 @@ def import_file(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Turn a mask or the scaling factors of the official LeanK code into a mask file."""
-    _check_new(out, overwrite)
+    check_new(out, overwrite)
     from vllm_leank.import_mask import import_mask
 
     mask = import_mask(
         source, model, ratio=ratio, align=align, sink=sink, recent=recent, model_id=model_id
     )
     save_mask(mask, out, overwrite=overwrite)
-    asked = "" if ratio is None else f" ({ratio:.2%} asked)"
-    print(
-        f"{out}: {1 - mask.k_kept:.2%} of K pruned{asked}, "
-        f"{mask.far_bytes_share:.1%} of a far token's bytes left"
-    )
-
-
-def _check_new(out: Path, overwrite: bool) -> None:
-    """Refuse an existing file before the work, not after it."""
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists already; choose another name or give --overwrite")
+    report_mask(out, mask, ratio)
 
 
 def _find(name: str) -> Mask:

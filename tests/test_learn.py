@@ -1,0 +1,313 @@
+"""`leank mask learn`: the two stages, interrupted runs, other ratios, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from vllm_leank import cli
+from vllm_leank.errors import UserError
+from vllm_leank.learn.data import Data, Shuffled
+from vllm_leank.learn.distillation import Distiller
+from vllm_leank.learn.run import learn
+from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, _used, run_stage
+from vllm_leank.mask import load_mask
+from vllm_leank.mask_request import MaskRequest
+from vllm_leank.prompts import Sample
+from vllm_leank.window import Window
+
+WINDOW = Window(32, 32)
+RECIPE = Recipe(steps=20, lr=0.05, reg=0.01)
+
+
+def make_samples(count=6, prompt=160, answer=8):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 512, (count, prompt + answer)).tolist()
+    return [Sample(row[:prompt], row[prompt:]) for row in ids]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    lines = [
+        json.dumps({"prompt_token_ids": prompt, "answer_token_ids": answer})
+        for prompt, answer in make_samples()
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def distiller(tiny_llama_dir):
+    from transformers import AutoModelForCausalLM
+
+    return Distiller(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), WINDOW)
+
+
+def test_rate_rises_for_a_fifth_and_falls_for_a_fifth():
+    rates = [Stage(steps=50, lr=2.0, reg=0).rate(step) for step in range(50)]
+    assert rates[:3] == pytest.approx([0.2, 0.4, 0.6])
+    assert rates[9:41] == [2.0] * 32
+    assert rates[-3:] == pytest.approx([0.6, 0.4, 0.2])
+    assert min(Stage(steps=2000, lr=1.0, reg=0).rate(step) for step in range(2000)) == 0.1
+
+
+def test_the_recipe_of_stage_2():
+    selection = Selection(0.5, 32)
+    assert Recipe(200, 0.02, 0.06).first() == Stage(200, 0.02, 0.06)
+    assert Recipe(200, 0.02, 0.06).second(selection, 2) == Stage(20, 0.01, 0.0, selection, 400)
+    assert Recipe(3).second(selection).steps == 1
+
+
+def test_stage_2_selects_forwards_and_is_the_identity_backwards():
+    factors = torch.rand(2, 2, 64, requires_grad=True)
+    used, blind = _used(factors, Selection(0.75, 32))
+    assert (used > 0).sum() == 2 * 32
+    torch.testing.assert_close(used[used > 0], factors[used > 0])
+    assert torch.equal(blind, (used == 0).all(-1))
+    used.sum().backward()
+    assert torch.equal(factors.grad, torch.ones_like(factors))
+    assert _used(factors, None) == (factors, None)
+
+
+def test_learned_channels_cost_less_than_random_ones(distiller):
+    samples = make_samples()
+    first = Progress.start(torch.ones(2, 2, 64))
+    recipe = Recipe(steps=60, lr=0.05, reg=0.3)
+    run_stage(recipe.first(), first, distiller, Shuffled(samples, seed=0))
+    assert first.step == 60
+    assert 0.05 < first.means[-1] < 0.9
+    assert 0 <= first.factors.min() < 0.2
+    assert 0.8 < first.factors.max() <= 1
+    selection = Selection(0.5, 16)
+    second = Progress.start(first.factors)
+    run_stage(recipe.second(selection), second, distiller, Shuffled(samples, seed=0))
+    assert not torch.equal(second.factors, first.factors)
+    keep = selection.keep(second.factors)
+    assert keep.float().mean() == 0.5
+
+    def cost(mask):
+        with torch.no_grad():
+            blind = ~mask.any(-1)
+            return sum(distiller.loss(sample, mask.float(), blind).item() for sample in samples)
+
+    generator = torch.Generator().manual_seed(0)
+    random = [selection.keep(torch.rand(2, 2, 64, generator=generator)) for _ in range(5)]
+    assert cost(keep) < 0.8 * min(map(cost, random))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(distiller):
+    distiller.model.model.norm.weight.data[3] = torch.inf
+    with pytest.raises(UserError, match="loss of step 1 is not finite"):
+        run_stage(
+            RECIPE.first(),
+            Progress.start(torch.full((2, 2, 64), 0.5)),
+            distiller,
+            make_samples().__getitem__,
+        )
+
+
+def request_for(model, ratio=0.5, **options):
+    asked = {"ratio": ratio, "align": 16, "sink": 32, "recent": 32} | options
+    return MaskRequest.open(str(model), "leank/tiny", **asked)
+
+
+def run(model, jsonl, state, recipe=RECIPE, ratio=0.5, **options):
+    return learn(
+        request_for(model, ratio), Data(jsonl), state, recipe=recipe, device="cpu", **options
+    )
+
+
+def test_an_interrupted_run_ends_its_step_and_goes_on_to_the_same_mask(
+    tiny_llama_dir, jsonl, tmp_path, monkeypatch
+):
+    whole = run(tiny_llama_dir, jsonl, tmp_path / "a.state")
+    shuffled = Shuffled.__call__
+    seen = []
+
+    def interrupting(self, number):
+        seen.append(number)
+        if len(seen) in (8, 14):
+            signal.raise_signal(signal.SIGTERM if len(seen) == 8 else signal.SIGINT)
+        return shuffled(self, number)
+
+    monkeypatch.setattr(Shuffled, "__call__", interrupting)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for step in (8, 14):
+        with pytest.raises(UserError, match=f"after step {step} of 20 of stage 1; the same comm"):
+            run(tiny_llama_dir, jsonl, tmp_path / "b.state")
+    # The weights of an uninterrupted run do not depend on when it was saved.
+    resumed = run(tiny_llama_dir, jsonl, tmp_path / "b.state", save_steps=3, chunk=50)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert seen == list(range(22))
+    np.testing.assert_allclose(resumed.factors, whole.factors, atol=1e-3)
+    assert len(resumed.losses[0]) == 20
+    assert len(resumed.losses[1]) == 2
+    assert os.listdir(tmp_path).count("b.state") == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_stage_1_serves_other_ratios(tiny_llama_dir, jsonl, tmp_path, monkeypatch):
+    state = tmp_path / "s.state"
+    half = run(tiny_llama_dir, jsonl, state)
+    monkeypatch.setattr(Shuffled, "__call__", lambda self, number: pytest.fail("runs again"))
+    assert run(tiny_llama_dir, jsonl, state).mask.sha256 == half.mask.sha256
+    monkeypatch.undo()
+    numbers = []
+    call = Shuffled.__call__
+    monkeypatch.setattr(
+        Shuffled, "__call__", lambda self, number: numbers.append(number) or call(self, number)
+    )
+    quarter = run(tiny_llama_dir, jsonl, state, ratio=0.75)
+    assert numbers == [20, 21]
+    assert quarter.mask.k_kept == 0.25
+    fresh = run(tiny_llama_dir, jsonl, tmp_path / "fresh.state", ratio=0.75)
+    assert fresh.mask.sha256 == quarter.mask.sha256
+
+
+def test_a_state_of_something_else_is_refused(tiny_llama_dir, jsonl, tmp_path):
+    state = tmp_path / "s.state"
+    run(tiny_llama_dir, jsonl, state, recipe=replace(RECIPE, steps=1))
+    before = state.read_bytes()
+    with pytest.raises(UserError, match=r"with steps 1, not 20; remove it"):
+        run(tiny_llama_dir, jsonl, state)
+    assert state.read_bytes() == before
+    state.write_bytes(before[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        run(tiny_llama_dir, jsonl, state)
+    safetensors.torch.save_file({"x": torch.ones(1)}, state)
+    with pytest.raises(UserError, match="not the state of a run"):
+        run(tiny_llama_dir, jsonl, state)
+
+
+def test_two_processes_average_their_gradients(tiny_llama_dir, jsonl, tmp_path):
+    """Each on one sample; alone, one process sees the mean of both."""
+    script = tmp_path / "leank.py"
+    script.write_text("from vllm_leank.cli import main; main()")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    options = map(str, arguments(tiny_llama_dir, jsonl, tmp_path / "m"))
+    done = subprocess.run([*launch, script, *options], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("of K pruned") == 1
+    assert load_mask(tmp_path / "m").provenance["samples_per_step"] == 2
+    with safetensors.safe_open(tmp_path / "m.state", "pt") as file:
+        found = file.get_tensor("first.factors"), file.get_tensor("first.losses")
+
+    class Both(Distiller):
+        def loss(self, samples, factors, blind=None):
+            losses = []
+            for sample in samples:
+                losses.append(super().loss(sample, factors, blind) / 2)
+                losses[-1].backward()
+            return sum(losses).detach() + 0 * factors.sum()
+
+    from transformers import AutoModelForCausalLM
+
+    source = Shuffled(make_samples(), seed=0)
+    progress = Progress.start(torch.ones(2, 2, 64))
+    both = Both(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), WINDOW)
+    pairs = lambda number: (source(2 * number), source(2 * number + 1))  # noqa: E731
+    run_stage(Recipe(4, 0.05, 0.01).first(), progress, both, pairs)
+    torch.testing.assert_close(found[0], progress.factors, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[1], torch.tensor(progress.losses).double(), atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def leank(monkeypatch, capsys):
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["leank", *map(str, args)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit_info.value.code or 0, out, err
+
+    return call
+
+
+def arguments(model, jsonl, out, /, **options):
+    options = {
+        "model": model,
+        "data": jsonl,
+        "ratio": 0.5,
+        "align": 16,
+        "sink": 32,
+        "recent": 32,
+        "steps": 4,
+        "lr": 0.05,
+        "reg": 0.01,
+        "device": "cpu",
+        "out": out,
+    } | options
+    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in options.items())
+    return ["mask", "learn", *(part for pair in pairs for part in pair)]
+
+
+def test_the_command_writes_mask_state_and_picture(leank, tiny_llama_dir, jsonl, tmp_path):
+    out, picture = tmp_path / "m.yaml", tmp_path / "m.png"
+    code, stdout, stderr = leank(*arguments(tiny_llama_dir, jsonl, out, picture=picture))
+    assert code == 0
+    assert "50.00% of K pruned (50.00% asked)" in stdout
+    assert "stage 1: step 4 of 4, loss" in stderr
+    assert "stage 2: step 1 of 1, loss" in stderr
+    mask = load_mask(out)
+    assert mask.k_kept == 0.5
+    assert (mask.sink, mask.recent, mask.align) == (32, 32, 16)
+    provenance = mask.provenance
+    assert provenance["method"] == "learn"
+    assert (provenance["data"], provenance["samples"]) == ("samples.jsonl", 6)
+    assert (provenance["steps"], provenance["lr"], provenance["reg"]) == (4, 0.05, 0.01)
+    assert provenance["second_stage_loss"] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "m.yaml.state").exists()
+    code, _, err = leank(*arguments(tiny_llama_dir, jsonl, out))
+    assert code == 2
+    assert "exists already" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("ratio", "1.5", "between 0 (keep all) and 1"),
+        ("align", "24", "multiple of 16"),
+        ("recent", "5", "at least 32"),
+        ("steps", "0", "at least 1"),
+        ("lr", "0", "above 0"),
+        ("reg", "-1", "0 or more"),
+        ("chunk", "0", "at least 1"),
+        ("dtype", "int8", "float32, bfloat16"),
+        ("device", "warp", "cannot be used"),
+        ("model", "/no/such/model", "no such directory"),
+        ("data", "/no/such/file", "No such file"),
+        ("text", "/no/such/file", "--data brings its own"),
+        ("recent", "256", "no sample has far tokens"),
+        ("out", "/no/such/folder/m.yaml", "no such directory"),
+        ("picture", "m.jpeg2", ".png, .svg, .pdf"),
+    ],
+)
+def test_bad_options_end_in_one_message_and_no_file(
+    leank, tiny_llama_dir, jsonl, tmp_path, option, value, message
+):
+    code, _, err = leank(*arguments(tiny_llama_dir, jsonl, tmp_path / "m", **{option: value}))
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == [jsonl]
+
+
+def test_generated_data_needs_room_and_a_tokenizer(leank, tiny_llama_dir, tmp_path):
+    options = arguments(tiny_llama_dir, "", tmp_path / "m")
+    del options[options.index("--data") : options.index("--data") + 2]
+    code, _, err = leank(*options, "--min-tokens", 50)
+    assert code == 2
+    assert "--min-tokens is 50; it must lie between 96" in err
+    code, _, err = leank(*options, "--min-tokens", 500)
+    assert code == 2
+    assert "cannot be loaded by transformers" in err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,27 @@
+"""What commands that write files share."""
+
+import os
+from pathlib import Path
+
+from vllm_leank.errors import UserError
+from vllm_leank.mask import Mask
+
+
+def check_new(out: Path, overwrite: bool) -> None:
+    """Refuse what could not be written, before the work and not after it."""
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: exists already; choose another name or give --overwrite")
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: no files can be written here")
+
+
+def report_mask(out: Path, mask: Mask, ratio: float | None = None) -> None:
+    """Say what was written; `ratio` is the share of K that was to be pruned."""
+    asked = "" if ratio is None else f" ({ratio:.2%} asked)"
+    print(
+        f"{out}: {1 - mask.k_kept:.2%} of K pruned{asked}, "
+        f"{mask.far_bytes_share:.1%} of a far token's bytes left"
+    )

@@ -1,0 +1,192 @@
+"""Where samples come from: the generated tasks over any tokenizer, or a file of the user's.
+
+A source is called with the number of a sample and gives the same one whenever it is asked, so an
+interrupted run goes on with what it would have seen.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_leank.checkpoint import Checkpoint
+from vllm_leank.errors import UserError
+from vllm_leank.learn.tasks import Exercise, Task, essay_pieces, multivalue, retrieval
+from vllm_leank.prompts import Sample, Tokenize, read_samples
+from vllm_leank.window import Window
+
+Source = Callable[[int], Sample]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Samples of `tasks` in turn, of `min_tokens` to `max_tokens` with their answers.
+
+    Every doubling of the length is equally likely. A sample is as long as its whole pieces of text
+    allow.
+    """
+
+    tasks: Sequence[Task]
+    tokenize: Tokenize
+    tokenize_answer: Tokenize
+    min_tokens: int
+    max_tokens: int
+    seed: int
+
+    def __call__(self, number: int) -> Sample:
+        """Sample `number`.
+
+        Raises:
+            UserError: a length leaves no room for the question.
+        """
+        task = self.tasks[number % len(self.tasks)]
+        rng = np.random.default_rng([self.seed, number])
+        low, high = math.log(self.min_tokens), math.log(self.max_tokens)
+        length = math.floor(math.exp(rng.uniform(low, high)) + 1e-6)
+        seed = int(rng.integers(1 << 62))
+        return self._fitted(lambda size: task(np.random.default_rng(seed), size), length)
+
+    def _fitted(self, make: Callable[[int], Exercise], length: int) -> Sample:
+        """The largest exercise that tokens per piece, as measured on small ones, allow."""
+
+        def sample(size: int) -> Sample:
+            exercise = make(size)
+            return Sample(self.tokenize(exercise.prompt), self.tokenize_answer(exercise.answer))
+
+        small, large = _length(sample(8)), _length(sample(24))
+        per_piece = max(1, (large - small) / 16)
+        size = 8 + math.floor((length - small) / per_piece)
+        while size >= 1:
+            found = sample(size)
+            excess = _length(found) - length
+            if excess <= 0:
+                return found
+            size -= math.ceil(excess / per_piece)
+        raise UserError(f"{length} tokens have no room for a question; samples must be longer")
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """The samples of a list, in another order each time it is gone through."""
+
+    samples: Sequence[Sample]
+    seed: int
+
+    def __call__(self, number: int) -> Sample:
+        """Sample `number`, from 0 without end."""
+        epoch, place = divmod(number, len(self.samples))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
+        return self.samples[order[place]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns on, as its options name it.
+
+    `file` is a JSONL file of prompts with answers, else samples are generated, of `min_tokens` to
+    `max_tokens`; `text` is a file of prose for them. Prompts of a file are cut to `max_tokens`.
+    """
+
+    file: Path | None = None
+    text: Path | None = None
+    min_tokens: int = 4096
+    max_tokens: int = 32768
+
+    def open(
+        self, checkpoint: Checkpoint, window: Window, seed: int
+    ) -> tuple[Source, dict[str, Any]]:
+        """The source, and plain values that tell one from another.
+
+        Raises:
+            UserError: a file cannot be used, or no sample would have far tokens.
+        """
+        max_tokens = checkpoint.max_tokens(self.max_tokens)
+        if self.file is not None:
+            if self.text is not None:
+                raise UserError("--text is for generated samples; --data brings its own")
+            samples = read_samples(
+                self.file,
+                checkpoint.encode,
+                checkpoint.encode_rest,
+                vocab_size=checkpoint.config.vocab_size,
+                max_tokens=max_tokens,
+            )
+            far = with_far_tokens(samples, window)
+            return Shuffled(far, seed), {
+                "data": self.file.name,
+                "data_sha256": hashlib.sha256(self.file.read_bytes()).hexdigest(),
+                "samples": len(far),
+                "too_short": len(samples) - len(far),
+                "max_tokens": max_tokens,
+            }
+        if not least_tokens(window) <= self.min_tokens <= max_tokens:
+            raise UserError(
+                f"--min-tokens is {self.min_tokens}; it must lie between {least_tokens(window)}, "
+                f"from where samples have far tokens, and {max_tokens}, the most that --max-tokens "
+                "and the model allow"
+            )
+        second: Task = multivalue
+        text: dict[str, str] = {}
+        if self.text is not None:
+            pieces, text = _essay(self.text)
+            second = functools.partial(multivalue, filler=pieces)
+        source = Generated(
+            (retrieval, second),
+            checkpoint.encode,
+            checkpoint.encode_rest,
+            self.min_tokens,
+            max_tokens,
+            seed,
+        )
+        return source, {
+            "data": "generated: dense retrieval and multi-value in turn",
+            **text,
+            "min_tokens": self.min_tokens,
+            "max_tokens": max_tokens,
+        }
+
+
+def _essay(path: Path) -> tuple[list[str], dict[str, str]]:
+    try:
+        data = path.read_bytes()
+        pieces = essay_pieces(data.decode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text") from error
+    if not pieces:
+        raise UserError(f"{path}: has no text")
+    return pieces, {"text": path.name, "text_sha256": hashlib.sha256(data).hexdigest()}
+
+
+def with_far_tokens(samples: Sequence[Sample], window: Window) -> list[Sample]:
+    """The samples in whose answers a query has far tokens: others teach nothing.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [sample for sample in samples if window.boundary(_length(sample)) > window.sink]
+    if not found:
+        raise UserError(
+            f"no sample has far tokens: with sink {window.sink} and recent {window.recent}, prompt "
+            f"and answer must have {least_tokens(window)} tokens; give longer ones, or a smaller "
+            "sink or recent"
+        )
+    return found
+
+
+def least_tokens(window: Window) -> int:
+    """Tokens from which a request has far ones."""
+    length = window.sink + window.recent
+    while window.boundary(length) == window.sink:
+        length += 1
+    return length
+
+
+def _length(sample: Sample) -> int:
+    return len(sample.prompt) + len(sample.answer)

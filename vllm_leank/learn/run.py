@@ -1,0 +1,153 @@
+"""A whole run: from a checkpoint and data to a mask, with a state to go on from."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_leank.checkpoint import usable_device
+from vllm_leank.errors import UserError
+from vllm_leank.learn.data import Data, Source
+from vllm_leank.learn.display import Display
+from vllm_leank.learn.distillation import Distiller
+from vllm_leank.learn.signals import Stop, stop_on_signals
+from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, run_stage
+from vllm_leank.learn.state import State
+from vllm_leank.learn.workers import Workers
+from vllm_leank.mask import Mask
+from vllm_leank.mask_request import MaskRequest
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A mask, the factors `[L, H, D]` it was made from, and the losses of both stages' steps."""
+
+    mask: Mask
+    factors: npt.NDArray[np.float64]
+    losses: tuple[list[float], list[float]]
+
+
+def learn(
+    request: MaskRequest,
+    data: Data,
+    state_path: Path,
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    chunk: int = 4096,
+    dtype: str = "auto",
+    device: str | None = None,
+    save_steps: int = 25,
+) -> Learned | None:
+    """Learn the mask that is asked for.
+
+    `state_path` is written every `save_steps` steps and at the end; where it exists, the run goes
+    on from it. Prompts are computed `chunk` tokens at a time. With several processes (`Workers`)
+    each step averages the gradients of one sample each, and only the first one gets the result;
+    the others get None.
+
+    Raises:
+        UserError: the model, the data or the state cannot be used, a value is out of range, or the
+            run was interrupted.
+    """
+    recipe = recipe or Recipe()
+    if chunk < 1:
+        raise UserError(f"chunk is {chunk}; it must be at least 1 token")
+    checkpoint = request.checkpoint
+    source, description = data.open(checkpoint, request.window, seed)
+    workers, device = Workers.join(usable_device(device))
+    try:
+        model = checkpoint.load(dtype, device)
+        weights = str(model.dtype).removeprefix("torch.")
+        geometry = checkpoint.geometry
+        settings: dict[str, Any] = {
+            "model": checkpoint.id,
+            "geometry": geometry.as_dict(),
+            "sink": request.window.sink,
+            "recent": request.window.recent,
+            **description,
+            **asdict(recipe),
+            "samples_per_step": workers.count,
+            "seed": seed,
+            "dtype": weights,
+        }
+        state = State.resume(
+            state_path,
+            settings,
+            {"ratio": float(request.ratio), "align": request.align},
+            (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim),
+            device,
+        )
+        selection = Selection(request.ratio, request.align)
+        distiller = Distiller(model, request.window, chunk)
+        with stop_on_signals() as stop, Display(workers.is_first) as display:
+            run = _Run(distiller, source, state, state_path, save_steps, workers, stop, display)
+            run.stage("stage 1", recipe.first(), state.first)
+            state.second = state.second or Progress.start(state.first.factors)
+            run.stage("stage 2", recipe.second(selection, workers.count), state.second)
+        if not workers.is_first:
+            return None
+    finally:
+        workers.leave()
+    outside = ("model", "geometry", "sink", "recent")
+    provenance: dict[str, Any] = {"method": "learn"}
+    provenance |= {name: value for name, value in settings.items() if name not in outside}
+    provenance["first_stage_loss"] = _last_loss(state.first)
+    provenance["second_stage_loss"] = _last_loss(state.second)
+    factors = state.second.factors.double().cpu().numpy()
+    losses = (state.first.losses, state.second.losses)
+    return Learned(request.mask(factors, provenance), factors, losses)
+
+
+def _last_loss(progress: Progress) -> float:
+    """Mean over the last tenth of the steps."""
+    last = progress.losses[-max(1, progress.step // 10) :]
+    return round(sum(last) / len(last), 6)
+
+
+@dataclass
+class _Run:
+    """What both stages are run with."""
+
+    distiller: Distiller
+    source: Source
+    state: State
+    path: Path
+    save_steps: int
+    workers: Workers
+    stop: Stop
+    display: Display
+
+    def stage(self, name: str, stage: Stage, progress: Progress) -> None:
+        """Run what is left of a stage."""
+        self.display.begin(name, stage.steps, progress)
+
+        def on_step() -> None:
+            self.display.step(progress)
+            stopped = self.workers.any(self.stop.asked, progress.factors.device)
+            due = progress.step == stage.steps or progress.step % self.save_steps == 0
+            if self.workers.is_first and (stopped or due):
+                self.state.save(self.path)
+            if stopped:
+                raise UserError(
+                    f"interrupted after step {progress.step} of {stage.steps} of {name}; "
+                    f"the same command goes on from {self.path}"
+                )
+
+        try:
+            run_stage(
+                stage,
+                progress,
+                self.distiller,
+                self.source,
+                workers=self.workers,
+                on_step=on_step,
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"not enough GPU memory in {name}, step {progress.step + 1}; give a smaller "
+                f"--chunk or --max-tokens ({error})"
+            ) from error

@@ -1,0 +1,66 @@
+"""The two tasks that masks are learned on, as text: dense retrieval and multi-value.
+
+Both ask for something that stands once in a long context, so answers depend on far keys. A task is
+a function of a random generator and a size; the same generator state and size give the same text.
+"""
+
+import re
+import uuid
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+NOISE = (
+    "Rain fell on the roof. ",
+    "A cart went by. ",
+    "The lamp was lit again. ",
+    "Someone swept the yard. ",
+    "It grew late. ",
+)
+"""Filler for `multivalue` where no essay is given, repeated."""
+
+
+class Exercise(NamedTuple):
+    """A prompt and the answer that continues it."""
+
+    prompt: str
+    answer: str
+
+
+Task = Callable[[np.random.Generator, int], Exercise]
+
+
+def retrieval(rng: np.random.Generator, size: int) -> Exercise:
+    """`size` lines `uuid: uuid`, of which one is asked for."""
+    pairs = [(_uuid(rng), _uuid(rng)) for _ in range(size)]
+    key, value = pairs[rng.integers(size)]
+    lines = "".join(f"{left}: {right}\n" for left, right in pairs)
+    return Exercise(f"Keys and their values:\n\n{lines}\nThe value of {key} is", f" {value}")
+
+
+def multivalue(
+    rng: np.random.Generator, size: int, filler: Sequence[str] = NOISE, values: int = 4
+) -> Exercise:
+    """`size` pieces of filler, among them `values` numbers of one key, all asked for in order.
+
+    The filler is read from a random piece on, and from its start again at its end.
+    """
+    key = "".join(rng.choice(list("bdfgklmnprstvz" if i % 2 == 0 else "aeiou")) for i in range(8))
+    numbers = rng.choice(9_000_000, size=values, replace=False) + 1_000_000
+    places = np.sort(rng.integers(size + 1, size=values))
+    start = int(rng.integers(len(filler)))
+    pieces = [filler[(start + i) % len(filler)] for i in range(size)]
+    for place, number in zip(places[::-1], numbers[::-1], strict=True):
+        pieces.insert(place, f"One of the numbers of {key} is {number}. ")
+    question = f"\n\nAll numbers of {key}, in the order of the text:"
+    return Exercise("".join(pieces).rstrip() + question, " " + ", ".join(map(str, numbers)) + ".")
+
+
+def essay_pieces(text: str) -> list[str]:
+    """A text as filler: sentences, cut where they are longer than 400 characters."""
+    return [piece + " " for piece in re.findall(r"[^.!?]{1,400}[.!?]*", " ".join(text.split()))]
+
+
+def _uuid(rng: np.random.Generator) -> str:
+    return str(uuid.UUID(bytes=rng.bytes(16), version=4))
