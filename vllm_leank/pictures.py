@@ -1,4 +1,4 @@
-"""Draws masks and factors; matplotlib is needed only here."""
+"""Draws masks and factors; what pictures share."""
 
 import io
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def draw_learning(
     right.set(title="distillation loss", xlabel="step")
     right.set_yscale("symlog", linthresh=1e-4)
     right.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _smooth(values: Sequence[float], width: int = 20) -> npt.NDArray[np.float64]:
@@ -82,7 +82,12 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, min(height, 40)), layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib's in the format that its name says, in one step.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lower()[1:], dpi=120)
     try:

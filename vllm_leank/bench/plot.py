@@ -1,15 +1,13 @@
 """Draws the speed-up of decode attention against context length and batch."""
 
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_leank.atomic import write_atomically
 from vllm_leank.bench.results import ATTENTION, load_results
 from vllm_leank.errors import UserError
-from vllm_leank.pictures import check_picture
+from vllm_leank.pictures import check_picture, save_figure
 
 AXES = {"length": "context length, tokens", "batch": "batch, requests"}
 SERIES = ("model", "archive_dtype", "length", "batch", "sink", "recent")
@@ -43,12 +41,7 @@ def plot_speedup(paths: Sequence[Path], out: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.supylabel("speed-up against FlashAttention (dashed: bound by bytes)", fontsize="medium")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=out.suffix.lower()[1:], dpi=120)
-    try:
-        write_atomically(out, buffer.getvalue())
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from error
+    save_figure(figure, out)
 
 
 def read_cases(path: Path) -> list[dict[str, Any]]:

@@ -44,20 +44,6 @@ def describe_mask(mask: Mask) -> dict[str, Any]:
     }
 
 
-def check_new(path: Path | None, overwrite: bool) -> None:
-    """Refuse a place that results cannot be written to before hours of work, not after them.
-
-    Raises:
-        UserError: the file exists and must not be replaced, or its folder does not exist.
-    """
-    if path is None:
-        return
-    if path.exists() and not overwrite:
-        raise UserError(f"{path}: exists already; choose another name or give --overwrite")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such directory")
-
-
 def save_results(results: dict[str, Any], path: Path) -> None:
     """Write a result file in one step.
 

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from vllm_leank.cli.outputs import check_new
+
 app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True)
 
 Out = Annotated[
@@ -57,12 +59,13 @@ def attention(
     """
     from vllm_leank.bench.cases import parse_case, parse_layers
     from vllm_leank.bench.machine import require_gpu
-    from vllm_leank.bench.results import ATTENTION, check_new, describe_mask, header, save_results
+    from vllm_leank.bench.results import ATTENTION, describe_mask, header, save_results
     from vllm_leank.mask import load_mask
     from vllm_leank.window import STEP
 
     begin = time.monotonic()
-    check_new(out, overwrite)
+    if out is not None:
+        check_new(out, overwrite)
     loaded = load_mask(mask)
     sink = -(-loaded.sink // STEP) * STEP if sink is None else sink
     recent = loaded.recent if recent is None else recent
@@ -138,10 +141,11 @@ def serve(
     """
     from vllm_leank.bench import serve as serving
     from vllm_leank.bench.report_serve import print_serve
-    from vllm_leank.bench.results import SERVE, check_new, describe_mask, header, save_results
+    from vllm_leank.bench.results import SERVE, describe_mask, header, save_results
     from vllm_leank.mask import load_mask
 
-    check_new(out, overwrite)
+    if out is not None:
+        check_new(out, overwrite)
     chosen = serving.parse_variants(variants)
     if max_model_len is None:
         max_model_len = prompt_tokens + output_tokens + 1024
