@@ -125,8 +125,8 @@ class FlashDecode:
         return [partial(call, table) for table in self.block_tables]
 
     def expected(self, row: int) -> torch.Tensor:
-        """What request `row` of the first copy should get, fp32 `[num_heads, head_dim]`."""
-        tokens = self.kv_pages[self.block_tables[0][row].long()].flatten(0, 1)[: self.case.length]
+        """What request `row` of the last copy should get, fp32 `[num_heads, head_dim]`."""
+        tokens = self.kv_pages[self.block_tables[-1][row].long()].flatten(0, 1)[: self.case.length]
         key, value = tokens.float().transpose(0, 1).chunk(2, dim=-1)
         query = self.query[row].float().unflatten(0, (key.shape[0], -1))
         weights = (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1)
