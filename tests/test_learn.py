@@ -68,13 +68,21 @@ def test_the_recipe_of_stage_2():
 
 def test_stage_2_selects_forwards_and_is_the_identity_backwards():
     factors = torch.rand(2, 2, 64, requires_grad=True)
-    used, blind = _used(factors, Selection(0.75, 32))
-    assert (used > 0).sum() == 2 * 32
-    torch.testing.assert_close(used[used > 0], factors[used > 0])
+    keep = Selection(0.75, 32).keep(Progress.start(factors.detach()).scores())
+    used, blind = _used(factors, keep)
+    assert keep.sum() == 2 * 32
+    torch.testing.assert_close(used, factors * torch.tensor(keep), rtol=0, atol=1e-7)
     assert torch.equal(blind, (used == 0).all(-1))
     used.sum().backward()
     assert torch.equal(factors.grad, torch.ones_like(factors))
     assert _used(factors, None) == (factors, None)
+
+
+def test_equal_factors_are_ranked_by_their_gradients():
+    progress = Progress.start(torch.tensor([[[1.0, 1.0, 0.0, 0.0, 0.5, 1.0]]]))
+    assert progress.scores().tolist() == [[[1, 1, 0, 0, 0.5, 1]]]
+    progress.first_moment = torch.tensor([[[3.0, -2.0, 7.0, 6.0, -7.0, 0.0]]])
+    assert np.argsort(-progress.scores()).tolist() == [[[1, 5, 0, 4, 3, 2]]]
 
 
 def test_learned_channels_cost_less_than_random_ones(distiller):
@@ -90,16 +98,17 @@ def test_learned_channels_cost_less_than_random_ones(distiller):
     second = Progress.start(first.factors)
     run_stage(recipe.second(selection), second, distiller, Shuffled(samples, seed=0))
     assert not torch.equal(second.factors, first.factors)
-    keep = selection.keep(second.factors)
-    assert keep.float().mean() == 0.5
+    keep = selection.keep(second.scores())
+    assert keep.mean() == 0.5
 
     def cost(mask):
         with torch.no_grad():
+            mask = torch.tensor(mask)
             blind = ~mask.any(-1)
             return sum(distiller.loss(sample, mask.float(), blind).item() for sample in samples)
 
-    generator = torch.Generator().manual_seed(0)
-    random = [selection.keep(torch.rand(2, 2, 64, generator=generator)) for _ in range(5)]
+    rng = np.random.default_rng(0)
+    random = [selection.keep(rng.random((2, 2, 64))) for _ in range(5)]
     assert cost(keep) < 0.8 * min(map(cost, random))
 
 

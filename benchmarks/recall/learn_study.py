@@ -86,13 +86,14 @@ def learn_masks(
             return progress
 
         ones = torch.ones(shape, device=distiller.model.device)
-        first = run("stage 1", recipe.first(), ones).factors
+        first = run("stage 1", recipe.first(), ones)
         for ratio in ratios:
             selection = Selection(ratio, align)
-            second = run(f"stage 2, {ratio}", recipe.second(selection), first).factors
-            keeps[f"learned, {ratio}"] = selection.keep(second).cpu().numpy()
-            keeps[f"without stage 2, {ratio}"] = selection.keep(first).cpu().numpy()
-    log["factors"] = [[round(value, 3) for value in head] for head in first.flatten(0, 1).tolist()]
+            second = run(f"stage 2, {ratio}", recipe.second(selection), first.factors)
+            keeps[f"learned, {ratio}"] = selection.keep(second.scores())
+            keeps[f"without stage 2, {ratio}"] = selection.keep(first.scores())
+    heads = first.factors.flatten(0, 1).tolist()
+    log["factors"] = [[round(value, 3) for value in head] for head in heads]
     return keeps, log
 
 

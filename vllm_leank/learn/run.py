@@ -97,9 +97,9 @@ def learn(
     provenance |= {name: value for name, value in settings.items() if name not in outside}
     provenance["first_stage_loss"] = _last_loss(state.first)
     provenance["second_stage_loss"] = _last_loss(state.second)
-    factors = state.second.factors.double().cpu().numpy()
+    scores = state.second.scores()
     losses = (state.first.losses, state.second.losses)
-    return Learned(request.mask(factors, provenance), factors, losses)
+    return Learned(request.mask(scores, provenance), scores.clip(0, 1), losses)
 
 
 def _last_loss(progress: Progress) -> float:

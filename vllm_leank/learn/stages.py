@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_leank.errors import UserError
@@ -23,6 +24,9 @@ from vllm_leank.learn.data import Source
 from vllm_leank.learn.distillation import Distiller
 from vllm_leank.learn.workers import Workers
 from vllm_leank.select_channels import select_channels
+
+HINT = 1e-6
+"""Weight of gradients in the scores of channels: far below a step of AdamW."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,9 @@ class Selection:
     ratio: float
     align: int
 
-    def keep(self, factors: torch.Tensor) -> torch.Tensor:
-        """The mask of factors `[L, H, D]`, bool on the same device."""
-        scores = factors.detach().cpu().numpy().astype(np.float64)
-        keep = select_channels(scores, self.ratio, self.align)
-        return torch.from_numpy(keep).to(factors.device)
+    def keep(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        """The mask of the best `scores`, both `[L, H, D]`."""
+        return select_channels(scores, self.ratio, self.align)
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,16 @@ class Progress:
         """A stage that begins with these factors."""
         return cls(factors.clone(), torch.zeros_like(factors), torch.zeros_like(factors))
 
+    def scores(self) -> npt.NDArray[np.float64]:
+        """What channels are chosen by: the factors `[L, H, D]`, with a hint where they are equal.
+
+        Many end at exactly 0 or 1. Such are ranked by AdamW's first moment, the mean gradient of
+        late: first comes what should grow most.
+        """
+        moment = self.first_moment.double()
+        scale = moment.abs().max().clamp(min=1e-300)
+        return (self.factors.detach().double() - HINT * moment / scale).cpu().numpy()
+
     @property
     def step(self) -> int:
         """Steps that are done."""
@@ -140,7 +152,8 @@ def run_stage(
     }
     while progress.step < stage.steps:
         number = stage.first_sample + progress.step * workers.count + workers.rank
-        used, blind = _used(factors, stage.selection)
+        keep = None if stage.selection is None else stage.selection.keep(progress.scores())
+        used, blind = _used(factors, keep)
         loss = distiller.loss(source(number), used, blind)
         (loss + stage.reg * factors.mean()).backward()
         assert factors.grad is not None
@@ -163,11 +176,11 @@ def run_stage(
 
 
 def _used(
-    factors: torch.Tensor, selection: Selection | None
+    factors: torch.Tensor, mask: npt.NDArray[np.bool_] | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What scales far keys `[L, H, D]`, and the heads that see none of them, bool `[L, H]`."""
-    if selection is None:
+    if mask is None:
         return factors, None
-    keep = selection.keep(factors)
+    keep = torch.from_numpy(mask).to(factors.device)
     # Forward: factors where kept. Backward: the identity, for all factors.
     return (factors * keep - factors).detach() + factors, ~keep.any(-1)
