@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from vllm_leank.cli import bench, mask, mask_learn
+from vllm_leank.cli import bench, mask, mask_compose, mask_learn
 from vllm_leank.errors import UserError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 mask.app.command()(mask_learn.learn)
+mask.app.command()(mask_compose.compose)
 app.add_typer(mask.app, name="mask")
 app.add_typer(bench.app, name="bench")
 

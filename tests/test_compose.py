@@ -1,0 +1,139 @@
+"""`leank mask compose`: which channels and heads are left, and what is refused."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from vllm_leank import cli
+from vllm_leank.compose import compose, read_streaming_heads
+from vllm_leank.errors import UserError
+from vllm_leank.geometry import Geometry
+from vllm_leank.mask import Mask, load_mask, save_mask
+
+GEOMETRY = Geometry(2, 2, 64, 1e4, None)
+
+
+def mask_of(ranges, align=32, model="org/name", geometry=GEOMETRY, **window):
+    """A mask whose heads keep these ranges of channels."""
+    keep = np.zeros((2, 2, 64), bool)
+    for head, (start, end) in zip(keep.reshape(4, 64), ranges, strict=True):
+        head[start:end] = True
+    provenance = {"method": "by hand"}
+    return Mask.from_keep(keep, geometry, model=model, align=align, provenance=provenance, **window)
+
+
+FIRST = mask_of([(0, 64), (0, 32), (16, 48), (0, 0)])
+SECOND = mask_of([(32, 64), (32, 64), (0, 32), (0, 64)], align=16, sink=128, recent=64)
+
+
+def kept(mask):
+    return [np.flatnonzero(head).tolist() for head in mask.keep.reshape(4, 64)]
+
+
+def test_intersection_is_filled_up_with_the_first_masks_slowest_pairs():
+    mask = compose([FIRST, SECOND])
+    # The third head shares 16..31; of the first mask's 32..47, the slowest are 47, 46, ...
+    assert kept(mask) == [[*range(32, 64)], [], [*range(16, 48)], []]
+    assert (mask.align, mask.sink, mask.recent) == (32, 128, 256)
+    assert mask.model == "org/name"
+    assert [part["sha256"] for part in mask.provenance["masks"]] == [FIRST.sha256, SECOND.sha256]
+    wide = mask_of([(0, 64), (0, 32), (0, 64), (0, 0)])
+    # 16..31 and 16 of the other 48: pairs (31, 63), (30, 62), ... turn slowest.
+    other = mask_of([(0, 0), (0, 0), (16, 32), (0, 0)], align=16)
+    assert kept(compose([wide, other]))[2] == [*range(16, 32), *range(48, 64)]
+
+
+def test_union_is_filled_up_with_the_slowest_pairs():
+    mask = compose([FIRST, SECOND], "union")
+    assert kept(mask) == [[*range(64)], [*range(64)], [*range(64)], [*range(64)]]
+    small = mask_of([(0, 16), (0, 0), (0, 0), (0, 0)], align=16)
+    mask = compose([small, mask_of([(0, 0), (0, 0), (0, 32), (0, 0)])], "union")
+    assert kept(mask)[0] == [*range(16), *range(24, 32), *range(56, 64)]
+
+
+def test_streaming_heads_and_dense_layers(tmp_path):
+    (tmp_path / "heads.tsv").write_text("0.1\t0.9\n0.6\t0.5\n")
+    full = Mask.full(GEOMETRY, model="org/name")
+    mask = compose([full], streaming=tmp_path / "heads.tsv")
+    assert mask.kept_counts.tolist() == [[0, 64], [64, 64]]
+    assert mask.provenance["streaming"]["heads"] == 1
+    mask = compose([full], streaming=tmp_path / "heads.tsv", streaming_share=0.75, dense_layers=[1])
+    assert mask.kept_counts.tolist() == [[0, 64], [64, 64]]
+    assert mask.provenance["streaming"]["heads"] == 3
+    assert mask.provenance["dense_layers"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0\t1\n", "layers and KV heads are"),
+        ("0\t1\n0\t2\n", "outside 0..1"),
+        ("0\t1\n0\tnan\n", "outside 0..1"),
+        ("0\t1\n0\tx\n", "separated by tabs"),
+        ("0\t1\n0\n", "separated by tabs"),
+        ("\xff", "has"),
+        ("", "has"),
+        ("1" * (1 << 20 | 1), "larger than"),
+    ],
+)
+def test_bad_lists_of_heads_are_refused(tmp_path, text, message):
+    path = tmp_path / "heads.tsv"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=message if text != "\xff" else "separated by tabs"):
+        read_streaming_heads(path, GEOMETRY)
+
+
+@pytest.fixture
+def leank(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["leank", "mask", "compose", *map(str, args)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit_info.value.code or 0, out, err
+
+    return call
+
+
+def test_command(leank, tiny_llama_dir):
+    save_mask(FIRST, "a.yaml")
+    save_mask(SECOND, "b.yaml")
+    code, out, _ = leank(
+        "a.yaml", "b.yaml", "--by", "union", "--out", "c.yaml", "--model-id", "x/y"
+    )
+    assert code == 0
+    assert "0.00% of K pruned" in out
+    assert load_mask("c.yaml").model == "x/y"
+    code, out, _ = leank("a.yaml", "--dense-layers", "0-1", "--out", "d.yaml")
+    assert code == 0
+    assert load_mask("d.yaml").k_kept == 1
+    code, _, _ = leank("--model", tiny_llama_dir, "--model-id", "x/y", "--out", "e.yaml")
+    assert code == 0
+    assert load_mask("e.yaml").k_kept == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give mask files, or --model"),
+        (["a.yaml", "--model", "x"], "give mask files, or --model"),
+        (["a.yaml", "other.yaml"], "do not fit each other: rope_theta is 10000.0, not 500000.0"),
+        (["a.yaml", "--dense-layers", "2"], "there is no layer 2"),
+        (["a.yaml", "--dense-layers", "1-"], "like 0,1,30-31"),
+        (["a.yaml", "--streaming-share", "0.5"], "needs --streaming"),
+        (["a.yaml", "--streaming", "none.tsv"], "No such file"),
+        (["a.yaml", "--streaming", "heads.tsv", "--streaming-share", "2"], "between 0 and 1"),
+        (["none.yaml"], "No such file"),
+    ],
+)
+def test_faults_end_in_one_message(leank, tmp_path, arguments, message):
+    save_mask(FIRST, "a.yaml")
+    save_mask(mask_of([(0, 64)] * 4, geometry=Geometry(2, 2, 64, 5e5, None)), "other.yaml")
+    (tmp_path / "heads.tsv").write_text("0.1\t0.9\n0.6\t0.5\n")
+    code, _, err = leank(*arguments, "--out", "out.yaml")
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "out.yaml").exists()
