@@ -27,6 +27,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vllm_leank.attention_hook import hooked_attention
-from vllm_leank.checkpoint import usable_device
+from vllm_leank.checkpoint import Checkpoint, usable_device
 from vllm_leank.errors import UserError
 from vllm_leank.geometry import Geometry
 from vllm_leank.mask import Mask
@@ -184,6 +185,41 @@ def measure_heads(
     return meter.statistics()
 
 
+def measure_checkpoint(
+    checkpoint: Checkpoint,
+    data: Path,
+    window: Window,
+    *,
+    max_prompts: int,
+    max_tokens: int,
+    query_tokens: int | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> tuple[HeadStatistics, dict[str, Any]]:
+    """Statistics of a checkpoint's heads over the prompts in `data`, and where they are from.
+
+    Raises:
+        UserError: the model or the data cannot be used, or an argument is out of range.
+    """
+    device = usable_device(device)
+    prompts = read_prompts(
+        data,
+        checkpoint.encode,
+        vocab_size=checkpoint.config.vocab_size,
+        max_prompts=max_prompts,
+        max_tokens=checkpoint.max_tokens(max_tokens),
+    )
+    model = checkpoint.load(dtype, device)
+    return measure_heads(model, prompts, window, query_tokens), {
+        "data": data.name,
+        "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "prompts": len(prompts),
+        "tokens": sum(len(ids) for ids in prompts),
+        "query_tokens": query_tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
 def calibrate(
     model_path: str,
     data: Path,
@@ -210,27 +246,15 @@ def calibrate(
     request = MaskRequest.open(
         model_path, model_id, ratio=ratio, align=align, sink=sink, recent=recent
     )
-    checkpoint = request.checkpoint
-    device = usable_device(device)
-    prompts = read_prompts(
+    heads, source = measure_checkpoint(
+        request.checkpoint,
         data,
-        checkpoint.encode,
-        vocab_size=checkpoint.config.vocab_size,
+        request.window,
         max_prompts=max_prompts,
-        max_tokens=checkpoint.max_tokens(max_tokens),
+        max_tokens=max_tokens,
+        query_tokens=query_tokens,
+        dtype=dtype,
+        device=device,
     )
-    model = checkpoint.load(dtype, device)
-    scores = measure_heads(model, prompts, request.window, query_tokens).scores()
-    return request.mask(
-        scores,
-        {
-            "method": "calibrate",
-            "score": "far attention mass of the head * share of E[q^2]*E[k^2] in the head",
-            "data": data.name,
-            "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
-            "prompts": len(prompts),
-            "tokens": sum(len(ids) for ids in prompts),
-            "query_tokens": query_tokens,
-            "dtype": str(model.dtype).removeprefix("torch."),
-        },
-    )
+    score = "far attention mass of the head * share of E[q^2]*E[k^2] in the head"
+    return request.mask(heads.scores(), {"method": "calibrate", "score": score, **source})

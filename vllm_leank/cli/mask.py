@@ -23,7 +23,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a mask keeps and what that saves."""
-    found = _find(mask)
+    found = find(mask)
     summary = _summary(found)
     if as_json:
         print(json.dumps(summary, indent=2))
@@ -122,7 +122,8 @@ def import_file(
     report_mask(out, mask, ratio)
 
 
-def _find(name: str) -> Mask:
+def find(name: str) -> Mask:
+    """The mask in a file, or the one of the package for a model id."""
     if Path(name).is_file():
         return load_mask(name)
     masks = find_masks(name)

@@ -1,0 +1,99 @@
+"""`leank mask heads`: guess which heads matter, without training."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+import typer
+
+from vllm_leank.cli.outputs import check_new
+from vllm_leank.errors import UserError
+
+
+def heads(
+    model: Annotated[str, typer.Option(help="Checkpoint: a directory or a hub id.")],
+    data: Annotated[
+        Path, typer.Option(help='JSONL, lines {"prompt_token_ids": [...]} or {"prompt": "..."}.')
+    ],
+    top: Annotated[int, typer.Option(min=1, help="Heads to list.")] = 20,
+    max_prompts: Annotated[int, typer.Option(min=1, help="Prompts to use, the first ones.")] = 16,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Longer prompts are cut to their last tokens.")
+    ] = 8192,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="Where to run.", show_default="the GPU if there is one")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write 1 - share per head as a table that `leank mask compose --streaming` takes.",
+            show_default="none",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all heads as JSON.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+) -> None:
+    """Rank heads by their high-frequency share, the least important first.
+
+    It is the share of a head's energy, E[q^2] E[k^2] summed over channels, in the faster half of
+    its RoPE pairs. Those blur over long distances, so a head that lives on them can hardly look
+    far. A guess without training: compare with masks that are learned or calibrated.
+    """
+    if out is not None:
+        check_new(out, overwrite)
+    from vllm_leank.calibrate import measure_checkpoint
+    from vllm_leank.checkpoint import Checkpoint
+    from vllm_leank.rope_pairs import high_frequency_share
+    from vllm_leank.window import Window
+
+    checkpoint = Checkpoint.open(model)
+    # Energies do not depend on the window.
+    measured, _ = measure_checkpoint(
+        checkpoint,
+        data,
+        Window(64, 256),
+        max_prompts=max_prompts,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        device=device,
+    )
+    shares = high_frequency_share(measured.energy, checkpoint.geometry)
+    ranked = [
+        (float(shares[layer, head]), layer, head) for layer, head in np.ndindex(*shares.shape)
+    ]
+    ranked.sort(key=lambda entry: -entry[0])
+    if out is not None:
+        _write_table(out, 1 - shares)
+    if as_json:
+        found = [{"layer": layer, "head": head, "share": share} for share, layer, head in ranked]
+        print(json.dumps(found))
+    else:
+        _print_table(ranked, top)
+
+
+def _write_table(out: Path, values: npt.NDArray[np.float64]) -> None:
+    from vllm_leank.atomic import write_atomically
+
+    lines = ("\t".join(f"{value:.6f}" for value in row) + "\n" for row in values)
+    try:
+        write_atomically(out, "".join(lines).encode())
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from error
+
+
+def _print_table(ranked: list[tuple[float, int, int]], top: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="heads by high-frequency share", title_justify="left")
+    for name in ("layer", "KV head", "share"):
+        table.add_column(name, justify="right")
+    for share, layer, head in ranked[:top]:
+        table.add_row(str(layer), str(head), f"{share:.1%}")
+    console = Console()
+    console.print(table)
+    if len(ranked) > top:
+        console.print(f"{len(ranked) - top} more heads, down to {ranked[-1][0]:.1%}")
