@@ -29,9 +29,9 @@ def far_attention(
 
     Keys and values `[B, H, S_i, D]` come in consecutive parts; the queries stand at the last T
     positions. The query at position t sees the keys `[sink, boundary(t + 1))` of `window` times
-    `factors` (fp32 `[H, D]` or `[B, H, D]`; None: 1). Heads where `blind` (bool `[H]`) do not see
-    them at all: a head that keeps no channel has no V of far tokens either. `scaling` is what
-    logits are multiplied by (None: `D ** -0.5`).
+    `factors` (fp32 `[H, D]` or `[B, H, D]`; None: 1). Heads where `blind` (bool `[H]` or `[B, H]`)
+    do not see them at all: a head that keeps no channel has no V of far tokens either. `scaling` is
+    what logits are multiplied by (None: `D ** -0.5`).
 
     K is never copied to be scaled: `(q * a) . k` is `q . (a * k)`. Gradients reach everything but
     `blind`. For the backward pass nothing but the arguments is kept; scores are computed again.
@@ -84,13 +84,13 @@ def _attend(
             elif kind == "far":
                 scores = far @ k
                 if blind is not None:
-                    scores = scores.masked_fill(blind[:, None, None], float("-inf"))
+                    scores = scores.masked_fill(blind[..., None, None], float("-inf"))
             else:
                 at_key = torch.arange(offset, offset + key.shape[2], device=query.device)
                 is_far = (at_key >= window.sink) & (at_key < window.boundary(at_query + 1))
                 hidden = at_key > at_query
                 if blind is not None:
-                    hidden = hidden | (is_far & blind[:, None, None])
+                    hidden = hidden | (is_far & blind[..., None, None])
                 scores = torch.where(is_far, far @ k, near @ k).masked_fill(hidden, float("-inf"))
             logits.append(scores)
             parts.append(value)

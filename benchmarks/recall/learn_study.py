@@ -1,12 +1,19 @@
-"""Learned masks of the recall model against calibrated and random ones, over ratios.
+"""Learned masks of the recall model against every other way to choose channels, over ratios.
 
     PYTHONPATH=benchmarks python -m recall.learn_study --masks masks-learned
 
 Stage 1 runs once; stage 2, and so a learned mask, for each ratio. All masks are then measured as in
 `recall.study`: dense prompts, answers with pruned far tokens, whole answers greedily right.
 
-Training samples come from the training split, tasks in turn. `without stage 2` is the mask of stage
-1's factors. A random mask keeps as many channels as the learned one, in groups over all heads.
+Training samples come from the training split, tasks in turn. Compared are
+
+    learned, and without stage 2    LeanK's two stages, and the mask of stage 1's factors
+    calibrated                      the rule of `leank mask calibrate`
+    global energy                   the same without far attention mass
+    uniform energy                  the same number of channels in every head
+    slow heads                      whole heads, by their high-frequency share
+    ThinK                           chosen anew for every prompt
+    random                          by chance
 """
 
 import argparse
@@ -23,8 +30,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from recall.evaluate import head_commit, machine
-from recall.study import RULE, SEEDS, calibration_prompts, count_exact, kept_shares, report, rules
+from recall.study import SEEDS, calibration_prompts, count_exact, kept_shares, report
 from recall.tasks import TASKS, make_sample
+from vllm_leank.baselines import global_energy, random_channels, slow_heads, uniform_energy
 from vllm_leank.calibrate import measure_heads
 from vllm_leank.geometry import Geometry
 from vllm_leank.learn.display import Display
@@ -135,14 +143,19 @@ def main() -> None:
 
     exact_model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     exact_model = exact_model.to(args.device).eval()
-    scores = rules(measure_heads(exact_model, calibration_prompts(), window, 16))[RULE]
-    rng = np.random.default_rng(args.seed)
+    heads = measure_heads(exact_model, calibration_prompts(), window, 16)
+    geometry = Geometry.from_hf_config(model.config)
     for ratio in args.ratios:
-        keeps[f"calibrated, {ratio}"] = select_channels(scores, ratio, args.align)
-        keeps[f"random, {ratio}"] = select_channels(rng.random(scores.shape), ratio, args.align)
-    masks = {"dense": None} | {
-        name: torch.tensor(keep, device=args.device) for name, keep in keeps.items()
-    }
+        keeps |= {
+            f"calibrated, {ratio}": select_channels(heads.scores(), ratio, args.align),
+            f"global energy, {ratio}": global_energy(heads.energy, ratio, args.align),
+            f"uniform energy, {ratio}": uniform_energy(heads.energy, ratio),
+            f"slow heads, {ratio}": slow_heads(heads.energy, geometry, ratio),
+            f"random, {ratio}": random_channels(heads.energy.shape, ratio, args.align, args.seed),
+        }
+    masks = {"dense": None}
+    masks |= {name: torch.tensor(keep, device=args.device) for name, keep in keeps.items()}
+    masks |= {f"ThinK, {ratio}": ratio for ratio in args.ratios}
     cells = []
     for task in TASKS:
         for length in args.lengths:
@@ -185,7 +198,6 @@ def main() -> None:
     args.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
     if args.masks:
         args.masks.mkdir(parents=True, exist_ok=True)
-        geometry = Geometry.from_hf_config(model.config)
         for ratio in args.ratios:
             mask = Mask.from_keep(
                 keeps[f"learned, {ratio}"],

@@ -16,7 +16,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,9 @@ from recall.evaluate import BATCH_TOKENS, head_commit, machine
 from recall.tasks import TASKS, make_sample
 from vllm_leank.attention_hook import hooked_attention
 from vllm_leank.calibrate import HeadStatistics, head_shares, measure_heads
-from vllm_leank.far_attention import far_attention
 from vllm_leank.mask import Mask, load_mask
 from vllm_leank.select_channels import select_channels
+from vllm_leank.simulate import SimulatedPruning, ThinK
 from vllm_leank.window import Window
 
 SEEDS = {"train": 1000, "eval": 0}
@@ -48,62 +48,38 @@ def calibration_prompts(count: int = 24) -> list[list[int]]:
     return prompts
 
 
-class FarPruning:
-    """An attention hook that prunes far keys to `keep` `[L, H, D]`; None leaves all dense."""
-
-    def __init__(self, window: Window):
-        self.window = window
-        self.keep: torch.Tensor | None = None
-
-    def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None,
-    ) -> torch.Tensor | None:
-        """Attention of `query` `[B, num_heads, T, D]`, in float32: `[B, T, num_heads, D]`."""
-        if self.keep is None:
-            return None
-        keep = self.keep[layer]  # [H, D]
-        return far_attention(
-            query, [key], [value], self.window, keep.float(), ~keep.any(-1), scaling
-        )
-
-
 @torch.inference_mode()
 def count_exact(
     model: LlamaForCausalLM,
-    masks: dict[str, torch.Tensor | None],
+    masks: Mapping[str, torch.Tensor | float | None],
     window: Window,
     cell: tuple[str, str, int],
     count: int,
 ) -> dict[str, int]:
     """Exact answers per mask of `count` samples of a cell: split, task, length.
 
-    The prompts are read once. Their first answer token needs no pruned key.
+    A mask is bool `[L, H, D]`, None for dense attention, or the ratio that ThinK prunes. The
+    prompts are read once. Their first answer token needs no pruned key.
     """
     split, task, length = cell
     exact = dict.fromkeys(masks, 0)
-    hook = FarPruning(window)
+    pruning, think = SimulatedPruning(window), ThinK()
     size = max(1, BATCH_TOKENS // length)
     seeds = range(SEEDS[split], SEEDS[split] + count)
-    with hooked_attention(model, hook):
-        for first in range(0, count, size):
-            samples = [make_sample(task, length, s, split) for s in seeds[first : first + size]]
-            prompts = torch.tensor([s.prompt_token_ids for s in samples], device=model.device)
-            answers = torch.tensor([s.answer_token_ids for s in samples], device=model.device)
-            cache = DynamicCache()
+    for first in range(0, count, size):
+        samples = [make_sample(task, length, s, split) for s in seeds[first : first + size]]
+        prompts = torch.tensor([s.prompt_token_ids for s in samples], device=model.device)
+        answers = torch.tensor([s.answer_token_ids for s in samples], device=model.device)
+        cache = DynamicCache()
+        with hooked_attention(model, think):
             start = model(prompts, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
-            for name, keep in masks.items():
-                hook.keep = keep
+        for name, mask in masks.items():
+            pruning.keep = think.keep(mask) if isinstance(mask, float) else mask
+            with hooked_attention(model, pruning):
                 rest = model(answers[:, :-1], past_key_values=cache).logits.argmax(-1)
-                hook.keep = None
-                cache.crop(1 - answers.shape[1])
-                right = torch.cat([start, rest], dim=1) == answers
-                exact[name] += int(right.all(1).sum())
+            cache.crop(1 - answers.shape[1])
+            right = torch.cat([start, rest], dim=1) == answers
+            exact[name] += int(right.all(1).sum())
     return exact
 
 
