@@ -2,7 +2,7 @@
 
     PYTHONPATH=benchmarks python -m learn_cost --tokens 98304 --out cost.json
     PYTHONPATH=benchmarks python -m learn_cost --two-pass --model benchmarks/recall/model \
-        --dtype float32 --tokens 4096 16384
+        --dtype float32 --tokens 4096 8192
 
 Without weights in the model's directory they are random: cost does not depend on them. With
 `--two-pass` each length is also computed in the two-pass form, and its gradients are compared; that

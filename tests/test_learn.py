@@ -181,6 +181,14 @@ def test_stage_1_serves_other_ratios(tiny_llama_dir, jsonl, tmp_path, monkeypatc
     assert fresh.mask.sha256 == quarter.mask.sha256
 
 
+def test_a_ratio_that_stage_1_surpassed_is_noted(tiny_llama_dir, jsonl, tmp_path, capsys):
+    recipe = Recipe(steps=30, lr=0.1, reg=100.0)
+    run(tiny_llama_dir, jsonl, tmp_path / "s.state", recipe, ratio=0.25)
+    assert "factors above 0, but the mask keeps 75.0%" in capsys.readouterr().err
+    run(tiny_llama_dir, jsonl, tmp_path / "s.state", recipe, ratio=1.0)
+    assert "above 0" not in capsys.readouterr().err
+
+
 def test_a_state_of_something_else_is_refused(tiny_llama_dir, jsonl, tmp_path):
     state = tmp_path / "s.state"
     run(tiny_llama_dir, jsonl, state, recipe=replace(RECIPE, steps=1))

@@ -56,3 +56,8 @@ class Display:
         every = max(1, self.steps // LINES)
         if not self.console.is_terminal and progress.step % every == 0:
             self.console.print(f"{self.name}: step {progress.step} of {self.steps}, {state}")
+
+    def note(self, text: str | None) -> None:
+        """Print a line, if there is one."""
+        if text is not None:
+            self.console.print(text)

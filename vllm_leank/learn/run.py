@@ -86,6 +86,7 @@ def learn(
         with stop_on_signals() as stop, Display(workers.is_first) as display:
             run = _Run(distiller, source, state, state_path, save_steps, workers, stop, display)
             run.stage("stage 1", recipe.first(), state.first)
+            display.note(_advice(state.first, request.ratio))
             state.second = state.second or Progress.start(state.first.factors)
             run.stage("stage 2", recipe.second(selection, workers.count), state.second)
         if not workers.is_first:
@@ -100,6 +101,18 @@ def learn(
     scores = state.second.scores()
     losses = (state.first.losses, state.second.losses)
     return Learned(request.mask(scores, provenance), scores.clip(0, 1), losses)
+
+
+def _advice(first: Progress, ratio: float) -> str | None:
+    """What to say where stage 1 gave up more channels than are to be pruned."""
+    alive = float((first.factors > 0).float().mean())
+    if alive >= 1 - ratio:
+        return None
+    return (
+        f"note: stage 1 left {alive:.1%} of the factors above 0, but the mask keeps "
+        f"{1 - ratio:.1%}: the rest is chosen among channels that it gave up; consider a larger "
+        "--ratio or a smaller --reg"
+    )
 
 
 def _last_loss(progress: Progress) -> float:
