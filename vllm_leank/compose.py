@@ -7,9 +7,7 @@ pairs first: these are kept most in learned masks.
 
 import datetime
 import hashlib
-import io
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +18,7 @@ import numpy.typing as npt
 from vllm_leank.errors import UserError
 from vllm_leank.geometry import Geometry
 from vllm_leank.mask import Mask
+from vllm_leank.tsv import parse_tsv
 from vllm_leank.version import __version__
 
 BoolArray = npt.NDArray[np.bool_]
@@ -120,8 +119,7 @@ def read_streaming_heads(path: Path, geometry: Geometry, share: float | None = N
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: larger than {MAX_BYTES} bytes, the limit for lists of heads")
     try:
-        with warnings.catch_warnings(action="ignore"):
-            values = np.loadtxt(io.StringIO(data.decode()), delimiter="\t", comments=None, ndmin=2)
+        values = parse_tsv(data)
     except ValueError as error:
         raise UserError(f"{path}: no table of numbers separated by tabs: {error}") from error
     shape = (geometry.num_layers, geometry.num_kv_heads)

@@ -25,6 +25,7 @@ from vllm_leank.errors import UserError
 from vllm_leank.geometry import Geometry
 from vllm_leank.mask import Mask, MaskError
 from vllm_leank.select_channels import round_survivors
+from vllm_leank.tsv import parse_tsv
 from vllm_leank.version import __version__
 
 SINK, RECENT = 128, 768
@@ -137,8 +138,7 @@ def _read_mask(data: bytes, path: Path, geometry: Geometry) -> npt.NDArray[np.bo
 def _read_factors(data: bytes, path: Path, geometry: Geometry) -> npt.NDArray[np.float64]:
     """The numbers of a `.tsv` file, clipped to [0, 1], float64 `[L, H, D]`."""
     try:
-        with warnings.catch_warnings(action="ignore"):
-            factors = np.loadtxt(io.StringIO(data.decode()), delimiter="\t", comments=None, ndmin=2)
+        factors = parse_tsv(data)
     except ValueError as error:
         raise MaskError(
             f"is not a table of numbers separated by tabs: {error}", path=path
