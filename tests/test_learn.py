@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from byte_tokenizer import byte_tokenizer
 
 from vllm_leank import cli
 from vllm_leank.errors import UserError
@@ -316,6 +318,19 @@ def test_bad_options_end_in_one_message_and_no_file(
     assert message in err
     assert err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == [jsonl]
+
+
+def test_generated_data_over_any_tokenizer(leank, tiny_llama_dir, tmp_path):
+    shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "essay.txt").write_text("Some prose. More of it!")
+    options = arguments(tmp_path / "model", "", tmp_path / "m", text=tmp_path / "essay.txt")
+    del options[options.index("--data") : options.index("--data") + 2]
+    code, _, err = leank(*options, "--min-tokens", 600, "--max-tokens", 700, "--chunk", 256)
+    assert code == 0, err
+    provenance = load_mask(tmp_path / "m").provenance
+    assert provenance["data"].startswith("generated: dense retrieval and multi-value")
+    assert (provenance["text"], provenance["max_tokens"]) == ("essay.txt", 700)
 
 
 def test_generated_data_needs_room_and_a_tokenizer(leank, tiny_llama_dir, tmp_path):

@@ -5,8 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from byte_tokenizer import byte_tokenizer
 
 from vllm_leank.errors import UserError
 from vllm_leank.learn.data import Data, Generated, Shuffled, least_tokens, with_far_tokens
@@ -15,18 +14,6 @@ from vllm_leank.prompts import Sample, read_samples
 from vllm_leank.window import Window
 
 WINDOW = Window(32, 64)
-
-
-def byte_tokenizer():
-    """One token per byte, after one that begins every sequence."""
-    vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab | {"<s>": 256}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 256)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
 def test_retrieval_asks_for_one_of_many_pairs():
