@@ -2,12 +2,13 @@
 
     PYTHONPATH=benchmarks python -m recall.learn_study --masks masks-learned
 
-Stage 1 runs once; stage 2, and so a learned mask, for each ratio. All masks are then measured as in
-`recall.study`: dense prompts, answers with pruned far tokens, whole answers greedily right.
+Stage 1 runs once for each weight of the regulariser, and from its end stage 2 for each ratio. All
+masks are then measured as in `recall.study`: dense prompts, answers with pruned far tokens, whole
+answers greedily right.
 
 Training samples come from the training split, tasks in turn. Compared are
 
-    learned, and without stage 2    LeanK's two stages, and the mask of stage 1's factors
+    reg R, and without stage 2      LeanK's two stages, and the mask of stage 1's factors
     calibrated                      the rule of `leank mask calibrate`
     global energy                   the same without far attention mass
     uniform energy                  the same number of channels in every head
@@ -17,6 +18,7 @@ Training samples come from the training split, tasks in turn. Compared are
 """
 
 import argparse
+import itertools
 import json
 import math
 import shlex
@@ -98,8 +100,8 @@ def learn_masks(
         for ratio in ratios:
             selection = Selection(ratio, align)
             second = run(f"stage 2, {ratio}", recipe.second(selection), first.factors)
-            keeps[f"learned, {ratio}"] = selection.keep(second.scores())
-            keeps[f"without stage 2, {ratio}"] = selection.keep(first.scores())
+            keeps[f"reg {recipe.reg}, {ratio}"] = selection.keep(second.scores())
+            keeps[f"reg {recipe.reg}, without stage 2, {ratio}"] = selection.keep(first.scores())
     heads = first.factors.flatten(0, 1).tolist()
     log["factors"] = [[round(value, 3) for value in head] for head in heads]
     return keeps, log
@@ -119,9 +121,9 @@ def main() -> None:
     add("--align", type=int, default=32)
     add("--sink", type=int, default=64)
     add("--recent", type=int, default=256)
-    add("--steps", type=int, default=1000, help="of stage 1")
+    add("--steps", type=int, default=800, help="of stage 1")
     add("--lr", type=float, default=0.02)
-    add("--reg", type=float, default=0.06)
+    add("--reg", type=float, nargs="+", default=(0.06, 0.6))
     add("--seed", type=int, default=0)
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="to learn on")
     add("--train-lengths", type=int, nargs=2, default=(1024, 8192), help="shortest and longest")
@@ -137,8 +139,13 @@ def main() -> None:
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     model = model.to(args.device).eval()
     source = RecallSource(args.tasks, tuple(args.train_lengths), args.seed)
-    recipe = Recipe(args.steps, args.lr, args.reg)
-    keeps, log = learn_masks(Distiller(model, window), source, recipe, args.ratios, args.align)
+    keeps, logs = {}, {}
+    for reg in args.reg:
+        recipe = Recipe(args.steps, args.lr, reg)
+        found, logs[f"reg {reg}"] = learn_masks(
+            Distiller(model, window), source, recipe, args.ratios, args.align
+        )
+        keeps |= found
     learning_seconds = round(time.monotonic() - begin, 1)
 
     exact_model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32)
@@ -173,7 +180,6 @@ def main() -> None:
     training = {
         "steps": args.steps,
         "lr": args.lr,
-        "reg": args.reg,
         "seed": args.seed,
         "tasks": list(args.tasks),
         "lengths": list(args.train_lengths),
@@ -188,7 +194,7 @@ def main() -> None:
         "window": {"sink": window.sink, "recent": window.recent},
         "align": args.align,
         "training": training,
-        "learning": log,
+        "learning": logs,
         "first_seeds": SEEDS,
         "mean_accuracy": means,
         "masks": {name: kept_shares(keep) for name, keep in keeps.items()},
@@ -198,17 +204,23 @@ def main() -> None:
     args.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
     if args.masks:
         args.masks.mkdir(parents=True, exist_ok=True)
-        for ratio in args.ratios:
+        for reg, ratio in itertools.product(args.reg, args.ratios):
             mask = Mask.from_keep(
-                keeps[f"learned, {ratio}"],
+                keeps[f"reg {reg}, {ratio}"],
                 geometry,
                 model="leank/recall",
                 align=args.align,
                 sink=window.sink,
                 recent=window.recent,
-                provenance={"method": "learn", "ratio": ratio, "command": command, **training},
+                provenance={
+                    "method": "learn",
+                    "ratio": ratio,
+                    "reg": reg,
+                    **training,
+                    "command": command,
+                },
             )
-            save_mask(mask, args.masks / f"recall-{ratio}.yaml", overwrite=True)
+            save_mask(mask, args.masks / f"recall-{ratio}-reg{reg}.yaml", overwrite=True)
 
 
 if __name__ == "__main__":
