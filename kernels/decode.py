@@ -1,5 +1,5 @@
 """Decode attention: one query per request over its sink, archived and recent tokens. Programs each
-take a share of the tokens of one KV head; the last to finish combines the results.
+take a share of the tokens of one KV head; a second launch combines their results.
 """
 
 import math
@@ -10,106 +10,87 @@ import triton.language as tl
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.common import boundary_of, skip_archived
-from vllm_leank.kernels.launch import choose_decode
+from vllm_leank.kernels.launch import ONE_WAVE, choose_decode
 from vllm_leank.kernels.pages import fold_archive, fold_window, window_tile
 
 LOG2_E = math.log2(math.e)
 
+COMBINED_SPLITS = 32
+"""Splits that are combined at once."""
+
 
 @triton.jit
-def _decode_span(
-    seq_lens_ptr, exact_until_ptr, i_req, kept,
-    SINK: tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """What the query of a request reads: its length, the boundary (`SINK` where all is dense), the
-    number of dense pages, the first archive tile and their number."""
-    length = tl.load(seq_lens_ptr + i_req)
-    exact_until = tl.load(exact_until_ptr + i_req)
+def _span(length, exact_until, SINK: tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr):
+    """What the last query of requests reads: the boundary (`SINK` where all is dense), the number
+    of dense pages, and that of archive tiles.
+    """
     boundary = tl.where(length > exact_until, boundary_of(length, SINK, RECENT), SINK)
     n_dense = tl.cdiv(length - (boundary - SINK), 32)
-    n_archive = tl.where(
-        (kept > 0) & (boundary > SINK), tl.cdiv(boundary, TILE) - SINK // TILE, 0
-    )
-    return length, boundary, n_dense, n_archive
+    n_archive = tl.where(boundary > SINK, tl.cdiv(boundary, TILE) - SINK // TILE, 0)
+    return boundary, n_dense, n_archive
 
 
 @triton.jit
-def _used_splits(
-    splits, split_bytes, kept, n_dense, n_archive,
-    D: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
-    ARCHIVE_BYTES: tl.constexpr,
+def _share(
+    seq_lens_ptr, exact_until_ptr, i_req, splits, kept, archive_units, split_units,
+    SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr, ARCHIVE_BYTES: tl.constexpr,
+    ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
 ):  # fmt: skip
-    """How many of a head's programs get work: a short request would only pay for more, and a
-    padded row has none."""
-    # In units of 256 bytes, so that no length overflows 32 bits.
-    units = n_dense * (32 * 2 * D * WINDOW_BYTES // 256)
-    units += n_archive * ((kept + D) * (TILE * ARCHIVE_BYTES // 16) // 16)
-    return tl.minimum(tl.cdiv(units, split_bytes // 256), splits)
+    """What one KV head of a request reads, and over how many of its programs: no more than give
+    each `split_units` to read, and, in a batch of at most `ROWS` requests, together one wave.
+
+    Units are 256 bytes; `archive_units` are those of one tile of all heads.
+    """
+    DENSE_UNITS: tl.constexpr = 32 * 2 * D * WINDOW_BYTES // 256
+    if ROWS > 0:
+        o_row = tl.arange(0, ROWS)
+        m_row = o_row < tl.num_programs(1)
+        lengths = tl.load(seq_lens_ptr + o_row, mask=m_row, other=0)
+        prompts = tl.load(exact_until_ptr + o_row, mask=m_row, other=0)
+        _, n_dense, n_archive = _span(lengths, prompts, SINK, RECENT, TILE)
+        total = tl.sum(n_dense * (H * DENSE_UNITS) + n_archive * archive_units, 0)
+        split_units = tl.maximum(split_units, tl.cdiv(total, ONE_WAVE))
+    length = tl.load(seq_lens_ptr + i_req)
+    exact_until = tl.load(exact_until_ptr + i_req)
+    boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE)
+    n_archive = tl.where(kept > 0, n_archive, 0)
+    units = n_dense * DENSE_UNITS + n_archive * ((kept + D) * (TILE * ARCHIVE_BYTES // 16) // 16)
+    splits = tl.minimum(splits, tl.cdiv(units, split_units))
+    # Each split has a tile; a padded row has no split.
+    splits = tl.minimum(splits, tl.maximum(n_dense, n_archive))
+    return length, boundary, n_dense, n_archive, splits
 
 
-@triton.jit
-def _combine(
-    p_output, p_partial, p_lse, splits, stride_o_head,
-    G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-):  # fmt: skip
-    """Combine the splits of one request and KV head."""
-    CHUNK: tl.constexpr = 8192 // (G_PAD * D_PAD)
-    o_g = tl.arange(0, G_PAD)
-    o_d = tl.arange(0, D_PAD)
-    m_g = o_g < G
-    m_gd = m_g[:, None] & (o_d < D)[None, :]
-    o_gd = o_g[:, None] * D + o_d[None, :]
-    m = tl.full([G_PAD], float("-inf"), tl.float32)
-    l = tl.zeros([G_PAD], tl.float32)
-    acc = tl.zeros([G_PAD, D_PAD], tl.float32)
-    for start in range(0, splits, CHUNK):
-        o_s = start + tl.arange(0, CHUNK)
-        m_s = o_s < splits
-        lse = tl.load(
-            p_lse + o_s[:, None] * G + o_g[None, :], mask=m_s[:, None] & m_g[None, :],
-            other=float("-inf"), cache_modifier=".cg",
-        )  # [CHUNK, G_PAD]  # fmt: skip
-        lse = tl.where(m_g[None, :], lse, 0.0)
-        partial = tl.load(
-            p_partial + o_s[:, None, None] * (G * D) + o_gd[None, :, :],
-            mask=m_s[:, None, None] & m_gd[None, :, :], other=0.0, cache_modifier=".cg",
-        )  # [CHUNK, G_PAD, D_PAD]  # fmt: skip
-        m_new = tl.maximum(m, tl.max(lse, 0))
-        alpha = tl.exp2(m - m_new)
-        weight = tl.exp2(lse - m_new[None, :])
-        l = l * alpha + tl.sum(weight, 0)
-        acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * partial, 0)
-        m = m_new
-    out = (acc / l[:, None]).to(p_output.dtype.element_ty)
-    tl.store(p_output + o_g[:, None] * stride_o_head + o_d[None, :], out, mask=m_gd)
-
-
-@triton.jit(do_not_specialize=["split_bytes"])
+@triton.jit(do_not_specialize=["archive_units", "split_units"])
 def _decode_kernel(
-    q_ptr, output_ptr, partial_ptr, lse_ptr, arrived_ptr, window_ptr, archive_ptr, scales_ptr,
+    q_ptr, output_ptr, partial_ptr, lse_ptr, window_ptr, archive_ptr, scales_ptr,
     window_desc, v_desc, k16, k32, k64, k128, k256,
     window_table_ptr, archive_table_ptr, seq_lens_ptr, exact_until_ptr,
-    heads_ptr, work_ptr, channels_ptr, scale_log2, split_bytes,
+    work_ptr, channels_ptr, scale_log2, archive_units, split_units,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_window_page, stride_archive_page, stride_scales,
     stride_window_table, stride_archive_table,
     COUNTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr, ARCHIVE_BYTES: tl.constexpr,
-    FP8: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
+    ARCHIVE_BYTES: tl.constexpr, ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
+    FP8: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, WINDOW_STAGES: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     i_work, i_req = tl.program_id(0), tl.program_id(1)
-    head = tl.load(work_ptr + 3 * i_work)
-    split = tl.load(work_ptr + 3 * i_work + 1)
-    splits = tl.load(work_ptr + 3 * i_work + 2)
-    p_head = heads_ptr + 5 * head
+    p_work = work_ptr + 8 * i_work
+    head = tl.load(p_work)
+    split = tl.load(p_work + 1)
+    splits = tl.load(p_work + 2)
+    p_head = p_work + 3
     kept = tl.load(p_head)
-    length, boundary, n_dense, n_archive = _decode_span(
-        seq_lens_ptr, exact_until_ptr, i_req, kept, SINK, RECENT, TILE
-    )
-    splits = _used_splits(
-        splits, split_bytes, kept, n_dense, n_archive, D, TILE, WINDOW_BYTES, ARCHIVE_BYTES
-    )
+    length, boundary, n_dense, n_archive, splits = _share(
+        seq_lens_ptr, exact_until_ptr, i_req, splits, kept, archive_units, split_units,
+        SINK, RECENT, H, D, TILE, WINDOW_BYTES, ARCHIVE_BYTES, ROWS, ONE_WAVE,
+    )  # fmt: skip
     if split < splits:
         o_g = tl.arange(0, G_PAD)
         o_d = tl.arange(0, D_PAD)
@@ -121,6 +102,9 @@ def _decode_kernel(
         l = tl.zeros([G_PAD], tl.float32)
         acc = tl.zeros([D_PAD, G_PAD], tl.float32)
 
+        if PDL:
+            # Lengths and tables were there before; from here on pages are read.
+            tl.extra.cuda.gdc_wait()
         if n_archive > 0:
             first = SINK // TILE + n_archive * split // splits
             last = SINK // TILE + n_archive * (split + 1) // splits
@@ -138,13 +122,16 @@ def _decode_kernel(
         last = n_dense * (split + 1) // splits
         p_table = window_table_ptr + i_req.to(tl.int64) * stride_window_table
         full = tl.minimum(last, n_dense - 1)
+        # What the archive gave to the sum goes on in one of the rows.
+        l_rows = tl.where(tl.arange(0, 32)[:, None] == 0, l[None, :], 0.0)
         next_page = tl.load(p_table + skip_archived(first, boundary, SINK))
-        for i in tl.range(first, full, num_stages=STAGES):
+        for i in tl.range(first, full, num_stages=WINDOW_STAGES):
             page = next_page
-            next_page = tl.load(p_table + skip_archived(tl.minimum(i + 1, full - 1), boundary, SINK))
+            following = tl.minimum(i + 1, full - 1)
+            next_page = tl.load(p_table + skip_archived(following, boundary, SINK))
             k, v = window_tile(window_desc, window_ptr, page, head, stride_window_page, D, D_PAD,
                                TMA)  # fmt: skip
-            m, l, acc = fold_window(m, l, acc, k, v, q, 0, scale_log2, False, False)
+            m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, 0, scale_log2, False, False)
         if last == n_dense:
             # The last page may be partly unwritten: what is there must not reach the product.
             page = tl.load(p_table + skip_archived(n_dense - 1, boundary, SINK))
@@ -152,41 +139,71 @@ def _decode_kernel(
                                TMA)  # fmt: skip
             written = (tl.arange(0, 32) <= (length - 1) % 32)[:, None]
             v = tl.where(written, v, 0.0)
-            m, l, acc = fold_window(m, l, acc, k, v, q, written, scale_log2, True, False)
+            m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, written, scale_log2, True, False)
 
-        p_output = output_ptr + i_req.to(tl.int64) * stride_o_token + head * G * stride_o_head
+        l = tl.sum(l_rows, 0)
         if splits == 1:
+            p_output = output_ptr + i_req.to(tl.int64) * stride_o_token + head * G * stride_o_head
             tl.store(
                 p_output + o_g[None, :] * stride_o_head + o_d[:, None],
                 (acc / l[None, :]).to(output_ptr.dtype.element_ty),
                 mask=(o_g[None, :] < G) & (o_d[:, None] < D),
             )  # fmt: skip
         else:
-            # A split may be left without tokens.
-            lse = tl.where(l > 0, m + tl.log2(l), float("-inf"))
-            acc = acc / tl.where(l > 0, l, 1.0)[None, :]
-            first_row = (i_req * tl.num_programs(0) + i_work - split).to(tl.int64)
-            p_partial = partial_ptr + (first_row + split) * (G * D)
+            i_partial = (i_req * tl.num_programs(0) + i_work).to(tl.int64)
             tl.store(
-                p_partial + o_g[None, :] * D + o_d[:, None], acc,
+                partial_ptr + i_partial * (G * D) + o_g[None, :] * D + o_d[:, None],
+                acc / l[None, :],
                 mask=(o_g[None, :] < G) & (o_d[:, None] < D),
             )  # fmt: skip
-            tl.store(lse_ptr + (first_row + split) * G + o_g, lse, mask=o_g < G)
-            # Who comes last combines. The order of the sum is fixed, whoever that is.
-            tl.debug_barrier()
-            p_arrived = arrived_ptr + i_req * H + head
-            if tl.atomic_add(p_arrived, 1, sem="acq_rel") == splits - 1:
-                tl.store(p_arrived, 0)
-                _combine(
-                    p_output, partial_ptr + first_row * (G * D), lse_ptr + first_row * G, splits,
-                    stride_o_head, G, G_PAD, D, D_PAD,
-                )  # fmt: skip
-    if (n_dense == 0) & (split == 0):
-        o_g = tl.arange(0, G_PAD)[:, None]
-        o_d = tl.arange(0, D_PAD)[None, :]
-        p_output = output_ptr + i_req.to(tl.int64) * stride_o_token + head * G * stride_o_head
-        nothing = tl.zeros([G_PAD, D_PAD], output_ptr.dtype.element_ty)
-        tl.store(p_output + o_g * stride_o_head + o_d, nothing, mask=(o_g < G) & (o_d < D))
+            tl.store(lse_ptr + i_partial * G + o_g, m + tl.log2(l), mask=o_g < G)
+
+
+@triton.jit(do_not_specialize=["programs", "archive_units", "split_units"])
+def _combine_kernel(
+    output_ptr, partial_ptr, lse_ptr, seq_lens_ptr, exact_until_ptr, heads_ptr,
+    programs, archive_units, split_units, stride_o_token, stride_o_head,
+    SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
+    ARCHIVE_BYTES: tl.constexpr, ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    i_head, i_req = tl.program_id(0), tl.program_id(1)
+    head, g = i_head // G, i_head % G
+    first = tl.load(heads_ptr + 3 * head)
+    splits = tl.load(heads_ptr + 3 * head + 1)
+    kept = tl.load(heads_ptr + 3 * head + 2)
+    _, _, _, _, splits = _share(
+        seq_lens_ptr, exact_until_ptr, i_req, splits, kept, archive_units, split_units,
+        SINK, RECENT, H, D, TILE, WINDOW_BYTES, ARCHIVE_BYTES, ROWS, ONE_WAVE,
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if splits != 1:
+        o_d = tl.arange(0, D_PAD)
+        m_d = o_d < D
+        m = -float("inf")
+        l = 0.0
+        acc = tl.zeros([D_PAD], tl.float32)
+        for start in range(0, splits, SPLITS):
+            o_split = start + tl.arange(0, SPLITS)
+            m_split = o_split < splits
+            o_row = ((i_req * programs + first).to(tl.int64) + o_split) * G + g
+            lse = tl.load(lse_ptr + o_row, mask=m_split, other=float("-inf"))
+            partial = tl.load(
+                partial_ptr + o_row[:, None] * D + o_d[None, :],
+                mask=m_split[:, None] & m_d[None, :], other=0.0,
+            )  # [SPLITS, D_PAD]  # fmt: skip
+            m_new = tl.maximum(m, tl.max(lse, 0))
+            alpha = tl.exp2(m - m_new)
+            weight = tl.exp2(lse - m_new)
+            acc = acc * alpha + tl.sum(weight[:, None] * partial, 0)
+            l = l * alpha + tl.sum(weight, 0)
+            m = m_new
+        # A padded row has no split, and gets zeros.
+        acc = acc / tl.where(splits > 0, l, 1.0)
+        p_output = output_ptr + i_req.to(tl.int64) * stride_o_token + i_head * stride_o_head
+        tl.store(p_output + o_d, acc.to(output_ptr.dtype.element_ty), mask=m_d)
 
 
 def decode(
@@ -209,31 +226,46 @@ def decode(
     work = tables.work(launch.programs)
     partial = query.new_empty((num_reqs, launch.programs, group, head_dim), dtype=torch.float32)
     lse = query.new_empty((num_reqs, launch.programs, group), dtype=torch.float32)
-    archive = cache.archive_pages
-    scales = cache.scales
+    archive, scales = cache.archive_pages, cache.scales
+    shared = {
+        "SINK": window.sink,
+        "RECENT": window.recent,
+        "H": num_kv_heads,
+        "G": group,
+        "D": head_dim,
+        "D_PAD": triton.next_power_of_2(head_dim),
+        "TILE": launch.tile,
+        "WINDOW_BYTES": layout.itemsize,
+        "ARCHIVE_BYTES": layout.archive_itemsize,
+        "ROWS": launch.rows,
+        "ONE_WAVE": ONE_WAVE,
+        "PDL": launch.tma,
+        "launch_pdl": launch.tma,
+    }
     _decode_kernel[(launch.programs, num_reqs)](
-        query, output, partial, lse, tables.arrived(num_reqs),
-        cache.window_pages, archive, scales,
+        query, output, partial, lse, cache.window_pages, archive, scales,
         *(cache.descriptors.arguments if launch.tma else (archive,) * 7),
         batch.window_table, batch.archive_table, batch.seq_lens, batch.exact_until,
-        tables.heads, work, tables.channels, scale * LOG2_E, launch.split_bytes,
+        work.programs, tables.channels, scale * LOG2_E, tables.archive_units,
+        launch.split_bytes // 256,
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),
         cache.window_pages.stride(0), archive.stride(0), scales.stride(0),
         batch.window_table.stride(0), batch.archive_table.stride(0),
+        **shared,
         COUNTS=tables.counts,
-        SINK=window.sink,
-        RECENT=window.recent,
-        H=num_kv_heads,
-        G=group,
         G_PAD=max(triton.next_power_of_2(group), 8),
-        D=head_dim,
-        D_PAD=triton.next_power_of_2(head_dim),
         BLOCK=layout.archive_block,
-        TILE=launch.tile,
-        WINDOW_BYTES=layout.itemsize,
-        ARCHIVE_BYTES=layout.archive_itemsize,
         FP8=layout.is_fp8,
         TMA=launch.tma,
         STAGES=launch.stages,
+        WINDOW_STAGES=launch.window_stages,
         num_warps=launch.warps,
+    )  # fmt: skip
+    _combine_kernel[(num_heads, num_reqs)](
+        output, partial, lse, batch.seq_lens, batch.exact_until, work.heads,
+        launch.programs, tables.archive_units, launch.split_bytes // 256,
+        output.stride(0), output.stride(1),
+        **shared,
+        SPLITS=min(triton.next_power_of_2(work.largest), COMBINED_SPLITS),
+        num_warps=4,
     )  # fmt: skip

@@ -75,7 +75,8 @@ def _extend_kernel(
         # What is archived for the oldest query is archived for all.
         first_boundary = boundary_of(oldest + 1, SINK, RECENT)
         p_table = window_table_ptr + i_req.to(tl.int64) * stride_window_table
-        for i in range(0, tl.cdiv(newest + 1 - (first_boundary - SINK), 32)):
+        l_rows = tl.where(tl.arange(0, 32)[:, None] == 0, l[None, :], 0.0)
+        for i in range(tl.cdiv(newest + 1 - (first_boundary - SINK), 32)):
             i_page = skip_archived(i, first_boundary, SINK)
             page = tl.load(p_table + i_page)
             token = i_page * 32 + tl.arange(0, 32)[:, None]
@@ -83,8 +84,9 @@ def _extend_kernel(
                                TMA)  # fmt: skip
             v = tl.where(token <= newest, v, 0.0)
             seen = (token <= position[None, :]) & ((token < SINK) | (token >= boundary[None, :]))
-            m, l, acc = fold_window(m, l, acc, k, v, q, seen, scale_log2, True, True)
+            m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, seen, scale_log2, True, True)
 
+        l = tl.sum(l_rows, 0)
         p_output = output_ptr + row * stride_o_token + (head * G + o_n % G) * stride_o_head
         acc = (acc / l[None, :]).to(output_ptr.dtype.element_ty)
         tl.store(p_output[None, :] + o_d[:, None], acc, mask=m_nd)

@@ -7,7 +7,7 @@ knows. So a captured CUDA graph fits every later batch of its size.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from heapq import heapify, heapreplace
 
 import torch
@@ -17,15 +17,21 @@ from vllm_leank.layout import CacheLayout
 TILE_BYTES = 128
 """Bytes of a row of a V tile, which sets the tokens of a tile: 64 in 16 bits, 128 in 8."""
 
-WAVES = 8
-"""Programs per multiprocessor that a decode launch aims at; two or three run at a time."""
+ONE_WAVE = 256
+"""Programs that run at the same time: two on each multiprocessor of a large GPU."""
 
-REQUEST_PROGRAMS = 64, 512
-"""Programs per request at least and at most: many requests of unequal length need fine shares."""
+FEW_HEADS = 128
+"""Requests times KV heads up to which a decode launch is cut into about one wave of equal programs.
+With more, shares of one wave would be uneven, and many waves end together."""
+
+PROGRAMS = 512, 4096
+"""Programs of a decode launch, working or not, for few and for many requests."""
+
+REQUEST_PROGRAMS = 16, 64, 256
+"""Programs per request: at least; for many requests at most; at most."""
 
 SPLIT_BYTES = 1 << 15, 1 << 17
-"""Bytes that a program should read at least: for one request, and for so many that they fill the
-GPU without being split finely."""
+"""Bytes that a program should read at least, for few and for many requests."""
 
 EXTEND_COLUMNS = 64
 """Queries times query heads of a KV head that a program of the extend kernel takes."""
@@ -39,22 +45,20 @@ class Device:
     """What launches depend on.
 
     Attributes:
-        multiprocessors: their number.
         tma: whether tiles are loaded by the tensor memory accelerator of Hopper and later GPUs,
             through tensor descriptors, or through plain pointers.
     """
 
-    multiprocessors: int
     tma: bool
 
     @classmethod
     def of(cls, device: torch.device) -> "Device":
         """The properties of a device; the interpreter's stand in where there is no GPU."""
         if device.type != "cuda":
-            return cls(multiprocessors=4, tma=False)
-        properties = torch.cuda.get_device_properties(device)
+            return cls(tma=False)
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return cls(properties.multi_processor_count, properties.major >= 9 and not interpreted)
+        major, _ = torch.cuda.get_device_capability(device)
+        return cls(tma=major >= 9 and not interpreted)
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,21 @@ class DecodeLaunch:
         tile: archived tokens of a loop iteration; divides the archive block.
         tma: see `Device`.
         split_bytes: bytes that a program should read at least.
+        rows: power of two up to which a batch's requests are counted, to cut the launch into one
+            wave; 0 if it is not.
         warps: warps of a program.
-        stages: depth of the software pipeline.
+        stages: depth of the software pipeline over archive tiles.
+        window_stages: the same over window pages.
     """
 
     programs: int
     tile: int
     tma: bool
     split_bytes: int
-    warps: int = 4
+    rows: int
+    warps: int = 2
     stages: int = 3
+    window_stages: int = 4
 
 
 def tile_tokens(layout: CacheLayout) -> int:
@@ -84,28 +93,30 @@ def tile_tokens(layout: CacheLayout) -> int:
     return min(block & -block, TILE_BYTES // layout.archive_itemsize)
 
 
-def decode_programs(num_reqs: int, num_kv_heads: int, device: Device) -> int:
+def decode_programs(num_reqs: int, num_kv_heads: int) -> int:
     """Programs per request; the same for batches up to the next power of two."""
     rows = 1 << max(num_reqs - 1, 0).bit_length()
-    programs = WAVES * device.multiprocessors // rows
-    least, most = REQUEST_PROGRAMS
-    return max(min(programs, most), least, num_kv_heads)
+    few, many = (programs // rows for programs in PROGRAMS)
+    least, enough, most = REQUEST_PROGRAMS
+    return max(min(few, most), min(many, enough), least, num_kv_heads)
 
 
-def decode_programs_of_all(num_kv_heads: int, device: Device) -> set[int]:
+def decode_programs_of_all(num_kv_heads: int) -> set[int]:
     """What `decode_programs` gives for any batch."""
-    return {decode_programs(1 << i, num_kv_heads, device) for i in range(20)}
+    return {decode_programs(1 << i, num_kv_heads) for i in range(20)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeLaunch:
     """Launch for a batch of `num_reqs` rows, padding included."""
-    least, most = SPLIT_BYTES
+    few, many = SPLIT_BYTES
+    is_few = num_reqs * len(layout.kept) <= FEW_HEADS
     return DecodeLaunch(
-        split_bytes=min(least * num_reqs, most),
-        programs=decode_programs(num_reqs, len(layout.kept), device),
+        programs=decode_programs(num_reqs, len(layout.kept)),
         tile=tile_tokens(layout),
         tma=device.tma,
+        split_bytes=few if is_few else many,
+        rows=FEW_HEADS if is_few else 0,
     )
 
 

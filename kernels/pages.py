@@ -1,13 +1,13 @@
 """Device functions that read pages into a running softmax.
 
-All hold keys in rows and queries in columns: scores are K q^T `[tokens, N]` and outputs V^T p
-`[head_dim, N]`. So a few queries take 8 columns, the least of the tensor cores, and the pages' tiles
-go to them as they lie.
+All hold keys in rows and queries in columns: scores are K q^T `[tokens, N]`, outputs V^T p
+`[head_dim, N]`. So a few queries take 8 columns, the fewest that tensor cores have, and tiles of
+pages go to them as they lie.
 """
 
 import triton
 import triton.language as tl
-from vllm_leank.kernels.common import rescale, skip_archived
+from vllm_leank.kernels.common import E4M3_MAX, rescale
 
 
 @triton.jit
@@ -52,18 +52,21 @@ def window_tile(
 
 
 @triton.jit
-def fold_window(m, l, acc, k, v, q, seen, scale_log2, MASKED: tl.constexpr, RAGGED: tl.constexpr):
+def fold_window(
+    m, l_rows, acc, k, v, q, seen, scale_log2, MASKED: tl.constexpr, RAGGED: tl.constexpr
+):  # fmt: skip
     """Take K and V of a window page into the running softmax.
 
-    seen: which tokens a column sees, `[32, N]` or `[32, 1]`, used with MASKED.
+    l_rows: the softmax's sum `[32, N]`, still to be summed over rows; seen: which tokens a column
+    sees, `[32, N]` or `[32, 1]`, used with MASKED.
     """
     s = tl.dot(k, q) * scale_log2
     if MASKED:
         s = tl.where(seen, s, float("-inf"))
     m, alpha, p = rescale(s, m, RAGGED)
-    l = l * alpha + tl.sum(p, 0)
+    l_rows = l_rows * alpha[None, :] + p
     acc = tl.dot(tl.trans(v), p.to(v.dtype), acc=acc * alpha[None, :])
-    return m, l, acc
+    return m, l_rows, acc
 
 
 @triton.jit
@@ -113,6 +116,9 @@ def fold_archive(
     if KEPT & 16:
         q16 = _kept_query(p_q, m_q, p_channels + (KEPT & 480), q_max, 16, FP8)
     DOT: tl.constexpr = tl.float16 if FP8 else q.dtype
+    if FP8:
+        # Weights times scales, of the order of V over 448, would leave the range of fp16.
+        acc *= E4M3_MAX
     # Each row keeps a sum of its own until the end: a sum over rows would make all warps wait.
     l_rows = tl.zeros([TILE, m.shape[0]], tl.float32)
     # One tile ahead, so that the pipeline of tiles does not wait for the block table.
@@ -157,7 +163,7 @@ def fold_archive(
             # Scales of steps that hold no token may hold anything.
             m_token = (o_token >= SINK) & (o_token < stop)
             k_scale = tl.load(p_scale) * scale_log2
-            v_scale = tl.where(m_token, tl.load(p_scale + BLOCK // 32), 0.0)
+            v_scale = tl.where(m_token, tl.load(p_scale + BLOCK // 32) * E4M3_MAX, 0.0)
             s *= q_max[None, :] * k_scale[:, None]
         else:
             s *= scale_log2
@@ -169,4 +175,6 @@ def fold_archive(
             p *= v_scale[:, None]
         acc = tl.dot(v, p.to(DOT), acc=acc * alpha[None, :])
     l += tl.sum(l_rows, 0)
+    if FP8:
+        acc *= 1 / E4M3_MAX
     return m, l, acc

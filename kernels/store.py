@@ -5,10 +5,8 @@ import triton
 import triton.language as tl
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
-from vllm_leank.kernels.common import boundary_of
+from vllm_leank.kernels.common import E4M3_MAX, boundary_of
 from vllm_leank.kernels.launch import compact_programs
-
-E4M3_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
@@ -34,8 +32,8 @@ def _store_token(
 @triton.jit
 def _quantise(x):
     """`x` in units of a scale that brings its largest value to that of e4m3, and the scale."""
-    largest = tl.max(tl.max(tl.abs(x), 0), 0)
-    scale = tl.where(largest > 0, largest * (1 / E4M3_MAX), 1.0)
+    scale = tl.max(tl.max(tl.abs(x), 0), 0) * (1 / E4M3_MAX)
+    scale = tl.where(scale > 0, scale, 1.0)
     return tl.clamp(tl.div_rn(x, scale), -E4M3_MAX, E4M3_MAX), scale
 
 
@@ -131,21 +129,18 @@ def _update_kernel(
                 H, H_PAD, D, D_PAD,
             )  # fmt: skip
         role -= 1
-    if COMPACT:
-        if role >= 0:
-            _compact_head(
-                i, role % H, role // H, programs_per_head,
-                window_ptr, archive_ptr, scales_ptr, window_table_ptr, archive_table_ptr,
-                query_start_ptr, seq_lens_ptr, exact_until_ptr, heads_ptr, columns_ptr,
-                stride_window_page, stride_archive_page, stride_scales,
-                stride_window_table, stride_archive_table,
-                SINK, RECENT, D, D_PAD, KEPT_PAD, BLOCK, FP8,
-            )  # fmt: skip
+    if COMPACT and role >= 0:
+        _compact_head(
+            i, role % H, role // H, programs_per_head,
+            window_ptr, archive_ptr, scales_ptr, window_table_ptr, archive_table_ptr,
+            query_start_ptr, seq_lens_ptr, exact_until_ptr, heads_ptr, columns_ptr,
+            stride_window_page, stride_archive_page, stride_scales,
+            stride_window_table, stride_archive_table,
+            SINK, RECENT, D, D_PAD, KEPT_PAD, BLOCK, FP8,
+        )  # fmt: skip
 
 
-def update(
-    key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: Batch
-) -> None:
+def update(key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: Batch) -> None:
     """Store and compact a step in which each request has one token, in one launch.
 
     That is safe: what leaves the window is at least 32 tokens old.

@@ -1,15 +1,41 @@
 """What the kernels know of one layer's pages on the device: offsets, channels, shares of work."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from vllm_leank.kernels.launch import Device, decode_programs_of_all, share_programs
+from vllm_leank.kernels.launch import (
+    Device,
+    decode_programs_of_all,
+    share_programs,
+    tile_tokens,
+)
 
 from vllm_leank.layout import CacheLayout
 from vllm_leank.window import Window
 
 NOMINAL_LENGTH = 8192
 """Length of the request for which heads share a request's programs in proportion to their bytes."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Shares of a request's programs.
+
+    Attributes:
+        programs: int32 `[programs, 8]`: KV head, which of its splits, number of its splits, and the
+            head's row of `Tables.heads`.
+        heads: int32 `[num_kv_heads, 3]`: first program, number of programs, kept channels.
+        largest: most programs that a head has.
+    """
+
+    programs: torch.Tensor
+    heads: torch.Tensor
+    largest: int
+
+    def to(self, device: torch.device) -> "Work":
+        """On another device."""
+        return Work(self.programs.to(device), self.heads.to(device), self.largest)
 
 
 class Tables:
@@ -28,6 +54,7 @@ class Tables:
         columns: int32 `[total kept, 3]`: K channel, the element of an archive page where its
             column begins, and the elements from one token to the next.
         counts: the kept counts that occur, ascending, without 0.
+        archive_units: units of 256 bytes of one archive tile of all heads.
         device: what launches depend on.
     """
 
@@ -41,11 +68,10 @@ class Tables:
         rows, start = [], 0
         for kept, head in zip(layout.kept, layout.heads, strict=True):
             k_offset = head.k_chunks[0].offset if kept else 0
-            rows.append(
-                (kept, start, k_offset, head.v_offset or 0, (head.scale_offset or 0) // 4)
-            )
+            rows.append((kept, start, k_offset, head.v_offset or 0, (head.scale_offset or 0) // 4))
             start += kept
-        self.heads = torch.tensor(rows, dtype=torch.int32, device=device)
+        heads = torch.tensor(rows, dtype=torch.int32)
+        self.heads = heads.to(device)
         self.channels = torch.cat(tuple(channels)).to(device=device, dtype=torch.int32)
         columns = [
             (chunk.offset + i, chunk.width)
@@ -57,37 +83,42 @@ class Tables:
         self.columns = torch.cat((self.channels[:, None], places), dim=1)
         self.counts = tuple(sorted(set(layout.kept) - {0}))
         self.device = Device.of(device)
-        dense = window.sink + window.recent
-        far = NOMINAL_LENGTH - dense
+        self.archive_units = sum(
+            (kept + layout.head_dim) * tile_tokens(layout) * layout.archive_itemsize // 256
+            for kept in layout.kept
+            if kept
+        )
+        dense = (window.sink + window.recent) * 2 * layout.head_dim * layout.itemsize
+        far = NOMINAL_LENGTH - window.sink - window.recent
         costs = [
-            dense * 2 * layout.head_dim * layout.itemsize
-            + far * (kept and kept + layout.head_dim) * layout.archive_itemsize
+            dense + far * (kept and kept + layout.head_dim) * layout.archive_itemsize
             for kept in layout.kept
         ]
+        # Half of an even share on top: in short requests all heads read the same.
+        costs = [cost + sum(costs) / len(costs) / 2 for cost in costs]
         # All of them now: while a CUDA graph is captured no tensor may come from the host.
         self._work = {
-            programs: _share_work(costs, programs, device)
-            for programs in decode_programs_of_all(len(layout.kept), self.device)
+            programs: _share_work(heads, costs, programs).to(device)
+            for programs in decode_programs_of_all(len(layout.kept))
         }
-        self._arrived = torch.zeros(0, dtype=torch.int32, device=device)
 
-    def work(self, programs: int) -> torch.Tensor:
-        """How `programs` programs of a request are shared out over the heads, int32
-        `[programs, 3]`: KV head, which of its splits, and the number of its splits.
-        """
+    def work(self, programs: int) -> Work:
+        """How `programs` programs of a request are shared out over the heads."""
         return self._work[programs]
 
-    def arrived(self, num_reqs: int) -> torch.Tensor:
-        """Counters of finished splits, int32 `[num_reqs * num_kv_heads]` or more; all 0 between
-        launches.
-        """
-        if len(self._arrived) < num_reqs * len(self.heads):
-            self._arrived = self._arrived.new_zeros(2 * num_reqs * len(self.heads))
-        return self._arrived
 
-
-def _share_work(costs: Sequence[float], programs: int, device: torch.device) -> torch.Tensor:
+def _share_work(heads: torch.Tensor, costs: Sequence[float], programs: int) -> Work:
+    """Share programs out over heads of unequal cost."""
     counts = share_programs(costs, programs)
-    rows = [(head, i, count) for head, count in enumerate(counts) for i in range(count)]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
-
+    firsts = [sum(counts[:head]) for head in range(len(counts))]
+    rows = [
+        (head, i, count, *heads[head].tolist())
+        for head, count in enumerate(counts)
+        for i in range(count)
+    ]
+    of_heads = list(zip(firsts, counts, heads[:, 0].tolist(), strict=True))
+    return Work(
+        programs=torch.tensor(rows, dtype=torch.int32),
+        heads=torch.tensor(of_heads, dtype=torch.int32),
+        largest=max(counts),
+    )

@@ -15,6 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+GPU = torch.cuda.is_available()
+if not GPU:
+    # Before anything imports Triton: its kernels run in the interpreter then.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 REPO = Path(__file__).parents[1]
 
 
@@ -94,3 +99,10 @@ def _save_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         LlamaForCausalLM(config).to(torch.float32).save_pretrained(directory)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    for item in items:
+        if not GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

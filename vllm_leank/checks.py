@@ -53,6 +53,8 @@ def _platform(config: "VllmConfig") -> Iterator[str]:
 
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         yield f"it runs on NVIDIA GPUs and on CPU, not on {current_platform.device_name}"
+    if current_platform.is_cuda() and config.model_config.dtype.itemsize == 4:
+        yield "on a GPU it computes in 16 bits: use --dtype bfloat16 or --dtype float16"
     fp8 = parse_options(config.additional_config).archive_dtype == "fp8"
     if fp8 and current_platform.is_cuda() and not current_platform.has_device_capability((8, 9)):
         yield (

@@ -26,8 +26,6 @@ def log_capacity(vllm_config: "VllmConfig", num_blocks: int) -> None:
         return
     for line in report(settings, num_blocks, min(LONG_REQUEST, longest)):
         logger.info("%s", line)
-    if vllm_config.device_config.device_type != "cpu":
-        logger.warning("leank attention: plain PyTorch, without CUDA graphs: slow on a GPU")
 
 
 def report(settings: Settings, num_blocks: int, length: int) -> list[str]:

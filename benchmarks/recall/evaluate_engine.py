@@ -31,18 +31,21 @@ def main() -> None:
     )
     parser.add_argument("--dense", action="store_true", help="vLLM's own attention, not leank")
     parser.add_argument("--mask", help="mask file; by default the one shipped for the model")
+    parser.add_argument("--archive-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=256, help="per task and length")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--commit", help="of the code measured; asked of git when not given")
     args = parser.parse_args()
 
     backend = {}
     if not args.dense:
-        options = {"mask": args.mask} if args.mask else {}
+        options = {"archive_dtype": args.archive_dtype}
+        options |= {"mask": args.mask} if args.mask else {}
         backend = {"attention_backend": "leank", "additional_config": {"leank": options}}
     llm = LLM(
         str(here / "model"),
@@ -52,6 +55,7 @@ def main() -> None:
         max_num_batched_tokens=args.max_num_batched_tokens,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
+        gpu_memory_utilization=args.gpu_memory_utilization,
         **backend,
     )
     start = time.monotonic()
@@ -104,6 +108,7 @@ def mask_of(llm: LLM) -> dict[str, object]:
         "v_kept": round(mask.v_kept, 4),
         "sink": window.sink,
         "recent": window.recent,
+        "archive_dtype": "fp8" if settings.plan.archive_itemsize == 1 else "auto",
     }
 
 

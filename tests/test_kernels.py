@@ -1,0 +1,317 @@
+"""The Triton kernels against the definition and against the reference.
+
+Without a GPU they run in Triton's interpreter, which knows no bf16 and rounds to fp8 wrongly.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cache_builder import CacheBuilder, relative_rms
+from test_reference import mixed
+from test_reference import serve as serve_long
+from vllm_leank.kernels import decode, extend, launch, reference, store
+from vllm_leank.kernels.cache import LayerCache
+
+from vllm_leank.window import Window
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+FP32, BF16, FP16 = (torch.float32, 2e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)
+FP8 = torch.float8_e4m3fn
+gpu = pytest.mark.gpu
+
+
+def serve(builder):
+    """Steps of a server: the reference's where a GPU is, else as few as show every kind."""
+    if GPU:
+        yield from serve_long(builder)
+        return
+    long, short = builder.add(120, 170), builder.add(20, 140)
+    yield builder.step([(long, 119)])
+    yield builder.step([(long, 1), (short, 120)], padded_rows=1, padded_tokens=2)
+    yield builder.step([(long, 40)])
+    yield builder.step([(long, 1), (short, 1)], padded_rows=1, padded_tokens=1)
+
+
+def attend(query, output, cache, batch, scale):
+    """The kernels together. Exact prefill is FlashAttention's: the reference stands in for it."""
+    n = batch.num_decodes
+    if n < batch.num_reqs:
+        reference.attend(query, output, cache, batch.extends, scale)
+        after_prompt = torch.zeros(len(query), dtype=torch.bool)
+        for row in batch.extends.rows:
+            exact = min(max(row.exact_until - row.before, 0), row.after - row.before)
+            after_prompt[row.queries.start + exact : row.queries.stop] = True
+        output[after_prompt] = float("nan")
+        extend.extend(query, output, cache, batch.extends, scale)
+    decode.decode(query[:n], output, cache, batch.decodes, scale)
+
+
+KERNELS = SimpleNamespace(store=store.store, compact=store.compact, attend=attend)
+# The interpreter's compaction would round to fp8 wrongly.
+KERNELS_FP8 = KERNELS if GPU else SimpleNamespace(**vars(KERNELS) | {"compact": reference.compact})
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=gpu)], ids=["pointers", "tma"])
+def tma(request, monkeypatch):
+    """Both ways to load tiles."""
+    if GPU:
+        monkeypatch.setattr(
+            launch.Device,
+            "of",
+            lambda device, of=launch.Device.of: replace(of(device), tma=request.param),
+        )
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("kept", "head_dim", "group", "window", "archive_block", "dtypes"),
+    [
+        ((32, 0), 64, 1, Window(0, 32), 32, (FP32, None)),
+        ((96, 0, 64), 96, 3, Window(64, 100), 96, (FP16, None)),
+        ((112, 16), 128, 4, Window(32, 64), 64, (FP16, None)),
+        ((48, 128), 128, 7, Window(32, 64), 128, (FP16, FP8)),
+        ((256, 144), 256, 2, Window(32, 64), 32, (FP32, None)),
+        ((0, 0), 64, 16, Window(32, 64), 64, (FP16, None)),
+        *(
+            pytest.param(
+                mixed(head_dim), head_dim, group, window, block, (dtype, archive), marks=gpu
+            )
+            for window in (Window(0, 32), Window(64, 100), Window(128, 96))
+            for head_dim, group, block, dtype, archive in (
+                (64, 1, 64, BF16, None),
+                (64, 8, 128, BF16, FP8),
+                (96, 4, 96, BF16, None),
+                (96, 3, 128, FP16, FP8),
+                (128, 4, 64, BF16, None),
+                (128, 7, 128, BF16, FP8),
+                (128, 32, 96, FP16, None),
+                (256, 2, 64, BF16, None),
+                (256, 8, 128, BF16, FP8),
+            )
+        ),
+    ],
+)
+def test_every_query_reads_what_the_rule_says(
+    kept, head_dim, group, window, archive_block, dtypes, tma
+):
+    (dtype, tolerance), archive_dtype = dtypes
+    if GPU and dtype is torch.float32:
+        pytest.skip("the GPU's products round fp32 to tf32, and leank refuses fp32 there")
+    builder = CacheBuilder(
+        kept, head_dim, group, window, archive_block, dtype, archive_dtype, device=DEVICE
+    )
+    for step in serve(builder):
+        output = builder.run(step, KERNELS if archive_dtype is None else KERNELS_FP8)
+        assert output.isfinite().all()
+        assert relative_rms(output, step.expected) < tolerance
+
+
+@pytest.mark.parametrize("archive_dtype", [None, pytest.param(FP8, marks=gpu)])
+@pytest.mark.parametrize(
+    ("kept", "head_dim", "archive_block", "window"),
+    [
+        ((32, 0, 112), 128, 64, Window(32, 64)),
+        ((96, 16), 96, 96, Window(32, 64)),
+        ((64, 48, 0), 64, 128, Window(64, 32)),
+        ((256, 80), 256, 32, Window(0, 32)),
+    ],
+)
+def test_pages_are_those_of_the_reference(kept, head_dim, archive_block, window, archive_dtype):
+    """Bit by bit, padding and what was never written included."""
+    builder = CacheBuilder(
+        kept, head_dim, 1, window, archive_block, torch.float16, archive_dtype, device=DEVICE
+    )
+    cache = builder.cache
+    other = copy_of(cache)
+    for step in serve(builder):
+        reference.store(step.key, step.value, cache, step.batch)
+        reference.compact(cache, step.batch)
+        if step.batch.max_query_len == 1:
+            store.update(step.key, step.value, other, step.batch)
+        else:
+            store.store(step.key, step.value, other, step.batch)
+            store.compact(other, step.batch)
+        assert torch.equal(raw(cache.archive_pages), raw(other.archive_pages))
+        slots = step.batch.slots[step.batch.slots >= 0]
+        for pages in (cache.window_pages, other.window_pages):
+            assert pages[slots // 32, :, slots % 32].isfinite().all()
+        one, two = (c.window_pages[slots // 32, :, slots % 32] for c in (cache, other))
+        assert torch.equal(one, two)
+
+
+def test_fp8_compaction_of_values_that_need_no_rounding():
+    """What the interpreter can show of it: scales, places and zeros."""
+    builder = CacheBuilder((32, 0), 64, 1, Window(32, 32), 128, torch.float16, FP8, device=DEVICE)
+    request = builder.add(200, 200)
+    for values in (request.key, request.value):
+        signs = torch.randint(0, 2, values.shape, device=DEVICE) * 2 - 1
+        values.copy_(448.0 * signs / 2.0 ** torch.randint(0, 9, values.shape, device=DEVICE))
+        values[::32] = 448.0
+    step = builder.step([(request, 200)])
+    other = copy_of(builder.cache)
+    for kernels, cache in ((reference, builder.cache), (store, other)):
+        kernels.store(step.key, step.value, cache, step.batch)
+        kernels.compact(cache, step.batch)
+    assert torch.equal(raw(builder.cache.archive_pages), raw(other.archive_pages))
+
+
+@pytest.mark.parametrize(
+    "num_reqs", [1, 3, pytest.param(64, marks=gpu), pytest.param(256, marks=gpu)]
+)
+def test_decode_at_every_length_around_the_edges(num_reqs, tma):
+    """Lengths around pages, tiles and boundaries, many requests at once, and padded rows."""
+    window = Window(32, 64)
+    builder = CacheBuilder(
+        (32, 0, 48), 64, 4, window, 64, torch.float16, num_blocks=64 + 24 * num_reqs, device=DEVICE
+    )
+    lengths = [1, 31, 32, 33, 96, 127, 128, 129, 160, 161, 192, 225, 255, 256, 320, 321]
+    requests = [
+        builder.add(1 + i % 7, lengths[(5 * i + 3) % len(lengths)] + 1) for i in range(num_reqs)
+    ]
+    for request in requests:
+        builder.run(builder.step([(request, len(request) - 1)]), reference)
+    step = builder.step([(request, 1) for request in requests], padded_rows=3, padded_tokens=3)
+    store.update(step.key, step.value, builder.cache, step.batch)
+    output = torch.full_like(step.query, float("nan"))
+    decode.decode(step.query, output, builder.cache, step.batch, builder.scale)
+    assert relative_rms(output[:num_reqs], step.expected) < FP16[1]
+    assert not output[num_reqs:].any()
+
+
+def test_a_request_split_over_many_programs_reads_the_same(monkeypatch, tma):
+    builder = CacheBuilder((64, 32), 64, 4, Window(32, 64), 64, torch.float16, device=DEVICE)
+    request = builder.add(10, 1000 if GPU else 400)
+    builder.run(builder.step([(request, len(request) - 1)]), reference)
+    step = builder.step([(request, 1)])
+    outputs = []
+    for split_bytes in (256, 4096, 1 << 20):
+        monkeypatch.setattr(
+            decode,
+            "choose_decode",
+            lambda *a, size=split_bytes: replace(launch.choose_decode(*a), split_bytes=size),
+        )
+        store.update(step.key, step.value, builder.cache, step.batch)
+        output = torch.full_like(step.query, float("nan"))
+        decode.decode(step.query, output, builder.cache, step.batch, builder.scale)
+        assert relative_rms(output, step.expected) < FP16[1]
+        outputs.append(output)
+
+
+@gpu
+def test_addresses_beyond_two_to_the_31_elements(tma):
+    """Pools of more than 4 GiB, in which a request has the last pages."""
+    builder = CacheBuilder((96, 32), 128, 4, Window(32, 64), 64, torch.bfloat16, device=DEVICE)
+    small = builder.cache
+    smallest = min(small.layout.archive_page_items, small.window_pages[0].numel())
+    pages = 1 + (1 << 31) // smallest + 160
+    large = replace(
+        small,
+        window_pages=torch.empty(
+            (pages, *small.window_pages.shape[1:]), dtype=torch.bfloat16, device=DEVICE
+        ),
+        archive_pages=torch.empty(
+            (pages, small.layout.archive_page_items), dtype=torch.bfloat16, device=DEVICE
+        ),
+    )
+    assert large.archive_pages.numel() > 1 << 31
+    builder.cache = large
+    builder._free = [*range(pages - 100, pages)]
+    request = builder.add(300, 420)
+    for tokens in (300, 117, 1, 1, 1):
+        output = builder.run(builder.step([(request, tokens)]), KERNELS)
+    assert builder.cache.window_pages.numel() > 1 << 31
+    assert min(request.archive_row) > pages - 200
+    expected = request.expected[-1:]
+    assert relative_rms(output, expected) < BF16[1]
+
+
+@gpu
+@pytest.mark.parametrize("archive_dtype", [None, FP8])
+def test_a_captured_graph_replays_like_eager_launches(archive_dtype):
+    """One graph over 50 batches of changing size, length, tables and boundary crossings."""
+    builder = CacheBuilder(
+        (64, 0, 32), 128, 4, Window(32, 64), 128, torch.bfloat16, archive_dtype,
+        num_blocks=600, device=DEVICE,
+    )  # fmt: skip
+    rows, cache = 16, builder.cache
+    requests = [builder.add(3 + 11 * i, 700) for i in range(12)]
+    for request in requests:
+        builder.run(
+            builder.step([(request, request.prompt + 290 % (31 + request.prompt))]), reference
+        )
+    width = 700 // 32 + 8
+    fixed = None
+    graph = torch.cuda.CUDAGraph()
+    for i in range(50):
+        chosen = [r for j, r in enumerate(requests) if (i + j) % (2 + i % 3) or not j]
+        step = builder.step(
+            [(r, 1) for r in chosen], padded_rows=rows - len(chosen),
+            padded_tokens=rows - len(chosen),
+        )  # fmt: skip
+        batch = replace(
+            step.batch,
+            window_table=wide(step.batch.window_table, width),
+            archive_table=wide(step.batch.archive_table, width),
+            slots=step.batch.slots.long(),
+        )
+        inputs = [step.query, step.key, step.value, *tensors(batch)]
+        if fixed is None:
+            fixed = [x.clone() for x in inputs]
+            output = torch.empty_like(step.query)
+            static = with_tensors(batch, fixed[3:])
+            before = copy_of(cache)
+
+            def launch_all(fixed=fixed, static=static, output=output):
+                store.update(fixed[1], fixed[2], cache, static)
+                decode.decode(fixed[0], output, cache, static, builder.scale)
+
+            launch_all()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                launch_all()
+            cache.window_pages.copy_(before.window_pages)
+            raw(cache.archive_pages).copy_(raw(before.archive_pages))
+        for static_input, new in zip(fixed, inputs, strict=True):
+            static_input.copy_(new)
+        eager = torch.full_like(output, 7.0)
+        twin = copy_of(cache)
+        store.update(step.key, step.value, twin, batch)
+        decode.decode(step.query, eager, twin, batch, builder.scale)
+        output.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(output, eager)
+        assert torch.equal(raw(cache.archive_pages), raw(twin.archive_pages))
+        assert relative_rms(output[: len(chosen)], step.expected) < BF16[1]
+
+
+def raw(pages):
+    return pages.view(torch.uint8)
+
+
+def copy_of(cache):
+    return LayerCache(
+        cache.window_pages.clone(),
+        raw(cache.archive_pages).clone().view(cache.archive_pages.dtype),
+        cache.layout,
+        cache.channels,
+        cache.window,
+    )
+
+
+def tensors(batch):
+    return [
+        batch.query_start_loc, batch.seq_lens, batch.exact_until, batch.window_table,
+        batch.archive_table, batch.slots,
+    ]  # fmt: skip
+
+
+def with_tensors(batch, values):
+    names = ("query_start_loc", "seq_lens", "exact_until", "window_table", "archive_table", "slots")
+    return replace(batch, **dict(zip(names, values, strict=True)))
+
+
+def wide(table, width):
+    return torch.nn.functional.pad(table, (0, width - table.shape[1]))
