@@ -90,7 +90,7 @@ class Tables:
         )
         dense = (window.sink + window.recent) * 2 * layout.head_dim * layout.itemsize
         far = NOMINAL_LENGTH - window.sink - window.recent
-        costs = [
+        costs: list[float] = [
             dense + far * (kept and kept + layout.head_dim) * layout.archive_itemsize
             for kept in layout.kept
         ]
