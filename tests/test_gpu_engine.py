@@ -1,0 +1,68 @@
+"""Engines on a GPU: both of vLLM's model runners, with compilation and full CUDA graphs."""
+
+import pytest
+from engines import engine
+from mask_samples import full_mask
+from recall.demo import MODEL
+from recall.tasks import TASKS, make_sample
+
+from vllm_leank.mask import save_mask
+from vllm_leank.mask_resolver import find_masks
+
+pytestmark = [pytest.mark.gpu, pytest.mark.engine]
+
+ON_GPU = {
+    "dtype": "bfloat16",
+    "enforce_eager": False,
+    "max_model_len": 8192 + 256,
+    "max_num_seqs": 32,
+    "gpu_memory_utilization": 0.3,
+}
+
+TIE = 0.05
+"""Difference of log-probabilities that the rounding of bf16 can make."""
+
+
+@pytest.fixture(params=["1", "0"], ids=["runner-v2", "runner-v1"])
+def runner(request, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", request.param)
+
+
+def test_a_full_mask_answers_like_flash_attention(runner, tmp_path):
+    """Lengths around pages, chunked prompts, and requests that come and go."""
+    prompts = [
+        make_sample(task, length, seed).prompt_token_ids[: length - 7 * seed]
+        for seed, length in enumerate((256, 300, 1024, 2048, 4096))
+        for task in TASKS
+    ]
+    mask = tmp_path / "full.yaml"
+    save_mask(full_mask(MODEL), mask)
+    answers = []
+    for arguments in ({"attention_backend": "FLASH_ATTN"}, {"mask": mask}):
+        with engine(MODEL, **ON_GPU, **arguments, max_num_batched_tokens=2048) as running:
+            answers.append(running.generate(prompts, 160))
+    for (dense, dense_logprobs), (leank, leank_logprobs) in zip(*answers, strict=True):
+        first = next((i for i in range(len(dense)) if dense[i] != leank[i]), None)
+        # From a tie on, the two go different ways.
+        compared = slice(0, None if first is None else first + 1)
+        assert dense_logprobs[compared] == pytest.approx(leank_logprobs[compared], abs=TIE)
+
+
+@pytest.mark.parametrize("archive_dtype", ["auto", "fp8"])
+def test_needles_are_found(runner, archive_dtype):
+    (mask,) = find_masks(str(MODEL))
+    right = asked = 0
+    with engine(
+        MODEL, mask.path, sink=mask.sink, recent=mask.recent, archive_dtype=archive_dtype, **ON_GPU
+    ) as running:
+        for task in TASKS:
+            for length in (1024, 8192):
+                samples = [make_sample(task, length, seed) for seed in range(64)]
+                prompts = [sample.prompt_token_ids for sample in samples]
+                answers = running.generate(prompts, TASKS[task].answer_tokens)
+                asked += len(samples)
+                right += sum(
+                    tokens == sample.answer_token_ids
+                    for (tokens, _), sample in zip(answers, samples, strict=True)
+                )
+    assert right >= 0.99 * asked

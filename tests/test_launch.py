@@ -1,0 +1,99 @@
+"""How kernels are launched: pure functions."""
+
+import pytest
+import torch
+from vllm_leank.kernels.launch import (
+    FEW_HEADS,
+    ONE_WAVE,
+    Device,
+    choose_decode,
+    compact_programs,
+    decode_programs,
+    decode_programs_of_all,
+    share_programs,
+    tile_tokens,
+)
+from vllm_leank.kernels.tables import Tables
+
+from vllm_leank.layout import ARCHIVE_BLOCKS, CacheLayout
+from vllm_leank.window import Window
+
+HOPPER, AMPERE = Device(tma=True), Device(tma=False)
+
+
+def layout(kept=(32, 64, 0, 96), block=64, itemsize=2):
+    page = (sum(kept) + 128 * len(kept)) * itemsize * block + 4096
+    return CacheLayout(tuple(kept), 128, 2, itemsize, block, page)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 8, 32, 96])
+def test_every_batch_has_a_table_that_was_made_at_startup(heads):
+    made = decode_programs_of_all(heads)
+    assert len(made) < 10
+    for rows in [*range(1, 70), 255, 256, 257, 1000, 1024, 4096]:
+        programs = decode_programs(rows, heads)
+        assert programs in made
+        assert programs >= heads
+
+
+def test_programs_of_a_launch_fill_the_gpu_and_do_not_flood_it():
+    for rows in range(1, 257):
+        assert ONE_WAVE <= rows * decode_programs(rows, 8) <= 8192
+
+
+@pytest.mark.parametrize("block", ARCHIVE_BLOCKS)
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+def test_tiles_divide_pages(block, itemsize):
+    tile = tile_tokens(layout(block=block, itemsize=itemsize))
+    assert block % tile == 0
+    assert tile & (tile - 1) == 0
+    assert 32 <= tile <= 128
+
+
+def test_the_launch_depends_on_the_batch_and_the_device_alone():
+    few, many = choose_decode(16, layout(), HOPPER), choose_decode(64, layout(), HOPPER)
+    assert few == choose_decode(16, layout(), HOPPER)
+    assert few.rows == FEW_HEADS
+    assert few.split_bytes < many.split_bytes
+    assert many.rows == 0
+    assert few.tma
+    assert not choose_decode(16, layout(), AMPERE).tma
+
+
+@pytest.mark.parametrize("costs", [[1.0], [1.0, 1.0, 1.0], [1, 5, 10, 2], [1, 100, 1, 1]])
+@pytest.mark.parametrize("programs", [4, 16, 77])
+def test_programs_go_to_the_heads_with_most_work(costs, programs):
+    counts = share_programs(costs, programs)
+    assert sum(counts) == programs
+    assert min(counts) >= 1
+    loads = [cost / count for cost, count in zip(costs, counts, strict=True)]
+    # Nobody has so much that one program more elsewhere would have been better given to him.
+    for cost, count, load in zip(costs, counts, loads, strict=True):
+        if count > 1:
+            assert cost / (count - 1) >= max(loads) or load == max(loads)
+
+
+def test_work_tables_name_every_split_once():
+    kept = (32, 64, 0, 96)
+    channels = tuple(torch.arange(count) for count in kept)
+    tables = Tables(layout(kept), channels, Window(128, 768), torch.device("cpu"))
+    for programs in decode_programs_of_all(len(kept)):
+        work = tables.work(programs)
+        assert len(work.programs) == programs
+        for head, (first, count, of_head) in enumerate(work.heads.tolist()):
+            rows = work.programs[first : first + count].tolist()
+            assert [row[:3] for row in rows] == [[head, i, count] for i in range(count)]
+            assert all(row[3:] == tables.heads[head].tolist() for row in rows)
+            assert of_head == kept[head]
+        assert work.largest == work.heads[:, 1].max()
+        # The streaming head reads least.
+        assert work.heads[:, 1].argmin() == 2
+    assert tables.counts == (32, 64, 96)
+    assert tables.channels.tolist() == [*range(32), *range(64), *range(96)]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 1024])
+def test_compaction_has_programs_for_long_prompts_but_not_too_many(rows):
+    programs = compact_programs(rows, 8)
+    assert 1 <= programs <= 64
+    assert rows * 8 * programs <= max(1024, rows * 8)
