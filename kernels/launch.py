@@ -36,8 +36,9 @@ SPLIT_BYTES = 1 << 15, 1 << 17
 EXTEND_COLUMNS = 64
 """Queries times query heads of a KV head that a program of the extend kernel takes."""
 
-COMPACT_PROGRAMS = 1024
-"""Programs of a compaction launch at most, unless there are more requests and heads."""
+COMPACT_PROGRAMS = 1024, 32768
+"""Programs of a compaction launch at most, unless there are more requests and heads: in a step of
+one token each, where a prompt seldom ends, and in other steps, where idle programs cost little."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,10 @@ def share_programs(costs: Sequence[float], programs: int) -> list[int]:
     return counts
 
 
-def compact_programs(num_reqs: int, num_kv_heads: int) -> int:
-    """Programs per request and KV head of compaction: a prompt's is long, most others empty."""
-    return max(min(COMPACT_PROGRAMS // (num_reqs * num_kv_heads), 64), 1)
+def compact_programs(num_reqs: int, num_kv_heads: int, max_query_len: int) -> int:
+    """Programs per request and KV head of compaction. A prompt has thousands of steps of 32 tokens,
+    any other request one or none.
+    """
+    decode, prefill = COMPACT_PROGRAMS
+    most = decode if max_query_len == 1 else prefill
+    return max(min(most // (num_reqs * num_kv_heads), 64), 1)

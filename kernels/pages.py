@@ -100,11 +100,10 @@ def fold_archive(
     k_offset = tl.load(p_head + 2)
     v_offset = tl.load(p_head + 3)
     scale_offset = tl.load(p_head + 4)
+    q_max = scale_log2  # not used but with FP8
     if FP8:
         # In units of its largest channel, a query fits into fp16, to which e4m3 converts fast.
         q_max = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 0), 1e-30)
-    else:
-        q_max = scale_log2  # not used
     # Chunks have the widths of KEPT's binary digits, widest first.
     if KEPT & 256:
         q256 = _kept_query(p_q, m_q, p_channels, q_max, 256, FP8)

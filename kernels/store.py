@@ -151,21 +151,19 @@ def update(key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: Bat
         cache: the layer's pages.
         batch: the step's requests, all with one token; padded ones with slot -1.
     """
-    programs = compact_programs(batch.num_reqs, len(cache.layout.kept))
-    _launch(key, value, cache, batch, batch.num_reqs, programs, store=True, compact=True)
+    _launch(key, value, cache, batch, batch.num_reqs, store=True, compact=True)
 
 
 def store(key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: Batch) -> None:
     """Write new keys and values to the window pages; see `reference.store`."""
     num_tokens = min(len(batch.slots), len(key))
-    _launch(key, value, cache, batch, num_tokens, 0, store=True, compact=False)
+    _launch(key, value, cache, batch, num_tokens, store=True, compact=False)
 
 
 def compact(cache: LayerCache, batch: Batch) -> None:
     """Copy what left the dense window in this step to the archive; see `reference.compact`."""
-    programs = compact_programs(batch.num_reqs, len(cache.layout.kept))
-    pages = cache.window_pages[:, :, 0]
-    _launch(pages, pages, cache, batch, batch.num_reqs, programs, store=False, compact=True)
+    nothing = cache.window_pages[:, :, 0]
+    _launch(nothing, nothing, cache, batch, batch.num_reqs, store=False, compact=True)
 
 
 def _launch(
@@ -174,13 +172,13 @@ def _launch(
     cache: LayerCache,
     batch: Batch,
     rows: int,
-    programs: int,
     *,
     store: bool,
     compact: bool,
 ) -> None:
     layout, tables, window = cache.layout, cache.tables, cache.window
     heads = len(layout.kept)
+    programs = compact_programs(batch.num_reqs, heads, batch.max_query_len) if compact else 0
     _update_kernel[(rows, store + heads * programs)](
         key, value, cache.window_pages, cache.archive_pages, cache.scales, batch.slots,
         batch.window_table, batch.archive_table, batch.query_start_loc, batch.seq_lens,
@@ -196,7 +194,7 @@ def _launch(
         D_PAD=triton.next_power_of_2(layout.head_dim),
         KEPT_PAD=triton.next_power_of_2(max(max(layout.kept), 1)),
         BLOCK=layout.archive_block,
-        FP8=layout.archive_itemsize == 1,
+        FP8=layout.is_fp8,
         STORE=store,
         COMPACT=compact,
         num_warps=4,

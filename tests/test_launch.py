@@ -94,6 +94,8 @@ def test_work_tables_name_every_split_once():
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 1024])
 def test_compaction_has_programs_for_long_prompts_but_not_too_many(rows):
-    programs = compact_programs(rows, 8)
-    assert 1 <= programs <= 64
-    assert rows * 8 * programs <= max(1024, rows * 8)
+    decode, prefill = (compact_programs(rows, 8, max_query_len) for max_query_len in (1, 2048))
+    assert 1 <= decode <= prefill <= 64
+    assert rows * 8 * decode <= max(1024, rows * 8)
+    assert rows * 8 * prefill <= max(32768, rows * 8)
+    assert prefill == 64 or rows > 32

@@ -66,7 +66,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self._vllm_config = get_current_vllm_config()
         self._cache: LayerCache | None = None
-        self._pages = (0, 0)
+        self._pages: list[tuple[int, torch.Size]] = []
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take the layer's part of the mask and give the layer its pages.
@@ -135,14 +135,16 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         window_metadata = forward_context.attn_metadata[self._window_name]
         batch = attn_metadata.batch(window_metadata)
         window_pages = forward_context.no_compile_layers[self._window_name].kv_cache
-        if self._cache is None or self._pages != (kv_cache.data_ptr(), window_pages.data_ptr()):
-            self._cache = self._bind(layer, kv_cache, window_pages)
-            self._pages = kv_cache.data_ptr(), window_pages.data_ptr()
+        pages = [(part.data_ptr(), part.shape) for part in (kv_cache, window_pages)]
+        if self._cache is None or self._pages != pages:
+            self._cache, self._pages = self._bind(layer, kv_cache, window_pages), pages
         attend_layer(query, key, value, output, self._cache, batch, self.scale)
         return output
 
     def _bind(self, layer: Any, kv_cache: torch.Tensor, window_pages: torch.Tensor) -> LayerCache:
-        """The layer's pages as kernels take them. vLLM may allocate them more than once."""
+        """The layer's pages as kernels take them. vLLM allocates them more than once: a small pool
+        to try CUDA graphs with, and the real one, perhaps at the same address.
+        """
         archive_pages = kv_cache.view(len(kv_cache), -1)
         if self._layout.is_fp8:
             archive_pages = archive_pages.view(FP8)
