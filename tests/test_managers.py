@@ -33,20 +33,20 @@ def expected_boundary(length, window):
 class Server:
     """The scheduler's part in a cache: chunks of prompts, decode steps, preemption."""
 
-    def __init__(self, window, block=64, num_blocks=2048, caching=True):
+    def __init__(self, window, block=64, num_blocks=2048, caching=True, max_length=MAX_LENGTH):
         self.window, self.block = window, block
         self.plan = replace(plan_cache([[64, 0], [64, 32]], 128, 2), archive_block=block)
         memory = self.plan.block_bytes * num_blocks
         config = generate_scheduler_kv_cache_config(
-            cache_configs(self.plan, window, memory, MAX_LENGTH)
+            cache_configs(self.plan, window, memory, max_length)
         )
-        options = vllm_config(MAX_LENGTH)
+        options = vllm_config(max_length)
         options.cache_config.enable_prefix_caching = caching
         self.granule, hash_block = resolve_kv_cache_block_sizes(config, options)
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(hash_block, sha256)
         self.manager = KVCacheManager(
-            config, MAX_LENGTH, self.granule, hash_block, enable_caching=caching
+            config, max_length, self.granule, hash_block, enable_caching=caching
         )
 
     @property

@@ -1,0 +1,291 @@
+"""Random histories of a scheduler over the real block managers, with a memory that remembers.
+
+A `History` does what a scheduler and a worker do: requests with shared prompts arrive, are computed
+in chunks of any size, decode, are preempted when the pool is full or at random, are aborted, and
+finish; steps may be planned before earlier ones have run. Instead of keys, pages hold the identity
+of the token that was written there: a hash of all tokens up to it and, for an answer's token, of
+the prompt's length, since its key depends on both. Every read that the definition allows a query is
+checked against the identity that belongs there.
+
+A failure names the seed and the event; `History(seed).run(events)` replays it.
+"""
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from test_managers import ARCHIVE, WINDOW, Server
+
+from vllm_leank.window import STEP, Window
+
+WINDOWS = (Window(0, 32), Window(32, 64), Window(64, 100))
+EDGES = (1, 31, 32, 33, 63, 64, 65, 95, 96, 127, 128, 129, 160, 192, 256, 257, 300)
+CHUNKS = (1, 17, 32, 33, 64, 100, 512)
+
+
+@dataclass
+class Live:
+    """A request, and what the worker knows of it."""
+
+    request: object
+    answer: int
+    epoch: int = 0
+    rows: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
+
+    @property
+    def computed(self):
+        return self.request.num_computed_tokens
+
+    @property
+    def in_prefill(self):
+        """Whether tokens that are already known are still to be computed."""
+        return self.computed < self.request.num_tokens
+
+
+@dataclass
+class Work:
+    """A request's part in a step, as it was when the step was planned."""
+
+    live: Live
+    epoch: int
+    start: int
+    count: int
+    rows: tuple[list[int], list[int]]
+
+
+class History:
+    """A scheduler, a worker and their memory; `lag` steps are planned ahead."""
+
+    def __init__(self, seed):
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.window = self.random.choice(WINDOWS)
+        block = self.random.choice((32, 64, 96))
+        self.lag = self.random.choice((0, 1))
+        # Few blocks, so that requests are preempted.
+        num_blocks = self.random.choice((40, 60, 120))
+        self.server = Server(self.window, block, num_blocks, max_length=512)
+        pool = self.server.manager.block_pool
+        self.pool_size = self.server.free
+        self.memory = (
+            np.full((pool.num_gpu_blocks, block), -1, np.int64),
+            np.full((pool.num_gpu_blocks, STEP), -1, np.int64),
+        )
+        self.block = block
+        self.documents = [[self.random.randrange(50) for _ in range(320)] for _ in range(3)]
+        self.waiting, self.running = deque(), []
+        self.planned = deque()
+        self.names = 0
+        self.counts = {"preempted": 0, "hits": 0, "finished": 0, "compacted": 0}
+
+    def run(self, events):
+        """Play a number of events, then drain; everything is checked after each."""
+        for event in range(events):
+            try:
+                self.random.choices(
+                    (self.arrive, self.step, self.preempt_one, self.abort_one), (3, 20, 1, 1)
+                )[0]()
+                self.check_pool()
+            except (AssertionError, IndexError) as error:
+                raise AssertionError(f"seed {self.seed}, event {event}: {error}") from error
+        while self.running or self.waiting or self.planned:
+            if not self.step() and not self.planned:
+                break
+        for live in [*self.running, *self.waiting]:
+            self.server.manager.free(live.request)
+        assert self.server.free == self.pool_size, f"seed {self.seed}: blocks have leaked"
+
+    # What the scheduler does.
+
+    def arrive(self):
+        if len(self.waiting) > 4:
+            return
+        document = self.random.choice(self.documents)
+        prompt = document[: self.random.choice(EDGES)]
+        if self.random.random() < 0.3:
+            prompt = [
+                *prompt,
+                *(self.random.randrange(50) for _ in range(self.random.randrange(40))),
+            ]
+        self.names += 1
+        request = self.server.request(str(self.names), prompt)
+        self.waiting.append(Live(request, answer=self.random.choice((1, 5, 40, 120))))
+
+    def step(self):
+        """Plan a step, and let the worker run the one whose turn it is."""
+        budget, works, preempted = self.random.choice(CHUNKS), [], False
+        for live in list(self.running):
+            if live not in self.running or not budget:
+                continue
+            count = self.due(live, budget)
+            if not count:
+                continue
+            while self.server.manager.allocate_slots(live.request, count) is None:
+                preempted = True
+                victim = self.running[-1]
+                self.preempt(victim)
+                works = [work for work in works if work.live is not victim]
+                if victim is live:
+                    break
+            else:
+                works.append(self.plan(live, count))
+                budget -= count
+        while self.waiting and budget and not preempted:
+            live = self.waiting[0]
+            blocks, hit, _ = self.server.manager.get_computed_blocks(live.request)
+            count = min(budget, live.request.num_tokens - hit)
+            if self.server.manager.allocate_slots(live.request, count, hit, blocks) is None:
+                break
+            self.counts["hits"] += hit > 0
+            self.running.append(self.waiting.popleft())
+            live.request.num_computed_tokens = hit
+            live.rows = ([], [])
+            works.append(self.plan(live, count))
+            budget -= count
+        if works:
+            self.planned.append(works)
+        if self.planned and (len(self.planned) > self.lag or not works):
+            self.execute(self.planned.popleft())
+        return bool(works)
+
+    def due(self, live, budget):
+        """Tokens to plan for a running request: known ones, or the one being sampled."""
+        if live.in_prefill:
+            return min(budget, live.request.num_tokens - live.computed)
+        sampled = live.request.num_output_tokens + (live.computed - live.request.num_tokens + 1)
+        ahead = live.computed - live.request.num_tokens
+        return int(
+            ahead < self.lag and sampled < live.answer and live.request.num_output_tokens > 0
+        )
+
+    def plan(self, live, count):
+        request = live.request
+        work_start = live.computed
+        request.num_computed_tokens += count
+        request.num_in_flight_tokens += count
+        for group in (ARCHIVE, WINDOW):
+            # The worker only ever appends to its tables.
+            table = self.server.table(request, group)
+            live.rows[group].extend(block.block_id for block in table[len(live.rows[group]) :])
+        return Work(live, live.epoch, work_start, count, tuple(list(row) for row in live.rows))
+
+    def preempt_one(self):
+        if self.running:
+            self.preempt(self.random.choice(self.running))
+
+    def preempt(self, live):
+        self.running.remove(live)
+        self.server.preempt(live.request)
+        live.request.num_in_flight_tokens = 0
+        live.epoch += 1
+        self.waiting.appendleft(live)
+        self.counts["preempted"] += 1
+
+    def abort_one(self):
+        if self.running and self.random.random() < 0.3:
+            self.finish(self.random.choice(self.running))
+
+    def finish(self, live):
+        self.running.remove(live)
+        self.server.manager.free(live.request)
+        live.epoch += 1
+        self.counts["finished"] += 1
+
+    # What the worker does.
+
+    def execute(self, works):
+        for work in works:
+            positions = np.arange(work.start, work.start + work.count)
+            self.write(work, WINDOW, positions)
+        for work in works:
+            request = work.live.request
+            after = work.start + work.count
+            for token in self.window.compaction(work.start, after, request.num_prompt_tokens):
+                positions = np.arange(token, token + STEP)
+                self.expect(work, WINDOW, positions, "compaction reads")
+                self.write(work, ARCHIVE, positions)
+                self.counts["compacted"] += 1
+        for work in works:
+            self.attend(work)
+        for work in works:
+            self.sample(work)
+
+    def attend(self, work):
+        """Check every cell that some query of the step reads."""
+        prompt = work.live.request.num_prompt_tokens
+        first, last = work.start, work.start + work.count - 1
+        if first < prompt:
+            self.expect(work, WINDOW, np.arange(min(last, prompt - 1) + 1), "exact prefill reads")
+        first = max(first, prompt)
+        if first <= last:
+            oldest, newest = self.window.boundary(first + 1), self.window.boundary(last + 1)
+            sink = self.window.sink
+            self.expect(work, WINDOW, np.arange(min(sink, last + 1)), "a query reads the sink")
+            self.expect(work, WINDOW, np.arange(oldest, last + 1), "a query reads the window")
+            self.expect(work, ARCHIVE, np.arange(sink, newest), "a query reads the archive")
+
+    def sample(self, work):
+        live, request = work.live, work.live.request
+        if work.epoch != live.epoch:
+            return
+        request.num_in_flight_tokens -= work.count
+        if work.start + work.count < request.num_tokens:
+            return
+        request.append_output_token_ids((7 * request.num_tokens + len(request.request_id)) % 50)
+        self.server.manager.cache_blocks(request, min(live.computed, request.num_tokens))
+        if request.num_output_tokens >= live.answer:
+            self.finish(live)
+
+    # The memory.
+
+    def cells(self, work, group, positions):
+        size = self.block if group == ARCHIVE else STEP
+        row = np.asarray(work.rows[group])
+        return self.memory[group][row[positions // size], positions % size]
+
+    def write(self, work, group, positions):
+        size = self.block if group == ARCHIVE else STEP
+        row = np.asarray(work.rows[group])
+        self.memory[group][row[positions // size], positions % size] = self.identity(
+            work, positions
+        )
+
+    def identity(self, work, positions):
+        """What belongs where a request's tokens are kept."""
+        request = work.live.request
+        tokens, prompt = request.all_token_ids, request.num_prompt_tokens
+        chain = np.empty(max(positions, default=-1) + 1, np.int64)
+        value = 17
+        for i in range(len(chain)):
+            token = tokens[i] if i < len(tokens) else -i  # sampled ahead, thrown away later
+            value = hash((value, token, prompt if i >= prompt else 0))
+            chain[i] = value
+        return chain[positions]
+
+    def expect(self, work, group, positions, what):
+        if len(positions) and not np.array_equal(
+            self.cells(work, group, positions), self.identity(work, positions)
+        ):
+            wrong = positions[self.cells(work, group, positions) != self.identity(work, positions)]
+            raise AssertionError(
+                f"{what} something else at tokens {wrong[:5]} of request "
+                f"{work.live.request.request_id}, which computes {work.count} from {work.start} "
+                f"(prompt {work.live.request.num_prompt_tokens}, {self.window})"
+            )
+
+    def check_pool(self):
+        """Every block is free or held, by as many as it says; no block has two uses."""
+        holders, uses = {}, {}
+        for live in self.running:
+            for group in (ARCHIVE, WINDOW):
+                for index, block in enumerate(self.server.table(live.request, group)):
+                    if not block.is_null:
+                        holders[block.block_id] = holders.get(block.block_id, 0) + 1
+                        uses.setdefault(block.block_id, set()).add((group, index))
+        blocks = self.server.manager.block_pool.blocks
+        for block_id, count in holders.items():
+            assert blocks[block_id].ref_cnt == count, f"block {block_id} has {count} holders"
+            assert len(uses[block_id]) == 1, f"block {block_id} has two uses: {uses[block_id]}"
+        held = len(holders)
+        assert self.server.free == self.pool_size - held, "blocks are neither held nor free"
