@@ -70,13 +70,29 @@ def fold_window(
 
 
 @triton.jit
-def _kept_query(p_q, m_q, p_channels, q_max, WIDTH: tl.constexpr, FP8: tl.constexpr):
-    """Some kept channels of the queries, `[WIDTH, N]`."""
-    channel = tl.load(p_channels + tl.arange(0, WIDTH))
+def _kept_query(
+    p_q, m_q, p_channels, q_max, KEPT: tl.constexpr, WIDTH: tl.constexpr, FP8: tl.constexpr
+):  # fmt: skip
+    """The queries' channels of the K chunk of `WIDTH`, `[WIDTH, N]`."""
+    WIDER: tl.constexpr = KEPT // (2 * WIDTH) * (2 * WIDTH)
+    channel = tl.load(p_channels + WIDER + tl.arange(0, WIDTH))
     q = tl.load(p_q[None, :] + channel[:, None], mask=m_q[None, :], other=0.0)
     if FP8:
         q = (q.to(tl.float32) / q_max[None, :]).to(tl.float16)
     return q
+
+
+@triton.jit
+def _add_scores(
+    s, q, k_desc, archive_ptr, page, k_offset, slot, stride_page,
+    KEPT: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Add the product of a tile of the K chunk of `WIDTH` and the queries to scores `[TILE, N]`."""
+    WIDER: tl.constexpr = KEPT // (2 * WIDTH) * (2 * WIDTH)
+    k = load_tile(k_desc, archive_ptr, page, k_offset + BLOCK * WIDER, slot, 0, stride_page, WIDTH,
+                  TILE, WIDTH, TILE, WIDTH, TMA)  # fmt: skip
+    return tl.dot(k.to(q.dtype), q, acc=s)
 
 
 @triton.jit
@@ -106,15 +122,15 @@ def fold_archive(
         q_max = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 0), 1e-30)
     # Chunks have the widths of KEPT's binary digits, widest first.
     if KEPT & 256:
-        q256 = _kept_query(p_q, m_q, p_channels, q_max, 256, FP8)
+        q256 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 256, FP8)
     if KEPT & 128:
-        q128 = _kept_query(p_q, m_q, p_channels + (KEPT & 256), q_max, 128, FP8)
+        q128 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 128, FP8)
     if KEPT & 64:
-        q64 = _kept_query(p_q, m_q, p_channels + (KEPT & 384), q_max, 64, FP8)
+        q64 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 64, FP8)
     if KEPT & 32:
-        q32 = _kept_query(p_q, m_q, p_channels + (KEPT & 448), q_max, 32, FP8)
+        q32 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 32, FP8)
     if KEPT & 16:
-        q16 = _kept_query(p_q, m_q, p_channels + (KEPT & 480), q_max, 16, FP8)
+        q16 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 16, FP8)
     DOT: tl.constexpr = tl.float16 if FP8 else q.dtype
     if FP8:
         # Weights times scales, of the order of V over 448, would leave the range of fp16.
@@ -129,31 +145,21 @@ def fold_archive(
         next_page = tl.load(p_table + tl.minimum(i + 1, last - 1) * TILE // BLOCK)
         slot = token % BLOCK
         s = tl.zeros([TILE, m.shape[0]], tl.float32)
-        offset = k_offset
         if KEPT & 256:
-            k = load_tile(k256, archive_ptr, page, offset, slot, 0, stride_page, 256,
-                          TILE, 256, TILE, 256, TMA)  # fmt: skip
-            s = tl.dot(k.to(DOT), q256, acc=s)
-            offset += BLOCK * 256
+            s = _add_scores(s, q256, k256, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 256, TILE, BLOCK, TMA)  # fmt: skip
         if KEPT & 128:
-            k = load_tile(k128, archive_ptr, page, offset, slot, 0, stride_page, 128,
-                          TILE, 128, TILE, 128, TMA)  # fmt: skip
-            s = tl.dot(k.to(DOT), q128, acc=s)
-            offset += BLOCK * 128
+            s = _add_scores(s, q128, k128, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 128, TILE, BLOCK, TMA)  # fmt: skip
         if KEPT & 64:
-            k = load_tile(k64, archive_ptr, page, offset, slot, 0, stride_page, 64,
-                          TILE, 64, TILE, 64, TMA)  # fmt: skip
-            s = tl.dot(k.to(DOT), q64, acc=s)
-            offset += BLOCK * 64
+            s = _add_scores(s, q64, k64, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 64, TILE, BLOCK, TMA)  # fmt: skip
         if KEPT & 32:
-            k = load_tile(k32, archive_ptr, page, offset, slot, 0, stride_page, 32,
-                          TILE, 32, TILE, 32, TMA)  # fmt: skip
-            s = tl.dot(k.to(DOT), q32, acc=s)
-            offset += BLOCK * 32
+            s = _add_scores(s, q32, k32, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 32, TILE, BLOCK, TMA)  # fmt: skip
         if KEPT & 16:
-            k = load_tile(k16, archive_ptr, page, offset, slot, 0, stride_page, 16,
-                          TILE, 16, TILE, 16, TMA)  # fmt: skip
-            s = tl.dot(k.to(DOT), q16, acc=s)
+            s = _add_scores(s, q16, k16, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 16, TILE, BLOCK, TMA)  # fmt: skip
         v = load_tile(v_desc, archive_ptr, page, v_offset, 0, slot, stride_page, BLOCK,
                       D_PAD, TILE, D, TILE, TMA).to(DOT)  # fmt: skip
         o_token = token + tl.arange(0, TILE)
