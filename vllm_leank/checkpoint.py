@@ -59,6 +59,21 @@ class Checkpoint:
         """`limit`, or the longest context of the model if that is shorter."""
         return min(limit, getattr(self.config, "max_position_embeddings", None) or limit)
 
+    def weight_bytes(self, itemsize: int) -> int:
+        """Bytes of the model's weights with numbers of `itemsize` bytes; reads the config only.
+
+        Raises:
+            UserError: the weights are quantised, or transformers does not know the model.
+        """
+        if getattr(self.config, "quantization_config", None):
+            raise UserError(f"{self.path}: is quantised, so its config does not tell its size")
+        try:
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(self.config)
+        except ValueError as error:
+            raise UserError(f"{self.path}: transformers cannot build this model: {error}") from None
+        return sum(weight.numel() for weight in model.parameters()) * itemsize
+
     def load(self, dtype: str = "auto", device: str | None = None) -> transformers.PreTrainedModel:
         """The model, for evaluation; `device` is by default the GPU, where there is one.
 

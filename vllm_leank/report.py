@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
+from vllm_leank.capacity import dense_capacity, leank_capacity
 from vllm_leank.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -36,12 +37,22 @@ def report(settings: Settings, num_blocks: int, length: int) -> list[str]:
         num_blocks: blocks of vLLM's pool.
         length: tokens of the request that capacity is stated for.
     """
+    plan = settings.plan
+    pool = num_blocks * plan.block_bytes
+    fit = leank_capacity(plan, settings.window, pool, length).in_decode
+    dense = dense_capacity(plan, pool, length).in_decode
+    return [
+        *describe(settings),
+        f"leank capacity: {fit:.1f} requests of {length:,} tokens in decode, {dense:.1f} dense "
+        f"({fit / dense:.2f}x), in {pool / 2**30:.2f} GiB",
+    ]
+
+
+def describe(settings: Settings) -> list[str]:
+    """The lines that need no pool: mask, window and pages."""
     mask, window, plan = settings.mask, settings.window, settings.plan
     heads = Counter(int(count) for count in mask.kept_counts.flat)
     per_count = ", ".join(f"{heads[count]} keep {count}" for count in sorted(heads))
-    pool = num_blocks * plan.block_bytes
-    fit = num_blocks / plan.blocks_in_decode(window, length)
-    dense = pool / (plan.dense_token_bytes * length)
     made_for = ""
     if (mask.sink, mask.recent) != (window.sink, window.recent):
         made_for = f" (the mask was made for {mask.sink} and {mask.recent})"
@@ -56,6 +67,4 @@ def report(settings: Settings, num_blocks: int, length: int) -> list[str]:
         f"leank window: sink {window.sink}, recent {window.recent} tokens dense{made_for}",
         f"leank cache: {archive:,} bytes per far token against {full:,} dense "
         f"({archive / full:.1%}); {kind} pages of {plan.archive_block} tokens",
-        f"leank capacity: {fit:.1f} requests of {length:,} tokens in decode, {dense:.1f} dense "
-        f"({fit / dense:.2f}x), in {pool / 2**30:.2f} GiB",
     ]

@@ -44,19 +44,26 @@ def resolve_settings(vllm_config: "VllmConfig") -> Settings:
     options = parse_options(vllm_config.additional_config)
     model = vllm_config.model_config
     mask = resolve_mask(options.mask, model.model, Geometry.from_hf_config(model.hf_text_config))
-    settings = Settings(
-        mask=mask,
-        window=_window(options, mask),
-        plan=plan_cache(
-            mask.kept_counts.tolist(),
-            mask.geometry.head_dim,
-            model.dtype.itemsize,
-            vllm_config.parallel_config.tensor_parallel_size,
-            archive_itemsize=1 if options.archive_dtype == "fp8" else None,
-        ),
-    )
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    settings = plan_settings(mask, options, model.dtype.itemsize, ranks)
     vllm_config.__dict__[_ATTACHED] = settings
     return settings
+
+
+def plan_settings(mask: Mask, options: Options, itemsize: int, tp_size: int = 1) -> Settings:
+    """The settings of a mask and options; `itemsize` is the bytes of the model's numbers.
+
+    Raises:
+        OptionError: the window is out of range.
+    """
+    plan = plan_cache(
+        mask.kept_counts.tolist(),
+        mask.geometry.head_dim,
+        itemsize,
+        tp_size,
+        archive_itemsize=1 if options.archive_dtype == "fp8" else None,
+    )
+    return Settings(mask, _window(options, mask), plan)
 
 
 def load_settings(vllm_config: "VllmConfig") -> Settings:

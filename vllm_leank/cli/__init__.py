@@ -7,7 +7,15 @@ import sys
 
 import typer
 
-from vllm_leank.cli import bench, mask, mask_compose, mask_heads, mask_learn, mask_plot
+from vllm_leank.cli import (
+    bench,
+    mask,
+    mask_compose,
+    mask_heads,
+    mask_learn,
+    mask_plot,
+    plan,
+)
 from vllm_leank.errors import UserError
 
 app = typer.Typer(
@@ -20,6 +28,7 @@ mask.app.command()(mask_learn.learn)
 mask.app.command()(mask_compose.compose)
 mask.app.command()(mask_plot.plot)
 mask.app.command()(mask_heads.heads)
+app.command()(plan.plan)
 app.add_typer(mask.app, name="mask")
 app.add_typer(bench.app, name="bench")
 

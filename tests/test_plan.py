@@ -1,0 +1,178 @@
+"""`leank plan`: what fits, from the pages that a server uses."""
+
+import json
+
+import pytest
+import typer
+from mask_samples import random_mask
+
+from vllm_leank.capacity import compare, dense_capacity, estimate_pool, leank_capacity
+from vllm_leank.checkpoint import Checkpoint
+from vllm_leank.cli.sizes import parse_size
+from vllm_leank.errors import UserError
+from vllm_leank.layout import CachePlan, plan_cache
+from vllm_leank.mask import save_mask
+from vllm_leank.window import Window
+
+
+@pytest.fixture
+def recall(leank, repo):
+    """`leank plan` for the bundled model and its mask."""
+
+    def run(*args):
+        return leank("plan", "--model", repo / "benchmarks/recall/model", *args)
+
+    return run
+
+
+def test_plan_says_what_a_server_says(recall):
+    """The README has the startup reports of this model."""
+    code, out, _ = recall("--kv-cache-memory", "1GiB", "--max-model-len", 8256, "--json")
+    assert code == 0
+    planned = json.loads(out)
+    assert planned["pool_bytes"] == 2**30
+    assert planned["window"] == {"sink": 64, "recent": 256}
+    engines = {engine["name"]: engine for engine in planned["engines"]}
+    assert [
+        (name, engine["far_token_bytes"], engine["archive_block"], round(engine["in_decode"], 1))
+        for name, engine in engines.items()
+    ] == [
+        ("vLLM", 6144, None, 21.2),
+        ("vLLM, fp8 cache", 3072, None, 42.3),
+        ("leank", 2720, 96, 43.7),
+        ("leank, fp8 archive", 1440, 160, 77.7),
+    ]
+    assert round(engines["leank"]["ratio_in_decode"], 2) == 2.07
+    assert engines["leank"]["in_prefill"] < engines["vLLM"]["in_prefill"] == pytest.approx(21.17, 1)
+
+
+def test_plan_as_a_table(recall):
+    code, out, _ = recall("--kv-cache-memory", "1GiB", "--max-model-len", 8256)
+    assert code == 0
+    assert "sink 64, recent 256: cache of 1.00 GiB" in " ".join(out.split())
+    assert "requests of 8,256 tokens that fit" in out
+    for text in ("43.7", "2.07x", "77.7", "2,720"):
+        assert text in out
+    assert "would not start" not in out
+
+
+def test_the_window_may_be_given(recall):
+    args = ["--kv-cache-memory", "1GiB", "--max-model-len", 8256, "--json"]
+    planned = json.loads(recall(*args, "--sink", 0, "--recent", 2048)[1])
+    assert planned["window"] == {"sink": 0, "recent": 2048}
+    wider, usual = planned["engines"][2], json.loads(recall(*args)[1])["engines"][2]
+    assert wider["in_decode"] < usual["in_decode"]
+
+
+def test_a_gpu_leaves_what_weights_and_vllm_do_not_take(recall, repo):
+    args = ["--gpu-memory", "8GiB", "--max-model-len", 8256, "--tp", 2, "--json"]
+    planned = json.loads(recall(*args)[1])
+    weights = Checkpoint.open(str(repo / "benchmarks/recall/model")).weight_bytes(2)
+    assert planned["weight_bytes"] == weights
+    assert planned["pool_bytes"] == int(2**33 * 0.92) - weights // 2 - 3 * 2**30
+    given = recall(*args, "--weights", "2GiB", "--other", 0, "--gpu-memory-utilization", 0.5)
+    assert json.loads(given[1])["pool_bytes"] == 2**33 // 2 - 2**30
+
+
+def test_weights_are_counted_without_loading_them(tiny_llama_dir):
+    from safetensors import safe_open
+
+    with safe_open(tiny_llama_dir / "model.safetensors", "numpy") as file:
+        stored = sum(file.get_tensor(name).size for name in file.keys())  # noqa: SIM118
+    checkpoint = Checkpoint.open(str(tiny_llama_dir))
+    assert checkpoint.weight_bytes(2) == 2 * stored
+    checkpoint.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(UserError, match="is quantised"):
+        checkpoint.weight_bytes(2)
+
+
+def test_requests_that_can_never_be_admitted_are_told(recall):
+    code, out, _ = recall("--kv-cache-memory", "80MiB", "--max-model-len", 12288)
+    assert code == 0
+    told = " ".join(out.split())
+    assert "does not fit while its prompt is computed: leank; leank, fp8 archive." in told
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give either --gpu-memory or --kv-cache-memory"),
+        (["--gpu-memory", "80GiB", "--kv-cache-memory", "8GiB"], "give either --gpu-memory"),
+        (["--gpu-memory", "2GiB"], "no memory is left for the cache"),
+        (["--gpu-memory", "lots"], "'lots' is no size"),
+        (["--kv-cache-memory", "1GiB", "--tp", 3], "--tp is 3, which neither divides 2 KV heads"),
+        (["--kv-cache-memory", "1GiB", "--sink", 30], "sink is 30, but must be 0 or a multiple"),
+        (["--kv-cache-memory", "1GiB", "--mask", "/none.yaml"], "/none.yaml"),
+    ],
+)
+def test_what_cannot_be_planned(recall, args, message):
+    code, _, err = recall("--max-model-len", 8192, *args)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
+def test_a_mask_of_another_model(recall, tiny_llama_dir, tmp_path):
+    save_mask(random_mask(tiny_llama_dir, [32, 0]), tmp_path / "m.yaml")
+    args = ["--kv-cache-memory", "1GiB", "--max-model-len", 64, "--mask", tmp_path / "m.yaml"]
+    code, _, err = recall(*args)
+    assert code == 2
+    assert "geometry is not that of" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("141GiB", 141 * 2**30),
+        ("16 GB", 16 * 10**9),
+        ("110.5gib", 221 * 2**29),
+        ("512MiB", 2**29),
+        ("7", 7),
+        ("7b", 7),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1e3", "1GiBs", "1.GiB", "1,5GB", "0x10"])
+def test_what_is_no_size(text):
+    with pytest.raises(typer.BadParameter, match="is no size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("archive_itemsize", "archive_block", "token_bytes", "requests"),
+    [(2, 64, 73_984, 47.5), (1, 128, 37_504, 89.0)],
+)
+def test_capacity_is_that_of_a_server_on_an_h200(
+    archive_itemsize, archive_block, token_bytes, requests
+):
+    """What it reported with the mask that LeanK's authors released for Llama-3.1-8B."""
+    layers = ((64,) * 8,) * 32
+    per_layer = (token_bytes // 32,) * 32
+    plan = CachePlan(layers, 128, 2, archive_itemsize, 1, archive_block, per_layer)
+    pool = parse_size("110.61GiB")
+    assert round(leank_capacity(plan, Window(128, 768), pool, 32_768).in_decode, 1) == requests
+    assert round(dense_capacity(plan, pool, 32_768).in_decode, 1) == 27.7
+
+
+def test_short_requests_gain_nothing():
+    """Within sink and recent every token is dense; only what blocks leave empty is lost."""
+    plan = plan_cache([[32, 0], [64, 32]], 64, 2)
+    both = compare(plan, Window(64, 256), 2**30, 256)
+    share = plan.dense_token_bytes * 32 / plan.block_bytes
+    assert both["leank"].in_decode == pytest.approx(both["vLLM"].in_decode * share, rel=1e-3)
+    assert both["leank"].in_decode == both["leank"].in_prefill
+
+
+def test_the_variant_in_use_does_not_matter():
+    fp8 = plan_cache([[32, 0], [64, 32]], 64, 2, archive_itemsize=1)
+    bf16 = plan_cache([[32, 0], [64, 32]], 64, 2)
+    window = Window(64, 256)
+    assert compare(fp8, window, 2**30, 8192) == compare(bf16, window, 2**30, 8192)
+
+
+def test_estimates_name_what_takes_the_memory():
+    assert estimate_pool(100, 0.9, 20, 10) == 60
+    with pytest.raises(UserError, match=r"weights \(2\.00 GiB\)"):
+        estimate_pool(2**30, 0.9, 2**31, 0)

@@ -1,0 +1,47 @@
+"""Capacity as a table and as JSON, for `leank plan` and `leank doctor`."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from vllm_leank.capacity import Capacity
+
+
+def capacity_table(capacities: dict[str, Capacity], length: int) -> Table:
+    """A row per way to keep the cache; ratios are against the first."""
+    table = Table(
+        title=f"requests of {length:,} tokens that fit", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("", no_wrap=True)
+    for name in (
+        "in\ndecode",
+        "",
+        "in\nprefill",
+        "far token\nbytes",
+        "page\ntokens",
+        "block\nbytes",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    first = next(iter(capacities.values()))
+    for name, one in capacities.items():
+        table.add_row(
+            name,
+            f"{one.in_decode:,.1f}",
+            f"{one.in_decode / first.in_decode:.2f}x",
+            f"{one.in_prefill:,.1f}",
+            f"{one.far_token_bytes:,}",
+            "" if one.archive_block is None else f"{one.archive_block}",
+            "" if one.block_bytes is None else f"{one.block_bytes:,}",
+        )
+    return table
+
+
+def capacity_json(capacities: dict[str, Capacity]) -> list[dict[str, Any]]:
+    """The table's numbers, unrounded."""
+    first = next(iter(capacities.values()))
+    return [
+        {"name": name, **asdict(one), "ratio_in_decode": one.in_decode / first.in_decode}
+        for name, one in capacities.items()
+    ]

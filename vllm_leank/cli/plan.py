@@ -1,0 +1,160 @@
+"""`leank plan`: how many requests would fit, before anything is started."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_leank.capacity import OTHER_BYTES, UTILIZATION, compare, estimate_pool
+from vllm_leank.cli.sizes import gib, parse_size
+from vllm_leank.errors import UserError
+
+if TYPE_CHECKING:
+    from vllm_leank.checkpoint import Checkpoint
+    from vllm_leank.settings import Settings
+
+_ITEMSIZE = 2
+"""Bytes of a number of the model: vLLM serves on GPUs in bfloat16 or float16."""
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="A directory with config.json, or a hub id.")],
+    max_model_len: Annotated[
+        int, typer.Option(min=1, help="Tokens of each request, prompt and answer.")
+    ],
+    mask: Annotated[
+        str | None, typer.Option(help="Mask file.", show_default="looked up by model")
+    ] = None,
+    gpu_memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="Memory of each GPU, as in 141GiB or 80GB.",
+            show_default="none",
+        ),
+    ] = None,
+    kv_cache_memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="Memory of the cache on each GPU, where it is known: instead of --gpu-memory.",
+            show_default="none",
+        ),
+    ] = None,
+    weights: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="Size of the whole model's weights.",
+            show_default="from the config, 16 bits each",
+        ),
+    ] = None,
+    other: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="What vLLM takes on each GPU beside weights and cache; it measures this at "
+            "startup, and more --max-num-batched-tokens take more.",
+            show_default=gib(OTHER_BYTES),
+        ),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(min=0, max=1, help="As given to vLLM.")
+    ] = UTILIZATION,
+    sink: Annotated[
+        int | None, typer.Option(help="First tokens that stay dense.", show_default="the mask's")
+    ] = None,
+    recent: Annotated[
+        int | None, typer.Option(help="Last tokens that stay dense.", show_default="the mask's")
+    ] = None,
+    tp: Annotated[
+        int, typer.Option("--tp", "--tensor-parallel-size", min=1, help="Tensor-parallel GPUs.")
+    ] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How many requests fit: vLLM's dense cache in 16 and 8 bits, leank's in 16 and with fp8.
+
+    Computed from the same pages that a server uses. With --kv-cache-memory exactly what its startup
+    report says; with --gpu-memory an estimate, as only vLLM can measure what it takes itself.
+    """
+    if (gpu_memory is None) == (kv_cache_memory is None):
+        raise UserError("give either --gpu-memory or --kv-cache-memory")
+    from vllm_leank.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(model)
+    settings = _settings(checkpoint, mask, sink, recent, tp)
+    facts: dict[str, Any] = {
+        "model": model,
+        "mask": {"path": str(settings.mask.path), "sha256": settings.mask.sha256},
+        "window": {"sink": settings.window.sink, "recent": settings.window.recent},
+        "tensor_parallel_size": tp,
+        "max_model_len": max_model_len,
+    }
+    pool = kv_cache_memory
+    if gpu_memory is not None:
+        weights = _weights(checkpoint) if weights is None else weights
+        other = OTHER_BYTES if other is None else other
+        pool = estimate_pool(gpu_memory, gpu_memory_utilization, weights // tp, other)
+        facts |= {"gpu_bytes": gpu_memory, "weight_bytes": weights, "other_bytes": other}
+    assert pool is not None
+    _print(settings, facts | {"pool_bytes": pool}, as_json)
+
+
+def _settings(
+    checkpoint: "Checkpoint", mask: str | None, sink: int | None, recent: int | None, tp: int
+) -> "Settings":
+    from vllm_leank.mask_resolver import resolve_mask
+    from vllm_leank.options import Options
+    from vllm_leank.settings import plan_settings
+
+    found = resolve_mask(mask, checkpoint.path, checkpoint.geometry)
+    heads = found.geometry.num_kv_heads
+    if heads % tp and tp % heads:
+        raise UserError(f"--tp is {tp}, which neither divides {heads} KV heads nor is a multiple")
+    return plan_settings(found, Options(sink=sink, recent=recent), _ITEMSIZE, tp)
+
+
+def _weights(checkpoint: "Checkpoint") -> int:
+    try:
+        return checkpoint.weight_bytes(_ITEMSIZE)
+    except UserError as error:
+        raise UserError(f"{error}; give it with --weights") from None
+
+
+def _print(settings: "Settings", facts: dict[str, Any], as_json: bool) -> None:
+    from vllm_leank.cli.capacity_table import capacity_json, capacity_table
+
+    pool, length = facts["pool_bytes"], facts["max_model_len"]
+    capacities = compare(settings.plan, settings.window, pool, length)
+    if as_json:
+        print(json.dumps(facts | {"engines": capacity_json(capacities)}, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(_sentence(facts), markup=False)
+    console.print(capacity_table(capacities, length))
+    too_long = [name for name, one in capacities.items() if one.in_prefill < 1]
+    if too_long:
+        console.print(
+            f"A request this long does not fit while its prompt is computed: {'; '.join(too_long)}."
+            " vLLM would not start; give less --max-model-len or more memory."
+        )
+
+
+def _sentence(facts: dict[str, Any]) -> str:
+    pool = gib(facts["pool_bytes"])
+    where = f" on each of {facts['tensor_parallel_size']} GPUs"
+    where = where if facts["tensor_parallel_size"] > 1 else ""
+    window = "sink {sink}, recent {recent}".format(**facts["window"])
+    how = ""
+    if "gpu_bytes" in facts:
+        how = (
+            f" (estimated: {gib(facts['gpu_bytes'])} GPU, {gib(facts['weight_bytes'])} of weights, "
+            f"{gib(facts['other_bytes'])} beside)"
+        )
+    return f"{facts['model']}, {window}: cache of {pool}{where}{how}"
