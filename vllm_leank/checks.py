@@ -12,6 +12,20 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+class RefusalError(OptionError):
+    """leank cannot serve `vllm_config`, for every one of `reasons`."""
+
+    vllm_config: "VllmConfig"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Sentence parts that say what to change."""
+        return self.args
+
+    def __str__(self) -> str:
+        return "leank cannot serve this: " + "; ".join(self.reasons)
+
+
 def check_config(vllm_config: "VllmConfig") -> None:
     """Check a whole config, and prepare it for leank if leank is selected.
 
@@ -19,7 +33,9 @@ def check_config(vllm_config: "VllmConfig") -> None:
     before any weights are loaded.
 
     Raises:
-        OptionError: leank cannot serve this config; the message lists every reason.
+        RefusalError: leank cannot serve this config; the message lists every reason.
+        OptionError: leank options are given, but leank is not selected, or the window is out of
+            range.
         MaskError: there is no mask for the model, or it is faulty.
     """
     if not compat.is_selected(vllm_config):
@@ -33,7 +49,9 @@ def check_config(vllm_config: "VllmConfig") -> None:
         return
     reasons = list(refusals(vllm_config))
     if reasons:
-        raise OptionError("leank cannot serve this: " + "; ".join(reasons))
+        refusal = RefusalError(*reasons)
+        refusal.vllm_config = vllm_config
+        raise refusal
     # Here, since every process that uses vLLM imports this module.
     from vllm_leank.settings import resolve_settings
 
@@ -55,7 +73,11 @@ def _platform(config: "VllmConfig") -> Iterator[str]:
         yield f"it runs on NVIDIA GPUs and on CPU, not on {current_platform.device_name}"
     if current_platform.is_cuda() and config.model_config.dtype.itemsize == 4:
         yield "on a GPU it computes in 16 bits: use --dtype bfloat16 or --dtype float16"
-    fp8 = parse_options(config.additional_config).archive_dtype == "fp8"
+    try:
+        fp8 = parse_options(config.additional_config).archive_dtype == "fp8"
+    except OptionError as error:
+        yield str(error)
+        return
     if fp8 and current_platform.is_cuda() and not current_platform.has_device_capability((8, 9)):
         yield (
             'the option archive_dtype "fp8" needs a GPU of compute capability 8.9 or newer: remove '

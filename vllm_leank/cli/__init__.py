@@ -9,6 +9,7 @@ import typer
 
 from vllm_leank.cli import (
     bench,
+    doctor,
     mask,
     mask_compose,
     mask_heads,
@@ -29,6 +30,7 @@ mask.app.command()(mask_compose.compose)
 mask.app.command()(mask_plot.plot)
 mask.app.command()(mask_heads.heads)
 app.command()(plan.plan)
+app.command()(doctor.doctor)
 app.add_typer(mask.app, name="mask")
 app.add_typer(bench.app, name="bench")
 

@@ -1,0 +1,174 @@
+"""`leank doctor`: what it finds where it runs, and what it says of a `vllm serve` line."""
+
+import importlib.metadata
+import json
+
+import pytest
+from mask_samples import random_mask
+from vllm.plugins import load_general_plugins
+
+from vllm_leank import compat
+from vllm_leank.environment import environment
+from vllm_leank.mask import load_mask, save_mask
+from vllm_leank.serve_line import examine
+from vllm_leank.window import Window
+
+load_general_plugins()
+
+
+@pytest.fixture
+def line(tiny_llama_dir, tmp_path):
+    """Give a function that makes a `vllm serve` line with flags and leank options."""
+    save_mask(random_mask(tiny_llama_dir, [32, 0]), tmp_path / "mask.yaml")
+
+    def make(*flags, **options):
+        options = {"mask": str(tmp_path / "mask.yaml")} | options
+        chosen = ["--attention-backend", "leank", "--skip-tokenizer-init"]
+        given = ["--additional-config", json.dumps({"leank": options})]
+        return ["vllm", "serve", str(tiny_llama_dir), *chosen, *given, *flags]
+
+    return make
+
+
+def test_everything_is_in_place_here():
+    facts = {fact.name: fact for fact in environment()}
+    assert [fact for fact in facts.values() if fact.problem] == []
+    assert facts["vllm"].value.startswith("0.32")
+    assert facts["plugin"].value == "vllm_leank.plugin:register"
+    assert facts["backend"].value == "LEANK"
+
+
+def problem_of(name):
+    return {fact.name: fact.problem for fact in environment()}[name]
+
+
+def test_a_plugin_that_vllm_leaves_out(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert problem_of("plugin") == "VLLM_PLUGINS='other' leaves it out: add leank"
+    monkeypatch.setenv("VLLM_PLUGINS", "other,leank")
+    assert problem_of("plugin") is None
+
+
+def test_a_plugin_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: ())
+    assert "not installed where vLLM is" in problem_of("plugin")
+
+
+def test_a_backend_that_is_not_registered(monkeypatch):
+    monkeypatch.setattr(compat, "BACKEND", "NONE")
+    assert "did not register" in problem_of("backend")
+
+
+def test_another_vllm(monkeypatch):
+    monkeypatch.setattr(compat, "vllm_version", lambda: "0.99.0")
+    assert "vllm-leank works with vLLM" in problem_of("vllm")
+
+
+def test_no_vllm(monkeypatch, leank):
+    monkeypatch.setattr(compat, "vllm_version", lambda: None)
+    assert "not installed" in problem_of("vllm")
+    assert [fact.name for fact in environment()][-1] == "vllm"
+    assert leank("doctor", "--", "serve", "m")[0] == 1
+
+
+def test_a_line_that_would_be_served(line, tmp_path):
+    serving = examine(line("--max-model-len", "4096", "--kv-cache-memory-bytes", "1G", sink=0))
+    assert serving.reasons == ()
+    assert serving.settings.mask.sha256 == load_mask(tmp_path / "mask.yaml").sha256
+    assert serving.settings.window == Window(0, 256)
+    assert (serving.length, serving.pool_bytes) == (4096, 2**30)
+
+
+def test_every_reason_at_once_and_the_plan_all_the_same(line):
+    flags = ["--block-size", "32", "--kv-cache-dtype", "fp8", "--disable-hybrid-kv-cache-manager"]
+    serving = examine(line(*flags))
+    assert len(serving.reasons) == 3
+    for flag in ("--kv-cache-dtype bfloat16", flags[0], flags[-1]):
+        assert any(flag in reason for reason in serving.reasons)
+    assert serving.settings.window == Window(64, 256)
+
+
+def test_faulty_options_beside_faulty_flags(line):
+    serving = examine(line("--block-size", "32", sinks=64))
+    assert len(serving.reasons) == 2
+    assert 'no option "sinks"' in serving.reasons[0]
+    assert serving.settings is None
+
+
+def test_a_missing_mask_beside_faulty_flags(line):
+    serving = examine(line("--block-size", "32", mask="/no/such.yaml"))
+    assert len(serving.reasons) == 2
+    assert "/no/such.yaml: cannot be read" in serving.reasons[1]
+    (reason,) = examine(line(mask="/no/such.yaml")).reasons
+    assert reason.startswith("/no/such.yaml: cannot be read")
+
+
+def test_lines_that_do_not_choose_leank(tiny_llama_dir):
+    plain = [str(tiny_llama_dir), "--skip-tokenizer-init"]
+    (reason,) = examine(plain).reasons
+    assert reason == "leank is not selected: add --attention-backend leank"
+    (reason,) = examine([*plain, "--additional-config", '{"leank": {}}']).reasons
+    assert reason.startswith("leank options are given, but leank is not selected")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--max-model-len", "many"], "--max-model-len"),
+        (["--max-model-len", "1000000"], "max_model_len"),
+        (["--enable-auto-tool-choice"], "requires --tool-call-parser"),
+    ],
+)
+def test_what_vllm_itself_refuses(line, flags, message):
+    (reason,) = examine(line(*flags)).reasons
+    assert reason.startswith("vLLM refuses it: ")
+    assert message in reason
+
+
+@pytest.fixture
+def doctor(leank, monkeypatch):
+    """`leank doctor` without its effect on the logs of this process's children."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    return lambda *args: leank("doctor", *args)
+
+
+def test_doctor_of_a_good_line(doctor, line):
+    flags = ["--max-model-len", "8192", "--kv-cache-memory-bytes", "1G"]
+    code, out, _ = doctor("--json", "--", *line(*flags, archive_dtype="fp8"))
+    assert code == 0
+    found = json.loads(out)
+    assert found["ok"]
+    assert found["serve"]["plan"]["archive_dtype"] == "fp8"
+    assert len(found["serve"]["engines"]) == 4
+    code, out, _ = doctor("--", *line(*flags))
+    assert code == 0
+    told = " ".join(out.split())
+    assert "leank would serve this line" in told
+    assert "leank window: sink 64, recent 256 tokens dense" in told
+    assert "requests of 8,192 tokens that fit" in told
+
+
+def test_doctor_of_a_line_that_would_be_refused(doctor, line):
+    args = line("--block-size", "32", "--disable-hybrid-kv-cache-manager")
+    code, out, _ = doctor("--", *args)
+    assert code == 1
+    told = " ".join(out.split())
+    assert "leank would not serve this line: * --block-size follows from the mask" in told
+    assert "remove --disable-hybrid-kv-cache-manager" in told
+    assert "leank mask: tests/tiny" in told
+    code, out, _ = doctor("--json", "--", *args)
+    assert code == 1
+    found = json.loads(out)
+    assert not found["ok"]
+    assert len(found["serve"]["reasons"]) == 2
+
+
+def test_doctor_without_a_line(doctor):
+    code, out, _ = doctor("--json")
+    assert code == 0
+    assert json.loads(out)["serve"] is None
+    code, out, _ = doctor()
+    assert code == 0
+    assert "vllm_leank.plugin:register" in out

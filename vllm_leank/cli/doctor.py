@@ -1,0 +1,122 @@
+"""`leank doctor`: whether everything is in place, and what a `vllm serve` line would do."""
+
+import json
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_leank import compat
+from vllm_leank.capacity import compare
+from vllm_leank.cli.sizes import gib
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vllm_leank.environment import Fact
+    from vllm_leank.serve_line import Serving
+
+
+def doctor(
+    line: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- vllm serve MODEL ...]", help="A line to look at as well."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at the installation and, without starting it, at a `vllm serve` line.
+
+    Says which mask, window and pages the line would get, and everything that would be refused. Exit
+    code 1 if leank cannot serve here, or would not serve this line.
+    """
+    # vLLM reads these when it is imported; its log would stand between our lines.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    from vllm_leank.environment import environment
+
+    facts = list(environment())
+    serving = None
+    if line and compat.vllm_version() is not None:
+        from vllm_leank.serve_line import examine
+
+        serving = examine(line)
+    ok = not any(fact.problem for fact in facts) and not (serving and serving.reasons)
+    if as_json:
+        described = None if serving is None else _describe(serving)
+        report = {"ok": ok, "environment": [asdict(fact) for fact in facts], "serve": described}
+        print(json.dumps(report, indent=2))
+    else:
+        _print(facts, serving)
+    raise typer.Exit(0 if ok else 1)
+
+
+def _describe(serving: "Serving") -> dict[str, Any]:
+    """Everything about a line, as plain values."""
+    described: dict[str, Any] = {"reasons": list(serving.reasons)}
+    if serving.settings is None:
+        return described
+    mask, window, plan = serving.settings.mask, serving.settings.window, serving.settings.plan
+    described |= {
+        "mask": {"path": str(mask.path), "sha256": mask.sha256, "model": mask.model},
+        "window": {"sink": window.sink, "recent": window.recent},
+        "plan": {
+            "archive_dtype": "fp8" if plan.is_fp8 else "auto",
+            "far_token_bytes": plan.archive_token_bytes,
+            "dense_token_bytes": plan.dense_token_bytes,
+            "archive_block": plan.archive_block,
+            "block_bytes": plan.block_bytes,
+        },
+        "max_model_len": serving.length,
+        "pool_bytes": serving.pool_bytes,
+    }
+    if serving.pool_bytes is not None and serving.length is not None:
+        from vllm_leank.cli.capacity_table import capacity_json
+
+        capacities = compare(plan, window, serving.pool_bytes, serving.length)
+        described["engines"] = capacity_json(capacities)
+    return described
+
+
+def _print(facts: list["Fact"], serving: "Serving | None") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE, show_header=False)
+    for fact in facts:
+        mark = "[red]no[/]" if fact.problem else "[green]ok[/]"
+        table.add_row(mark, fact.name, escape(fact.value))
+    console.print(table)
+    for fact in facts:
+        if fact.problem:
+            console.print(f"[red]{fact.name}:[/] {escape(fact.problem)}")
+    if serving is not None:
+        _print_serving(console, serving)
+
+
+def _print_serving(console: "Console", serving: "Serving") -> None:
+    from rich.markup import escape
+
+    from vllm_leank.cli.capacity_table import capacity_table
+    from vllm_leank.report import describe
+
+    if serving.reasons:
+        console.print("[red]leank would not serve this line:[/]")
+        for reason in serving.reasons:
+            console.print(f"  * {escape(reason)}")
+    else:
+        console.print("[green]leank would serve this line[/]")
+    if serving.settings is None:
+        return
+    for text in describe(serving.settings):
+        console.print(text, markup=False)
+    if serving.pool_bytes is None or serving.length is None:
+        console.print("leank capacity: known with --kv-cache-memory-bytes, or on a GPU")
+        return
+    plan, window = serving.settings.plan, serving.settings.window
+    capacities = compare(plan, window, serving.pool_bytes, serving.length)
+    console.print(f"\ncache of {gib(serving.pool_bytes)} on each device")
+    console.print(capacity_table(capacities, serving.length))

@@ -1,0 +1,132 @@
+"""What a `vllm serve` line would do, told without starting it."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_leank import compat
+from vllm_leank.capacity import estimate_pool
+from vllm_leank.checks import RefusalError
+from vllm_leank.errors import UserError
+from vllm_leank.settings import Settings, load_settings, resolve_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a `vllm serve` line would do.
+
+    Attributes:
+        reasons: why it would not be served by leank; none if it would.
+        settings: mask, window and plan; None where they cannot be told.
+        pool_bytes: bytes of the cache on each GPU, an estimate unless set; None where unknown.
+        length: longest request; None where no config could be made.
+    """
+
+    reasons: tuple[str, ...]
+    settings: Settings | None = None
+    pool_bytes: int | None = None
+    length: int | None = None
+
+
+def examine(arguments: Sequence[str]) -> Serving:
+    """Read a `vllm serve` line as vLLM does, up to its config; nothing is loaded or started.
+
+    `arguments` may begin with `vllm serve` or with what follows it.
+    """
+    try:
+        config = _parse(arguments)
+    except Exception as error:
+        return _refused(_cause(error))
+    if not compat.is_selected(config):
+        return Serving(("leank is not selected: add --attention-backend leank",))
+    return _serving((), config, load_settings(config))
+
+
+def _parse(arguments: Sequence[str]) -> "VllmConfig":
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.plugins import load_general_plugins
+    from vllm.usage.usage_lib import UsageContext
+
+    load_general_plugins()
+    parsed = _parse_arguments(arguments)
+    engine = AsyncEngineArgs.from_cli_args(parsed)
+    return engine.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+
+
+def _parse_arguments(arguments: Sequence[str]) -> Any:
+    """The namespace that vLLM's own command makes of the line."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    line = list(arguments)
+    for word in ("vllm", "serve"):
+        if line[:1] == [word]:
+            line.pop(0)
+    command = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="vllm")
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            parsed = parser.parse_args(["serve", *line])
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        raise ValueError(errors.getvalue().strip().rpartition("error: ")[2]) from None
+    command.validate(parsed)
+    parsed.model = parsed.model_tag or parsed.model
+    return parsed
+
+
+def _cause(error: Exception) -> Exception:
+    """What a check raised, where pydantic has wrapped it."""
+    import pydantic
+
+    if isinstance(error, pydantic.ValidationError):
+        wrapped = error.errors()[0].get("ctx", {}).get("error")
+        return wrapped if isinstance(wrapped, Exception) else error
+    return error
+
+
+def _refused(error: Exception) -> Serving:
+    """Every reason, and mask and plan all the same where they can be told."""
+    if not isinstance(error, RefusalError):
+        reason = str(error) or type(error).__name__
+        return Serving((reason if isinstance(error, UserError) else f"vLLM refuses it: {reason}",))
+    try:
+        settings = resolve_settings(error.vllm_config)
+    except UserError as problem:
+        more = () if str(problem) in error.reasons else (str(problem),)
+        return Serving((*error.reasons, *more))
+    return _serving(error.reasons, error.vllm_config, settings)
+
+
+def _serving(reasons: tuple[str, ...], config: "VllmConfig", settings: Settings) -> Serving:
+    return Serving(reasons, settings, _pool(config), config.model_config.max_model_len)
+
+
+def _pool(config: "VllmConfig") -> int | None:
+    """Bytes of the cache on each GPU, as set or estimated."""
+    from vllm.platforms import current_platform
+
+    from vllm_leank.checkpoint import Checkpoint
+
+    cache, model = config.cache_config, config.model_config
+    if cache.kv_cache_memory_bytes:
+        return int(cache.kv_cache_memory_bytes)
+    if not current_platform.is_cuda():
+        return None
+    try:
+        weights = Checkpoint.open(model.model).weight_bytes(model.dtype.itemsize)
+        return estimate_pool(
+            current_platform.get_device_total_memory(),
+            cache.gpu_memory_utilization,
+            weights // config.parallel_config.tensor_parallel_size,
+        )
+    except UserError:
+        return None
