@@ -57,6 +57,15 @@ def test_a_request_that_is_too_long_is_refused_and_the_server_lives(url):
     assert completion.choices[0].text.strip() == expected
 
 
+def test_metrics_tell_the_mask_and_what_it_saves(url):
+    metrics = httpx.get(f"{url}/metrics").text
+    (info,) = [line for line in metrics.splitlines() if line.startswith("vllm:leank_mask_info{")]
+    assert 'mask="leank/recall"' in info
+    assert info.endswith(" 1.0")
+    assert 'vllm:leank_far_token_bytes{cache="leank",model_name="recall"} 2720.0' in metrics
+    assert 'vllm:leank_far_token_bytes{cache="dense",model_name="recall"} 6144.0' in metrics
+
+
 def test_a_faulty_mask_ends_the_start_with_one_message(tmp_path):
     mask = tmp_path / "mask.yaml"
     mask.write_text("format: leank-mask/1\nmodel: leank/recall\nkeep: all\n")

@@ -53,9 +53,11 @@ def check_config(vllm_config: "VllmConfig") -> None:
         refusal.vllm_config = vllm_config
         raise refusal
     # Here, since every process that uses vLLM imports this module.
+    from vllm_leank.metrics import publish
     from vllm_leank.settings import resolve_settings
 
     resolve_settings(vllm_config)
+    compat.hook_metrics(publish)
     compat.request_prompt_lengths(vllm_config)
 
 

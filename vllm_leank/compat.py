@@ -139,6 +139,29 @@ def request_prompt_lengths(vllm_config: "VllmConfig") -> None:
     assert vllm_config.model_config.rswa_window is not None, "vLLM renamed rswa_window"
 
 
+def hook_metrics(publish: Callable[["VllmConfig", Callable[..., Any]], None]) -> None:
+    """Call `publish` with a leank server's config and vLLM's own kind of gauge, once its cache has
+    its size.
+
+    vLLM's stat logger plugins would do, but while one is installed vLLM ignores
+    `--disable-log-stats`, with leank or without. Goes when that ends.
+    """
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    if "_leank_hooked" in PrometheusStatLogger.__dict__:
+        return
+    initialized = PrometheusStatLogger.log_engine_initialized
+
+    @functools.wraps(initialized)
+    def log_engine_initialized(self: Any) -> None:
+        initialized(self)
+        if is_selected(self.vllm_config):
+            publish(self.vllm_config, self._gauge_cls)
+
+    PrometheusStatLogger.log_engine_initialized = log_engine_initialized
+    PrometheusStatLogger._leank_hooked = True
+
+
 def prompt_lengths(common: "CommonAttentionMetadata") -> "torch.Tensor | None":
     """Prompt length of each request of a step, int `[num_reqs]`; None in dummy runs."""
     return common.rswa_prefix_lens
