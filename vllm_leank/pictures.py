@@ -145,7 +145,7 @@ def save_figure(figure: Any, path: Path) -> None:
         UserError: it cannot be written.
     """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lower()[1:], dpi=120)
+    figure.savefig(buffer, format=path.suffix.lower()[1:], dpi=120, bbox_inches="tight")
     try:
         write_atomically(path, buffer.getvalue())
     except OSError as error:

@@ -17,7 +17,7 @@ SERIES = ("model", "archive_dtype", "length", "batch", "sink", "recent")
 def plot_speedup(paths: Sequence[Path], out: Path) -> None:
     """Draw the cases of result files: a panel over context length, and one over the batch.
 
-    Full lines are measured, dashed ones the bound by bytes.
+    Points on full lines are measured, dashes are the bound by bytes.
 
     Raises:
         UserError: a file is no result of `leank bench attention`, or the picture cannot be made.
@@ -26,21 +26,22 @@ def plot_speedup(paths: Sequence[Path], out: Path) -> None:
     cases = [case for path in paths for case in read_cases(path)]
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
     for axes, over in zip(figure.subplots(1, 2, sharey=True), AXES, strict=True):
         for color, (label, rows) in enumerate(series(cases, over).items()):
             xs = [row[over] for row in rows]
-            style = {"color": f"C{color % 10}", "markersize": 4}
+            style = {"color": f"C{color % 10}", "markersize": 5}
             axes.plot(xs, [row["speedup"] for row in rows], "o-", label=label, **style)
-            axes.plot(xs, [row["bound"] for row in rows], "--", linewidth=1, **style)
+            axes.plot(xs, [row["bound"] for row in rows], "_--", linewidth=1, **style)
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.set(xlabel=AXES[over], xscale="log")
         ticks = sorted({case[over] for case in cases})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    figure.supylabel("speed-up against FlashAttention (dashed: bound by bytes)", fontsize="medium")
+        # Below, where no point can be.
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.28))
+    figure.supylabel("speed-up against FlashAttention (dashes: bound by bytes)", fontsize="medium")
     save_figure(figure, out)
 
 
