@@ -2,15 +2,20 @@
 
 import importlib.metadata
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from mask_samples import random_mask
+from vllm.platforms.interface import DeviceCapability
 from vllm.plugins import load_general_plugins
 
 from vllm_leank import compat
+from vllm_leank.capacity import OTHER_BYTES
+from vllm_leank.checkpoint import Checkpoint
 from vllm_leank.environment import environment
 from vllm_leank.mask import load_mask, save_mask
-from vllm_leank.serve_line import examine
+from vllm_leank.serve_line import _pool, examine
 from vllm_leank.window import Window
 
 load_general_plugins()
@@ -124,6 +129,44 @@ def test_what_vllm_itself_refuses(line, flags, message):
     (reason,) = examine(line(*flags)).reasons
     assert reason.startswith("vLLM refuses it: ")
     assert message in reason
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What vLLM says where there is a GPU of 80 GiB."""
+    platform = SimpleNamespace(
+        is_cpu=lambda: False,
+        is_cuda=lambda: True,
+        get_device_name=lambda: "NVIDIA Fast",
+        get_device_capability=lambda: DeviceCapability(9, 0),
+        get_device_total_memory=lambda: 80 * 2**30,
+    )
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
+
+
+def test_a_gpu_is_named(gpu):
+    device = next(fact for fact in environment() if fact.name == "device")
+    assert (device.value, device.problem) == ("NVIDIA Fast, capability 9.0", None)
+
+
+def test_the_pool_of_a_gpu_is_estimated(gpu, repo):
+    model = SimpleNamespace(model=str(repo / "benchmarks/recall/model"), dtype=torch.bfloat16)
+    cache = SimpleNamespace(kv_cache_memory_bytes=None, gpu_memory_utilization=0.5)
+    config = SimpleNamespace(
+        model_config=model,
+        cache_config=cache,
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+    )
+    weights = Checkpoint.open(model.model).weight_bytes(2)
+    assert _pool(config) == 40 * 2**30 - weights - OTHER_BYTES
+    cache.gpu_memory_utilization = 0.01
+    assert _pool(config) is None
+
+
+def test_neither_a_gpu_nor_vllm_for_cpu(monkeypatch):
+    nowhere = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_name="")
+    monkeypatch.setattr("vllm.platforms.current_platform", nowhere)
+    assert "vLLM finds neither" in problem_of("device")
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ class Checkpoint:
         try:
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(self.config)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             raise UserError(f"{self.path}: transformers cannot build this model: {error}") from None
         return sum(weight.numel() for weight in model.parameters()) * itemsize
 

@@ -21,14 +21,19 @@ if TYPE_CHECKING:
 def doctor(
     line: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[-- vllm serve MODEL ...]", help="A line to look at as well."),
+        typer.Argument(
+            metavar="-- vllm serve MODEL",
+            help="A line to look at as well, with all its flags, behind two dashes.",
+            show_default="none",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look at the installation and, without starting it, at a `vllm serve` line.
 
-    Says which mask, window and pages the line would get, and everything that would be refused. Exit
-    code 1 if leank cannot serve here, or would not serve this line.
+    Says which mask, window and pages the line would get, and everything that would be refused.
+
+    Exit code 1 if leank cannot serve here, or would not serve this line.
     """
     # vLLM reads these when it is imported; its log would stand between our lines.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
