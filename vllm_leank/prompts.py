@@ -55,28 +55,38 @@ def read_samples(
     *,
     vocab_size: int,
     max_tokens: int,
+    max_samples: int | None = None,
+    room: int | None = None,
 ) -> list[Sample]:
-    """All prompts with their answers; a prompt is cut at its start to `max_tokens` with the answer.
+    """Prompts with their answers; a prompt is cut at its start to `max_tokens` with the answer.
 
     A line is as in `read_prompts`, with `"answer_token_ids"` or `"answer"` as well.
-    `tokenize_answer` gives the tokens of a text that continues another.
+    `tokenize_answer` gives the tokens of a text that continues another. Only the first
+    `max_samples` are read (None: all).
+
+    With `room`, lines may lack an answer: it is empty then, and the prompt leaves that many tokens.
 
     Raises:
         UserError: the file cannot be read, has a bad line (no answer, say), or no sample.
     """
     samples: list[Sample] = []
     for number, line in _lines(path):
+        if len(samples) == max_samples:
+            break
         try:
             value = _object(line)
             prompt = _token_ids(value, "prompt", tokenize, vocab_size)
-            answer = _token_ids(value, "answer", tokenize_answer, vocab_size)
-            if len(answer) >= max_tokens:
+            answer: list[int] = []
+            if room is None or "answer" in value or "answer_token_ids" in value:
+                answer = _token_ids(value, "answer", tokenize_answer, vocab_size)
+            rest = len(answer) or room or 0
+            if rest >= max_tokens:
                 raise UserError(
-                    f"the answer has {len(answer)} tokens; with its prompt it may have {max_tokens}"
+                    f"the answer has {rest} tokens; with its prompt it may have {max_tokens}"
                 )
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
-        samples.append(Sample(prompt[len(answer) - max_tokens :], answer))
+        samples.append(Sample(prompt[rest - max_tokens :], answer))
     if not samples:
         raise UserError(f"{path}: has no samples")
     return samples

@@ -16,6 +16,7 @@ from vllm_leank.cli import (
     mask_learn,
     mask_plot,
     plan,
+    verify,
 )
 from vllm_leank.errors import UserError
 
@@ -31,6 +32,7 @@ mask.app.command()(mask_plot.plot)
 mask.app.command()(mask_heads.heads)
 app.command()(plan.plan)
 app.command()(doctor.doctor)
+app.command()(verify.verify)
 app.add_typer(mask.app, name="mask")
 app.add_typer(bench.app, name="bench")
 

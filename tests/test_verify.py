@@ -1,0 +1,200 @@
+"""`leank verify`: its figures against the oracle, its verdicts, and what it refuses."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from byte_tokenizer import byte_tokenizer
+from mask_samples import full_mask, random_mask
+from oracle import Oracle
+from recall.demo import MODEL
+from recall.tasks import make_sample
+from transformers import AutoModelForCausalLM
+
+from vllm_leank.errors import UserError
+from vllm_leank.mask import Mask, save_mask
+from vllm_leank.mask_resolver import find_masks
+from vllm_leank.prompts import Sample
+from vllm_leank.verify import Comparison, Summary, Thresholds, Verifier
+from vllm_leank.window import Window
+
+WINDOW = Window(32, 64)
+PROMPT = torch.randint(256, (230,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_dir):
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+
+
+def compare(model, mask, answer, **options):
+    verifier = Verifier(model, mask, WINDOW, **options)
+    (comparison,) = verifier.compare([("here", Sample(PROMPT, answer))])
+    return comparison
+
+
+@pytest.mark.parametrize("answer", [[7, 3, 250, 3, 9] * 8, []])
+def test_figures_are_those_of_the_oracle(model, tiny_llama_dir, answer):
+    mask = random_mask(tiny_llama_dir, [32, 0, 16, 64])
+    found = compare(model, mask, answer, tokens=5, chunk=100)
+    full = Oracle(tiny_llama_dir, np.ones_like(mask.keep), 32, 64)
+    written = answer or full.greedy(PROMPT, 5)[0]
+    dense = full.logits(PROMPT + written, len(PROMPT))[len(PROMPT) :].log_softmax(-1)
+    pruned = Oracle(tiny_llama_dir, mask.keep, 32, 64).logits(PROMPT + written, len(PROMPT))
+    pruned = pruned[len(PROMPT) :].log_softmax(-1)
+    kl = float((dense.exp() * (dense - pruned)).sum())
+    assert kl > 0.01
+    assert found.kl == pytest.approx(kl, rel=1e-3)
+    assert found.positions == len(written)
+    assert found.agree == int((dense.argmax(-1) == pruned.argmax(-1)).sum())
+    assert (found.dense_right, found.leank_right) == ((False, False) if answer else (None, None))
+
+
+def test_a_mask_that_keeps_everything_changes_nothing(model, tiny_llama_dir):
+    found = compare(model, full_mask(tiny_llama_dir), [], tokens=4)
+    assert (found.positions, found.agree, found.kl) == (4, 4, 0)
+
+
+def test_answers_are_right_when_greedy_decoding_would_write_them(model, tiny_llama_dir):
+    mask = random_mask(tiny_llama_dir, [0])
+    dense, _ = Oracle(tiny_llama_dir, np.ones_like(mask.keep), 32, 64).greedy(PROMPT, 6)
+    pruned, _ = Oracle(tiny_llama_dir, mask.keep, 32, 64).greedy(PROMPT, 6)
+    assert dense[0] == pruned[0]
+    assert dense != pruned
+    for answer, right in (
+        (dense, (True, False)),
+        (pruned, (False, True)),
+        (dense[:1], (True,) * 2),
+    ):
+        found = compare(model, mask, answer)
+        assert (found.dense_right, found.leank_right) == right
+
+
+def test_writing_stops_at_the_end(model, tiny_llama_dir):
+    mask = full_mask(tiny_llama_dir)
+    written, _ = Oracle(tiny_llama_dir, mask.keep, 32, 64).greedy(PROMPT, 6)
+    model.generation_config.eos_token_id = [511, written[2]]
+    try:
+        assert compare(model, mask, []).positions == written.index(written[2]) + 1
+    finally:
+        model.generation_config.eos_token_id = None
+
+
+def test_summaries_and_verdicts():
+    asked = [
+        Comparison("a", 100, 10, 10, 0.2, True, True),
+        Comparison("a", 100, 10, 5, 1.8, True, False),
+        Comparison("b", 100, 20, 20, 0.0, False, True),
+        Comparison("b", 100, 10, 10, 0.0, None, None),
+    ]
+    summary = Summary.of(asked)
+    assert summary == Summary(4, 50, 0.9, 0.04, 3, 2, 2, 0.5)
+    assert Thresholds(0.9, 0.04, 0.5).judge(summary) == dict.fromkeys(
+        ("top1", "kl", "answers"), True
+    )
+    assert not any(Thresholds(0.91, 0.03, 0.51).judge(summary).values())
+    assert Thresholds(0, 1, 1).judge(Summary.of(asked[2:]))["answers"] is None
+    for bad in ((1.1, 0, 0), (0, -1, 0), (0, math.nan, 0), (0, 0, 2)):
+        with pytest.raises(UserError, match="must"):
+            Thresholds(*bad)
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tiny_llama_dir, tmp_path_factory):
+    """A random model that reads text, with a mask of nothing and one of everything beside it."""
+    directory = tmp_path_factory.mktemp("verify") / "tiny"
+    shutil.copytree(tiny_llama_dir, directory)
+    byte_tokenizer().save_pretrained(directory)
+    save_mask(full_mask(directory), directory / "full.yaml")
+    save_mask(random_mask(directory, [0]), directory / "none.yaml")
+    return directory
+
+
+ARGS = ("--needles", 2, "--max-tokens", 700, "--sink", 32, "--recent", 64, "--json")
+
+
+def test_needles_come_with_the_command(leank, with_tokenizer):
+    full, none = with_tokenizer / "full.yaml", with_tokenizer / "none.yaml"
+    code, out, _ = leank("verify", with_tokenizer, "--mask", full, *ARGS)
+    report = json.loads(out)
+    assert code == 0
+    assert report["pass"] is True
+    assert (report["top1"], report["kl"], report["answers"]) == (1, 0, 2)
+    assert report["window"] == {"sink": 32, "recent": 64}
+    assert [one["source"] for one in report["each"]] == ["needle among keys", "four needles"]
+    assert all(170 < one["prompt_tokens"] + one["positions"] <= 700 for one in report["each"])
+    # A random model knows no answer.
+    assert report["reached"] == {"top1": True, "kl": True, "answers": None}
+    assert report["notes"] == ["answers: not judged, as dense attention gets none right either"]
+
+    code, out, _ = leank("verify", with_tokenizer, "--mask", none, *ARGS)
+    report = json.loads(out)
+    assert code == 1
+    assert report["pass"] is False
+    assert report["kl"] > 0.1
+
+
+@pytest.fixture
+def recall_data(tmp_path):
+    """Two questions with answers, one without, and a prompt that has no far tokens."""
+    samples = [make_sample(task, 1024, 0) for task in ("multivalue", "tracking", "single")]
+    lines = [{"prompt_token_ids": one.prompt_token_ids} for one in samples]
+    for line, one in zip(lines[:2], samples, strict=False):
+        line["answer_token_ids"] = one.answer_token_ids
+    lines.append({"prompt": "what is bako ="})
+    path = tmp_path / "recall.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return path
+
+
+def test_the_bundled_model_passes_with_its_mask_only(leank, recall_data, tmp_path):
+    code, out, _ = leank("verify", MODEL, "--data", recall_data)
+    assert code == 0
+    for text in ("PASS", "2 of 2", "recall.jsonl: 1 prompts without", "no needles: the tokenizer"):
+        assert text in out
+    (shipped,) = find_masks(str(MODEL))
+    keep = np.random.default_rng(0).permuted(shipped.keep, axis=-1)
+    mask = Mask.from_keep(keep, shipped.geometry, model="random", provenance={"method": "random"})
+    save_mask(mask, tmp_path / "random.yaml")
+    code, out, _ = leank("verify", MODEL, "--data", recall_data, "--mask", tmp_path / "random.yaml")
+    assert code == 1
+    assert "FAIL" in out
+    assert "2 of 2" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--min-top1", "1.5"], "--min-top1 is 1.5"),
+        (["--needles", 0], "nothing to compare"),
+        (["--max-tokens", 100, "--sink", 32, "--recent", 64], "they need 128"),
+        (["--sink", 33], "sink is 33"),
+        (["--data", "missing.jsonl"], "missing.jsonl: cannot be read"),
+        (["--dtype", "int4"], "dtype is int4"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(leank, with_tokenizer, args, message):
+    code, _, err = leank("verify", with_tokenizer, "--mask", with_tokenizer / "full.yaml", *args)
+    assert code == 2
+    assert message in err
+
+
+def test_without_a_tokenizer_needles_are_refused(leank, tiny_llama_dir, with_tokenizer):
+    code, _, err = leank("verify", tiny_llama_dir, "--mask", with_tokenizer / "full.yaml")
+    assert code == 2
+    assert "cannot be loaded by transformers" in err
+
+
+def test_answers_of_all_lengths_fit(recall_data):
+    from vllm_leank.checkpoint import Checkpoint
+    from vllm_leank.verify_samples import file_samples
+
+    checkpoint = Checkpoint.open(str(MODEL))
+    samples, short = file_samples(
+        recall_data, checkpoint, WINDOW, max_samples=3, max_tokens=300, room=40
+    )
+    assert short == 0
+    assert [len(one.prompt) + len(one.answer) for _, one in samples] == [300, 300, 260]
