@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 from openai import OpenAI
+from recall import evaluate_engine
 from recall.demo import MODEL, server
 from recall.tasks import make_sample
 from transformers import AutoTokenizer
@@ -55,6 +56,12 @@ def test_a_request_that_is_too_long_is_refused_and_the_server_lives(url):
     assert reply.status_code == 400
     completion, expected = ask(url, "multikey", 1000)
     assert completion.choices[0].text.strip() == expected
+
+
+def test_the_evaluation_asks_a_running_server(url, capsys):
+    arguments = ["--base-url", url, "--samples", "2", "--lengths", "1024"]
+    assert evaluate_engine.main(arguments) == 0
+    assert f"{url}: 8 of 8 right" in capsys.readouterr().out
 
 
 def test_metrics_tell_the_mask_and_what_it_saves(url):

@@ -1,0 +1,68 @@
+"""The recall model in a vLLM engine of this process, dense or with leank."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from recall.tasks import TASKS, Sample
+from vllm_leank.settings import load_settings
+
+
+class Engine:
+    """A running engine; `right` is as in `recall.endpoint.Endpoint`."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+
+    def right(self, samples: Sequence[Sample]) -> list[bool]:
+        """Which of the samples, all of one task, are answered without a mistake, greedily."""
+        params = SamplingParams(
+            max_tokens=TASKS[samples[0].task].answer_tokens,
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        prompts = [{"prompt_token_ids": sample.prompt_token_ids} for sample in samples]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [
+            list(output.outputs[0].token_ids) == sample.answer_token_ids
+            for output, sample in zip(outputs, samples, strict=True)
+        ]
+
+    @property
+    def dtype(self) -> str:
+        """Of the model."""
+        return str(self._llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")
+
+    def mask(self) -> dict[str, Any]:
+        """The mask in use and the dense window, of an engine with leank."""
+        settings = load_settings(self._llm.llm_engine.vllm_config)
+        mask, window = settings.mask, settings.window
+        return {
+            "model": mask.model,
+            "method": mask.provenance["method"],
+            "sha256": mask.sha256,
+            "k_kept": round(mask.k_kept, 4),
+            "v_kept": round(mask.v_kept, 4),
+            "sink": window.sink,
+            "recent": window.recent,
+            "archive_dtype": "fp8" if settings.plan.is_fp8 else "auto",
+        }
+
+
+@contextmanager
+def engine(model: str, leank: dict[str, Any] | None, **arguments: Any) -> Iterator[Engine]:
+    """An engine with these arguments; `leank` has leank's options, None is vLLM's own attention."""
+    if leank is not None:
+        arguments |= {"attention_backend": "leank", "additional_config": {"leank": leank}}
+    llm = LLM(model, skip_tokenizer_init=True, enable_prefix_caching=False, **arguments)
+    try:
+        yield Engine(llm)
+    finally:
+        # The next engine needs the memory.
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
