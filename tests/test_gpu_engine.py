@@ -16,7 +16,7 @@ ON_GPU = {
     "enforce_eager": False,
     "max_model_len": 8192 + 256,
     "max_num_seqs": 32,
-    "gpu_memory_utilization": 0.3,
+    "kv_cache_memory_bytes": 8 << 30,
 }
 
 TIE = 0.05
