@@ -144,7 +144,7 @@ def attention(monkeypatch):
 def test_everything_but_the_clock(attention, mask):
     shape = attention.Shape(mask, [0, 1], 4, torch.bfloat16, ["auto", "fp8"])
     lines = []
-    measured = attention.measure(shape, [Case(3, 500, WINDOW)], lines.append, device="cpu")
+    (measured,) = attention.measure(shape, [Case(3, 500, WINDOW)], lines.append, device="cpu")
     json.dumps(measured)
     assert measured["read_limit_tb_s"] == 4
     auto, fp8 = measured["cases"]
@@ -176,7 +176,7 @@ def test_a_wrong_kernel_ends_the_benchmark(attention, mask, monkeypatch, wrong):
     monkeypatch.setattr(attention, "decode_call", lambda *arguments: partial(broken, *arguments))
     shape = attention.Shape(mask, [0], 4, torch.bfloat16, ["auto"])
     with pytest.raises(results.CorrectnessError, match=r"leank, layer 0, .*relative RMS"):
-        attention.measure(shape, [Case(3, 500, WINDOW)], print, device="cpu")
+        next(attention.measure(shape, [Case(3, 500, WINDOW)], print, device="cpu"))
 
 
 def test_query_heads_must_fit(attention, mask):

@@ -101,8 +101,11 @@ class Shape:
 
 def measure(
     shape: Shape, cases: Sequence[Case], tell: Callable[[str], None], device: str = "cuda"
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Measure all cases; `tell` gets a line on what is done now and then.
+
+    Yields:
+        All that has been measured, after each case.
 
     Raises:
         CorrectnessError: a kernel's output is wrong.
@@ -110,8 +113,10 @@ def measure(
     torch.manual_seed(0)
     limit = read_limit(torch.device(device))
     tell(f"read limit: {limit / 1e12:.2f} TB/s")
-    measured = [one for case in cases for one in _measure_case(shape, case, limit, device, tell)]
-    return {"shape": shape.as_dict(), "read_limit_tb_s": limit / 1e12, "cases": measured}
+    measured: list[dict[str, Any]] = []
+    for case in cases:
+        measured += _measure_case(shape, case, limit, device, tell)
+        yield {"shape": shape.as_dict(), "read_limit_tb_s": limit / 1e12, "cases": measured}
 
 
 def _measure_case(

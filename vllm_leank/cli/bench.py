@@ -55,7 +55,8 @@ def attention(
 ) -> None:
     """Time the decode kernel on a mask's layers beside FlashAttention in bf16 and fp8.
 
-    Needs an NVIDIA GPU. Nothing is reported unless the kernels give the reference's results.
+    Needs an NVIDIA GPU. Nothing is reported unless the kernels give the reference's results. The
+    file of --out is written anew after each case.
     """
     from vllm_leank.bench.cases import parse_case, parse_layers
     from vllm_leank.bench.machine import require_gpu
@@ -78,13 +79,14 @@ def attention(
 
     archive_dtypes = ["auto", "fp8"] if archive_dtype == "both" else [archive_dtype]
     shape = Shape(loaded, chosen, query_heads, DTYPES[dtype], archive_dtypes)
-    measured = measure(shape, cases, tell=lambda line: print(line, file=sys.stderr, flush=True))
-    results = header(ATTENTION, commit)
-    results |= {"seconds": round(time.monotonic() - begin, 1), "mask": describe_mask(loaded)}
-    results |= measured
+    results = header(ATTENTION, commit) | {"mask": describe_mask(loaded)}
+    for measured in measure(
+        shape, cases, tell=lambda line: print(line, file=sys.stderr, flush=True)
+    ):
+        results |= {"seconds": round(time.monotonic() - begin, 1)} | measured
+        if out is not None:
+            save_results(results, out)
     print_attention(results)
-    if out is not None:
-        save_results(results, out)
 
 
 @app.command()
