@@ -59,7 +59,7 @@ def all_threads():
 
 
 def test_the_shipped_mask_prunes_70_percent(shipped):
-    assert shipped.provenance["method"] == "calibrate"
+    assert shipped.provenance["method"] == "learn"
     assert shipped.k_kept <= 0.3
 
 

@@ -12,6 +12,8 @@ from recall.demo import MODEL, server
 from recall.tasks import make_sample
 from transformers import AutoTokenizer
 
+from vllm_leank.mask_resolver import find_masks
+
 pytestmark = pytest.mark.engine
 
 
@@ -69,7 +71,9 @@ def test_metrics_tell_the_mask_and_what_it_saves(url):
     (info,) = [line for line in metrics.splitlines() if line.startswith("vllm:leank_mask_info{")]
     assert 'mask="leank/recall"' in info
     assert info.endswith(" 1.0")
-    assert 'vllm:leank_far_token_bytes{cache="leank",model_name="recall"} 2720.0' in metrics
+    (shipped,) = find_masks(str(MODEL))
+    far = 6144 * shipped.far_bytes_share
+    assert f'vllm:leank_far_token_bytes{{cache="leank",model_name="recall"}} {far}' in metrics
     assert 'vllm:leank_far_token_bytes{cache="dense",model_name="recall"} 6144.0' in metrics
 
 
