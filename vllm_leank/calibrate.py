@@ -16,8 +16,7 @@ The score of a channel is the product of its share in its head's energy and of i
 Raw energies (squared logits) cannot compare heads: large logits do not make a head useful. Shares
 alone give all heads nearly the same budget, also those that look at recent tokens only. With the
 far mass, heads that do not look far drop to no channels and save their V, too. What it does not
-see is how much the far values change the output. `benchmarks/recall/study.py` compares these
-rules.
+see is how much the far values change the output. `docs/accuracy.md` compares these rules.
 
 Queries count by the tokens they stand at: with `query_tokens`, the last ones of each prompt. They
 should be answers, as those are what reads pruned tokens when a model is served.

@@ -2,10 +2,10 @@
 
     PYTHONPATH=benchmarks python -m recall.importance --out results.json
 
-Channels are scored as `leank mask calibrate` does it, once per task and half of its samples. Compared
-are scores of two tasks, and of the two halves of one task, which is as alike as they can be: Pearson's
-correlation over all channels of the model, Spearman's within each head (mean over the heads that look
-far at all), and how much two masks at 70% have in common, as intersection over union.
+Channels are scored as `leank mask calibrate` does it, once per task and half of its samples.
+Compared are scores of two tasks, and of the two halves of one task, which is as alike as they can
+be: Pearson's correlation over all channels of the model, Spearman's within each head (mean over
+the heads that look far at all), and how much two masks have in common (intersection over union).
 """
 
 import argparse
@@ -46,9 +46,7 @@ def compare(one: HeadStatistics, two: HeadStatistics, ratio: float) -> dict[str,
     scores = one.scores(), two.scores()
     looking = (one.far_mass > FAR_MASS) & (two.far_mass > FAR_MASS)
     first, second = (score[looking] for score in scores)
-    ranks = [
-        np.corrcoef(rank(a), rank(b))[0, 1] for a, b in zip(first, second, strict=True)
-    ]
+    ranks = [np.corrcoef(rank(a), rank(b))[0, 1] for a, b in zip(first, second, strict=True)]
     kept = [select_channels(score, ratio, 32) for score in scores]
     return {
         "pearson": round(float(np.corrcoef(*(score.ravel() for score in scores))[0, 1]), 4),

@@ -3,8 +3,8 @@
     PYTHONPATH=benchmarks python -m recall.learn_study --masks masks-learned
 
 Stage 1 runs once for each weight of the regulariser, and from its end stage 2 for each ratio. All
-masks are then measured as in `recall.study`: dense prompts, answers with pruned far tokens, whole
-answers greedily right.
+masks are then measured as in `recall.pruned_answers`: dense prompts, answers with pruned far
+tokens, whole answers greedily right.
 
 Training samples come from the training split, tasks in turn. Compared are
 
@@ -32,7 +32,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from recall.evaluate import head_commit, machine
-from recall.study import SEEDS, calibration_prompts, count_exact, kept_shares, report
+from recall.pruned_answers import (
+    SEEDS,
+    calibration_prompts,
+    count_exact,
+    kept_shares,
+    report,
+)
 from recall.tasks import TASKS, make_sample
 from vllm_leank.baselines import global_energy, random_channels, slow_heads, uniform_energy
 from vllm_leank.calibrate import measure_heads

@@ -1,6 +1,6 @@
 """Draw what `recall.learn_study` measured; needs matplotlib.
 
-    PYTHONPATH=benchmarks python -m recall.plot_study --out docs/images/accuracy.png
+PYTHONPATH=benchmarks python -m recall.plot_study --out docs/images/accuracy.png
 """
 
 import argparse
