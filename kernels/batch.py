@@ -1,10 +1,14 @@
 """What a step's kernels read: the requests, their lengths, and where their pages are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
+
+MAX_DECODE_QUERIES = 16
+"""Queries after its prompt, at most, that a request may have in a step to be decoded: each as if it
+were a request. More of them share what they read (`extend`)."""
 
 
 class Row(NamedTuple):
@@ -38,10 +42,12 @@ class Batch:
             stale: only the window rule says which may be read.
         archive_table: `[num_reqs, max_blocks]`, page of each `archive_block` tokens.
         slots: `[num_tokens]`, where each new token goes: window page * 32 + offset, -1 for padding.
+        in_prompt: `[num_reqs]` or shorter, bool, on the host: whether tokens of the prompt may be
+            among the queries. Decides how they are computed, not what they read.
         max_query_len: most queries of a request.
         max_seq_len: largest of `seq_lens`, or more.
 
-    All are int32 tensors (slots int64), but for the last two.
+    All are int32 tensors (slots int64), but for the last three.
     """
 
     query_start_loc: torch.Tensor
@@ -51,6 +57,7 @@ class Batch:
     window_table: torch.Tensor
     archive_table: torch.Tensor
     slots: torch.Tensor
+    in_prompt: torch.Tensor
     max_query_len: int
     max_seq_len: int
 
@@ -61,16 +68,25 @@ class Batch:
 
     @cached_property
     def num_decodes(self) -> int:
-        """Requests at the beginning that have one query at most."""
+        """Requests at the beginning that are decoded: with one query at most, or with a few after
+        the prompt, as speculative decoding has them.
+        """
         if self.max_query_len <= 1:
             return self.num_reqs
-        longer = self.query_start_loc_cpu.diff() > 1
-        return int(longer.int().argmax())
+        queries = self.query_start_loc_cpu.diff()
+        others = queries > MAX_DECODE_QUERIES
+        others[: len(self.in_prompt)] |= self.in_prompt & (queries[: len(self.in_prompt)] > 1)
+        return int(others.int().argmax()) if others.any() else self.num_reqs
 
     @cached_property
     def decodes(self) -> "Batch":
-        """The requests at the beginning that have one query at most."""
-        return self._part(0, self.num_decodes, 1)
+        """The queries of the requests that are decoded, as requests of one query each."""
+        if self.max_query_len <= 1:
+            return self
+        part = self._part(0, self.num_decodes, self.max_query_len)
+        if not (part.query_start_loc_cpu.diff() > 1).any():
+            return replace(part, max_query_len=1)
+        return part._per_query()
 
     @cached_property
     def extends(self) -> "Batch":
@@ -103,14 +119,33 @@ class Batch:
         )
 
     def _part(self, first: int, last: int, max_query_len: int) -> "Batch":
-        return Batch(
+        return replace(
+            self,
             query_start_loc=self.query_start_loc[first : last + 1],
             query_start_loc_cpu=self.query_start_loc_cpu[first : last + 1],
             seq_lens=self.seq_lens[first:last],
             exact_until=self.exact_until[first:last],
             window_table=self.window_table[first:last],
             archive_table=self.archive_table[first:last],
-            slots=self.slots,
+            in_prompt=self.in_prompt[first:last],
             max_query_len=max_query_len,
-            max_seq_len=self.max_seq_len,
+        )
+
+    def _per_query(self) -> "Batch":
+        """Each query as a request that ends with it; the device is not waited for."""
+        queries = int(self.query_start_loc_cpu[-1])
+        start = self.query_start_loc
+        index = torch.arange(queries + 1, dtype=start.dtype, device=start.device)
+        row = torch.arange(self.num_reqs, device=start.device)
+        row = row.repeat_interleave(start.diff(), output_size=queries)
+        return replace(
+            self,
+            query_start_loc=index,
+            query_start_loc_cpu=torch.arange(queries + 1, dtype=self.query_start_loc_cpu.dtype),
+            seq_lens=self.seq_lens[row] - (start[row + 1] - 1 - index[:-1]),
+            exact_until=self.exact_until[row],
+            window_table=self.window_table[row],
+            archive_table=self.archive_table[row],
+            in_prompt=self.in_prompt[:0],
+            max_query_len=1,
         )

@@ -11,6 +11,7 @@ from functools import cache
 from heapq import heapify, heapreplace
 
 import torch
+from vllm_leank.kernels.batch import MAX_DECODE_QUERIES
 
 from vllm_leank.layout import CacheLayout
 
@@ -38,7 +39,7 @@ EXTEND_COLUMNS = 64
 
 COMPACT_PROGRAMS = 1024, 32768
 """Programs of a compaction launch at most, unless there are more requests and heads: in a step of
-one token each, where a prompt seldom ends, and in other steps, where idle programs cost little."""
+few tokens each, where a prompt seldom ends, and in other steps, where idle programs cost little."""
 
 
 @dataclass(frozen=True)
@@ -138,5 +139,5 @@ def compact_programs(num_reqs: int, num_kv_heads: int, max_query_len: int) -> in
     any other request one or none.
     """
     decode, prefill = COMPACT_PROGRAMS
-    most = decode if max_query_len == 1 else prefill
+    most = decode if max_query_len <= MAX_DECODE_QUERIES else prefill
     return max(min(most // (num_reqs * num_kv_heads), 64), 1)

@@ -176,6 +176,12 @@ class CacheBuilder:
             window_table=self._table([request.window_row for request, _ in work], padded_rows),
             archive_table=self._table([request.archive_row for request, _ in work], padded_rows),
             slots=torch.tensor(slots + [-1] * padded_tokens, device=self._device),
+            in_prompt=torch.tensor(
+                [
+                    tokens.start < request.prompt
+                    for (request, _), tokens in zip(work, ranges, strict=True)
+                ]
+            ),
             max_query_len=max(map(len, ranges)),
             max_seq_len=max(request.computed for request, _ in work),
         )

@@ -5,6 +5,7 @@ from engines import engine
 from mask_samples import full_mask
 from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
+from speculation import NGRAM, prompts, watch
 
 from vllm_leank.mask import save_mask
 from vllm_leank.mask_resolver import find_masks
@@ -29,6 +30,14 @@ def runner(request, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", request.param)
 
 
+def assert_same_up_to_ties(*answers):
+    for (some, some_logprobs), (others, others_logprobs) in zip(*answers, strict=True):
+        first = next((i for i in range(len(some)) if some[i] != others[i]), None)
+        # From a tie on, the two go different ways.
+        compared = slice(0, None if first is None else first + 1)
+        assert some_logprobs[compared] == pytest.approx(others_logprobs[compared], abs=TIE)
+
+
 def test_a_full_mask_answers_like_flash_attention(runner, tmp_path):
     """Lengths around pages, chunked prompts, and requests that come and go."""
     prompts = [
@@ -42,11 +51,22 @@ def test_a_full_mask_answers_like_flash_attention(runner, tmp_path):
     for arguments in ({"attention_backend": "FLASH_ATTN"}, {"mask": mask}):
         with engine(MODEL, **ON_GPU, **arguments, max_num_batched_tokens=2048) as running:
             answers.append(running.generate(prompts, 160))
-    for (dense, dense_logprobs), (leank, leank_logprobs) in zip(*answers, strict=True):
-        first = next((i for i in range(len(dense)) if dense[i] != leank[i]), None)
-        # From a tie on, the two go different ways.
-        compared = slice(0, None if first is None else first + 1)
-        assert dense_logprobs[compared] == pytest.approx(leank_logprobs[compared], abs=TIE)
+    assert_same_up_to_ties(*answers)
+
+
+def test_speculation_changes_no_answer(runner):
+    """Drafts from the text, a few of them wrong, over the archive."""
+    (mask,) = find_masks(str(MODEL))
+    answers = []
+    for config in (None, NGRAM):
+        with engine(
+            MODEL, mask.path, sink=32, recent=64, speculative_config=config, **ON_GPU
+        ) as running:
+            seen = watch(running)
+            answers.append(running.generate(prompts(), 200))
+    assert min(seen["accepted"], seen["rejected"]) > 100
+    assert seen["rolled back"] > 5
+    assert_same_up_to_ties(*answers)
 
 
 def test_two_starts_answer_alike():

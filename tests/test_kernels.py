@@ -31,14 +31,15 @@ def serve(builder):
     long, short = builder.add(120, 170), builder.add(20, 140)
     yield builder.step([(long, 119)])
     yield builder.step([(long, 1), (short, 120)], padded_rows=1, padded_tokens=2)
-    yield builder.step([(long, 40)])
+    yield builder.step([(long, 38)])
+    yield builder.step([(long, 5), (short, 3)], padded_rows=1, padded_tokens=2)
     yield builder.step([(long, 1), (short, 1)], padded_rows=1, padded_tokens=1)
 
 
 def attend(query, output, cache, batch, scale):
     """The kernels together. Exact prefill is FlashAttention's: the reference stands in for it."""
-    n = batch.num_decodes
-    if n < batch.num_reqs:
+    decodes = batch.decodes
+    if batch.num_decodes < batch.num_reqs:
         reference.attend(query, output, cache, batch.extends, scale)
         after_prompt = torch.zeros(len(query), dtype=torch.bool)
         for row in batch.extends.rows:
@@ -46,7 +47,8 @@ def attend(query, output, cache, batch, scale):
             after_prompt[row.queries.start + exact : row.queries.stop] = True
         output[after_prompt] = float("nan")
         extend.extend(query, output, cache, batch.extends, scale)
-    decode.decode(query[:n], output, cache, batch.decodes, scale)
+    if decodes.num_reqs:
+        decode.decode(query[: decodes.num_reqs], output, cache, decodes, scale)
 
 
 KERNELS = SimpleNamespace(store=store.store, compact=store.compact, attend=attend)

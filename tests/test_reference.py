@@ -18,11 +18,15 @@ def mixed(head_dim):
 
 
 def serve(builder):
-    """Steps of a server: chunks of prompts, decode and replayed answers side by side."""
-    long, short, tiny = builder.add(310, 330), builder.add(20, 240), builder.add(1, 120)
+    """Steps of a server: chunks of prompts, decode, a few tokens at once as speculative decoding
+    has them, and replayed answers, side by side.
+    """
+    long, short, tiny = builder.add(310, 330), builder.add(20, 270), builder.add(1, 120)
     yield builder.step([(long, 70), (short, 10)])
     yield builder.step([(long, 239), (short, 190), (tiny, 1)], padded_rows=2, padded_tokens=3)
     yield builder.step([(tiny, 100), (long, 1), (short, 1)])
+    yield builder.step([(long, 3), (short, 16), (tiny, 2)], padded_rows=1, padded_tokens=2)
+    yield builder.step([(tiny, 1), (long, 2), (short, 12)])  # across a boundary
     yield builder.step([(long, 1), (short, 33), (tiny, 1)], padded_rows=1)
     for _ in range(3):
         yield builder.step([(short, 1), (long, 1), (tiny, 1)], padded_tokens=5)
@@ -179,6 +183,7 @@ def test_a_step_without_requests_does_nothing():
         window_table=torch.zeros(3, 4, dtype=torch.int32),
         archive_table=torch.zeros(3, 4, dtype=torch.int32),
         slots=torch.full((6,), -1),
+        in_prompt=torch.empty(0, dtype=torch.bool),
         max_query_len=0,
         max_seq_len=0,
     )

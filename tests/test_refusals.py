@@ -89,16 +89,6 @@ FLAGS = {
         {"attention_config": {"backend_per_kind": {"full_attention": "LEANK"}}},
         "remove backend_per_kind",
     ),
-    "speculation": (
-        {
-            "speculative_config": {
-                "method": "ngram",
-                "num_speculative_tokens": 2,
-                "prompt_lookup_max": 2,
-            }
-        },
-        "remove --speculative-config",
-    ),
     "KV connector": (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
         "remove --kv-transfer-config",
@@ -116,6 +106,21 @@ def test_flags(tiny_llama_dir, mask_file, flags, message):
         flags = {"attention_backend": None} | flags
     with pytest.raises(ValueError, match="(?s)leank cannot serve this.*" + escape(message)):
         config_of(tiny_llama_dir, {"mask": str(mask_file)}, **flags)
+
+
+def test_a_draft_model(tiny_llama_dir, mask_file):
+    speculation = {"model": str(tiny_llama_dir), "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match="method draft_model drafts with attention layers of its"):
+        config_of(tiny_llama_dir, {"mask": str(mask_file)}, speculative_config=speculation)
+
+
+def test_more_drafts_than_are_dense(tiny_llama_dir, mask_file):
+    speculation = {"method": "ngram", "num_speculative_tokens": 33}
+    options = {"mask": str(mask_file), "recent": 32}
+    with pytest.raises(ValueError, match="recent is 32, but must be at least the 33 of num_spec"):
+        config_of(tiny_llama_dir, options, speculative_config=speculation)
+    speculation["num_speculative_tokens"] = 32
+    config_of(tiny_llama_dir, options, speculative_config=speculation)
 
 
 def test_batch_invariant_mode(tiny_llama_dir, mask_file, monkeypatch):

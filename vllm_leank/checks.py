@@ -11,6 +11,9 @@ from vllm_leank.options import OptionError, given_options, parse_options
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+DRAFTERS_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
+"""Speculative methods that take their drafts from text."""
+
 
 class RefusalError(OptionError):
     """leank cannot serve `vllm_config`, for every one of `reasons`."""
@@ -56,9 +59,20 @@ def check_config(vllm_config: "VllmConfig") -> None:
     from vllm_leank.metrics import publish
     from vllm_leank.settings import resolve_settings
 
-    resolve_settings(vllm_config)
+    settings = resolve_settings(vllm_config)
+    _check_drafts(vllm_config, settings.window.recent)
     compat.hook_metrics(publish)
     compat.request_prompt_lengths(vllm_config)
+
+
+def _check_drafts(vllm_config: "VllmConfig", recent: int) -> None:
+    """Drafts that may be rejected must not leave the dense window in the step that checks them."""
+    speculation = vllm_config.speculative_config
+    if speculation is not None and (drafts := speculation.num_speculative_tokens) > recent:
+        raise OptionError(
+            f"leank option recent is {recent}, but must be at least the {drafts} of "
+            "num_speculative_tokens: drafts must stay in the dense window"
+        )
 
 
 def refusals(vllm_config: "VllmConfig") -> Iterator[str]:
@@ -131,7 +145,7 @@ def _options(config: "VllmConfig") -> Iterator[str]:
     if cache.user_specified_block_size:
         yield "--block-size follows from the mask: remove the flag"
     if config.speculative_config is not None:
-        yield "speculative decoding is not supported yet: remove --speculative-config"
+        yield from _speculation(config)
     if config.kv_transfer_config is not None:
         yield "KV connectors are not supported: remove --kv-transfer-config"
     if parallel.decode_context_parallel_size > 1:
@@ -144,3 +158,12 @@ def _options(config: "VllmConfig") -> Iterator[str]:
         yield "it has two cache groups: remove --disable-hybrid-kv-cache-manager"
     if envs.VLLM_BATCH_INVARIANT:
         yield "batch-invariant mode is not supported: unset VLLM_BATCH_INVARIANT"
+
+
+def _speculation(config: "VllmConfig") -> Iterator[str]:
+    speculation = config.speculative_config
+    if speculation.method not in DRAFTERS_WITHOUT_LAYERS:
+        yield (
+            f"the speculative method {speculation.method} drafts with attention layers of its own, "
+            "for which there is no mask: use the method ngram or suffix in --speculative-config"
+        )

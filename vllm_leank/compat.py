@@ -167,6 +167,18 @@ def prompt_lengths(common: "CommonAttentionMetadata") -> "torch.Tensor | None":
     return common.rswa_prefix_lens
 
 
+def prompt_requests(common: "CommonAttentionMetadata") -> "torch.Tensor":
+    """Whether each request of a step may be in its prompt, bool on the host, `[num_reqs]` without
+    padding; empty in dummy runs.
+    """
+    import torch
+
+    if common.is_prefilling is None:
+        return torch.empty(0, dtype=torch.bool)
+    assert common.is_prefilling.device.type == "cpu", "vLLM moved is_prefilling to the device"
+    return common.is_prefilling
+
+
 def limit_block_hashes(request: "Request", count: int) -> None:
     """Keep the first `count` block hashes of a request, and have it make no more.
 

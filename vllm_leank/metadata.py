@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from vllm_leank.compat import prompt_lengths
+from vllm_leank.compat import prompt_lengths, prompt_requests
 from vllm_leank.kernels.batch import Batch
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class PagesMetadata(AttentionMetadata):
                 window_table=window.common.block_table_tensor,
                 archive_table=common.block_table_tensor,
                 slots=window.common.slot_mapping,
+                in_prompt=prompt_requests(common),
                 max_query_len=common.max_query_len,
                 max_seq_len=common.max_seq_len,
             )

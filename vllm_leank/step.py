@@ -53,19 +53,20 @@ def _attend_gpu(
     from vllm_leank.kernels.extend import extend
     from vllm_leank.kernels.store import compact, store, update
 
-    num_decodes = batch.num_decodes
-    if num_decodes == batch.num_reqs:
+    decodes = batch.decodes
+    if batch.max_query_len <= 1:
         update(key, value, cache, batch)
-        decode(query[:num_decodes], output, cache, batch, scale)
+        decode(query[: decodes.num_reqs], output, cache, decodes, scale)
         return
     store(key, value, cache, batch)
     compact(cache, batch)
-    # First all of these queries as if they belonged to the prompt, then, again, those that do not:
-    # only the device knows which. Few steps have any.
-    _attend_exact(query, output, cache, batch.extends, scale)
-    extend(query, output, cache, batch.extends, scale)
-    if num_decodes:
-        decode(query[:num_decodes], output, cache, batch.decodes, scale)
+    if batch.num_decodes < batch.num_reqs:
+        # First all of these queries as if they belonged to the prompt, then, again, those that do
+        # not: only the device knows which. Few steps have any.
+        _attend_exact(query, output, cache, batch.extends, scale)
+        extend(query, output, cache, batch.extends, scale)
+    if decodes.num_reqs:
+        decode(query[: decodes.num_reqs], output, cache, decodes, scale)
 
 
 def _attend_exact(

@@ -102,6 +102,7 @@ def _batch(case: Case, window_table: torch.Tensor, archive_table: torch.Tensor) 
         window_table=window_table,
         archive_table=archive_table,
         slots=torch.full((case.batch,), -1, device=device),
+        in_prompt=torch.zeros(case.batch, dtype=torch.bool),
         max_query_len=1,
         max_seq_len=case.length,
     )

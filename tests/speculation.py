@@ -1,0 +1,71 @@
+"""Engines with speculative decoding, and what becomes of their drafts."""
+
+import random
+from collections import Counter
+
+from engines import engine
+from recall.demo import MODEL
+
+from vllm_leank.mask_resolver import find_masks
+
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 6,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
+SINK, RECENT = 32, 64
+
+
+def prompts():
+    """Texts that repeat themselves, not always exactly: the model goes on likewise, and drafts are
+    right and wrong. Lengths lie around pages and boundaries.
+    """
+    rng = random.Random(0)
+    texts = []
+    for length in (40, 97, 128, 200, 255, 300, 416, 777):
+        period = [rng.randrange(100, 4000) for _ in range(rng.randrange(10, 40))]
+        text = []
+        while len(text) < length:
+            text += [rng.randrange(100, 4000) if rng.random() < 0.06 else t for t in period]
+        texts.append(text[:length])
+    return texts
+
+
+def watch(running):
+    """What becomes of drafts from now on; `rolled back` are steps whose rejected drafts had moved
+    the boundary.
+    """
+    scheduler, seen = running.scheduler, Counter()
+    make_stats = scheduler.make_spec_decoding_stats
+
+    def count(stats, *, num_draft_tokens, num_accepted_tokens, request_id, **rest):
+        computed = scheduler.requests[request_id].num_computed_tokens
+        rejected = num_draft_tokens - num_accepted_tokens
+        boundary = running.window.boundary
+        seen["accepted"] += num_accepted_tokens
+        seen["rejected"] += rejected
+        seen["rolled back"] += boundary(computed + rejected) > boundary(computed)
+        return make_stats(
+            stats,
+            num_draft_tokens=num_draft_tokens,
+            num_accepted_tokens=num_accepted_tokens,
+            request_id=request_id,
+            **rest,
+        )
+
+    scheduler.make_spec_decoding_stats = count
+    return seen
+
+
+def answers(speculation, arguments):
+    """Tokens and log-probabilities, what became of drafts, and preemptions, of an engine."""
+    (mask,) = find_masks(str(MODEL))
+    with engine(
+        MODEL, mask.path, sink=SINK, recent=RECENT, max_model_len=1024,
+        speculative_config=speculation, **arguments,
+    ) as running:  # fmt: skip
+        seen = watch(running)
+        preempted = running.watch_preemptions()
+        results = running.generate(prompts(), 160)
+        return results, seen, len(preempted)
