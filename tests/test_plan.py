@@ -39,10 +39,10 @@ def test_plan_says_what_a_server_says(recall):
     ] == [
         ("vLLM", 6144, None, 21.2),
         ("vLLM, fp8 cache", 3072, None, 42.3),
-        ("leank", 2720, 96, 43.7),
-        ("leank, fp8 archive", 1440, 160, 77.7),
+        ("leank", 2464, 96, 48.3),
+        ("leank, fp8 archive", 1312, 160, 85.2),
     ]
-    assert round(engines["leank"]["ratio_in_decode"], 2) == 2.07
+    assert round(engines["leank"]["ratio_in_decode"], 2) == 2.28
     assert engines["leank"]["in_prefill"] < engines["vLLM"]["in_prefill"] == pytest.approx(21.17, 1)
 
 
@@ -51,7 +51,7 @@ def test_plan_as_a_table(recall):
     assert code == 0
     assert "sink 64, recent 256: cache of 1.00 GiB" in " ".join(out.split())
     assert "requests of 8,256 tokens that fit" in out
-    for text in ("43.7", "2.07x", "77.7", "2,720"):
+    for text in ("48.3", "2.28x", "85.2", "2,464"):
         assert text in out
     assert "would not start" not in out
 
