@@ -8,11 +8,13 @@ A failure names the seeds; `Arena(seed, model)` and `Arena.scenario(seed)` repla
 """
 
 import random
+from collections import Counter
 from contextlib import contextmanager
 
 from engines import engine
 from mask_samples import random_mask
 from oracle import Oracle
+from speculation import watch
 from vllm import SamplingParams
 
 SINK, RECENT = 32, 64
@@ -95,8 +97,8 @@ class Arena:
 
 
 @contextmanager
-def arena(seed, model):
-    """An engine drawn from a seed."""
+def arena(seed, model, speculation=None):
+    """An engine drawn from a seed, with vLLM's `speculative_config` if given."""
     chance = random.Random(seed)
     mask = random_mask(model, list(chance.choice(KEPT)), seed=seed)
     chunk = chance.choice((32, 50, 128, 512))
@@ -105,8 +107,21 @@ def arena(seed, model):
         "max_num_seqs": 8,
         "enable_prefix_caching": chance.random() < 0.7,
         "max_num_batched_tokens": chunk,
+        "speculative_config": speculation,
     }
     # Room for one request of full length, for a little more, or for all.
     options["num_gpu_blocks_override"] = chance.choice((26, 32, 250))
     with engine(model, mask, sink=SINK, recent=RECENT, **options) as running:
         yield Arena(seed, running, Oracle(model, mask.keep, SINK, RECENT))
+
+
+def play(seed, model, scenarios, speculation=None):
+    """Scenarios of one arena; counts of what happened, with what became of drafts."""
+    with arena(seed, model, speculation) as engine:
+        preempted, drafts = engine.running.watch_preemptions(), watch(engine.running)
+        for scenario in range(scenarios):
+            engine.scenario(scenario)
+        counts = Counter(engine.counts) + drafts
+        counts["preempted"] = len(preempted)
+    print(f"arena {seed}: {dict(counts)}")
+    return counts

@@ -1,7 +1,10 @@
 """Engines with speculative decoding, and what becomes of their drafts."""
 
+import multiprocessing
 import random
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 
 from engines import engine
 from recall.demo import MODEL
@@ -15,6 +18,16 @@ NGRAM = {
     "prompt_lookup_max": 3,
 }
 SINK, RECENT = 32, 64
+
+
+@contextmanager
+def own_process():
+    """Give `run(function, *arguments)`, each run in a new process: where vLLM's n-gram drafter has
+    been imported (and with it llvmlite), vLLM 0.32 cannot start another engine on CPU.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 def prompts():

@@ -1,22 +1,17 @@
 """Speculative decoding: drafts are checked over the archive, and rejected ones leave no trace."""
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import pytest
-from speculation import NGRAM, answers
+from speculation import NGRAM, answers, own_process
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
 def run():
-    """Each engine has a process of its own: where vLLM's n-gram drafter has been imported (and
-    with it llvmlite), vLLM 0.32 cannot start another one on CPU.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
-        yield lambda *arguments: pool.submit(answers, *arguments).result()
+    with own_process() as run:
+        yield partial(run, answers)
 
 
 @pytest.fixture(scope="module")
