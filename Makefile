@@ -21,8 +21,10 @@ help:
 demo: .venv/project.stamp
 	$(BIN)/python benchmarks/recall/demo.py
 
+# Two processes, since half of the tests' time is in engines of one thread each; those of a file stay
+# together, as they share engines and servers.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # mypy finds kernels/ and masks/ only where they are installed, so it reads a copy laid out like that.
 lint: .venv/project.stamp

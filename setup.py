@@ -55,6 +55,7 @@ setup(
             "matplotlib",
             "mypy==2.4.*",
             "pytest",
+            "pytest-xdist",
             "ruff==0.17.*",
             "types-PyYAML",
         ],

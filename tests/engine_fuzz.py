@@ -4,12 +4,15 @@ An `Arena` is an engine with a chunk size and a cache drawn from its seed, mostl
 requests. Scenarios follow each other in it: requests with shared prompts arrive at any step, some
 are aborted, all others run to their end. Before each scenario, memory that nobody may read is NaN.
 
-A failure names the seeds; `Arena(seed, model)` and `Arena.scenario(seed)` replay it.
+A failure names the seeds, by which `play(SEED, model, [SCENARIO])` replays it, and the smallest
+scenario found that fails too.
 """
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from engines import engine
 from mask_samples import random_mask
@@ -23,6 +26,60 @@ KEPT = ([0, 32, 16, 48], [64, 16], [0, 0, 32])
 EDGES = (1, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 191, 192, 193, 256, 300)
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """A request: steps to wait for it after the one before, and steps until its abort, if any."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    wait: int
+    abort: int | None = None
+
+    def smaller(self) -> "Iterator[Arrival]":
+        """The same with less of everything."""
+        if self.abort is not None:
+            yield replace(self, abort=None)
+        if self.wait:
+            yield replace(self, wait=0)
+        for tokens in {1, self.max_tokens // 2, self.max_tokens - 32} - {self.max_tokens}:
+            if tokens > 0:
+                yield replace(self, max_tokens=tokens)
+        for length in {1, len(self.prompt) // 2, len(self.prompt) - 32} - {len(self.prompt)}:
+            if length > 0:
+                yield replace(self, prompt=self.prompt[:length])
+
+    def __str__(self) -> str:
+        abort = "" if self.abort is None else f", aborted after {self.abort} steps"
+        prompt = f"{len(self.prompt)} tokens {list(self.prompt[:4])}..."
+        return f"after {self.wait} steps: {prompt}, {self.max_tokens} new{abort}"
+
+
+Scenario = tuple[Arrival, ...]
+
+
+def smaller(scenario: Scenario) -> Iterator[Scenario]:
+    """The scenario without one request, or with a smaller one."""
+    for index in range(len(scenario)):
+        yield scenario[:index] + scenario[index + 1 :]
+    for index, arrival in enumerate(scenario):
+        for less in arrival.smaller():
+            yield (*scenario[:index], less, *scenario[index + 1 :])
+
+
+def shrink(scenario: Scenario, fails, tries=60) -> Scenario:
+    """The smallest scenario found for which `fails` holds, in at most so many tries."""
+    while True:
+        for candidate in smaller(scenario):
+            tries -= 1
+            if tries < 0:
+                return scenario
+            if candidate and fails(candidate):
+                scenario = candidate
+                break
+        else:
+            return scenario
+
+
 class Arena:
     """One engine, and the oracle of its mask."""
 
@@ -34,59 +91,80 @@ class Arena:
         self.counts = {"finished": 0, "aborted": 0, "tokens": 0}
 
     def scenario(self, seed):
-        """Some requests, from the first arrival to an empty engine."""
-        chance = random.Random(f"{self.seed} {seed}")
+        """Draw and run a scenario; if it fails, look for a small one that fails."""
+        scenario = self.draw(random.Random(f"{self.seed} {seed}"))
+        try:
+            self.run(scenario)
+        except AssertionError as error:
+            small = shrink(scenario, self.fails) if self.fails(scenario) else scenario
+            lines = "".join(f"\n  {arrival}" for arrival in small)
+            raise AssertionError(f"seeds {self.seed}, {seed}: {error}; scenario:{lines}") from error
+
+    def fails(self, scenario):
+        """Whether a scenario fails from an empty prefix cache."""
+        assert self.running.llm.reset_prefix_cache()
+        try:
+            self.run(scenario)
+        except AssertionError:
+            return True
+        return False
+
+    def run(self, scenario):
+        """A scenario, from its first arrival to an empty engine."""
         self.poison()
         llm_engine = self.running.llm.llm_engine
-        arrivals = [self.draw(chance) for _ in range(chance.randint(3, 10))]
-        prompts, aborted, answers = {}, set(), {}
-        busy = chance.choice((0.1, 0.9))
+        arrivals, answers, aborts = list(reversed(scenario)), {}, {}
+        prompts, aborted, wait = {}, set(), scenario[0].wait
         while arrivals or llm_engine.has_unfinished_requests():
-            while arrivals and (chance.random() < busy or not llm_engine.has_unfinished_requests()):
-                prompt, max_tokens = arrivals.pop()
+            while arrivals and (wait <= 0 or not llm_engine.has_unfinished_requests()):
+                arrival = arrivals.pop()
+                wait = arrivals[-1].wait if arrivals else 0
                 self.names += 1
                 name = str(self.names)
-                llm_engine.add_request(
-                    name,
-                    {"prompt_token_ids": prompt},
-                    SamplingParams(
-                        max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False
-                    ),
+                params = SamplingParams(
+                    max_tokens=arrival.max_tokens, temperature=0, ignore_eos=True, detokenize=False
                 )
-                prompts[name] = prompt
+                llm_engine.add_request(name, {"prompt_token_ids": list(arrival.prompt)}, params)
+                prompts[name], aborts[name] = list(arrival.prompt), arrival.abort
             for output in llm_engine.step():
                 answers[output.request_id] = list(output.outputs[0].token_ids)
-            alive = sorted(set(prompts) - aborted)
-            if alive and chance.random() < 0.01:
-                aborted.add(chance.choice(alive))
-                llm_engine.abort_request(sorted(aborted))
+                if output.finished:
+                    aborts[output.request_id] = None
+            wait -= 1
+            for name, left in aborts.items():
+                if left == 0:
+                    aborted.add(name)
+                    llm_engine.abort_request([name])
+                aborts[name] = left - 1 if left else None
+        pool = self.running.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks have leaked"
         for name, prompt in prompts.items():
-            self.check(f"seeds {self.seed}, {seed}", prompt, answers.get(name, []))
-        assert set(prompts) - aborted <= set(answers), f"seeds {self.seed}, {seed}: lost requests"
+            self.check(prompt, answers.get(name, []))
+        assert set(prompts) - aborted <= set(answers), "lost requests"
         self.counts["finished"] += len(prompts) - len(aborted)
         self.counts["aborted"] += len(aborted)
-        pool = self.running.block_pool
-        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, (
-            f"seeds {self.seed}, {seed}: blocks have leaked"
-        )
 
-    def draw(self, chance):
-        """A prompt that may share its beginning with others, and a length of the answer."""
+    def draw(self, chance) -> Scenario:
+        """Requests whose prompts may share their beginnings with others."""
+        busy = chance.choice((0.1, 0.9))
+        return tuple(self.draw_one(chance, busy) for _ in range(chance.randint(3, 10)))
+
+    def draw_one(self, chance, busy) -> Arrival:
         edges = EDGES if chance.random() < 0.5 else EDGES[-6:]
         prompt = chance.choice(self.documents)[: chance.choice(edges)]
         if chance.random() < 0.4:
             prompt = prompt + [chance.randrange(512) for _ in range(chance.randint(1, 50))]
-        return prompt, chance.choice((1, 33, 70, 140, 140, 140))
+        wait = 0 if chance.random() < busy else chance.randint(1, 20)
+        abort = chance.randint(1, 150) if chance.random() < 0.15 else None
+        return Arrival(tuple(prompt), chance.choice((1, 33, 70, 140, 140, 140)), wait, abort)
 
-    def check(self, where, prompt, answer):
+    def check(self, prompt, answer):
         """The answer, whole or cut off, is what the oracle would say."""
         if not answer:
             return
         logits = self.oracle.logits(prompt + answer[:-1], exact_until=len(prompt))
         expected = logits[len(prompt) - 1 :].argmax(-1).tolist()
-        assert answer == expected, (
-            f"{where}: a prompt of {len(prompt)} tokens gets {answer}, not {expected}"
-        )
+        assert answer == expected, f"a prompt of {len(prompt)} tokens gets {answer}, not {expected}"
         self.counts["tokens"] += len(answer)
 
     def poison(self):
@@ -116,10 +194,10 @@ def arena(seed, model, speculation=None):
 
 
 def play(seed, model, scenarios, speculation=None):
-    """Scenarios of one arena; counts of what happened, with what became of drafts."""
+    """Scenarios of one arena, by their seeds; counts of what happened and what became of drafts."""
     with arena(seed, model, speculation) as engine:
         preempted, drafts = engine.running.watch_preemptions(), watch(engine.running)
-        for scenario in range(scenarios):
+        for scenario in scenarios:
             engine.scenario(scenario)
         counts = Counter(engine.counts) + drafts
         counts["preempted"] = len(preempted)

@@ -155,10 +155,12 @@ def test_the_pool_of_a_gpu_is_estimated(gpu, repo):
     config = SimpleNamespace(
         model_config=model,
         cache_config=cache,
-        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
     )
     weights = Checkpoint.open(model.model).weight_bytes(2)
     assert _pool(config) == 40 * 2**30 - weights - OTHER_BYTES
+    config.parallel_config.pipeline_parallel_size = 2
+    assert _pool(config) == 2 * (40 * 2**30 - weights // 2 - OTHER_BYTES)
     cache.gpu_memory_utilization = 0.01
     assert _pool(config) is None
 

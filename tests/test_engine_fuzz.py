@@ -3,8 +3,9 @@
 import os
 
 import pytest
-from engine_fuzz import play
+from engine_fuzz import Arrival, play, shrink
 from speculation import NGRAM, own_process
+from test_manager_fuzz import frees_a_page_too_many
 
 pytestmark = pytest.mark.engine
 
@@ -16,13 +17,34 @@ SCENARIOS = int(os.environ.get("LEANK_FUZZ_SCENARIOS", "4"))
 
 @pytest.mark.parametrize("seed", range(ARENAS))
 def test_random_traffic_is_answered_as_the_oracle_would(tiny_llama_dir, seed):
-    assert play(seed, tiny_llama_dir, SCENARIOS)["finished"] > SCENARIOS
+    assert play(seed, tiny_llama_dir, range(SCENARIOS))["finished"] > SCENARIOS
 
 
 @pytest.mark.parametrize("seed", range(SPECULATIVE_ARENAS))
 def test_random_traffic_with_drafts_is_answered_as_the_oracle_would(tiny_llama_dir, seed):
     """A random model seldom repeats itself: most drafts are rejected, many across a boundary."""
     with own_process() as run:
-        counts = run(play, seed, tiny_llama_dir, SCENARIOS, NGRAM)
+        counts = run(play, seed, tiny_llama_dir, range(SCENARIOS), NGRAM)
     assert counts["finished"] > SCENARIOS
     assert min(counts["accepted"], counts["rolled back"]) > 0
+
+
+def test_a_failing_scenario_shrinks_to_what_fails():
+    scenario = tuple(Arrival(tuple(range(300)), 140, wait, 9) for wait in range(8))
+
+    def fails(scenario):
+        return sum(len(one.prompt) >= 65 and one.max_tokens >= 33 for one in scenario) >= 2
+
+    small = shrink(scenario, fails, tries=1000)
+    assert [(len(one.prompt), one.max_tokens, one.wait, one.abort) for one in small] == [
+        (76, 44, 0, None)
+    ] * 2
+
+
+def test_a_planted_fault_is_found_and_shrunk(tiny_llama_dir, monkeypatch):
+    frees_a_page_too_many(monkeypatch)
+    with pytest.raises(
+        AssertionError, match=r"(?s)seeds 0, \d+: .*; scenario:\n  after"
+    ) as failure:
+        play(0, tiny_llama_dir, range(10))
+    assert str(failure.value).count("\n  after") <= 3

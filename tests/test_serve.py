@@ -1,18 +1,24 @@
 """`vllm serve MODEL --attention-backend leank`, from outside, over HTTP."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
 import pytest
+from malformed import requests
 from openai import OpenAI
 from recall import evaluate_engine
 from recall.demo import MODEL, server
 from recall.tasks import make_sample
 from transformers import AutoTokenizer
 
+from vllm_leank.layout import plan_cache
+from vllm_leank.mask import load_mask
 from vllm_leank.mask_resolver import find_masks
+from vllm_leank.window import Window
 
 pytestmark = pytest.mark.engine
 
@@ -72,9 +78,68 @@ def test_metrics_tell_the_mask_and_what_it_saves(url):
     assert 'mask="leank/recall"' in info
     assert info.endswith(" 1.0")
     (shipped,) = find_masks(str(MODEL))
-    far = 6144 * shipped.far_bytes_share
+    kept = load_mask(shipped.path).kept_counts.tolist()
+    far = float(plan_cache(kept, 128, 2).archive_token_bytes)
     assert f'vllm:leank_far_token_bytes{{cache="leank",model_name="recall"}} {far}' in metrics
     assert 'vllm:leank_far_token_bytes{cache="dense",model_name="recall"} 6144.0' in metrics
+
+
+def usage(url):
+    """What requests hold, from one reply of the server."""
+    wanted = {
+        "archive": r'leank_tokens\{.*pages="archive"',
+        "window": r'leank_tokens\{.*pages="window"',
+        "saved": r"leank_saved_bytes\{",
+        "compacted": r"leank_compacted_tokens_total\{",
+    }
+    text = httpx.get(f"{url}/metrics").text
+    return {
+        name: float(re.search(rf"^vllm:{pattern}.* (\S+)$", text, re.MULTILINE)[1])
+        for name, pattern in wanted.items()
+    }
+
+
+def test_metrics_follow_the_requests(url):
+    """One request, watched while it generates: a prompt of 1,500 tokens."""
+    before = usage(url)["compacted"]
+    held = {}
+    with httpx.stream(
+        "POST",
+        f"{url}/v1/completions",
+        json={
+            "model": "recall",
+            "prompt": [7] * 1500,
+            "max_tokens": 400,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+        },
+        timeout=120,
+    ) as reply:
+        for index, _ in enumerate(reply.iter_lines()):
+            if index % 20 == 0 and (now := usage(url))["archive"]:
+                held = now
+    boundary = Window(64, 256).boundary
+    assert boundary(1500) - 64 <= held["archive"] <= boundary(1900) - 64
+    assert held["archive"] % 32 == 0
+    assert 320 <= held["window"] < 352
+    # Far tokens take less than half of a dense token's 6,144 bytes, and blocks are not all full.
+    assert 0.3 < held["saved"] / (6144 * held["archive"]) < 0.6
+    assert usage(url) == {
+        "archive": 0,
+        "window": 0,
+        "saved": 0,
+        "compacted": before + boundary(1899) - 64,
+    }
+
+
+def test_the_dashboard_shows_metrics_that_exist(url, repo):
+    dashboard = json.loads((repo / "docs/grafana.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = {name for query in queries for name in re.findall(r"vllm:\w+", query)}
+    exported = set(re.findall(r"^(vllm:\w+)\{", httpx.get(f"{url}/metrics").text, re.MULTILINE))
+    assert names <= exported, names - exported
+    assert {name for name in exported if "leank" in name and "created" not in name} <= names
 
 
 def test_a_faulty_mask_ends_the_start_with_one_message(tmp_path):
@@ -92,3 +157,16 @@ def test_a_faulty_mask_ends_the_start_with_one_message(tmp_path):
     )
     assert result.returncode != 0
     assert f"{mask}, line 3: keep" in result.stdout + result.stderr
+
+
+def test_malformed_requests_are_refused_and_the_server_lives(url):
+    vocabulary = AutoTokenizer.from_pretrained(MODEL).vocab_size
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for body in requests(200, "recall", 2048, vocabulary):
+            reply = client.post(
+                "/v1/completions", content=body, headers={"Content-Type": "application/json"}
+            )
+            assert 400 <= reply.status_code < 500, (body[:200], reply.text[:300])
+            assert "error" in reply.text, body[:200]
+    completion, expected = ask(url, "tracking", 1000)
+    assert completion.choices[0].text.strip() == expected

@@ -62,6 +62,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
     settings = resolve_settings(vllm_config)
     _check_drafts(vllm_config, settings.window.recent)
     compat.hook_metrics(publish)
+    compat.refuse_streaming_input()
     compat.request_prompt_lengths(vllm_config)
 
 

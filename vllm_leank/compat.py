@@ -139,9 +139,13 @@ def request_prompt_lengths(vllm_config: "VllmConfig") -> None:
     assert vllm_config.model_config.rswa_window is not None, "vLLM renamed rswa_window"
 
 
-def hook_metrics(publish: Callable[["VllmConfig", Callable[..., Any]], None]) -> None:
-    """Call `publish` with a leank server's config and vLLM's own kind of gauge, once its cache has
-    its size.
+Observe = Callable[[dict[str, int], int], None]
+_USAGE = "leank_"
+
+
+def hook_metrics(publish: Callable[["VllmConfig", Any], Observe]) -> None:
+    """Call `publish` with a leank server's config and vLLM's Prometheus logger, once its cache has
+    its size; then what it gives, with every count of `hook_statistics` and the engine's number.
 
     vLLM's stat logger plugins would do, but while one is installed vLLM ignores
     `--disable-log-stats`, with leank or without. Goes when that ends.
@@ -151,15 +155,87 @@ def hook_metrics(publish: Callable[["VllmConfig", Callable[..., Any]], None]) ->
     if "_leank_hooked" in PrometheusStatLogger.__dict__:
         return
     initialized = PrometheusStatLogger.log_engine_initialized
+    record = PrometheusStatLogger.record
 
     @functools.wraps(initialized)
     def log_engine_initialized(self: Any) -> None:
         initialized(self)
         if is_selected(self.vllm_config):
-            publish(self.vllm_config, self._gauge_cls)
+            self._leank_observe = publish(self.vllm_config, self)
+
+    @functools.wraps(record)
+    def record_usage(self: Any, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
+        observe: Observe | None = getattr(self, "_leank_observe", None)
+        if scheduler_stats is not None and observe is not None:
+            counts = scheduler_stats.num_kv_fetch_reqs_by_stage
+            # Taken out: vLLM's log looks at every count.
+            names = [name for name in counts if name.startswith(_USAGE)]
+            usage = {name.removeprefix(_USAGE): counts.pop(name) for name in names}
+            if usage:
+                observe(usage, kwargs.get("engine_idx", 0))
+        record(self, scheduler_stats, *args, **kwargs)
 
     PrometheusStatLogger.log_engine_initialized = log_engine_initialized
+    PrometheusStatLogger.record = record_usage
     PrometheusStatLogger._leank_hooked = True
+
+
+def hook_statistics(archive_manager: type, make_usage: Callable[[Any, Any], Any]) -> None:
+    """Have schedulers of leank send `make_usage(scheduler, archive manager).count(running)` with
+    their statistics to the process that serves `/metrics`.
+
+    They travel among counts by name that only KV connectors use, which leank refuses. Goes when
+    vLLM's statistics have room for a plugin's.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if "_leank_hooked" in Scheduler.__dict__:
+        return
+    make_stats = Scheduler.make_stats
+
+    @functools.wraps(make_stats)
+    def make_stats_with_usage(self: Any, *args: Any, **kwargs: Any) -> Any:
+        stats = make_stats(self, *args, **kwargs)
+        if stats is None or not is_selected(self.vllm_config):
+            return stats
+        usage = self.__dict__.get("_leank_usage")
+        if usage is None:
+            managers = self.kv_cache_manager.coordinator.single_type_managers
+            (archive,) = (one for one in managers if isinstance(one, archive_manager))
+            usage = self._leank_usage = make_usage(self, archive)
+        counts = usage.count(self.running)
+        stats.num_kv_fetch_reqs_by_stage.update(
+            {_USAGE + name: count for name, count in counts.items()}
+        )
+        return stats
+
+    Scheduler.make_stats = make_stats_with_usage
+    Scheduler._leank_hooked = True
+
+
+def refuse_streaming_input() -> None:
+    """Refuse, one by one, requests whose prompt goes on after its answer has begun (vLLM's
+    streaming input): they turn answers, which read a pruned archive, into prompts.
+
+    No config flag tells of them. Goes when one does, or when leank can serve them.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    if "_leank_hooked" in InputProcessor.__dict__:
+        return
+    process_inputs = InputProcessor.process_inputs
+
+    @functools.wraps(process_inputs)
+    def process_whole_inputs(self: Any, *args: Any, resumable: bool = False, **kwargs: Any) -> Any:
+        if resumable and is_selected(self.vllm_config):
+            raise VLLMValidationError(
+                "leank cannot serve streaming input: send the whole prompt in one request"
+            )
+        return process_inputs(self, *args, resumable=resumable, **kwargs)
+
+    InputProcessor.process_inputs = process_whole_inputs
+    InputProcessor._leank_hooked = True
 
 
 def prompt_lengths(common: "CommonAttentionMetadata") -> "torch.Tensor | None":

@@ -7,8 +7,9 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vllm_leank.compat import limit_block_hashes
+from vllm_leank.compat import hook_statistics, limit_block_hashes
 from vllm_leank.layout import WINDOW_BLOCK
+from vllm_leank.usage import Usage
 
 if TYPE_CHECKING:
     from vllm_leank.specs import LeanKSpec
@@ -33,7 +34,18 @@ class LeanKManager(FullAttentionManager):
 
 
 class ArchiveManager(LeanKManager):
-    """Gives a request archive pages for its archived tokens, not for the dense ones."""
+    """Gives a request archive pages for its archived tokens, not for the dense ones.
+
+    Attributes:
+        compacted: tokens that were given a place in the archive so far, for `/metrics`.
+    """
+
+    def __init__(self, kv_cache_spec: "LeanKSpec", **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.compacted = 0
+        self._boundaries: dict[str, int] = {}
+        # Here, since there are managers in the scheduler's process alone.
+        hook_statistics(ArchiveManager, Usage)
 
     def get_num_blocks_to_allocate(
         self,
@@ -60,9 +72,19 @@ class ArchiveManager(LeanKManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Allocate what `num_tokens` tokens need; see the base class."""
+        before = self._boundaries.get(request_id, self._window.sink)
+        boundary = self._window.boundary(num_tokens_main_model)
+        if boundary > before:
+            self._boundaries[request_id] = boundary
+            self.compacted += boundary - before
         return super().allocate_new_blocks(
             request_id, self._window.archived(num_tokens), num_tokens_main_model
         )
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget a request that ends or is preempted; see the base class."""
+        self._boundaries.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
 
     def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Offer nothing to the prefix cache. The base class would offer the page in which the

@@ -23,7 +23,8 @@ class Serving:
     Attributes:
         reasons: why it would not be served by leank; none if it would.
         settings: mask, window and plan; None where they cannot be told.
-        pool_bytes: bytes of the cache on each GPU, an estimate unless set; None where unknown.
+        pool_bytes: bytes of the cache on each tensor-parallel rank, over its pipeline stages; an
+            estimate unless set; None where unknown.
         length: longest request; None where no config could be made.
     """
 
@@ -111,22 +112,25 @@ def _serving(reasons: tuple[str, ...], config: "VllmConfig", settings: Settings)
 
 
 def _pool(config: "VllmConfig") -> int | None:
-    """Bytes of the cache on each GPU, as set or estimated."""
+    """Bytes of the cache on each tensor-parallel rank, over its pipeline stages, as set or
+    estimated.
+    """
     from vllm.platforms import current_platform
 
     from vllm_leank.checkpoint import Checkpoint
 
-    cache, model = config.cache_config, config.model_config
+    cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
+    stages = parallel.pipeline_parallel_size
     if cache.kv_cache_memory_bytes:
-        return int(cache.kv_cache_memory_bytes)
+        return stages * int(cache.kv_cache_memory_bytes)
     if not current_platform.is_cuda():
         return None
     try:
         weights = Checkpoint.open(model.model).weight_bytes(model.dtype.itemsize)
-        return estimate_pool(
+        return stages * estimate_pool(
             current_platform.get_device_total_memory(),
             cache.gpu_memory_utilization,
-            weights // config.parallel_config.tensor_parallel_size,
+            weights // (parallel.tensor_parallel_size * stages),
         )
     except UserError:
         return None

@@ -17,19 +17,27 @@ class Engine:
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
 
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        """Greedy tokens after prompts that arrive at once."""
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False
+        )
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def counter(self, name: str) -> int:
+        """One of vLLM's own counters, as in `/metrics`; needs `disable_log_stats=False`."""
+        return sum(one.value for one in self._llm.get_metrics() if one.name == name)
+
     def right(self, samples: Sequence[Sample]) -> list[bool]:
         """Which of the samples, all of one task, are answered without a mistake, greedily."""
-        params = SamplingParams(
-            max_tokens=TASKS[samples[0].task].answer_tokens,
-            temperature=0,
-            ignore_eos=True,
-            detokenize=False,
-        )
-        prompts = [{"prompt_token_ids": sample.prompt_token_ids} for sample in samples]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        prompts = [sample.prompt_token_ids for sample in samples]
+        answers = self.generate(prompts, TASKS[samples[0].task].answer_tokens)
         return [
-            list(output.outputs[0].token_ids) == sample.answer_token_ids
-            for output, sample in zip(outputs, samples, strict=True)
+            answer == sample.answer_token_ids
+            for answer, sample in zip(answers, samples, strict=True)
         ]
 
     @property
@@ -58,7 +66,7 @@ def engine(model: str, leank: dict[str, Any] | None, **arguments: Any) -> Iterat
     """An engine with these arguments; `leank` has leank's options, None is vLLM's own attention."""
     if leank is not None:
         arguments |= {"attention_backend": "leank", "additional_config": {"leank": leank}}
-    llm = LLM(model, skip_tokenizer_init=True, enable_prefix_caching=False, **arguments)
+    llm = LLM(model, skip_tokenizer_init=True, **({"enable_prefix_caching": False} | arguments))
     try:
         yield Engine(llm)
     finally:

@@ -1,0 +1,119 @@
+"""Several workers: heads or layers split among processes, equal tokens."""
+
+import os
+
+import pytest
+from engines import engine
+from recall.demo import MODEL
+from recall.tasks import TASKS, make_sample
+
+from vllm_leank.layout import CachePlan, archive_token_bytes, plan_cache
+from vllm_leank.mask import load_mask
+from vllm_leank.mask_resolver import find_masks
+
+LIMITS = {"max_model_len": 1200, "max_num_seqs": 8, "max_num_batched_tokens": 512}
+every_split = pytest.mark.skipif(
+    not os.environ.get("LEANK_PARALLEL"), reason="takes minutes: set LEANK_PARALLEL=1"
+)
+
+# vLLM's CPU runner makes the tensors that a later stage receives only when it warms up for
+# compilation, so that pipelines need a mode that compiles; this one calls the model as it is.
+PIPELINE = {
+    "pipeline_parallel_size": 2,
+    "enforce_eager": False,
+    "compilation_config": {"mode": 2, "backend": "eager", "cudagraph_mode": "NONE"},
+}
+
+
+def answers(**arguments):
+    """Tokens and log-probabilities: 90 tokens are at least two compactions."""
+    (mask,) = find_masks(str(MODEL))
+    prompts = [
+        make_sample(task, length, 0).prompt_token_ids for task in TASKS for length in (200, 700)
+    ]
+    with engine(MODEL, mask.path, sink=32, recent=64, **LIMITS, **arguments) as running:
+        return running.generate(prompts, 90)
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Give a function that answers with several workers."""
+    # One core each is not there to be bound to on every machine.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # So that workers have what a test has planted.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+
+    def answer(**arguments):
+        return answers(distributed_executor_backend="mp", **arguments)
+
+    return answer
+
+
+def difference(some, others):
+    """Requests with other tokens, and the largest difference of log-probabilities elsewhere."""
+    wrong, distance = 0, 0.0
+    for (tokens, logprobs), (other_tokens, other_logprobs) in zip(some, others, strict=True):
+        wrong += tokens != other_tokens
+        if tokens == other_tokens:
+            distance = max(
+                distance, *(abs(a - b) for a, b in zip(logprobs, other_logprobs, strict=True))
+            )
+    return wrong, distance
+
+
+@pytest.mark.engine
+def test_two_ranks_answer_like_one(split):
+    wrong, distance = difference(split(tensor_parallel_size=2), answers())
+    assert wrong == 0
+    assert distance < 1e-3
+
+
+@pytest.mark.engine
+@every_split
+def test_two_stages_answer_like_one(split):
+    wrong, distance = difference(split(**PIPELINE), answers())
+    assert wrong == 0
+    assert distance < 1e-3
+
+
+@pytest.mark.engine
+@every_split
+def test_prefix_hits_and_preemption_on_two_ranks(split):
+    """A pool of little more than one request, and prompts that share their beginnings."""
+    tight = {"enable_prefix_caching": True, "num_gpu_blocks_override": 60}
+    wrong, distance = difference(split(tensor_parallel_size=2, **tight), answers())
+    assert wrong == 0
+    assert distance < 1e-3
+
+
+@pytest.mark.engine
+@every_split
+def test_the_wrong_ranks_heads_would_show(split, monkeypatch):
+    """Planted: each rank takes the mask of rank 0's heads."""
+    expected = answers()
+    rank_heads = CachePlan.rank_heads
+    monkeypatch.setattr(CachePlan, "rank_heads", lambda plan, rank=0: rank_heads(plan, 0))
+    wrong, distance = difference(split(tensor_parallel_size=2), expected)
+    assert wrong > 0 or distance > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("archive_itemsize", "tp_size", "empty"),
+    [(2, 1, 0.0), (2, 2, 0.097), (2, 4, 0.197), (2, 8, 0.302), (1, 2, 0.117)],
+)
+def test_equal_pages_leave_little_empty(leank, repo, tmp_path, archive_itemsize, tp_size, empty):
+    """Share of all ranks' archive pages that holds nothing; at most 12% on two ranks."""
+    source = repo.parent / "shared/official-masks/llama3.1-8b-instruct.pth"
+    if not source.is_file():
+        pytest.skip("the official mask is not here")
+    model = repo / "benchmarks/shapes/llama-3.1-8b"
+    assert leank("mask", "import", source, "--model", model, "--out", tmp_path / "m.yaml")[0] == 0
+    kept = load_mask(tmp_path / "m.yaml").kept_counts.tolist()
+    plan = plan_cache(kept, 128, 2, tp_size, archive_itemsize)
+    needed = sum(
+        archive_token_bytes(plan.layer(index, rank).kept, 128, archive_itemsize)
+        for index in range(32)
+        for rank in range(tp_size)
+    )
+    assert 1 - needed / (plan.archive_token_bytes * tp_size) == pytest.approx(empty, abs=1e-3)
+    assert tp_size != 2 or empty <= 0.12
