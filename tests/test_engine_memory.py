@@ -122,3 +122,17 @@ def test_capacity_is_what_the_layout_says(tiny_llama_dir):
         assert len(config.kv_cache_groups) == 2
         assert config.num_blocks == CACHE_BYTES // leank.plan.block_bytes
         assert leank.memory.shape[1] * 4 == leank.plan.block_bytes
+
+
+def test_the_smallest_pool_that_starts_serves_the_longest_requests(tiny_llama_dir):
+    """vLLM refuses to start with less than the longest request needs, so none waits forever."""
+    mask, limits = random_mask(tiny_llama_dir, KEPT), {"max_model_len": 512}
+    with engine(tiny_llama_dir, mask, **limits) as leank:
+        needed = leank.plan.blocks_in_prefill(leank.window, 512) + 1  # block 0 is nobody's
+    too_small = engine(tiny_llama_dir, mask, num_gpu_blocks_override=needed - 1, **limits)
+    with pytest.raises(ValueError, match="To serve at least one request"), too_small:
+        pass
+    prompts = prompts_of([511, 500, 3], seed=4)
+    with engine(tiny_llama_dir, mask, num_gpu_blocks_override=needed, **limits) as leank:
+        answers = leank.generate(prompts, 600)
+    assert [len(tokens) for tokens, _ in answers] == [1, 12, 509]

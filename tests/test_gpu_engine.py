@@ -1,6 +1,7 @@
 """Engines on a GPU: both of vLLM's model runners, with compilation and full CUDA graphs."""
 
 import pytest
+import torch
 from engines import engine
 from mask_samples import full_mask
 from recall.demo import MODEL
@@ -84,6 +85,37 @@ def test_two_starts_answer_alike():
         ) as running:
             answers.append(running.generate(prompts, 100))
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_engine_that_has_slept_answers_alike(level):
+    """Weights, pages and the channels of each layer leave the GPU and come back."""
+    (mask,) = find_masks(str(MODEL))
+    prompts = [make_sample(task, 2000, 6).prompt_token_ids for task in TASKS]
+    with engine(MODEL, mask.path, sink=32, recent=64, enable_sleep_mode=True, **ON_GPU) as running:
+        before = running.generate(prompts, 60)
+        running.llm.sleep(level)
+        running.llm.wake_up(tags=["weights"])
+        if level == 2:
+            running.llm.collective_rpc("reload_weights")
+        running.llm.wake_up(tags=["kv_cache"])
+        assert running.generate(prompts, 60) == before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks_answer_like_one():
+    """Each with its own heads, and archive pages of one size."""
+    (mask,) = find_masks(str(MODEL))
+    prompts = [
+        make_sample(task, length, 7).prompt_token_ids for length in (300, 4000) for task in TASKS
+    ]
+    answers = []
+    for ranks in (1, 2):
+        with engine(
+            MODEL, mask.path, sink=32, recent=64, tensor_parallel_size=ranks, **ON_GPU
+        ) as running:
+            answers.append(running.generate(prompts, 160))
+    assert_same_up_to_ties(*answers)
 
 
 @pytest.mark.parametrize("archive_dtype", ["auto", "fp8"])

@@ -58,6 +58,21 @@ def test_a_config_carries_the_mask_that_it_was_made_with(tiny_llama_dir, tmp_pat
         assert copy.plan == load_settings(config).plan
 
 
+def test_a_compile_cache_is_of_one_mask_and_one_window(tiny_llama_dir, tmp_path):
+    """The same options, path included, but another mask in the file: another key."""
+    path = tmp_path / "mask.yaml"
+
+    def key(counts, **options):
+        save_mask(random_mask(tiny_llama_dir, counts), path, overwrite=True)
+        config = config_of(tiny_llama_dir, {"mask": str(path)} | options)
+        return config.compute_hash()
+
+    first = key([32, 0])
+    assert key([32, 0]) == first
+    others = [key([64]), key([32, 0], sink=32), key([32, 0], archive_dtype="fp8")]
+    assert len({first, *others}) == 4
+
+
 OPTIONS = {
     "unknown option": (
         {"sinks": 64},

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 _ATTACHED = "_leank_settings"
 
+MASK_KEY = "leank_mask_sha256"
+"""Beside "leank" in vLLM's `additional_config`, set by us: vLLM keys its compile cache with that
+dict, and the path of a mask, or none, says nothing of what the mask keeps."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -47,6 +51,8 @@ def resolve_settings(vllm_config: "VllmConfig") -> Settings:
     ranks = vllm_config.parallel_config.tensor_parallel_size
     settings = plan_settings(mask, options, model.dtype.itemsize, ranks)
     vllm_config.__dict__[_ATTACHED] = settings
+    if isinstance(vllm_config.additional_config, dict):  # else it has a hash of its own
+        vllm_config.additional_config = {**vllm_config.additional_config, MASK_KEY: mask.sha256}
     return settings
 
 

@@ -35,7 +35,7 @@ from vllm_leank.layout import plan_cache
 from vllm_leank.mask import load_mask
 from vllm_leank.mask_resolver import find_masks
 
-DENSE_BLOCK = 16
+DENSE_BLOCK = 32
 TOKEN_BYTES = 12288
 """K and V of the recall model in fp32."""
 
@@ -109,6 +109,7 @@ def measure(workload: str, leank: bool, pool_tokens: int, seqs: int) -> dict[str
         num_gpu_blocks_override=blocks,
         enable_prefix_caching=True,
         enforce_eager=True,
+        gpu_memory_utilization=0.4,
         disable_log_stats=False,
         **arguments,
     ) as running:

@@ -1,0 +1,253 @@
+"""Plants faults in a copy of the package, one at a time, and runs the tests that should fail.
+
+    .venv/bin/python tests/mutations.py [--only WORDS]
+
+A fault that its tests do not notice is a gap in the tests. On a machine without a GPU, faults that
+only a GPU's tests can show are left out. Takes some minutes; the test run plants others in process.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault: text of a module that is replaced, and the tests that should notice."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    tests: str
+    gpu: bool = False
+
+
+MUTATIONS = (
+    Mutation(
+        "the boundary is off by one",
+        "window.py",
+        "return self.sink + excess // STEP",
+        "return self.sink + (excess + 1) // STEP",
+        "test_window.py",
+    ),
+    Mutation(
+        "the boundary is off by one on the device",
+        "kernels/common.py",
+        "tl.maximum(length - (SINK + RECENT), 0)",
+        "tl.maximum(length - (SINK + RECENT) + 1, 0)",
+        "test_kernels.py::test_decode_at_every_length_around_the_edges",
+    ),
+    Mutation(
+        "a page is freed a step too early",
+        "window.py",
+        "return range(self.sink, self.boundary(processed), STEP)",
+        "return range(self.sink, self.boundary(processed + 1), STEP)",
+        "test_managers.py",
+    ),
+    Mutation(
+        "the prompt is freed while it is computed",
+        "window.py",
+        "        if processed < exact_until:\n            return range(0)\n",
+        "",
+        "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
+    ),
+    Mutation(
+        "a freed block is freed again",
+        "managers.py",
+        "            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK\n        )",
+        "            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK\n        )\n"
+        "        self.block_pool.free_blocks(self.req_to_blocks[request_id][-1:] if free else [])",
+        "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
+    ),
+    Mutation(
+        "answers are offered to the prefix cache",
+        "managers.py",
+        "tokens = request.num_prompt_tokens - 1",
+        "tokens = request.num_tokens",
+        "test_managers.py",
+    ),
+    Mutation(
+        "archive pages are offered to the prefix cache",
+        "managers.py",
+        "def cache_blocks(self, *args",
+        "def offer_blocks(self, *args",
+        "test_managers.py",
+    ),
+    Mutation(
+        "drafts find no archive page",
+        "managers.py",
+        "request_id, self._window.archived(num_tokens), num_tokens_main_model",
+        "request_id, self._window.archived(num_tokens_main_model), num_tokens_main_model",
+        "test_speculation.py",
+    ),
+    Mutation(
+        "drafts may leave the dense window",
+        "checks.py",
+        "num_speculative_tokens) > recent",
+        "num_speculative_tokens) > recent + 64",
+        "test_refusals.py::test_more_drafts_than_are_dense",
+    ),
+    Mutation(
+        "every rank takes the mask of rank 0",
+        "impl.py",
+        "settings.plan.rank_heads(rank)",
+        "settings.plan.rank_heads(0)",
+        "test_parallel.py::test_two_ranks_answer_like_one",
+    ),
+    Mutation(
+        "window and archive tables are swapped",
+        "metadata.py",
+        "window_table=window.common.block_table_tensor,\n"
+        "                archive_table=common.block_table_tensor,",
+        "archive_table=window.common.block_table_tensor,\n"
+        "                window_table=common.block_table_tensor,",
+        "test_engine_answers.py::test_logits_are_those_of_the_definition",
+    ),
+    Mutation(
+        "K and V are swapped in the archive",
+        "kernels/reference.py",
+        "key, value = source[:, head].split",
+        "value, key = source[:, head].split",
+        "test_archive_pages.py test_reference.py",
+    ),
+    Mutation(
+        "a step has the prompt lengths of an earlier one",
+        "metadata.py",
+        "exact_until[: len(lengths)].copy_(",
+        "exact_until.any() or exact_until[: len(lengths)].copy_(",
+        "test_engine_answers.py::test_history_does_not_matter",
+    ),
+    Mutation(
+        "a captured graph keeps the prompt lengths of its capture",
+        "metadata.py",
+        "exact_until = self._prompt_lengths[: common_attn_metadata.num_reqs]",
+        "exact_until = self._prompt_lengths[: common_attn_metadata.num_reqs].clone()",
+        "test_gpu_engine.py",
+        gpu=True,
+    ),
+    Mutation(
+        "compaction leaves old bytes in a page",
+        "kernels/reference.py",
+        "values[empty_pages, :, empty_steps] = 0",
+        "pass",
+        "test_archive_pages.py test_reference.py",
+    ),
+    Mutation(
+        "compaction leaves old bytes in a page on the device",
+        "kernels/store.py",
+        "if token + 32 == stop:",
+        "if token + 32 > stop:",
+        "test_kernels.py::test_pages_are_those_of_the_reference",
+    ),
+    Mutation(
+        "padded rows are stored in block 0",
+        "kernels/store.py",
+        "    if slot >= 0:",
+        "    slot = tl.maximum(slot, 0)\n    if slot >= 0:",
+        "test_kernels.py",
+    ),
+    Mutation(
+        "offsets have 32 bits",
+        "kernels/pages.py",
+        "page.to(tl.int64) * stride_page",
+        "page * stride_page",
+        "test_kernels.py::test_addresses_beyond_two_to_the_31_elements",
+        gpu=True,
+    ),
+    Mutation(
+        "masks share a compile cache",
+        "settings.py",
+        "MASK_KEY: mask.sha256",
+        "MASK_KEY: mask.model",
+        "test_refusals.py::test_a_compile_cache_is_of_one_mask_and_one_window",
+    ),
+    Mutation(
+        "options without --attention-backend leank are ignored",
+        "checks.py",
+        "if given_options(vllm_config.additional_config):",
+        "if False:",
+        "test_refusals.py",
+    ),
+    Mutation(
+        "prompts may go on after their answer",
+        "compat.py",
+        "if resumable and is_selected",
+        "if False and is_selected",
+        "test_engine_features.py::test_streaming_input_is_refused",
+    ),
+)
+
+
+def passes(tests: str, package: Path) -> bool:
+    """Whether tests pass with the package in this folder.
+
+    Raises:
+        RuntimeError: they could not be run.
+    """
+    names = [str(ROOT / "tests" / name) for name in tests.split()]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", *names],
+        # Found there before the editable installation; the root, with its `kernels/`, stays away.
+        env=os.environ | {"PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode > 1:
+        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
+    return done.returncode == 0
+
+
+def main() -> int:
+    """Plant each fault, print what became of it, and say whether all were noticed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="faults whose name has these words")
+    args = parser.parse_args()
+    chosen = [m for m in MUTATIONS if args.only in m.name]
+    possible = [m for m in chosen if torch.cuda.is_available() or not m.gpu]
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("fault", "tests", "noticed"):
+        table.add_column(name)
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        build = ["setup.py", "--quiet", "build_py", "--build-lib", folder]
+        subprocess.run([sys.executable, *build], cwd=ROOT, check=True)
+        package = Path(folder) / "vllm_leank"
+        for mutation in track(possible, "planting faults"):
+            file = package / mutation.module
+            text = file.read_text(encoding="utf-8")
+            if text.count(mutation.old) != 1:
+                raise SystemExit(f"{mutation.name}: {mutation.module} has changed")
+            file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+            noticed = not passes(mutation.tests, package.parent)
+            file.write_text(text, encoding="utf-8")
+            missed += not noticed
+            table.add_row(mutation.name, mutation.tests, "yes" if noticed else "NO")
+        for tests in track(sorted({m.tests for m in possible}), "the same without faults"):
+            if not passes(tests, package.parent):
+                raise SystemExit(f"{tests} fail without a fault")
+    for mutation in chosen:
+        if mutation not in possible:
+            table.add_row(mutation.name, mutation.tests, "needs a GPU")
+    Console(highlight=False).print(table)
+    return missed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
