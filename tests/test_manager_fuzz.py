@@ -64,6 +64,24 @@ def looks_up_answers_after_a_preemption(monkeypatch):
     monkeypatch.setattr(managers, "limit_block_hashes", lambda request, count: None)
 
 
+def shares_the_page_in_which_the_prompt_ends(monkeypatch):
+    archived = Window.archived
+
+    def offer(self, request, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Window,
+                "archived",
+                lambda window, length: (
+                    -(-archived(window, length) // self.block_size) * self.block_size
+                ),
+            )
+            cache_blocks(self, request, *args, **kwargs)
+
+    cache_blocks = managers.ArchiveManager.cache_blocks
+    monkeypatch.setattr(managers.ArchiveManager, "cache_blocks", offer)
+
+
 def leaks_when_a_request_ends(monkeypatch):
     free = managers.WindowManager.free
 
@@ -84,6 +102,7 @@ def leaks_when_a_request_ends(monkeypatch):
         archives_a_page_too_few,
         finds_answers_in_the_prefix_cache,
         looks_up_answers_after_a_preemption,
+        shares_the_page_in_which_the_prompt_ends,
         leaks_when_a_request_ends,
     ],
 )

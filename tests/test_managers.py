@@ -174,8 +174,10 @@ def test_an_equal_prompt_shares_whole_pages_of_the_prompt_only(prompt, block):
     pages = hit // 32
     assert server.table(first, WINDOW)[:pages] == server.table(second, WINDOW)[:pages]
     assert all(block.ref_cnt == 2 for block in server.table(first, WINDOW)[:pages])
-    ids = [{b.block_id for b in server.table(r, ARCHIVE)} for r in (first, second)]
-    assert ids[0].isdisjoint(ids[1])
+    ids = [[b.block_id for b in server.table(r, ARCHIVE)] for r in (first, second)]
+    shared = min(full_pages(server, first), hit // block)
+    assert ids[0][:shared] == ids[1][:shared]
+    assert set(ids[0][shared:]).isdisjoint(ids[1][shared:])
 
     server.decode(first, range(100))
     server.check(first, prompt + 99)
@@ -242,14 +244,64 @@ def test_a_preempted_request_does_not_take_its_answer_from_anothers_prompt():
     assert server.prefill(request) < 500
 
 
+def full_pages(server, request):
+    """Archive pages that the prompt fills."""
+    boundary = expected_boundary(request.num_prompt_tokens, server.window)
+    return boundary // server.block if boundary > server.window.sink else 0
+
+
 @pytest.mark.parametrize("block", [32, 64, 96])
-@pytest.mark.parametrize("prompt", [240, 1000, 1008])
-def test_archive_pages_stay_out_of_the_prefix_cache(prompt, block):
+@pytest.mark.parametrize("longer", [0, 1, 40, 300])
+@pytest.mark.parametrize("prompt", [96, 240, 1000, 1008])
+def test_running_requests_share_the_archive_of_their_common_beginning(prompt, longer, block):
     server = Server(Window(32, 64), block)
-    request = server.request("a", range(prompt))
+    free = server.free
+    first = server.request("a", range(prompt))
+    server.prefill(first)
+    server.decode(first, range(100))
+    second = server.request("b", [*range(prompt), *range(7000, 7000 + longer)])
+    hit = server.prefill(second)
+    one, other = (server.table(request, ARCHIVE) for request in (first, second))
+    shared = min(full_pages(server, first), full_pages(server, second), hit // block)
+    assert [a is b for a, b in zip(one, other, strict=False)] == [
+        index < shared for index in range(min(len(one), len(other)))
+    ]
+    server.decode(second, range(200))
+    server.manager.free(first)
+    server.check(second, second.num_prompt_tokens + 199)
+    assert all(block.ref_cnt == 1 for block in server.table(second, ARCHIVE))
+    server.manager.free(second)
+    assert server.free == free
+
+
+@pytest.mark.parametrize("block", [32, 64, 96])
+def test_archive_pages_are_forgotten_with_the_last_request_that_holds_them(block):
+    server = Server(Window(32, 64), block)
+    first = server.request("a", range(1000))
+    server.prefill(first)
+    server.decode(first, range(100))
+    pages = list(server.table(first, ARCHIVE))
+    assert [page.block_hash is not None for page in pages] == [
+        index < full_pages(server, first) for index in range(len(pages))
+    ]
+    server.manager.free(first)
+    assert all(page.block_hash is None for page in pages)
+
+
+@pytest.mark.parametrize("prompt", [240, 1000])
+def test_a_preempted_request_shares_no_page_that_holds_its_answer(prompt):
+    server = Server(Window(32, 64), 64)
+    request, other = (server.request(name, range(prompt)) for name in "ab")
+    for one in (request, other):
+        server.prefill(one)
+        server.decode(one, range(5000, 5300))
+    server.preempt(request)
     server.prefill(request)
-    server.decode(request, range(200))
-    assert all(block.block_hash is None for block in server.table(request, ARCHIVE))
+    tables = [server.table(one, ARCHIVE) for one in (request, other)]
+    shared = sum(a is b for a, b in zip(*tables, strict=True))
+    assert shared == full_pages(server, request)
+    server.decode(request, [1])
+    server.check(request, prompt + 300)
 
 
 def test_more_than_two_groups_are_refused():

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
@@ -34,7 +35,11 @@ class LeanKManager(FullAttentionManager):
 
 
 class ArchiveManager(LeanKManager):
-    """Gives a request archive pages for its archived tokens, not for the dense ones.
+    """Gives a request archive pages for its archived tokens, not for the dense ones, and lets
+    requests with the same beginning share them while one of them runs.
+
+    Each of these fills the shared pages itself, in the step that completes its prompt and before it
+    reads them. All write the same, since prompts are computed exactly.
 
     Attributes:
         compacted: tokens that were given a place in the archive so far, for `/metrics`.
@@ -81,15 +86,65 @@ class ArchiveManager(LeanKManager):
             request_id, self._window.archived(num_tokens), num_tokens_main_model
         )
 
-    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """Forget a request that ends or is preempted; see the base class."""
-        self._boundaries.pop(request_id, None)
-        return super().pop_blocks_for_free(request_id)
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: "LeanKSpec",
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Pages of running requests that begin with the same prompt, as many as there are.
 
-    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Offer nothing to the prefix cache. The base class would offer the page in which the
-        prompt ends, whatever the spec says.
+        The hit's length is `max_length`, as these pages never limit one: a prompt is read from
+        dense pages, whose hit vLLM then cuts these to. The page in which compaction of the prompt
+        ends is not among them, since what lies behind the end is this request's own.
         """
+        # All but the last token may be found; a request that starts again asks with its answer,
+        # but has hashes of its prompt alone.
+        prompt = min(max_length + 1, len(block_hashes) * block_pool.hash_block_size)
+        blocks, _ = super().find_longest_cache_hit(
+            block_hashes,
+            kv_cache_spec.window.archived(prompt),
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec,
+            *args,
+            **kwargs,
+        )
+        return blocks, max_length
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Let others share the pages that compaction of the request's prompt fills."""
+        blocks = self.req_to_blocks[request.request_id]
+        held = self.num_cached_block.get(request.request_id, 0)
+        full = self._window.archived(request.num_prompt_tokens) // self.block_size
+        full = min(full, len(blocks))
+        if held >= full:
+            return
+        self.block_pool.cache_full_blocks(
+            request,
+            blocks,
+            held,
+            full,
+            self.block_size,
+            self.kv_cache_group_id,
+        )
+        self.num_cached_block[request.request_id] = full
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget a request that ends or is preempted; see the base class.
+
+        Pages that nobody else shares are not kept for later prompts: without the dense pages, which
+        were freed long before, they would only take room from others.
+        """
+        self._boundaries.pop(request_id, None)
+        blocks = super().pop_blocks_for_free(request_id)
+        self.block_pool.evict_blocks({block.block_id for block in blocks if block.ref_cnt == 1})
+        return blocks
 
 
 class WindowManager(LeanKManager):

@@ -42,16 +42,9 @@ class LeanKSpec(FullAttentionSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class ArchiveSpec(LeanKSpec):
-    """Pages of pruned tokens. A request needs them for its archived tokens only.
-
-    They take no part in prefix caching: a prefix hit brings dense window pages, from which the
-    archive is made anew when the prompt is done. And they need no slot mapping: compaction writes
-    them from the block table.
+    """Pages of pruned tokens. A request needs them for its archived tokens only. They need no slot
+    mapping: compaction writes them from the block table.
     """
-
-    @property
-    def prefix_cacheable(self) -> bool:
-        return False
 
     @property
     def uses_slot_mapping(self) -> bool:

@@ -1,0 +1,84 @@
+#!/bin/sh
+# Measures what the README and docs/ say of a GPU, one step after the other.
+#
+#   benchmarks/reproduce.sh MASK_DIR OUT_DIR [STEP ...]
+#
+# MASK_DIR has llama3.1-8b.yaml and qwen2.5-7b.yaml (`leank mask import`). Each step leaves OUT_DIR/STEP.json
+# or a log; figures in benchmarks/results/ are copies. COMMIT names the commit where there is no git.
+set -eu
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+masks=$(cd "$1" && pwd)
+mkdir -p "$2" && out=$(cd "$2" && pwd)
+shift 2
+commit=${COMMIT:-$(git -C "$root" rev-parse HEAD)}
+llama="--model $root/benchmarks/shapes/llama-3.1-8b --mask $masks/llama3.1-8b.yaml --load-format dummy"
+export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$root/benchmarks" PYTHONSAFEPATH=1
+# Not in the root, whose kernels/ would be taken for the PyPI package of that name.
+cd "$out"
+
+sweep() { # lengths, requests ...
+    for case in 1,4096 1,16384 1,65536 1,131072 16,4096 16,16384 16,65536 64,4096 64,16384 64,32768; do
+        printf -- '--case %s ' "$case"
+    done
+}
+
+run() {
+    case $1 in
+    kernel_tests) python3 -m pytest -q -p no:cacheprovider "$root/tests/test_kernels.py" ;;
+    engine_tests) python3 -m pytest -q -p no:cacheprovider "$root/tests/test_gpu_engine.py" ;;
+    attention_llama) leank bench attention --commit "$commit" --query-heads 32 --mask "$masks/llama3.1-8b.yaml" \
+        --case 64,32768 --archive-dtype both --out attention_llama.json ;;
+    attention_qwen) leank bench attention --commit "$commit" --query-heads 28 --mask "$masks/qwen2.5-7b.yaml" \
+        --case 64,32768 --out attention_qwen.json ;;
+    attention_llama_small) leank bench attention --commit "$commit" --query-heads 32 \
+        --mask "$masks/llama3.1-8b.yaml" --case 1,131072 --case 16,8192,64,256 --case 8,1024 \
+        --out attention_llama_small.json ;;
+    attention_sweep) # shellcheck disable=SC2046
+        leank bench attention --commit "$commit" --query-heads 32 --mask "$masks/llama3.1-8b.yaml" \
+            --layers 0,28 --archive-dtype both $(sweep) --out attention_sweep.json ;;
+    serve_llama) # shellcheck disable=SC2086
+        leank bench serve $llama --commit "$commit" --variants flash,leank,leank-fp8 --prompt-tokens 32000 \
+            --output-tokens 96 --lone-prompts 2 --num-prompts 100 --time-limit 170 --out serve_llama.json ;;
+    serve_llama_fp8) # shellcheck disable=SC2086
+        leank bench serve $llama --commit "$commit" --variants flash-fp8,leank-fp8 --prompt-tokens 32000 \
+            --output-tokens 96 --lone-prompts 2 --num-prompts 100 --time-limit 170 --out serve_llama_fp8.json ;;
+    serve_llama_short) # shellcheck disable=SC2086
+        leank bench serve $llama --commit "$commit" --variants flash,leank --num-prompts 8 --prompt-tokens 1024 \
+            --max-model-len 4096 --engine-args '{"max_num_seqs": 8}' --out serve_llama_short.json ;;
+    soak) soak ;;
+    learn_cost) python3 -m learn_cost --model "$root/benchmarks/shapes/llama-3.1-8b" --commit "$commit" \
+        --tokens 4096 32768 98304 --repeats 2 --out learn_cost.json ;;
+    recall_engine) python3 -m recall.evaluate_engine --dtype bfloat16 --samples 128 --commit "$commit" \
+        --gpu-memory-utilization 0.5 --out recall_engine.json ;;
+    recall_engine_fp8) python3 -m recall.evaluate_engine --attention leank --archive-dtype fp8 --dtype bfloat16 \
+        --samples 128 --commit "$commit" --gpu-memory-utilization 0.5 --out recall_engine_fp8.json ;;
+    recall_prefix_accuracy) python3 -m recall.prefix_accuracy --samples 128 --commit "$commit" \
+        --lengths 1024 2048 4096 8192 --out recall_prefix_accuracy.json ;;
+    *) echo "no step $1" >&2 && exit 2 ;;
+    esac
+}
+
+soak() {
+    vllm serve "$root/benchmarks/shapes/llama-3.1-8b" --served-model-name llama --load-format dummy --tokens-only \
+        --attention-backend leank --additional-config "{\"leank\": {\"mask\": \"$masks/llama3.1-8b.yaml\"}}" \
+        --max-model-len 9216 --gpu-memory-utilization 0.9 --port 8123 >server.log 2>&1 &
+    server=$!
+    for _ in $(seq 150); do
+        curl -sf localhost:8123/health >/dev/null && break
+        kill -0 $server || return 1
+        sleep 2
+    done
+    python3 "$root/benchmarks/soak.py" --base-url http://localhost:8123 --tokens-only --requests 2000 \
+        --prompt-tokens 8192 --output-tokens 256 --vocabulary 128000 --concurrency 128 --pid $server \
+        --device "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)" --commit "$commit" \
+        --out soak.json || { kill $server && return 1; }
+    kill $server
+}
+
+steps=${*:-attention_llama attention_qwen attention_llama_small attention_sweep serve_llama serve_llama_fp8 \
+    serve_llama_short recall_engine recall_engine_fp8 recall_prefix_accuracy learn_cost soak}
+for step in $steps; do
+    echo "== $step, $(date -u +%T)"
+    run "$step" >"$step.log" 2>&1 && tail -n 3 "$step.log" || { echo "failed:" && tail -n 20 "$step.log"; }
+done
