@@ -80,10 +80,17 @@ MUTATIONS = (
         "test_managers.py",
     ),
     Mutation(
-        "archive pages are offered to the prefix cache",
+        "the archive page in which a prompt ends is shared",
         "managers.py",
-        "def cache_blocks(self, *args",
-        "def offer_blocks(self, *args",
+        "kv_cache_spec.window.archived(prompt),",
+        "kv_cache_spec.window.archived(prompt) + kv_cache_spec.block_size,",
+        "test_managers.py",
+    ),
+    Mutation(
+        "archive pages of answers are shared",
+        "managers.py",
+        "self._window.archived(request.num_prompt_tokens)",
+        "self._window.archived(request.num_tokens)",
         "test_managers.py",
     ),
     Mutation(

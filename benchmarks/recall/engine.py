@@ -27,9 +27,20 @@ class Engine:
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    def most_running(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
+        """As `generate`; how many requests ran at once, at most."""
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        engine, most = self._llm.llm_engine, 0
+        for number, prompt in enumerate(prompts):
+            engine.add_request(f"counted {number}", {"prompt_token_ids": list(prompt)}, params)
+        while engine.has_unfinished_requests():
+            engine.step()
+            most = max(most, self.counter("vllm:num_requests_running"))
+        return most
+
     def counter(self, name: str) -> int:
-        """One of vLLM's own counters, as in `/metrics`; needs `disable_log_stats=False`."""
-        return sum(one.value for one in self._llm.get_metrics() if one.name == name)
+        """One of vLLM's own metrics, as in `/metrics`; needs `disable_log_stats=False`."""
+        return int(sum(one.value for one in self._llm.get_metrics() if one.name == name))
 
     def right(self, samples: Sequence[Sample]) -> list[bool]:
         """Which of the samples, all of one task, are answered without a mistake, greedily."""

@@ -8,6 +8,8 @@ The recall model in vLLM engines, with pools of equal bytes. Two workloads:
     conversations   each turn repeats the prompt and the answer before it and adds to them; all
                     conversations take a turn at once
 
+Then, how many questions about one document run at once in the smallest pool.
+
 A pool's size is given in tokens of plain vLLM. `limit` is the share that a pool without end would
 find: with leank, turns find earlier prompts but not earlier answers, whose K and V were computed
 with pruned attention.
@@ -114,7 +116,12 @@ def measure(workload: str, leank: bool, pool_tokens: int, seqs: int) -> dict[str
         **arguments,
     ) as running:
         begin = time.monotonic()
-        WORKLOADS[workload]().play(running)
+        if workload == "one document":
+            document = Documents(count=1, tokens=2000, questions=64, output_tokens=64)
+            most = running.most_running(document.prompts, document.output_tokens)
+        else:
+            most = None
+            WORKLOADS[workload]().play(running)
         return {
             "workload": workload,
             "engine": "leank" if leank else "dense",
@@ -123,6 +130,7 @@ def measure(workload: str, leank: bool, pool_tokens: int, seqs: int) -> dict[str
             "asked": running.counter("vllm:prefix_cache_queries"),
             "found": running.counter("vllm:prefix_cache_hits"),
             "preemptions": running.counter("vllm:num_preemptions"),
+            "most_running": most,
             "seconds": round(time.monotonic() - begin, 1),
         }
 
@@ -133,21 +141,31 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for leank in (False, True):
             for pool in (ENDLESS, *args.pools):
                 row = measure(workload, leank, pool, args.max_num_seqs)
-                row["share"] = round(row["found"] / row["asked"], 4)
-                print(row, file=sys.stderr, flush=True)
                 yield row
+    for leank in (False, True):
+        yield measure("one document", leank, min(args.pools), seqs=64)
 
 
 def print_table(measured: list[dict[str, Any]]) -> None:
     """Shares found, in %."""
+    console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("workload", "pool, dense tokens", "dense", "leank"):
         table.add_column(name, justify="left" if name == "workload" else "right")
-    shares = {(row["workload"], row["pool_tokens"], row["engine"]): row for row in measured}
-    for workload, pool in dict.fromkeys((row["workload"], row["pool_tokens"]) for row in measured):
-        cells = (f"{100 * shares[workload, pool, one]['share']:.1f}" for one in ("dense", "leank"))
+    shares = {
+        (row["workload"], row["pool_tokens"], row["engine"]): row["found"] / row["asked"]
+        for row in measured
+        if row["most_running"] is None
+    }
+    for workload, pool in dict.fromkeys(key[:2] for key in shares):
+        cells = (f"{100 * shares[workload, pool, one]:.1f}" for one in ("dense", "leank"))
         table.add_row(workload, "limit" if pool == ENDLESS else f"{pool:,}", *cells)
-    Console(highlight=False).print(table)
+    console.print(table)
+    for row in measured:
+        if row["most_running"] is not None:
+            console.print(
+                f"questions about one document at once, {row['engine']}: {row['most_running']}"
+            )
 
 
 def main() -> None:
@@ -162,7 +180,10 @@ def main() -> None:
     add("--max-num-seqs", type=int, default=8)
     add("--commit", help="of the code measured; asked of git when not given")
     args = parser.parse_args()
-    measured = list(rows(args))
+    measured = []
+    for row in rows(args):
+        print(row, file=sys.stderr, flush=True)
+        measured.append(row)
     print_table(measured)
     result = {
         "what": "share of prompt tokens found in the prefix cache, pools of equal bytes, fp32",
