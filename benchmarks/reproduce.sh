@@ -60,7 +60,7 @@ run() {
 }
 
 soak() {
-    vllm serve "$root/benchmarks/shapes/llama-3.1-8b" --served-model-name llama --load-format dummy --tokens-only \
+    python3 -m vllm.entrypoints.cli.main serve "$root/benchmarks/shapes/llama-3.1-8b" --served-model-name llama --load-format dummy --tokens-only \
         --attention-backend leank --additional-config "{\"leank\": {\"mask\": \"$masks/llama3.1-8b.yaml\"}}" \
         --max-model-len 9216 --gpu-memory-utilization 0.9 --port 8123 >server.log 2>&1 &
     server=$!

@@ -136,3 +136,34 @@ def test_the_smallest_pool_that_starts_serves_the_longest_requests(tiny_llama_di
     with engine(tiny_llama_dir, mask, num_gpu_blocks_override=needed, **limits) as leank:
         answers = leank.generate(prompts, 600)
     assert [len(tokens) for tokens, _ in answers] == [1, 12, 509]
+
+
+def test_questions_about_one_document_hold_its_archive_once(tiny_llama_dir):
+    """All at once, one of them aborted and its memory NaN: answers stay those of each alone."""
+    (document,) = prompts_of([640], seed=5)
+    prompts = [document + tail for tail in prompts_of([1, 40, 70, 33, 90, 7], seed=6)]
+    mask = random_mask(tiny_llama_dir, KEPT)
+    with engine(tiny_llama_dir, mask, max_model_len=1024) as leank:
+        expected = leank.generate(prompts, 100)
+    params = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True, detokenize=False)
+    with engine(tiny_llama_dir, mask, max_model_len=1024, enable_prefix_caching=True) as leank:
+        poison_freed_blocks(leank)
+        llm_engine, manager = leank.llm.llm_engine, leank.scheduler.kv_cache_manager
+        for name, prompt in enumerate([prompts[0], *prompts]):
+            llm_engine.add_request(f"{name}:", {"prompt_token_ids": prompt}, params)
+        step_until(leank, "6:", 720)
+        tables = [manager.get_blocks(name).blocks[0] for name in leank.scheduler.requests]
+        block = leank.plan.archive_block
+        shared = leank.window.archived(641) // block
+        assert shared >= 4
+        for page in range(shared):
+            assert len({table[page].block_id for table in tables}) == 1
+        private = [one.block_id for table in tables for one in table[shared:]]
+        assert len(set(private)) >= len(tables)
+        llm_engine.abort_request(["0:"])
+        answers = {}
+        while llm_engine.has_unfinished_requests():
+            for output in llm_engine.step():
+                answers[output.request_id] = list(output.outputs[0].token_ids)
+        assert [answers[f"{n}:"] for n in range(1, 7)] == [tokens for tokens, _ in expected]
+        assert leank.block_pool.get_num_free_blocks() == leank.block_pool.num_gpu_blocks - 1
