@@ -176,7 +176,7 @@ def main() -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path(__file__).parents[1] / "results/recall_prefix_hits.json")
     add("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    add("--pools", type=int, nargs="+", default=(6_000, 9_000, 12_000, 18_000, 24_000))
+    add("--pools", type=int, nargs="+", default=(8_000, 12_000, 18_000, 24_000))
     add("--max-num-seqs", type=int, default=8)
     add("--commit", help="of the code measured; asked of git when not given")
     args = parser.parse_args()
