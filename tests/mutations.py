@@ -15,10 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,7 +93,7 @@ MUTATIONS = (
         "drafts find no archive page",
         "managers.py",
         "request_id, self._window.archived(num_tokens), num_tokens_main_model",
-        "request_id, self._window.archived(num_tokens_main_model), num_tokens_main_model",
+        "request_id, self._window.archived(max(num_tokens - 6, 1)), num_tokens_main_model",
         "test_speculation.py",
     ),
     Mutation(
@@ -164,7 +160,7 @@ MUTATIONS = (
         "kernels/store.py",
         "    if slot >= 0:",
         "    slot = tl.maximum(slot, 0)\n    if slot >= 0:",
-        "test_kernels.py",
+        "test_kernels.py::test_decode_at_every_length_around_the_edges",
     ),
     Mutation(
         "offsets have 32 bits",
@@ -228,15 +224,19 @@ def main() -> int:
     args = parser.parse_args()
     chosen = [m for m in MUTATIONS if args.only in m.name]
     possible = [m for m in chosen if torch.cuda.is_available() or not m.gpu]
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("fault", "tests", "noticed"):
-        table.add_column(name)
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         build = ["setup.py", "--quiet", "build_py", "--build-lib", folder]
         subprocess.run([sys.executable, *build], cwd=ROOT, check=True)
         package = Path(folder) / "vllm_leank"
-        for mutation in track(possible, "planting faults"):
+        for tests in sorted({m.tests for m in possible}):
+            if not passes(tests, package.parent):
+                raise SystemExit(f"{tests} fail without a fault")
+        print("The tests pass without a fault.", flush=True)
+        for mutation in chosen:
+            if mutation not in possible:
+                print(f"needs a GPU  {mutation.name}")
+                continue
             file = package / mutation.module
             text = file.read_text(encoding="utf-8")
             if text.count(mutation.old) != 1:
@@ -245,14 +245,7 @@ def main() -> int:
             noticed = not passes(mutation.tests, package.parent)
             file.write_text(text, encoding="utf-8")
             missed += not noticed
-            table.add_row(mutation.name, mutation.tests, "yes" if noticed else "NO")
-        for tests in track(sorted({m.tests for m in possible}), "the same without faults"):
-            if not passes(tests, package.parent):
-                raise SystemExit(f"{tests} fail without a fault")
-    for mutation in chosen:
-        if mutation not in possible:
-            table.add_row(mutation.name, mutation.tests, "needs a GPU")
-    Console(highlight=False).print(table)
+            print(f"{'noticed' if noticed else 'NOT NOTICED'}  {mutation.name}", flush=True)
     return missed > 0
 
 

@@ -176,11 +176,14 @@ def test_decode_at_every_length_around_the_edges(num_reqs, tma):
     for request in requests:
         builder.run(builder.step([(request, len(request) - 1)]), reference)
     step = builder.step([(request, 1) for request in requests], padded_rows=3, padded_tokens=3)
+    pages = [raw(builder.cache.window_pages), raw(builder.cache.archive_pages)]
+    nobodys = [part[0].clone() for part in pages]
     store.update(step.key, step.value, builder.cache, step.batch)
     output = torch.full_like(step.query, float("nan"))
     decode.decode(step.query, output, builder.cache, step.batch, builder.scale)
     assert relative_rms(output[:num_reqs], step.expected) < FP16[1]
     assert not output[num_reqs:].any()
+    assert all(torch.equal(part[0], before) for part, before in zip(pages, nobodys, strict=True))
 
 
 def test_a_request_split_over_many_programs_reads_the_same(monkeypatch, tma):

@@ -251,7 +251,7 @@ def full_pages(server, request):
 
 
 @pytest.mark.parametrize("block", [32, 64, 96])
-@pytest.mark.parametrize("longer", [0, 1, 40, 300])
+@pytest.mark.parametrize("longer", [-230, -95, -33, -1, 0, 1, 40, 300])
 @pytest.mark.parametrize("prompt", [96, 240, 1000, 1008])
 def test_running_requests_share_the_archive_of_their_common_beginning(prompt, longer, block):
     server = Server(Window(32, 64), block)
@@ -259,7 +259,9 @@ def test_running_requests_share_the_archive_of_their_common_beginning(prompt, lo
     first = server.request("a", range(prompt))
     server.prefill(first)
     server.decode(first, range(100))
-    second = server.request("b", [*range(prompt), *range(7000, 7000 + longer)])
+    second = server.request(
+        "b", [*range(prompt + min(longer, 0)), *range(7000, 7000 + max(longer, 0))] or [1]
+    )
     hit = server.prefill(second)
     one, other = (server.table(request, ARCHIVE) for request in (first, second))
     shared = min(full_pages(server, first), full_pages(server, second), hit // block)
