@@ -8,6 +8,7 @@ tokens before it, which is what greedy decoding would write. One forward pass sh
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -45,7 +46,9 @@ def count_exact(model: LlamaForCausalLM, task: str, length: int, seeds: range) -
 def machine(device: str) -> dict[str, str]:
     """What the numbers were measured on and with."""
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -33,6 +33,7 @@ from recall.engine import Engine, engine
 from recall.evaluate import head_commit, machine
 from recall.evaluate_engine import MODEL
 from recall.vocab import BOS, WORDS
+from vllm_leank.compat import vllm_version
 from vllm_leank.layout import plan_cache
 from vllm_leank.mask import load_mask
 from vllm_leank.mask_resolver import find_masks
@@ -187,7 +188,7 @@ def main() -> None:
     print_table(measured)
     result = {
         "what": "share of prompt tokens found in the prefix cache, pools of equal bytes, fp32",
-        "machine": machine("cpu"),
+        "machine": machine("cpu") | {"vllm": vllm_version()},
         "commit": args.commit or head_commit(),
         "command": shlex.join(["python", "-m", "recall.prefix_hits", *sys.argv[1:]]),
         "max_num_seqs": args.max_num_seqs,
