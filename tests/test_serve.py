@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -92,7 +94,7 @@ def usage(url):
         "saved": r"leank_saved_bytes\{",
         "compacted": r"leank_compacted_tokens_total\{",
     }
-    text = httpx.get(f"{url}/metrics").text
+    text = httpx.get(f"{url}/metrics", timeout=60).text
     return {
         name: float(re.search(rf"^vllm:{pattern}.* (\S+)$", text, re.MULTILINE)[1])
         for name, pattern in wanted.items()
@@ -100,27 +102,25 @@ def usage(url):
 
 
 def test_metrics_follow_the_requests(url):
-    """One request, watched while it generates: a prompt of 1,500 tokens."""
+    """One request, watched while it generates 1,400 tokens."""
     before = usage(url)["compacted"]
-    held = {}
-    with httpx.stream(
-        "POST",
-        f"{url}/v1/completions",
-        json={
-            "model": "recall",
-            "prompt": [7] * 1500,
-            "max_tokens": 400,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-        },
-        timeout=120,
-    ) as reply:
-        for index, _ in enumerate(reply.iter_lines()):
-            if index % 20 == 0 and (now := usage(url))["archive"]:
-                held = now
+    body = {
+        "model": "recall",
+        "prompt": [7] * 600,
+        "max_tokens": 1400,
+        "ignore_eos": True,
+        "temperature": 0,
+    }
+    seen = []
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=300)
+        while not reply.done():
+            seen.append(usage(url))
+            time.sleep(0.05)
+    assert reply.result().status_code == 200
+    held = max(seen, key=lambda one: one["archive"])
     boundary = Window(64, 256).boundary
-    assert boundary(1500) - 64 <= held["archive"] <= boundary(1900) - 64
+    assert boundary(600) - 64 <= held["archive"] <= boundary(2000) - 64
     assert held["archive"] % 32 == 0
     assert 320 <= held["window"] < 352
     # Far tokens take less than half of a dense token's 6,144 bytes, and blocks are not all full.
@@ -129,7 +129,7 @@ def test_metrics_follow_the_requests(url):
         "archive": 0,
         "window": 0,
         "saved": 0,
-        "compacted": before + boundary(1899) - 64,
+        "compacted": before + boundary(1999) - 64,
     }
 
 

@@ -110,7 +110,7 @@ def server(max_model_len: int) -> Iterator[str]:
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment | os.environ,
-            start_new_session=True,
+            process_group=0,  # a new session would be scheduled apart, and starve its clients
         )
         url = f"http://127.0.0.1:{port}"
         try:
