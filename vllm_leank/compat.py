@@ -140,7 +140,9 @@ def request_prompt_lengths(vllm_config: "VllmConfig") -> None:
 
 
 Observe = Callable[[dict[str, int], int], None]
-_USAGE = "leank_"
+"""Takes counts by name, and the number of the engine they are of."""
+
+_USAGE = "leank_"  # how our counts begin among vLLM's
 
 
 def hook_metrics(publish: Callable[["VllmConfig", Any], Observe]) -> None:
