@@ -6,6 +6,7 @@ import pytest
 from engines import engine
 from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
+from test_engine_answers import assert_same
 
 from vllm_leank.layout import archive_token_bytes, plan_cache
 from vllm_leank.mask import load_mask
@@ -47,31 +48,15 @@ def split(monkeypatch):
     return answer
 
 
-def difference(some, others):
-    """Requests with other tokens, and the largest difference of log-probabilities elsewhere."""
-    wrong, distance = 0, 0.0
-    for (tokens, logprobs), (other_tokens, other_logprobs) in zip(some, others, strict=True):
-        wrong += tokens != other_tokens
-        if tokens == other_tokens:
-            distance = max(
-                distance, *(abs(a - b) for a, b in zip(logprobs, other_logprobs, strict=True))
-            )
-    return wrong, distance
-
-
 @pytest.mark.engine
 def test_two_ranks_answer_like_one(split):
-    wrong, distance = difference(split(tensor_parallel_size=2), answers())
-    assert wrong == 0
-    assert distance < 1e-3
+    assert_same(split(tensor_parallel_size=2), answers(), 1e-3)
 
 
 @pytest.mark.engine
 @every_split
 def test_two_stages_answer_like_one(split):
-    wrong, distance = difference(split(**PIPELINE), answers())
-    assert wrong == 0
-    assert distance < 1e-3
+    assert_same(split(**PIPELINE), answers(), 1e-3)
 
 
 @pytest.mark.engine
@@ -79,9 +64,7 @@ def test_two_stages_answer_like_one(split):
 def test_prefix_hits_and_preemption_on_two_ranks(split):
     """A pool of little more than one request, and prompts that share their beginnings."""
     tight = {"enable_prefix_caching": True, "num_gpu_blocks_override": 60}
-    wrong, distance = difference(split(tensor_parallel_size=2, **tight), answers())
-    assert wrong == 0
-    assert distance < 1e-3
+    assert_same(split(tensor_parallel_size=2, **tight), answers(), 1e-3)
 
 
 @pytest.mark.parametrize(
