@@ -143,7 +143,9 @@ class ArchiveManager(LeanKManager):
         """
         self._boundaries.pop(request_id, None)
         blocks = super().pop_blocks_for_free(request_id)
-        self.block_pool.evict_blocks({block.block_id for block in blocks if block.ref_cnt == 1})
+        self.block_pool.evict_blocks(
+            {block.block_id for block in blocks if block.block_hash and block.ref_cnt == 1}
+        )
         return blocks
 
 
