@@ -73,11 +73,22 @@ class Engine:
 
 
 @contextmanager
-def engine(model: str, leank: dict[str, Any] | None, **arguments: Any) -> Iterator[Engine]:
+def engine(
+    model: str,
+    leank: dict[str, Any] | None,
+    *,
+    enable_prefix_caching: bool = False,
+    **arguments: Any,
+) -> Iterator[Engine]:
     """An engine with these arguments; `leank` has leank's options, None is vLLM's own attention."""
     if leank is not None:
         arguments |= {"attention_backend": "leank", "additional_config": {"leank": leank}}
-    llm = LLM(model, skip_tokenizer_init=True, **({"enable_prefix_caching": False} | arguments))
+    llm = LLM(
+        model,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=enable_prefix_caching,
+        **arguments,
+    )
     try:
         yield Engine(llm)
     finally:

@@ -39,69 +39,56 @@ from vllm_leank.mask import load_mask
 from vllm_leank.mask_resolver import find_masks
 
 DENSE_BLOCK = 32
-TOKEN_BYTES = 12288
-"""K and V of the recall model in fp32."""
-
-
-class Workload:
-    """Prompts in rounds; a round's answers may be part of the next."""
-
-    def __init__(self, seed: int, output_tokens: int):
-        self.rng = np.random.default_rng(seed)
-        self.output_tokens = output_tokens
-
-    def text(self, tokens: int) -> list[int]:
-        return [int(token) for token in self.rng.choice(WORDS, size=tokens)]
-
-    def play(self, running: Engine) -> None:
-        """Ask everything."""
-        raise NotImplementedError
-
-
-class Documents(Workload):
-    """`count` documents of `tokens`, of each of which `questions` are asked."""
-
-    def __init__(self, count: int, tokens: int, questions: int, output_tokens: int):
-        super().__init__(1, output_tokens)
-        documents = [[BOS, *self.text(tokens)] for _ in range(count)]
-        order = self.rng.permutation(np.repeat(np.arange(count), questions))
-        self.prompts = [documents[index] + self.text(30) for index in order]
-
-    def play(self, running: Engine) -> None:
-        running.generate(self.prompts, self.output_tokens)
-
-
-class Conversations(Workload):
-    """`count` conversations of `turns`, which add `tokens` each."""
-
-    def __init__(self, count: int, turns: int, tokens: int, output_tokens: int):
-        super().__init__(2, output_tokens)
-        self.turns = [[self.text(tokens) for _ in range(count)] for _ in range(turns)]
-
-    def play(self, running: Engine) -> None:
-        history = [[BOS] for _ in self.turns[0]]
-        for said in self.turns:
-            prompts = [past + new for past, new in zip(history, said, strict=True)]
-            answers = running.generate(prompts, self.output_tokens)
-            history = [past + new for past, new in zip(prompts, answers, strict=True)]
-
-
-WORKLOADS = {
-    "documents": lambda: Documents(count=8, tokens=2000, questions=6, output_tokens=64),
-    "conversations": lambda: Conversations(count=8, turns=5, tokens=400, output_tokens=64),
-}
 MAX_MODEL_LEN = 2560
+OUTPUT_TOKENS = 64
 ENDLESS = 200_000
+"""Tokens of a pool that never gets full."""
+
+
+def text(rng: np.random.Generator, tokens: int) -> list[int]:
+    """Random words."""
+    return [int(token) for token in rng.choice(WORDS, size=tokens)]
+
+
+def document_prompts(count: int, questions: int) -> list[list[int]]:
+    """As many questions about each of `count` documents, in any order."""
+    rng = np.random.default_rng(1)
+    documents = [[BOS, *text(rng, 2000)] for _ in range(count)]
+    order = rng.permutation(np.repeat(np.arange(count), questions))
+    return [documents[index] + text(rng, 30) for index in order]
+
+
+def documents(running: Engine) -> None:
+    """8 documents, 6 questions about each."""
+    running.generate(document_prompts(8, 6), OUTPUT_TOKENS)
+
+
+def conversations(running: Engine) -> None:
+    """8 conversations of 5 turns."""
+    rng = np.random.default_rng(2)
+    turns = [[text(rng, 400) for _ in range(8)] for _ in range(5)]
+    history = [[BOS] for _ in turns[0]]
+    for said in turns:
+        prompts = [past + new for past, new in zip(history, said, strict=True)]
+        answers = running.generate(prompts, OUTPUT_TOKENS)
+        history = [past + new for past, new in zip(prompts, answers, strict=True)]
+
+
+def one_document(running: Engine) -> int:
+    """64 questions about one document; how many ran at once."""
+    return running.most_running(document_prompts(1, 64), OUTPUT_TOKENS)
+
+
+WORKLOADS = {"documents": documents, "conversations": conversations, "one document": one_document}
 
 
 def measure(workload: str, leank: bool, pool_tokens: int, seqs: int) -> dict[str, Any]:
     """One engine through one workload."""
-    size = TOKEN_BYTES * DENSE_BLOCK
-    arguments: dict[str, Any] = {"block_size": DENSE_BLOCK}
-    if leank:
-        kept = load_mask(find_masks(MODEL)[0].path).kept_counts.tolist()
-        size, arguments = plan_cache(kept, 128, 4).block_bytes, {}
-    blocks = pool_tokens * TOKEN_BYTES // size
+    mask = load_mask(find_masks(MODEL)[0].path)
+    plan = plan_cache(mask.kept_counts.tolist(), mask.geometry.head_dim, itemsize=4)
+    size = plan.block_bytes if leank else plan.dense_token_bytes * DENSE_BLOCK
+    arguments: dict[str, Any] = {} if leank else {"block_size": DENSE_BLOCK}
+    blocks = pool_tokens * plan.dense_token_bytes // size
     with engine(
         MODEL,
         {} if leank else None,
@@ -117,12 +104,7 @@ def measure(workload: str, leank: bool, pool_tokens: int, seqs: int) -> dict[str
         **arguments,
     ) as running:
         begin = time.monotonic()
-        if workload == "one document":
-            document = Documents(count=1, tokens=2000, questions=64, output_tokens=64)
-            most = running.most_running(document.prompts, document.output_tokens)
-        else:
-            most = None
-            WORKLOADS[workload]().play(running)
+        most = WORKLOADS[workload](running)
         return {
             "workload": workload,
             "engine": "leank" if leank else "dense",
@@ -141,8 +123,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for workload in args.workloads:
         for leank in (False, True):
             for pool in (ENDLESS, *args.pools):
-                row = measure(workload, leank, pool, args.max_num_seqs)
-                yield row
+                yield measure(workload, leank, pool, args.max_num_seqs)
     for leank in (False, True):
         yield measure("one document", leank, min(args.pools), seqs=64)
 
@@ -176,7 +157,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path(__file__).parents[1] / "results/recall_prefix_hits.json")
-    add("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    add("--workloads", nargs="+", choices=list(WORKLOADS)[:2], default=list(WORKLOADS)[:2])
     add("--pools", type=int, nargs="+", default=(8_000, 12_000, 18_000, 24_000))
     add("--max-num-seqs", type=int, default=8)
     add("--commit", help="of the code measured; asked of git when not given")
