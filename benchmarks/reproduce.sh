@@ -17,7 +17,7 @@ export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$root/benchmarks" PYTHONSAFEPATH=1
 # Not in the root, whose kernels/ would be taken for the PyPI package of that name.
 cd "$out"
 
-sweep() { # lengths, requests ...
+sweep() { # requests, tokens
     for case in 1,4096 1,16384 1,65536 1,131072 16,4096 16,16384 16,65536 64,4096 64,16384 64,32768; do
         printf -- '--case %s ' "$case"
     done
@@ -55,7 +55,7 @@ run() {
         --samples 128 --commit "$commit" --gpu-memory-utilization 0.5 --out recall_engine_fp8.json ;;
     recall_prefix_accuracy) python3 -m recall.prefix_accuracy --samples 128 --commit "$commit" \
         --lengths 1024 2048 4096 8192 --out recall_prefix_accuracy.json ;;
-    *) echo "no step $1" >&2 && exit 2 ;;
+    *) echo "there is no step $1" && return 2 ;;
     esac
 }
 
@@ -78,7 +78,14 @@ soak() {
 
 steps=${*:-attention_llama attention_qwen attention_llama_small attention_sweep serve_llama serve_llama_fp8 \
     serve_llama_short recall_engine recall_engine_fp8 recall_prefix_accuracy learn_cost soak}
+status=0
 for step in $steps; do
     echo "== $step, $(date -u +%T)"
-    run "$step" >"$step.log" 2>&1 && tail -n 3 "$step.log" || { echo "failed:" && tail -n 20 "$step.log"; }
+    if run "$step" >"$step.log" 2>&1; then
+        tail -n 3 "$step.log"
+    else
+        status=1
+        echo "failed:" && tail -n 20 "$step.log"
+    fi
 done
+exit $status
