@@ -1,8 +1,9 @@
 """Random traffic through a real engine, every token checked against the oracle.
 
 An `Arena` is an engine with a chunk size and a cache drawn from its seed, mostly too small for its
-requests. Scenarios follow each other in it: requests with shared prompts arrive at any step, some
-are aborted, all others run to their end. Before each scenario, memory that nobody may read is NaN.
+requests; in those of odd seeds prompts are read pruned. Scenarios follow each other in it: requests
+with shared prompts arrive at any step, some are aborted, all others run to their end. Before each
+scenario, memory that nobody may read is NaN.
 
 A failure names the seeds, by which `play(SEED, model, [SCENARIO])` replays it, and the smallest
 scenario found that fails too.
@@ -162,7 +163,8 @@ class Arena:
         """The answer, whole or cut off, is what the oracle would say."""
         if not answer:
             return
-        logits = self.oracle.logits(prompt + answer[:-1], exact_until=len(prompt))
+        exact_until = self.running.window.exact_until(len(prompt))
+        logits = self.oracle.logits(prompt + answer[:-1], exact_until)
         expected = logits[len(prompt) - 1 :].argmax(-1).tolist()
         assert answer == expected, f"a prompt of {len(prompt)} tokens gets {answer}, not {expected}"
         self.counts["tokens"] += len(answer)
@@ -189,8 +191,9 @@ def arena(seed, model, speculation=None):
     }
     # Room for one request of full length, for a little more, or for all.
     options["num_gpu_blocks_override"] = chance.choice((26, 32, 250))
+    options["prefill"] = "pruned" if seed % 2 else "exact"
     with engine(model, mask, sink=SINK, recent=RECENT, **options) as running:
-        yield Arena(seed, running, Oracle(model, mask.keep, SINK, RECENT))
+        yield Arena(seed, running, Oracle(model, mask.keep, SINK, running.window.recent))
 
 
 def play(seed, model, scenarios, speculation=None):

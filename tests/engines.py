@@ -59,6 +59,19 @@ class Engine:
         raw = torch.tensor([], dtype=pages.dtype).set_(pages.untyped_storage())
         return raw.view(pages.shape[0], -1)
 
+    def watch_hits(self) -> list[int]:
+        """Tokens that requests found in the prefix cache, from now on."""
+        hits: list[int] = []
+        lookup = self.scheduler.kv_cache_manager.get_computed_blocks
+
+        def watch(request: Any, *args: Any, **kwargs: Any) -> Any:
+            found = lookup(request, *args, **kwargs)
+            hits.append(found[1])
+            return found
+
+        self.scheduler.kv_cache_manager.get_computed_blocks = watch
+        return hits
+
     def watch_preemptions(self) -> list[int]:
         """Output tokens that requests had when they were preempted, from now on."""
         preempted: list[int] = []
@@ -104,6 +117,7 @@ def engine(
     sink: int = 32,
     recent: int = 64,
     archive_dtype: str = "auto",
+    prefill: str = "exact",
     **args: Any,
 ) -> Iterator[Engine]:
     """An engine on CPU in fp32: with leank and the mask, or, without a mask, plain vLLM."""
@@ -113,7 +127,8 @@ def engine(
             save_mask(mask, path, overwrite=True)
             mask = path
         options = {
-            "mask": str(mask), "sink": sink, "recent": recent, "archive_dtype": archive_dtype
+            "mask": str(mask), "sink": sink, "recent": recent, "archive_dtype": archive_dtype,
+            "prefill": prefill,
         }  # fmt: skip
         args |= {"attention_backend": "leank", "additional_config": {"leank": options}}
     defaults = {

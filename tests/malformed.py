@@ -76,7 +76,7 @@ def options(count, seed=0):
             *([{rng.choice(KEYS): value(depth + 1)}] if kind == 8 else [None]),
         )[kind]  # fmt: skip
 
-    names = ("mask", "sink", "recent", "archive_dtype", "Sink", "ratio", "", "mask ")
+    names = ("mask", "sink", "recent", "archive_dtype", "prefill", "Sink", "ratio", "", "mask ")
     for _ in range(count):
         if rng.random() < 0.15:
             yield value()

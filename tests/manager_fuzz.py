@@ -12,7 +12,7 @@ A failure names the seed and the event; `History(seed).run(events)` replays it.
 
 import random
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from test_managers import ARCHIVE, WINDOW, Server
@@ -22,6 +22,11 @@ from vllm_leank.window import STEP, Window
 WINDOWS = (Window(0, 32), Window(32, 64), Window(64, 100))
 EDGES = (1, 31, 32, 33, 63, 64, 65, 95, 96, 127, 128, 129, 160, 192, 256, 257, 300)
 CHUNKS = (1, 17, 32, 33, 64, 100, 512)
+
+
+def pruned(window, block):
+    """The window as served where prompts are read pruned, with archive pages of `block` tokens."""
+    return replace(window, recent=-(-window.recent // block) * block, exact=False)
 
 
 @dataclass
@@ -62,6 +67,8 @@ class History:
         self.random = random.Random(seed)
         self.window = self.random.choice(WINDOWS)
         block = self.random.choice((32, 64, 96))
+        if self.random.random() < 0.5:
+            self.window = pruned(self.window, block)
         self.lag = self.random.choice((0, 1))
         # Few blocks, so that requests are preempted.
         num_blocks = self.random.choice((40, 60, 120))
@@ -201,7 +208,8 @@ class History:
         for work in works:
             request = work.live.request
             after = work.start + work.count
-            for token in self.window.compaction(work.start, after, request.num_prompt_tokens):
+            exact_until = self.window.exact_until(request.num_prompt_tokens)
+            for token in self.window.compaction(work.start, after, exact_until):
                 positions = np.arange(token, token + STEP)
                 self.expect(work, WINDOW, positions, "compaction reads")
                 self.write(work, ARCHIVE, positions)
@@ -213,11 +221,12 @@ class History:
 
     def attend(self, work):
         """Check every cell that some query of the step reads."""
-        prompt = work.live.request.num_prompt_tokens
+        exact_until = self.window.exact_until(work.live.request.num_prompt_tokens)
         first, last = work.start, work.start + work.count - 1
-        if first < prompt:
-            self.expect(work, WINDOW, np.arange(min(last, prompt - 1) + 1), "exact prefill reads")
-        first = max(first, prompt)
+        if first < exact_until:
+            dense = np.arange(min(last, exact_until - 1) + 1)
+            self.expect(work, WINDOW, dense, "exact prefill reads")
+        first = max(first, exact_until)
         if first <= last:
             oldest, newest = self.window.boundary(first + 1), self.window.boundary(last + 1)
             sink = self.window.sink
@@ -254,12 +263,13 @@ class History:
     def identity(self, work, positions):
         """What belongs where a request's tokens are kept."""
         request = work.live.request
-        tokens, prompt = request.all_token_ids, request.num_prompt_tokens
+        tokens = request.all_token_ids
+        exact_until = self.window.exact_until(request.num_prompt_tokens)
         chain = np.empty(max(positions, default=-1) + 1, np.int64)
         value = 17
         for i in range(len(chain)):
             token = tokens[i] if i < len(tokens) else -i  # sampled ahead, thrown away later
-            value = hash((value, token, prompt if i >= prompt else 0))
+            value = hash((value, token, exact_until if i >= exact_until else 0))
             chain[i] = value
         return chain[positions]
 

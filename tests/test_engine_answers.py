@@ -143,15 +143,7 @@ def test_a_prefix_hit_does_not_change_the_answer(tiny_llama_dir):
         second = [prompt + tokens for prompt, (tokens, _) in zip(first[:3], expected, strict=False)]
         expected += leank.generate(second, 50)
     with engine(tiny_llama_dir, mask, enable_prefix_caching=True) as leank:
-        hits = []
-        lookup = leank.scheduler.kv_cache_manager.get_computed_blocks
-
-        def watch(request, *args, **kwargs):
-            found = lookup(request, *args, **kwargs)
-            hits.append(found[1])
-            return found
-
-        leank.scheduler.kv_cache_manager.get_computed_blocks = watch
+        hits = leank.watch_hits()
         answers = [leank.generate([prompt], 100)[0] for prompt in first]
         answers += [leank.generate([prompt], 50)[0] for prompt in second]
         assert_same(answers, expected)

@@ -43,15 +43,7 @@ def test_two_hundred_prefix_hits(tiny_llama_dir):
         expected = leank.generate(prompts, 40)
     with engine(tiny_llama_dir, mask, enable_prefix_caching=True, **limits) as leank:
         leank.generate([document], 1)
-        hits = []
-        lookup = leank.scheduler.kv_cache_manager.get_computed_blocks
-
-        def watch(request, *args, **kwargs):
-            found = lookup(request, *args, **kwargs)
-            hits.append(found[1])
-            return found
-
-        leank.scheduler.kv_cache_manager.get_computed_blocks = watch
+        hits = leank.watch_hits()
         assert_same(leank.generate(prompts, 40), expected)
     assert sum(hit > 0 for hit in hits) >= 180
     assert len(set(hits)) >= 8

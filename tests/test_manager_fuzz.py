@@ -57,7 +57,9 @@ def archives_a_page_too_few(monkeypatch):
 
 
 def finds_answers_in_the_prefix_cache(monkeypatch):
-    monkeypatch.setattr(managers.WindowManager, "cache_blocks", FullAttentionManager.cache_blocks)
+    monkeypatch.setattr(
+        managers.ExactWindowManager, "cache_blocks", FullAttentionManager.cache_blocks
+    )
 
 
 def looks_up_answers_after_a_preemption(monkeypatch):
@@ -78,8 +80,8 @@ def shares_the_page_in_which_the_prompt_ends(monkeypatch):
             )
             cache_blocks(self, request, *args, **kwargs)
 
-    cache_blocks = managers.ArchiveManager.cache_blocks
-    monkeypatch.setattr(managers.ArchiveManager, "cache_blocks", offer)
+    cache_blocks = managers.ExactArchiveManager.cache_blocks
+    monkeypatch.setattr(managers.ExactArchiveManager, "cache_blocks", offer)
 
 
 def leaks_when_a_request_ends(monkeypatch):

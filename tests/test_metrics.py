@@ -66,6 +66,7 @@ def test_gauges_of_a_server(publish):
         "sink": "64",
         "recent": "256",
         "archive_dtype": "auto",
+        "prefill": "exact",
     }
     assert value("cache_bytes") == 1000 * plan.block_bytes
     assert value("far_token_bytes", cache="leank") == plan.archive_token_bytes

@@ -35,7 +35,10 @@ def test_options_are_read(given, options):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"sinc": 64}, 'leank has no option "sinc"; allowed: mask, sink, recent, archive_dtype'),
+        (
+            {"sinc": 64},
+            'leank has no option "sinc"; allowed: mask, sink, recent, archive_dtype, prefill',
+        ),
         ({"sink": "64"}, "leank option sink = '64': input should be a valid integer"),
         ({"sink": 64.0}, "leank option sink = 64.0: input should be a valid integer"),
         ({"recent": True}, "leank option recent = True: input should be a valid integer"),
@@ -44,6 +47,10 @@ def test_options_are_read(given, options):
         (
             {"archive_dtype": "int4"},
             "leank option archive_dtype = 'int4': input should be 'auto' or 'fp8'",
+        ),
+        (
+            {"prefill": "dense"},
+            "leank option prefill = 'dense': input should be 'exact' or 'pruned'",
         ),
         ({"archive_dtype": 8}, "leank option archive_dtype = 8: input should be 'auto' or 'fp8'"),
         ([], 'additional_config["leank"] is [], but must be a mapping of options'),
@@ -96,10 +103,14 @@ def hand_made_mask(sink=64, recent=256):
         (Options(recent=100), (64, 256), Window(64, 100)),
         (Options(), (4, 64), Window(32, 64)),
         (Options(), (33, 64), Window(64, 64)),
+        # Pruned prompts: whole archive pages, here of 96 tokens.
+        (Options(prefill="pruned"), (64, 256), Window(64, 288, exact=False)),
+        (Options(prefill="pruned", recent=96), (64, 256), Window(64, 96, exact=False)),
+        (Options(prefill="pruned", recent=97), (64, 256), Window(64, 192, exact=False)),
     ],
 )
 def test_window_comes_from_options_then_from_the_mask(options, made_for, window):
-    assert _window(options, hand_made_mask(*made_for)) == window
+    assert _window(options, hand_made_mask(*made_for), 96) == window
 
 
 @pytest.mark.parametrize(
@@ -112,7 +123,7 @@ def test_window_comes_from_options_then_from_the_mask(options, made_for, window)
 )
 def test_windows_out_of_range_are_refused_as_options(options, message):
     with pytest.raises(OptionError, match=message):
-        _window(options, hand_made_mask())
+        _window(options, hand_made_mask(), 96)
 
 
 def settings(window, mask, archive_itemsize=None):

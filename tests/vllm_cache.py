@@ -14,6 +14,9 @@ from vllm_leank.window import Window
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
+IN_FLIGHT = 1024
+"""Tokens that steps planned and not yet run hold at most."""
+
 
 def vllm_config(max_model_len: int) -> VllmConfig:
     """A config without a model, with the page order that leank's backends ask for."""
@@ -42,7 +45,7 @@ def cache_specs(plan: CachePlan, window: Window, rank: int = 0) -> dict[str, KVC
         for index in range(len(plan.kept))
     }
     windows = {
-        f"{name}.window": window_spec(archive, window, WINDOW_BLOCK)
+        f"{name}.window": window_spec(archive, window, WINDOW_BLOCK, IN_FLIGHT)
         for name, archive in archives.items()
     }
     return archives | windows

@@ -122,7 +122,7 @@ class WindowLayer(AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: "VllmConfig") -> WindowSpec:
         """Spec of this layer's window pages."""
         base = self._attention.get_kv_cache_spec(vllm_config)
-        return window_spec(base, self._window, WINDOW_BLOCK)
+        return window_spec(base, self._window, WINDOW_BLOCK, vllm_config.max_in_flight_tokens)
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the layer's pages, `[num_blocks, num_kv_heads, 32, 2 * head_dim]`."""

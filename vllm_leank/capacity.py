@@ -14,6 +14,11 @@ OTHER_BYTES = 3 * 2**30
 defaults on an H200. vLLM measures it at startup; here it is a guess.
 """
 
+IN_FLIGHT_TOKENS = 2 * 8192
+"""Tokens that are computed at once, as far as only vLLM can know it: its default of
+`--max-num-batched-tokens` on large GPUs, for two steps that overlap.
+"""
+
 
 @dataclass(frozen=True)
 class Capacity:
@@ -34,15 +39,19 @@ class Capacity:
     in_prefill: float
 
 
-def leank_capacity(plan: CachePlan, window: Window, pool_bytes: int, length: int) -> Capacity:
-    """Capacity of leank for requests of `length` tokens."""
+def leank_capacity(
+    plan: CachePlan, window: Window, pool_bytes: int, length: int, in_flight: int = 1
+) -> Capacity:
+    """Capacity of leank for requests of `length` tokens, `in_flight` of which are computed at once
+    while they are prompts.
+    """
     blocks = pool_bytes // plan.block_bytes
     return Capacity(
         far_token_bytes=plan.archive_token_bytes,
         archive_block=plan.archive_block,
         block_bytes=plan.block_bytes,
         in_decode=blocks / plan.blocks_in_decode(window, length),
-        in_prefill=blocks / plan.blocks_in_prefill(window, length),
+        in_prefill=blocks / plan.blocks_in_prefill(window, length, in_flight),
     )
 
 
@@ -58,14 +67,18 @@ def dense_capacity(
     return Capacity(token_bytes, None, None, requests, requests)
 
 
-def compare(plan: CachePlan, window: Window, pool_bytes: int, length: int) -> dict[str, Capacity]:
-    """Capacity of dense caches and of leank's in the model's dtype and in fp8, by name."""
+def compare(
+    plan: CachePlan, window: Window, pool_bytes: int, length: int, in_flight: int = IN_FLIGHT_TOKENS
+) -> dict[str, Capacity]:
+    """Capacity of dense caches and of leank's in the model's dtype and in fp8, by name; see
+    `leank_capacity`.
+    """
 
     def leank(archive_itemsize: int | None) -> Capacity:
         variant = plan_cache(
             plan.kept, plan.head_dim, plan.itemsize, plan.tp_size, archive_itemsize
         )
-        return leank_capacity(variant, window, pool_bytes, length)
+        return leank_capacity(variant, window, pool_bytes, length, in_flight)
 
     return {
         "vLLM": dense_capacity(plan, pool_bytes, length),

@@ -231,14 +231,23 @@ class CachePlan:
             self.archive_token_bytes * self.archive_block, self.dense_token_bytes * WINDOW_BLOCK
         )
 
-    def blocks_in_prefill(self, window: Window, length: int) -> int:
-        """Blocks that a prompt of `length` tokens holds while it is computed."""
-        return pages(window.archived(length), self.archive_block) + pages(length, WINDOW_BLOCK)
+    def blocks_held(self, window: Window, length: int, freed: int) -> int:
+        """Blocks of a request of `length` tokens whose first `freed` window pages after the sink
+        have been freed.
+        """
+        archive = pages(window.archived(length), self.archive_block)
+        return archive + pages(length, WINDOW_BLOCK) - freed
+
+    def blocks_in_prefill(self, window: Window, length: int, in_flight: int = 1) -> int:
+        """Blocks that a prompt of `length` tokens holds at most while it is computed, `in_flight`
+        tokens at once.
+        """
+        archive = pages(window.archived(length), self.archive_block)
+        return archive + pages(window.most_dense(length, in_flight), WINDOW_BLOCK)
 
     def blocks_in_decode(self, window: Window, length: int) -> int:
         """Blocks that a request of `length` tokens holds once its prompt is done."""
-        freed = len(window.free_tokens(length, 0))
-        return self.blocks_in_prefill(window, length) - freed
+        return self.blocks_held(window, length, len(window.free_tokens(length, 0)))
 
 
 def plan_cache(

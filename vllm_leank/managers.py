@@ -1,4 +1,8 @@
-"""Who holds which blocks: the scheduler's managers of the archive and the window group."""
+"""Who holds which blocks: the scheduler's managers of the archive and the window group.
+
+Those that begin with Exact serve where prompts are read with full attention; `pruned_managers` has
+those for prompts that are read as answers are.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,11 +39,7 @@ class LeanKManager(FullAttentionManager):
 
 
 class ArchiveManager(LeanKManager):
-    """Gives a request archive pages for its archived tokens, not for the dense ones, and lets
-    requests with the same beginning share them while one of them runs.
-
-    Each of these fills the shared pages itself, in the step that completes its prompt and before it
-    reads them. All write the same, since prompts are computed exactly.
+    """Gives a request archive pages for its archived tokens, not for the dense ones.
 
     Attributes:
         compacted: tokens that were given a place in the archive so far, for `/metrics`.
@@ -86,6 +86,36 @@ class ArchiveManager(LeanKManager):
             request_id, self._window.archived(num_tokens), num_tokens_main_model
         )
 
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget a request that ends or is preempted; see the base class."""
+        self._boundaries.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def _offer(self, request: Request, tokens: int) -> None:
+        """Offer the pages that the first `tokens` archive slots of a request fill to others."""
+        blocks = self.req_to_blocks[request.request_id]
+        held = self.num_cached_block.get(request.request_id, 0)
+        full = min(tokens // self.block_size, len(blocks))
+        if held >= full:
+            return
+        self.block_pool.cache_full_blocks(
+            request,
+            blocks,
+            held,
+            full,
+            self.block_size,
+            self.kv_cache_group_id,
+        )
+        self.num_cached_block[request.request_id] = full
+
+
+class ExactArchiveManager(ArchiveManager):
+    """Lets requests with the same beginning share archive pages while one of them runs.
+
+    Each of these fills the shared pages itself, in the step that completes its prompt and before it
+    reads them. All write the same, since prompts are computed exactly.
+    """
+
     @classmethod
     def find_longest_cache_hit(
         cls,
@@ -119,21 +149,7 @@ class ArchiveManager(LeanKManager):
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Let others share the pages that compaction of the request's prompt fills."""
-        blocks = self.req_to_blocks[request.request_id]
-        held = self.num_cached_block.get(request.request_id, 0)
-        full = self._window.archived(request.num_prompt_tokens) // self.block_size
-        full = min(full, len(blocks))
-        if held >= full:
-            return
-        self.block_pool.cache_full_blocks(
-            request,
-            blocks,
-            held,
-            full,
-            self.block_size,
-            self.kv_cache_group_id,
-        )
-        self.num_cached_block[request.request_id] = full
+        self._offer(request, self._window.archived(request.num_prompt_tokens))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget a request that ends or is preempted; see the base class.
@@ -141,7 +157,6 @@ class ArchiveManager(LeanKManager):
         Pages that nobody else shares are not kept for later prompts: without the dense pages, which
         were freed long before, they would only take room from others.
         """
-        self._boundaries.pop(request_id, None)
         blocks = super().pop_blocks_for_free(request_id)
         self.block_pool.evict_blocks(
             {block.block_id for block in blocks if block.block_hash and block.ref_cnt == 1}
@@ -150,12 +165,8 @@ class ArchiveManager(LeanKManager):
 
 
 class WindowManager(LeanKManager):
-    """Frees the dense middle of a request once its prompt is done, and lets others share the
-    dense pages of its prompt.
-
-    Pages of generated tokens are never offered to the prefix cache: their K and V were computed
-    with the pruned archive, so a prompt that contains the same text must compute its own. A hit
-    therefore never changes an answer.
+    """Frees the dense middle of a request: where prompts are read exactly, once its prompt is
+    done.
     """
 
     def remove_skipped_blocks(
@@ -173,10 +184,20 @@ class WindowManager(LeanKManager):
         """
         if num_prompt_tokens is None:
             return
-        free = self._window.free_tokens(processed_computed_tokens, num_prompt_tokens)
+        exact_until = self._window.exact_until(num_prompt_tokens)
+        free = self._window.free_tokens(processed_computed_tokens, exact_until)
         self._remove_blocks_in_range(
             request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK
         )
+
+
+class ExactWindowManager(WindowManager):
+    """Lets others share the dense pages of a request's prompt.
+
+    Pages of generated tokens are never offered to the prefix cache: their K and V were computed
+    with the pruned archive, so a prompt that contains the same text must compute its own. A hit
+    therefore never changes an answer.
+    """
 
     def cache_blocks(
         self,

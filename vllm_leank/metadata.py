@@ -13,12 +13,13 @@ from vllm.v1.attention.backend import (
 
 from vllm_leank.compat import prompt_lengths, prompt_requests
 from vllm_leank.kernels.batch import Batch
+from vllm_leank.settings import load_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _SHARED = "_leank_metadata"
-_PROMPT_LENGTHS = "_leank_prompt_lengths"
+_EXACT_UNTIL = "_leank_exact_until"
 
 
 @dataclass
@@ -27,11 +28,14 @@ class PagesMetadata(AttentionMetadata):
 
     Attributes:
         common: vLLM's description of the step, for this group.
-        exact_until: `[num_reqs]`; zeros in vLLM's dummy runs, which have no prompts.
+        exact_until: `[num_reqs]`; zeros where prompts are read pruned, and in vLLM's dummy runs,
+            which have no prompts.
+        in_prompt: `[num_reqs]` or shorter, on the host; see `Batch`.
     """
 
     common: CommonAttentionMetadata
     exact_until: torch.Tensor
+    in_prompt: torch.Tensor
     _batch: Batch | None = None
 
     def batch(self, window: "PagesMetadata") -> Batch:
@@ -48,7 +52,7 @@ class PagesMetadata(AttentionMetadata):
                 window_table=window.common.block_table_tensor,
                 archive_table=common.block_table_tensor,
                 slots=window.common.slot_mapping,
-                in_prompt=prompt_requests(common),
+                in_prompt=self.in_prompt,
                 max_query_len=common.max_query_len,
                 max_seq_len=common.max_seq_len,
             )
@@ -71,7 +75,8 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
-        self._prompt_lengths = shared_prompt_lengths(vllm_config, device)
+        self._exact_until = shared_exact_until(vllm_config, device)
+        self._exact = load_settings(vllm_config).window.exact
 
     def build(
         self,
@@ -82,24 +87,27 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
         """Metadata of this step for the group; see the base class."""
         shared: PagesMetadata | None = common_attn_metadata.__dict__.get(_SHARED)
         if shared is None:
-            exact_until = self._prompt_lengths[: common_attn_metadata.num_reqs]
+            exact_until = self._exact_until[: common_attn_metadata.num_reqs]
+            in_prompt = prompt_requests(common_attn_metadata)
             lengths = prompt_lengths(common_attn_metadata)
-            if lengths is None:
+            if not self._exact:
+                in_prompt = in_prompt[:0]
+            elif lengths is None:
                 exact_until.zero_()
             else:
                 # Rows of padding, which have no prompt, have no tokens either.
                 exact_until[: len(lengths)].copy_(lengths[: len(exact_until)], non_blocking=True)
-            shared = PagesMetadata(common_attn_metadata, exact_until)
+            shared = PagesMetadata(common_attn_metadata, exact_until, in_prompt)
             common_attn_metadata.__dict__[_SHARED] = shared
         return shared
 
 
-def shared_prompt_lengths(vllm_config: "VllmConfig", device: Any) -> torch.Tensor:
+def shared_exact_until(vllm_config: "VllmConfig", device: Any) -> torch.Tensor:
     """Int32 `[max_num_seqs]`: one for all builders, as CUDA graphs hold its address."""
-    attached: torch.Tensor | None = vllm_config.__dict__.get(_PROMPT_LENGTHS)
+    attached: torch.Tensor | None = vllm_config.__dict__.get(_EXACT_UNTIL)
     if attached is None:
         padded = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(vllm_config.scheduler_config.max_num_seqs, padded)
         attached = torch.zeros(rows, dtype=torch.int32, device=device)
-        vllm_config.__dict__[_PROMPT_LENGTHS] = attached
+        vllm_config.__dict__[_EXACT_UNTIL] = attached
     return attached

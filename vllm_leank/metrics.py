@@ -46,7 +46,9 @@ def publish(vllm_config: "VllmConfig", stat_logger: Any) -> Observe:
     pool = (vllm_config.cache_config.num_gpu_blocks or 0) * plan.block_bytes
     length = model.max_model_len
     caches = {
-        "leank": leank_capacity(plan, settings.window, pool, length),
+        "leank": leank_capacity(
+            plan, settings.window, pool, length, vllm_config.max_in_flight_tokens
+        ),
         "dense": dense_capacity(plan, pool, length),
     }
     gauge("mask_info", "The mask and the window in use.", [(_info(settings), 1)])
@@ -111,6 +113,7 @@ def _info(settings: Settings) -> dict[str, str]:
         "sink": str(window.sink),
         "recent": str(window.recent),
         "archive_dtype": "fp8" if settings.plan.is_fp8 else "auto",
+        "prefill": "exact" if window.exact else "pruned",
     }
 
 

@@ -22,6 +22,7 @@ class Options(pydantic.BaseModel):
         sink: first tokens that stay dense, a multiple of 32; by default the mask's.
         recent: last tokens that stay dense, at least 32; by default the mask's.
         archive_dtype: what far tokens are stored in: the model's dtype ("auto") or 8-bit floats.
+        prefill: how prompts are read: with full attention ("exact") or as answers are ("pruned").
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -30,6 +31,7 @@ class Options(pydantic.BaseModel):
     sink: int | None = None
     recent: int | None = None
     archive_dtype: Literal["auto", "fp8"] = "auto"
+    prefill: Literal["exact", "pruned"] = "exact"
 
 
 def parse_options(additional_config: Any) -> Options:

@@ -64,7 +64,8 @@ def describe(settings: Settings) -> list[str]:
         f"leank mask: {mask.k_kept:.1%} of K and {mask.v_kept:.1%} of V kept; of "
         f"{mask.kept_counts.size} heads of {mask.geometry.head_dim} channels in "
         f"{mask.geometry.num_layers} layers {per_count}",
-        f"leank window: sink {window.sink}, recent {window.recent} tokens dense{made_for}",
+        f"leank window: sink {window.sink}, recent {window.recent} tokens dense{made_for}"
+        + ("" if window.exact else "; prompts are read pruned"),
         f"leank cache: {archive:,} bytes per far token against {full:,} dense "
         f"({archive / full:.1%}); {kind} pages of {plan.archive_block} tokens",
     ]

@@ -1,6 +1,6 @@
 """What a server runs with: the mask, the dense window and the page sizes, from vLLM's config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vllm_leank.geometry import Geometry
@@ -69,7 +69,7 @@ def plan_settings(mask: Mask, options: Options, itemsize: int, tp_size: int = 1)
         tp_size,
         archive_itemsize=1 if options.archive_dtype == "fp8" else None,
     )
-    return Settings(mask, _window(options, mask), plan)
+    return Settings(mask, _window(options, mask, plan.archive_block), plan)
 
 
 def load_settings(vllm_config: "VllmConfig") -> Settings:
@@ -78,13 +78,18 @@ def load_settings(vllm_config: "VllmConfig") -> Settings:
     return settings
 
 
-def _window(options: Options, mask: Mask) -> Window:
+def _window(options: Options, mask: Mask, archive_block: int) -> Window:
     """The dense window: options first, then what the mask was made for. A mask's sink that does
-    not fill whole pages is rounded up, which keeps more tokens dense, never fewer.
+    not fill whole pages is rounded up, which keeps more tokens dense, never fewer. So is `recent`
+    where prompts are read pruned: a prefix that ends with an archive page then leaves its archive
+    in whole pages, which is what others can share.
     """
     sink = options.sink if options.sink is not None else -(-mask.sink // STEP) * STEP
     recent = options.recent if options.recent is not None else mask.recent
     try:
-        return Window(sink, recent)
+        window = Window(sink, recent, exact=options.prefill == "exact")
     except ValueError as error:
         raise OptionError(f"leank option {error}") from None
+    if window.exact:
+        return window
+    return replace(window, recent=-(-recent // archive_block) * archive_block)

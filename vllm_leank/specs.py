@@ -1,13 +1,14 @@
 """Cache specs of the two groups: how vLLM sizes, places and counts archive and window pages."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_leank.compat import register_spec
 from vllm_leank.layout import pages
-from vllm_leank.managers import ArchiveManager, WindowManager
+from vllm_leank.managers import ExactArchiveManager, ExactWindowManager
+from vllm_leank.pruned_managers import PrunedArchiveManager, PrunedWindowManager
 from vllm_leank.window import Window
 
 if TYPE_CHECKING:
@@ -21,13 +22,14 @@ class LeanKSpec(FullAttentionSpec):
     `FullAttentionSpec.merge` would rebuild the spec from its own fields alone.
     """
 
+    exact: ClassVar[bool] = True
     sink: int
     recent: int
 
     @property
     def window(self) -> Window:
         """The dense window."""
-        return Window(self.sink, self.recent)
+        return Window(self.sink, self.recent, self.exact)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -63,9 +65,36 @@ class WindowSpec(LeanKSpec):
     """
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrunedArchiveSpec(ArchiveSpec):
+    """The archive where prompts are read pruned."""
+
+    exact: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedWindowSpec(WindowSpec):
+    """The window where prompts are read pruned: a prompt's pages are freed while it is computed.
+
+    `in_flight` tokens, at most, are scheduled and not yet computed.
+    """
+
+    exact: ClassVar[bool] = False
+    in_flight: int
+
+    def most_blocks(self, length: int) -> int:
+        """Blocks that a request of `length` tokens holds at most."""
+        return pages(self.window.most_dense(length, self.in_flight), self.block_size)
+
+    def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
+        """Bytes of one request of `max_model_len` tokens."""
+        return self.most_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
+
+
 def archive_spec(base: FullAttentionSpec, window: Window, block: int, page: int) -> ArchiveSpec:
     """Spec of a layer's archive: pages of `block` tokens and `page` bytes in all."""
-    return ArchiveSpec(
+    spec = ArchiveSpec if window.exact else PrunedArchiveSpec
+    return spec(
         **_window_fields(base, window),
         block_size=block,
         num_head_slots=1,
@@ -73,9 +102,14 @@ def archive_spec(base: FullAttentionSpec, window: Window, block: int, page: int)
     )
 
 
-def window_spec(base: FullAttentionSpec, window: Window, block: int) -> WindowSpec:
-    """Spec of a layer's window: pages of `block` dense tokens."""
-    return WindowSpec(**_window_fields(base, window), block_size=block)
+def window_spec(base: FullAttentionSpec, window: Window, block: int, in_flight: int) -> WindowSpec:
+    """Spec of a layer's window: pages of `block` dense tokens; vLLM computes `in_flight` tokens of
+    a request at once, at most.
+    """
+    fields = _window_fields(base, window) | {"block_size": block}
+    if window.exact:
+        return WindowSpec(**fields)
+    return PrunedWindowSpec(**fields, in_flight=in_flight)
 
 
 def _window_fields(base: FullAttentionSpec, window: Window) -> dict[str, Any]:
@@ -90,5 +124,7 @@ def _window_fields(base: FullAttentionSpec, window: Window) -> dict[str, Any]:
 
 
 # On import, since the scheduler's process first meets leank when it unpickles a spec.
-register_spec(ArchiveSpec, ArchiveManager)
-register_spec(WindowSpec, WindowManager)
+register_spec(ArchiveSpec, ExactArchiveManager)
+register_spec(WindowSpec, ExactWindowManager)
+register_spec(PrunedArchiveSpec, PrunedArchiveManager)
+register_spec(PrunedWindowSpec, PrunedWindowManager)

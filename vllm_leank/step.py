@@ -61,9 +61,10 @@ def _attend_gpu(
     store(key, value, cache, batch)
     compact(cache, batch)
     if batch.num_decodes < batch.num_reqs:
-        # First all of these queries as if they belonged to the prompt, then, again, those that do
-        # not: only the device knows which. Few steps have any.
-        _attend_exact(query, output, cache, batch.extends, scale)
+        if cache.window.exact:
+            # First all of these queries as if they belonged to the prompt, then, again, those that
+            # do not: only the device knows which. Few steps have any.
+            _attend_exact(query, output, cache, batch.extends, scale)
         extend(query, output, cache, batch.extends, scale)
     if decodes.num_reqs:
         decode(query[: decodes.num_reqs], output, cache, decodes, scale)

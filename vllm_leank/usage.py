@@ -47,10 +47,11 @@ class Usage:
         archived = total = blocks = 0
         for request in running:
             tokens = request.num_computed_tokens - request.num_in_flight_tokens
-            freed = len(self._window.free_tokens(tokens, request.num_prompt_tokens))
+            exact_until = self._window.exact_until(request.num_prompt_tokens)
+            freed = len(self._window.free_tokens(tokens, exact_until))
             archived += freed * STEP
             total += tokens
-            blocks += self._plan.blocks_in_prefill(self._window, tokens) - freed
+            blocks += self._plan.blocks_held(self._window, tokens, freed)
         before, self._compacted = self._compacted, self._archive.compacted
         return {
             "archive": archived,

@@ -9,13 +9,13 @@ in *window* pages; the tokens between are pruned, in *archive* pages:
 
 What a query reads is decided by its position alone:
 
-* position t < `exact_until` (the prompt length): every key 0..t, dense ("exact prefill");
+* position t < `exact_until`: every key 0..t, dense ("exact prefill");
 * any other position t: keys [0, sink) and [boundary(t + 1), t] dense, and [sink, boundary(t + 1))
   from the archive.
 
-So an answer depends on the tokens, the prompt length and the mask, and not on chunk sizes, batch
-mates, preemption or which blocks happen to be cached. Nothing else in the project computes a
-boundary.
+`exact_until` is the prompt's length, or, where prompts too are read pruned, 0. So an answer depends
+on the tokens, the prompt's length and the mask, and not on chunk sizes, batch mates, preemption or
+which blocks happen to be cached. Nothing else in the project computes a boundary.
 """
 
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ class Window:
     Attributes:
         sink: first tokens that stay dense; a multiple of 32, so that they fill whole window pages.
         recent: least number of last tokens that stay dense; at least 32.
+        exact: whether prompts are read with full attention, or as answers are.
 
     Raises:
         ValueError: if a value is out of range; the message names it and what is allowed.
@@ -39,6 +40,7 @@ class Window:
 
     sink: int
     recent: int
+    exact: bool = True
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.sink % STEP:
@@ -60,10 +62,22 @@ class Window:
         excess = length - (self.sink + self.recent)
         return self.sink + excess // STEP * STEP * (excess > 0)
 
+    def exact_until(self, prompt: int) -> int:
+        """Position below which queries read every key dense, for a prompt of `prompt` tokens."""
+        return prompt if self.exact else 0
+
     def archived(self, length: int) -> int:
         """Archive slots that a request of `length` tokens needs (slots are token positions)."""
         boundary = self.boundary(length)
         return boundary if boundary > self.sink else 0
+
+    def most_dense(self, length: int, in_flight: int) -> int:
+        """Tokens that are dense at most while a prompt of `length` tokens is computed, `in_flight`
+        tokens at once.
+        """
+        if self.exact:
+            return length
+        return min(length, self.sink + self.recent + STEP - 1 + in_flight)
 
     def compaction(self, before: int, after: int, exact_until: int) -> range:
         """Tokens that the step from `before` to `after` computed tokens moves to the archive.
@@ -78,7 +92,9 @@ class Window:
         return range(start, self.boundary(after), STEP)
 
     def free_tokens(self, processed: int, exact_until: int) -> range:
-        """Tokens whose window pages no query after the first `processed` tokens reads."""
+        """Tokens whose window pages no query after the first `processed` tokens reads, and no
+        compaction.
+        """
         if processed < exact_until:
             return range(0)
         return range(self.sink, self.boundary(processed), STEP)

@@ -65,6 +65,7 @@ def _describe(serving: "Serving") -> dict[str, Any]:
     described |= {
         "mask": {"path": str(mask.path), "sha256": mask.sha256, "model": mask.model},
         "window": {"sink": window.sink, "recent": window.recent},
+        "prefill": "exact" if window.exact else "pruned",
         "plan": {
             "archive_dtype": "fp8" if plan.is_fp8 else "auto",
             "far_token_bytes": plan.archive_token_bytes,

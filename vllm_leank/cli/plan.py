@@ -11,6 +11,7 @@ from vllm_leank.errors import UserError
 
 if TYPE_CHECKING:
     from vllm_leank.checkpoint import Checkpoint
+    from vllm_leank.options import Options
     from vllm_leank.settings import Settings
 
 _ITEMSIZE = 2
@@ -71,6 +72,7 @@ def plan(
     recent: Annotated[
         int | None, typer.Option(help="Last tokens that stay dense.", show_default="the mask's")
     ] = None,
+    prefill: Annotated[str, typer.Option(help="How prompts are read: exact or pruned.")] = "exact",
     tp: Annotated[
         int, typer.Option("--tp", "--tensor-parallel-size", min=1, help="Tensor-parallel GPUs.")
     ] = 1,
@@ -84,13 +86,16 @@ def plan(
     if (gpu_memory is None) == (kv_cache_memory is None):
         raise UserError("give either --gpu-memory or --kv-cache-memory")
     from vllm_leank.checkpoint import Checkpoint
+    from vllm_leank.options import KEY, parse_options
 
     checkpoint = Checkpoint.open(model)
-    settings = _settings(checkpoint, mask, sink, recent, tp)
+    options = parse_options({KEY: {"sink": sink, "recent": recent, "prefill": prefill}})
+    settings = _settings(checkpoint, mask, options, tp)
     facts: dict[str, Any] = {
         "model": model,
         "mask": {"path": str(settings.mask.path), "sha256": settings.mask.sha256},
         "window": {"sink": settings.window.sink, "recent": settings.window.recent},
+        "prefill": prefill,
         "tensor_parallel_size": tp,
         "max_model_len": max_model_len,
     }
@@ -105,17 +110,16 @@ def plan(
 
 
 def _settings(
-    checkpoint: "Checkpoint", mask: str | None, sink: int | None, recent: int | None, tp: int
+    checkpoint: "Checkpoint", mask: str | None, options: "Options", tp: int
 ) -> "Settings":
     from vllm_leank.mask_resolver import resolve_mask
-    from vllm_leank.options import Options
     from vllm_leank.settings import plan_settings
 
     found = resolve_mask(mask, checkpoint.path, checkpoint.geometry)
     heads = found.geometry.num_kv_heads
     if heads % tp and tp % heads:
         raise UserError(f"--tp is {tp}, which neither divides {heads} KV heads nor is a multiple")
-    return plan_settings(found, Options(sink=sink, recent=recent), _ITEMSIZE, tp)
+    return plan_settings(found, options, _ITEMSIZE, tp)
 
 
 def _weights(checkpoint: "Checkpoint") -> int:
@@ -151,6 +155,8 @@ def _sentence(facts: dict[str, Any]) -> str:
     where = f" on each of {facts['tensor_parallel_size']} GPUs"
     where = where if facts["tensor_parallel_size"] > 1 else ""
     window = "sink {sink}, recent {recent}".format(**facts["window"])
+    if facts["prefill"] == "pruned":
+        window += ", prompts read pruned"
     how = ""
     if "gpu_bytes" in facts:
         how = (
