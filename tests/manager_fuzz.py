@@ -24,11 +24,6 @@ EDGES = (1, 31, 32, 33, 63, 64, 65, 95, 96, 127, 128, 129, 160, 192, 256, 257, 3
 CHUNKS = (1, 17, 32, 33, 64, 100, 512)
 
 
-def pruned(window, block):
-    """The window as served where prompts are read pruned, with archive pages of `block` tokens."""
-    return replace(window, recent=-(-window.recent // block) * block, exact=False)
-
-
 @dataclass
 class Live:
     """A request, and what the worker knows of it."""
@@ -68,7 +63,7 @@ class History:
         self.window = self.random.choice(WINDOWS)
         block = self.random.choice((32, 64, 96))
         if self.random.random() < 0.5:
-            self.window = pruned(self.window, block)
+            self.window = replace(self.window, exact=False)
         self.lag = self.random.choice((0, 1))
         # Few blocks, so that requests are preempted.
         num_blocks = self.random.choice((40, 60, 120))

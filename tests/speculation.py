@@ -17,6 +17,9 @@ NGRAM = {
     "prompt_lookup_min": 1,
     "prompt_lookup_max": 3,
 }
+DRAFT = {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 6}
+"""The model drafts for itself, from its dense window alone."""
+
 SINK, RECENT = 32, 64
 
 
@@ -32,12 +35,14 @@ def own_process():
 
 def prompts():
     """Texts that repeat themselves, not always exactly: the model goes on likewise, and drafts are
-    right and wrong. Lengths lie around pages and boundaries.
+    right and wrong. Lengths lie around pages and boundaries. What the last ones repeat lies behind
+    the dense window.
     """
     rng = random.Random(0)
     texts = []
-    for length in (40, 97, 128, 200, 255, 300, 416, 777):
-        period = [rng.randrange(100, 4000) for _ in range(rng.randrange(10, 40))]
+    for length in (40, 97, 128, 200, 255, 300, 416, 777, 650, 700):
+        repeated = rng.randrange(10, 40) if len(texts) < 8 else 220
+        period = [rng.randrange(100, 4000) for _ in range(repeated)]
         text = []
         while len(text) < length:
             text += [rng.randrange(100, 4000) if rng.random() < 0.06 else t for t in period]

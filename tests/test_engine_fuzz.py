@@ -29,6 +29,16 @@ def test_random_traffic_with_drafts_is_answered_as_the_oracle_would(tiny_llama_d
     assert min(counts["accepted"], counts["rolled back"]) > 0
 
 
+@pytest.mark.parametrize("seed", range(SPECULATIVE_ARENAS, 2 * SPECULATIVE_ARENAS))
+def test_a_model_with_other_heads_may_draft(tiny_llama, tiny_llama_dir, seed):
+    """It knows nothing of the served one, so nearly all that it drafts is rejected."""
+    draft = tiny_llama(head_dim=96, layers=3, kv_heads=1, group=2)
+    speculation = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 5}
+    counts = play(seed, tiny_llama_dir, range(SCENARIOS), speculation)
+    assert counts["finished"] > SCENARIOS
+    assert counts["rolled back"] > 0
+
+
 def test_a_failing_scenario_shrinks_to_what_fails():
     scenario = tuple(Arrival(tuple(range(300)), 140, wait, 9) for wait in range(8))
 

@@ -103,14 +103,11 @@ def hand_made_mask(sink=64, recent=256):
         (Options(recent=100), (64, 256), Window(64, 100)),
         (Options(), (4, 64), Window(32, 64)),
         (Options(), (33, 64), Window(64, 64)),
-        # Pruned prompts: whole archive pages, here of 96 tokens.
-        (Options(prefill="pruned"), (64, 256), Window(64, 288, exact=False)),
-        (Options(prefill="pruned", recent=96), (64, 256), Window(64, 96, exact=False)),
-        (Options(prefill="pruned", recent=97), (64, 256), Window(64, 192, exact=False)),
+        (Options(prefill="pruned"), (64, 256), Window(64, 256, exact=False)),
     ],
 )
 def test_window_comes_from_options_then_from_the_mask(options, made_for, window):
-    assert _window(options, hand_made_mask(*made_for), 96) == window
+    assert _window(options, hand_made_mask(*made_for)) == window
 
 
 @pytest.mark.parametrize(
@@ -123,7 +120,7 @@ def test_window_comes_from_options_then_from_the_mask(options, made_for, window)
 )
 def test_windows_out_of_range_are_refused_as_options(options, message):
     with pytest.raises(OptionError, match=message):
-        _window(options, hand_made_mask(), 96)
+        _window(options, hand_made_mask())
 
 
 def settings(window, mask, archive_itemsize=None):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from re import escape
@@ -123,10 +124,40 @@ def test_flags(tiny_llama_dir, mask_file, flags, message):
         config_of(tiny_llama_dir, {"mask": str(mask_file)}, **flags)
 
 
-def test_a_draft_model(tiny_llama_dir, mask_file):
-    speculation = {"model": str(tiny_llama_dir), "num_speculative_tokens": 2}
-    with pytest.raises(ValueError, match="method draft_model drafts with attention layers of its"):
+def test_a_drafter_that_goes_on_from_the_models_layers(tiny_llama_dir, mask_file, tmp_path):
+    shutil.copytree(tiny_llama_dir, tmp_path / "eagle", dirs_exist_ok=True)
+    speculation = {
+        "method": "eagle", "model": str(tmp_path / "eagle"), "num_speculative_tokens": 2
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="method eagle drafts with layers that go on from the"):
         config_of(tiny_llama_dir, {"mask": str(mask_file)}, speculative_config=speculation)
+
+
+SLIDING_WINDOW = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": 128,
+}
+DRAFTS = {
+    "another backend": ({}, {"attention_backend": "FLASH_ATTN"}, "remove attention_backend and kv"),
+    "another cache dtype": ({}, {"kv_cache_dtype": "fp8"}, "remove attention_backend and kv"),
+    "sliding window": (
+        SLIDING_WINDOW,
+        {},
+        "attention is not supported (full attention in every layer is); use another draft model",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "flags", "message"), DRAFTS.values(), ids=DRAFTS)
+def test_draft_models(tiny_llama_dir, mask_file, tmp_path, config, flags, message):
+    draft = tmp_path / "draft"
+    shutil.copytree(tiny_llama_dir, draft)
+    path = draft / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    speculation = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match="(?s)leank cannot serve this.*" + escape(message)):
+        config_of(tiny_llama_dir, {"mask": str(mask_file)}, speculative_config=speculation | flags)
 
 
 def test_more_drafts_than_are_dense(tiny_llama_dir, mask_file):
@@ -146,11 +177,7 @@ def test_batch_invariant_mode(tiny_llama_dir, mask_file, monkeypatch):
 
 MODELS = {
     "sliding window": (
-        {
-            "architectures": ["MistralForCausalLM"],
-            "model_type": "mistral",
-            "sliding_window": 128,
-        },
+        SLIDING_WINDOW,
         "sliding-window or chunked attention is not supported",
     ),
     "layers of several kinds": (

@@ -3,7 +3,7 @@
 from functools import partial
 
 import pytest
-from speculation import NGRAM, answers, own_process
+from speculation import DRAFT, NGRAM, answers, own_process
 from test_engine_answers import assert_same
 
 pytestmark = pytest.mark.engine
@@ -22,6 +22,7 @@ def plain(run):
     return results
 
 
+@pytest.mark.parametrize("drafter", [NGRAM, DRAFT], ids=["text", "model"])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -30,9 +31,18 @@ def plain(run):
     ],
     ids=["chunked", "preempted"],
 )
-def test_tokens_are_those_without_speculation(run, plain, arguments):
-    results, seen, preempted = run(NGRAM, arguments)
+def test_tokens_are_those_without_speculation(run, plain, drafter, arguments):
+    results, seen, preempted = run(drafter, arguments)
     assert min(seen["accepted"], seen["rejected"]) > 100
     assert seen["rolled back"] > 5
     assert bool(preempted) == ("num_gpu_blocks_override" in arguments)
+    assert_same(results, plain, 1e-3)
+
+
+@pytest.mark.parametrize("drafter", [NGRAM, DRAFT], ids=["text", "model"])
+def test_where_prompts_are_read_pruned(run, drafter):
+    pruned = {"prefill": "pruned", "max_num_batched_tokens": 256, "max_num_seqs": 4}
+    plain, _, _ = run(None, pruned)
+    results, seen, _ = run(drafter, pruned | {"enable_prefix_caching": True})
+    assert min(seen["accepted"], seen["rejected"]) > 100
     assert_same(results, plain, 1e-3)

@@ -8,7 +8,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheLayout, KVCacheSpec
 
 from vllm_leank.backend import layer_backend
-from vllm_leank.layout import WINDOW_BLOCK, CachePlan
+from vllm_leank.layout import CachePlan
 from vllm_leank.specs import window_spec
 from vllm_leank.window import Window
 
@@ -45,7 +45,9 @@ def cache_specs(plan: CachePlan, window: Window, rank: int = 0) -> dict[str, KVC
         for index in range(len(plan.kept))
     }
     windows = {
-        f"{name}.window": window_spec(archive, window, WINDOW_BLOCK, IN_FLIGHT)
+        f"{name}.window": window_spec(
+            archive, window, archive_block=plan.archive_block, in_flight=IN_FLIGHT
+        )
         for name, archive in archives.items()
     }
     return archives | windows

@@ -8,7 +8,10 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
-from vllm_leank.layout import WINDOW_BLOCK, CacheLayout
+from vllm_leank.compat import in_flight_tokens
+from vllm_leank.draft import is_draft
+from vllm_leank.layout import CacheLayout
+from vllm_leank.settings import load_settings
 from vllm_leank.specs import WindowSpec, archive_spec, window_spec
 from vllm_leank.window import STEP, Window
 
@@ -51,6 +54,12 @@ class LeanKBackend(PagesBackend):
 
     @staticmethod
     def get_impl_cls() -> "type[AttentionImpl]":
+        from vllm.config import get_current_vllm_config
+
+        if is_draft(get_current_vllm_config()):
+            from vllm_leank.draft_impl import DraftImpl
+
+            return DraftImpl
         from vllm_leank.impl import LeanKImpl
 
         return LeanKImpl
@@ -85,6 +94,29 @@ def layer_backend(layout: CacheLayout, window: Window) -> type[LeanKBackend]:
     return LayerLeanKBackend
 
 
+def draft_backend(vllm_config: "VllmConfig") -> type[LeanKBackend]:
+    """The backend of a draft model's layers, which have window pages alone."""
+
+    class DraftBackend(LeanKBackend):
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+            assert isinstance(spec, FullAttentionSpec)
+            return _window_spec(spec, vllm_config)
+
+    return DraftBackend
+
+
+def _window_spec(base: FullAttentionSpec, vllm_config: "VllmConfig") -> WindowSpec:
+    """Spec of the window pages of a layer that would have `base` without leank."""
+    settings = load_settings(vllm_config)
+    return window_spec(
+        base,
+        settings.window,
+        archive_block=settings.plan.archive_block,
+        in_flight=in_flight_tokens(vllm_config),
+    )
+
+
 class WindowBackend(PagesBackend):
     """The window group's side: it has pages and metadata, but nothing computes through it."""
 
@@ -102,17 +134,13 @@ class WindowLayer(AttentionLayerBase):
 
     Args:
         attention: the attention layer.
-        window: the dense window.
         on_bind: called with the number of blocks when the pages are there.
     """
 
-    def __init__(
-        self, attention: Any, window: Window, on_bind: Callable[[int], None] | None = None
-    ) -> None:
+    def __init__(self, attention: Any, on_bind: Callable[[int], None] | None = None) -> None:
         self.num_heads = attention.num_heads
         self.kv_cache = torch.tensor([])
         self._attention = attention
-        self._window = window
         self._on_bind = on_bind
 
     def get_attn_backend(self) -> type[AttentionBackend]:
@@ -121,8 +149,7 @@ class WindowLayer(AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: "VllmConfig") -> WindowSpec:
         """Spec of this layer's window pages."""
-        base = self._attention.get_kv_cache_spec(vllm_config)
-        return window_spec(base, self._window, WINDOW_BLOCK, vllm_config.max_in_flight_tokens)
+        return _window_spec(self._attention.get_kv_cache_spec(vllm_config), vllm_config)
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the layer's pages, `[num_blocks, num_kv_heads, 32, 2 * head_dim]`."""

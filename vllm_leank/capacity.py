@@ -76,7 +76,12 @@ def compare(
 
     def leank(archive_itemsize: int | None) -> Capacity:
         variant = plan_cache(
-            plan.kept, plan.head_dim, plan.itemsize, plan.tp_size, archive_itemsize
+            plan.kept,
+            plan.head_dim,
+            plan.itemsize,
+            plan.tp_size,
+            archive_itemsize,
+            plan.draft_items,
         )
         return leank_capacity(variant, window, pool_bytes, length, in_flight)
 

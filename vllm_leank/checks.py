@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 import vllm.envs as envs
 
 from vllm_leank import compat
+from vllm_leank.draft import has_draft, is_draft
 from vllm_leank.options import OptionError, given_options, parse_options
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
-DRAFTERS_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
-"""Speculative methods that take their drafts from text."""
+DRAFTERS = ("ngram", "ngram_gpu", "suffix", "draft_model")
+"""Speculative methods that take their drafts from text, or from a model of its own."""
 
 
 class RefusalError(OptionError):
@@ -48,8 +49,8 @@ def check_config(vllm_config: "VllmConfig") -> None:
                 "--attention-backend leank, or remove them from --additional-config"
             )
         return
-    if vllm_config.model_config is None:
-        return
+    if vllm_config.model_config is None or is_draft(vllm_config):
+        return  # a draft model is checked with the served one
     reasons = list(refusals(vllm_config))
     if reasons:
         refusal = RefusalError(*reasons)
@@ -61,6 +62,8 @@ def check_config(vllm_config: "VllmConfig") -> None:
 
     settings = resolve_settings(vllm_config)
     _check_drafts(vllm_config, settings.window.recent)
+    if has_draft(vllm_config):
+        compat.draft_with(vllm_config, vllm_config.attention_config.backend)
     compat.hook_metrics(publish)
     compat.refuse_streaming_input()
     compat.request_prompt_lengths(vllm_config)
@@ -79,7 +82,14 @@ def _check_drafts(vllm_config: "VllmConfig", recent: int) -> None:
 def refusals(vllm_config: "VllmConfig") -> Iterator[str]:
     """Every reason not to serve a config, each a sentence part that says what to change."""
     yield from _platform(vllm_config)
-    yield from _model(vllm_config)
+    other = "serve this model without --attention-backend leank"
+    runner = vllm_config.model_config.runner_type
+    if runner != "generate":
+        yield f"only text generation is supported, not --runner {runner}; {other}"
+    yield from _model(vllm_config.model_config, other)
+    if has_draft(vllm_config):
+        draft = vllm_config.speculative_config.draft_model_config
+        yield from _model(draft, "use another draft model in --speculative-config")
     yield from _options(vllm_config)
 
 
@@ -102,11 +112,9 @@ def _platform(config: "VllmConfig") -> Iterator[str]:
         )
 
 
-def _model(config: "VllmConfig") -> Iterator[str]:
-    model, text = config.model_config, config.model_config.hf_text_config
-    other = "serve this model without --attention-backend leank"
-    if model.runner_type != "generate":
-        yield f"only text generation is supported, not --runner {model.runner_type}; {other}"
+def _model(model: "ModelConfig", other: str) -> Iterator[str]:
+    """What a model's attention has that cannot be served; `other` says what to do instead."""
+    text = model.hf_text_config
     if model.is_encoder_decoder:
         yield f"cross and encoder attention are not supported; {other}"
         return
@@ -163,8 +171,15 @@ def _options(config: "VllmConfig") -> Iterator[str]:
 
 def _speculation(config: "VllmConfig") -> Iterator[str]:
     speculation = config.speculative_config
-    if speculation.method not in DRAFTERS_WITHOUT_LAYERS:
+    if speculation.method not in DRAFTERS:
         yield (
-            f"the speculative method {speculation.method} drafts with attention layers of its own, "
-            "for which there is no mask: use the method ngram or suffix in --speculative-config"
+            f"the speculative method {speculation.method} drafts with layers that go on from the "
+            f"served model's, which is not supported: use one of {', '.join(DRAFTERS)} in "
+            "--speculative-config"
+        )
+    own = config.attention_config.backend
+    if speculation.attention_backend not in (None, own) or speculation.kv_cache_dtype:
+        yield (
+            "a draft model's pages lie beside the served model's: remove attention_backend and "
+            "kv_cache_dtype from --speculative-config"
         )

@@ -240,6 +240,40 @@ def refuse_streaming_input() -> None:
     InputProcessor._leank_hooked = True
 
 
+def draft_with(vllm_config: "VllmConfig", backend: Any) -> None:
+    """Have the draft model use a backend, too: vLLM's V1 runner would pick one by itself."""
+    vllm_config.speculative_config.attention_backend = backend
+
+
+def hook_draft_tables() -> None:
+    """Have vLLM's V1 runner give a draft model the block table of its own cache group.
+
+    It gives that of the first group. Goes when it asks for `kv_cache_gid`, as for other drafters.
+    """
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if "_leank_hooked" in GPUModelRunner.__dict__:
+        return
+    propose = GPUModelRunner.propose_draft_token_ids
+
+    @functools.wraps(propose)
+    def propose_draft_token_ids(self: Any, *args: Any) -> Any:
+        if isinstance(self.drafter, DraftModelProposer) and is_selected(self.vllm_config):
+            table = self.input_batch.block_table[self.drafter.kv_cache_gid]
+            args = tuple(
+                one.replace(block_table_tensor=table.get_device_tensor(one.num_reqs))
+                if isinstance(one, CommonAttentionMetadata)
+                else one
+                for one in args
+            )
+        return propose(self, *args)
+
+    GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
+    GPUModelRunner._leank_hooked = True
+
+
 def prompt_lengths(common: "CommonAttentionMetadata") -> "torch.Tensor | None":
     """Prompt length of each request of a step, int `[num_reqs]`; None in dummy runs."""
     return common.rswa_prefix_lens
@@ -288,3 +322,8 @@ def layer_index(layer_name: str) -> int:
     from vllm.model_executor.models.utils import extract_layer_index
 
     return int(extract_layer_index(layer_name))
+
+
+def in_flight_tokens(vllm_config: "VllmConfig") -> int:
+    """Tokens of a request that are scheduled and not yet computed, at most."""
+    return int(vllm_config.max_in_flight_tokens + vllm_config.num_lookahead_tokens)

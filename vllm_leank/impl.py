@@ -75,9 +75,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         layer stand in the forward context, where its name is found.
         """
         context = self._vllm_config.compilation_config.static_forward_context
-        name, layer = next(
-            (name, layer) for name, layer in context.items() if getattr(layer, "impl", 0) is self
-        )
+        name, layer = self._find_layer()
         settings = load_settings(self._vllm_config)
         index, rank = layer_index(name), get_tensor_model_parallel_rank()
         self._window_name = f"{name}.window"
@@ -90,17 +88,28 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             for head in settings.plan.rank_heads(rank)
             for channel in settings.mask.kept_channels(index, head)
         ]
-        # A buffer, so that it moves, sleeps and wakes with the layer.
-        device = self._vllm_config.device_config.device
-        channels = torch.tensor(kept, dtype=torch.long, device=device)
-        layer.register_buffer("leank_channels", channels, persistent=False)
+        self._register_channels(layer, kept)
         layer.attn_backend = layer_backend(self._layout, self._window)
         if self._window_name not in context:
             report = None
             if not any(isinstance(other, WindowLayer) for other in context.values()):
                 check_all_layers(context)
                 report = partial(log_capacity, self._vllm_config)
-            context[self._window_name] = WindowLayer(layer, self._window, report)
+            context[self._window_name] = WindowLayer(layer, report)
+
+    def _find_layer(self) -> tuple[str, Any]:
+        """The attention layer that this is the implementation of, and its name."""
+        context = self._vllm_config.compilation_config.static_forward_context
+        return next(
+            (name, layer) for name, layer in context.items() if getattr(layer, "impl", 0) is self
+        )
+
+    def _register_channels(self, layer: Any, kept: list[int]) -> None:
+        """Give the layer the kept channels of its heads, one head after the other."""
+        device = self._vllm_config.device_config.device
+        channels = torch.tensor(kept, dtype=torch.long, device=device)
+        # A buffer, so that it moves, sleeps and wakes with the layer.
+        layer.register_buffer("leank_channels", channels, persistent=False)
 
     def forward(
         self,
@@ -135,17 +144,22 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         window_metadata = forward_context.attn_metadata[self._window_name]
         batch = attn_metadata.batch(window_metadata)
         window_pages = forward_context.no_compile_layers[self._window_name].kv_cache
-        pages = [(part.data_ptr(), part.shape) for part in (kv_cache, window_pages)]
+        archive = self._archive(kv_cache)
+        pages = [(part.data_ptr(), part.shape) for part in (archive, window_pages)]
         if self._cache is None or self._pages != pages:
-            self._cache, self._pages = self._bind(layer, kv_cache, window_pages), pages
+            self._cache, self._pages = self._bind(layer, archive, window_pages), pages
         attend_layer(query, key, value, output, self._cache, batch, self.scale)
         return output
 
-    def _bind(self, layer: Any, kv_cache: torch.Tensor, window_pages: torch.Tensor) -> LayerCache:
+    def _archive(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """The archive pages: what vLLM knows as the layer's cache."""
+        return kv_cache
+
+    def _bind(self, layer: Any, archive: torch.Tensor, window_pages: torch.Tensor) -> LayerCache:
         """The layer's pages as kernels take them. vLLM allocates them more than once: a small pool
         to try CUDA graphs with, and the real one, perhaps at the same address.
         """
-        archive_pages = kv_cache.view(len(kv_cache), -1)
+        archive_pages = archive.view(len(archive), -1)
         if self._layout.is_fp8:
             archive_pages = archive_pages.view(FP8)
         return LayerCache(

@@ -17,7 +17,7 @@ but for those of scales, which are in bytes.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -183,6 +183,8 @@ class CachePlan:
         tp_size: tensor-parallel ranks.
         archive_block: tokens of an archive page.
         token_bytes: bytes per token of each layer's archive page, padding included.
+        draft_items: elements of a dense token over all layers of a draft model, on each rank; its
+            window pages lie beside the others.
     """
 
     kept: tuple[tuple[int, ...], ...]
@@ -192,6 +194,7 @@ class CachePlan:
     tp_size: int
     archive_block: int
     token_bytes: tuple[int, ...]
+    draft_items: int = 0
 
     @property
     def is_fp8(self) -> bool:
@@ -215,9 +218,9 @@ class CachePlan:
 
     @property
     def dense_token_bytes(self) -> int:
-        """Bytes of one dense token over all layers of a rank."""
-        heads = len(self.rank_heads())
-        return len(self.kept) * window_token_bytes(heads, self.head_dim, self.itemsize)
+        """Bytes of one dense token over all layers of a rank, a draft model's included."""
+        layer = window_token_bytes(len(self.rank_heads()), self.head_dim, self.itemsize)
+        return len(self.kept) * layer + self.draft_items * self.itemsize
 
     @property
     def archive_token_bytes(self) -> int:
@@ -256,6 +259,7 @@ def plan_cache(
     itemsize: int,
     tp_size: int = 1,
     archive_itemsize: int | None = None,
+    draft_items: int = 0,
 ) -> CachePlan:
     """Choose the page sizes for a mask.
 
@@ -265,6 +269,7 @@ def plan_cache(
         itemsize: bytes of an element of a window page.
         tp_size: tensor-parallel ranks; every rank gets the page of the largest.
         archive_itemsize: bytes of an element of an archive page; 1 means fp8, None `itemsize`.
+        draft_items: elements of a dense token of a draft model on each rank.
 
     Returns:
         The plan. Its pages always give vLLM two cache groups.
@@ -283,19 +288,18 @@ def plan_cache(
         token_bytes.append(max(-(-largest // TOKEN_BYTES_UNIT), 1) * TOKEN_BYTES_UNIT)
     token_bytes = uneven(token_bytes)
 
-    heads = len(rank_heads(len(kept[0]), tp_size, 0))
-    archive = sum(token_bytes)
-    dense = len(kept) * window_token_bytes(heads, head_dim, itemsize)
-
-    return CachePlan(
+    plan = CachePlan(
         kept=tuple(tuple(int(count) for count in layer) for layer in kept),
         head_dim=head_dim,
         itemsize=itemsize,
         archive_itemsize=archive_itemsize,
         tp_size=tp_size,
-        archive_block=_archive_block(archive, dense),
+        archive_block=ARCHIVE_BLOCKS[-1],
         token_bytes=tuple(token_bytes),
+        draft_items=draft_items,
     )
+    block = _archive_block(plan.archive_token_bytes, plan.dense_token_bytes)
+    return replace(plan, archive_block=block)
 
 
 def _archive_block(archive_token_bytes: int, dense_token_bytes: int) -> int:

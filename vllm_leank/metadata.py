@@ -101,6 +101,15 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
             common_attn_metadata.__dict__[_SHARED] = shared
         return shared
 
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> PagesMetadata:
+        """Metadata of a draft model's step, which reads its window alone, in prompts too. Not kept:
+        vLLM takes the same description for all steps and changes it in between.
+        """
+        zeros = torch.zeros_like(self._exact_until[: common_attn_metadata.num_reqs])
+        return PagesMetadata(common_attn_metadata, zeros, torch.empty(0, dtype=torch.bool))
+
 
 def shared_exact_until(vllm_config: "VllmConfig", device: Any) -> torch.Tensor:
     """Int32 `[max_num_seqs]`: one for all builders, as CUDA graphs hold its address."""

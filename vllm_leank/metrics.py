@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_leank.capacity import Capacity, dense_capacity, leank_capacity
-from vllm_leank.compat import Observe
+from vllm_leank.compat import Observe, in_flight_tokens
 from vllm_leank.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ def publish(vllm_config: "VllmConfig", stat_logger: Any) -> Observe:
     pool = (vllm_config.cache_config.num_gpu_blocks or 0) * plan.block_bytes
     length = model.max_model_len
     caches = {
-        "leank": leank_capacity(
-            plan, settings.window, pool, length, vllm_config.max_in_flight_tokens
-        ),
+        "leank": leank_capacity(plan, settings.window, pool, length, in_flight_tokens(vllm_config)),
         "dense": dense_capacity(plan, pool, length),
     }
     gauge("mask_info", "The mask and the window in use.", [(_info(settings), 1)])

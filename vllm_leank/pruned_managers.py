@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class PrunedArchiveManager(ArchiveManager):
     """Offers archive pages to the prefix cache as soon as they are full.
 
-    Prefixes end where their archive ends with a page: what follows is compacted into pages of the
-    request's own, and shared ones are never written again.
+    A prefix that is taken up has whole archive pages. What follows is compacted into pages of the
+    request's own; shared ones are never written again.
     """
 
     @classmethod
@@ -37,11 +37,10 @@ class PrunedArchiveManager(ArchiveManager):
         kv_cache_group_ids: list[int],
         block_pool: BlockPool,
         kv_cache_spec: "LeanKSpec",
-        drop_eagle_block: bool,
-        alignment_tokens: int,
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """The longest prefix whose archive is there, in whole pages; see the base class."""
+        """The longest prefix whose archive is there; see the base class."""
         window, block = kv_cache_spec.window, kv_cache_spec.block_size
         blocks, found = super().find_longest_cache_hit(
             block_hashes,
@@ -49,17 +48,14 @@ class PrunedArchiveManager(ArchiveManager):
             kv_cache_group_ids,
             block_pool,
             kv_cache_spec,
-            drop_eagle_block,
-            alignment_tokens,
+            *args,
             **kwargs,
         )
-        # No longer prefix has as little in the archive.
-        longest = max(found, window.sink) + window.recent + STEP
-        length = min(longest, max_length) // alignment_tokens * alignment_tokens
-        while (archived := window.archived(length)) > found or archived % block:
-            length -= alignment_tokens
+        # What comes after these pages, as far as it needs no other.
+        longest = max(found, window.sink) + window.recent + STEP - 1
+        length = window.prefix(min(longest, max_length), block)
         for pages in blocks:
-            del pages[archived // block :]
+            del pages[window.archived(length) // block :]
         return blocks, length
 
     def get_num_blocks_to_allocate(
@@ -73,12 +69,13 @@ class PrunedArchiveManager(ArchiveManager):
         **kwargs: Any,
     ) -> int:
         """Blocks that `num_tokens` tokens need beyond those held; see the base class."""
+        pages = self._taken_up(new_computed_blocks, num_local_computed_tokens)
         return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
-            self._used(new_computed_blocks, num_local_computed_tokens),
+            pages,
             total_computed_tokens,
-            num_local_computed_tokens,
+            len(pages) * self.block_size,
             num_tokens_main_model,
             **kwargs,
         )
@@ -90,20 +87,18 @@ class PrunedArchiveManager(ArchiveManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """Take the pages of a prefix; see the base class."""
+        """Take up the pages of a prefix; see the base class."""
+        pages = self._taken_up(new_computed_blocks, num_local_computed_tokens)
         super().add_local_computed_blocks(
-            request_id,
-            self._used(new_computed_blocks, num_local_computed_tokens),
-            num_local_computed_tokens,
-            num_external_computed_tokens,
+            request_id, pages, len(pages) * self.block_size, num_external_computed_tokens
         )
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Offer the pages that compaction of the request's first `num_tokens` tokens fills."""
         self._offer(request, self._window.archived(num_tokens))
 
-    def _used(self, blocks: Sequence[KVCacheBlock], length: int) -> Sequence[KVCacheBlock]:
-        """The found pages that a prefix of `length` tokens has, which the window may have cut."""
+    def _taken_up(self, blocks: Sequence[KVCacheBlock], length: int) -> Sequence[KVCacheBlock]:
+        """Of the pages found, those of a prefix of `length` tokens: less window may be there."""
         return blocks[: self._window.archived(length) // self.block_size]
 
 
@@ -122,9 +117,8 @@ class PrunedWindowManager(WindowManager):
         max_length: int,
         kv_cache_group_ids: list[int],
         block_pool: BlockPool,
-        kv_cache_spec: "LeanKSpec",
-        drop_eagle_block: bool,
-        alignment_tokens: int,
+        kv_cache_spec: "PrunedWindowSpec",
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """The longest prefix whose sink and whose last tokens, from its boundary on, are there;
@@ -138,7 +132,7 @@ class PrunedWindowManager(WindowManager):
             return block_pool.get_cached_block(hashes[page], kv_cache_group_ids)
 
         length = min(max_length, len(hashes) * WINDOW_BLOCK)
-        while length := length // alignment_tokens * alignment_tokens:
+        while length := window.prefix(length, kv_cache_spec.archive_block):
             dense = _dense_pages(window, length)
             missing = next((page for page in dense if find(page) is None), None)
             if missing is None:

@@ -1,8 +1,9 @@
 """What a server runs with: the mask, the dense window and the page sizes, from vLLM's config."""
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from vllm_leank.draft import draft_items, has_draft
 from vllm_leank.geometry import Geometry
 from vllm_leank.layout import CachePlan, plan_cache
 from vllm_leank.mask import Mask
@@ -45,19 +46,25 @@ def resolve_settings(vllm_config: "VllmConfig") -> Settings:
         OptionError: an option is unknown or out of range.
         MaskError: no mask was found, or it is faulty or does not fit the model.
     """
+    holder = _holder(vllm_config)
+    if holder is not vllm_config and _ATTACHED in holder.__dict__:
+        return load_settings(vllm_config)  # the config is derived from one that has them
     options = parse_options(vllm_config.additional_config)
     model = vllm_config.model_config
     mask = resolve_mask(options.mask, model.model, Geometry.from_hf_config(model.hf_text_config))
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    settings = plan_settings(mask, options, model.dtype.itemsize, ranks)
-    vllm_config.__dict__[_ATTACHED] = settings
+    drafts = draft_items(vllm_config)
+    settings = plan_settings(mask, options, model.dtype.itemsize, ranks, drafts)
+    holder.__dict__[_ATTACHED] = settings
     if isinstance(vllm_config.additional_config, dict):  # else it has a hash of its own
         vllm_config.additional_config = {**vllm_config.additional_config, MASK_KEY: mask.sha256}
     return settings
 
 
-def plan_settings(mask: Mask, options: Options, itemsize: int, tp_size: int = 1) -> Settings:
-    """The settings of a mask and options; `itemsize` is the bytes of the model's numbers.
+def plan_settings(
+    mask: Mask, options: Options, itemsize: int, tp_size: int = 1, draft_items: int = 0
+) -> Settings:
+    """The settings of a mask and options; see `plan_cache` for the rest.
 
     Raises:
         OptionError: the window is out of range.
@@ -68,28 +75,31 @@ def plan_settings(mask: Mask, options: Options, itemsize: int, tp_size: int = 1)
         itemsize,
         tp_size,
         archive_itemsize=1 if options.archive_dtype == "fp8" else None,
+        draft_items=draft_items,
     )
-    return Settings(mask, _window(options, mask, plan.archive_block), plan)
+    return Settings(mask, _window(options, mask), plan)
 
 
 def load_settings(vllm_config: "VllmConfig") -> Settings:
     """What `resolve_settings` attached to the config."""
-    settings: Settings = vllm_config.__dict__[_ATTACHED]
+    settings: Settings = _holder(vllm_config).__dict__[_ATTACHED]
     return settings
 
 
-def _window(options: Options, mask: Mask, archive_block: int) -> Window:
+def _holder(vllm_config: "VllmConfig") -> Any:
+    """Where settings are attached. With a draft model, the part of the config that vLLM's config of
+    that model shares: it is derived field by field, and attributes that are no fields are refused.
+    """
+    return vllm_config.speculative_config if has_draft(vllm_config) else vllm_config
+
+
+def _window(options: Options, mask: Mask) -> Window:
     """The dense window: options first, then what the mask was made for. A mask's sink that does
-    not fill whole pages is rounded up, which keeps more tokens dense, never fewer. So is `recent`
-    where prompts are read pruned: a prefix that ends with an archive page then leaves its archive
-    in whole pages, which is what others can share.
+    not fill whole pages is rounded up, which keeps more tokens dense, never fewer.
     """
     sink = options.sink if options.sink is not None else -(-mask.sink // STEP) * STEP
     recent = options.recent if options.recent is not None else mask.recent
     try:
-        window = Window(sink, recent, exact=options.prefill == "exact")
+        return Window(sink, recent, exact=options.prefill == "exact")
     except ValueError as error:
         raise OptionError(f"leank option {error}") from None
-    if window.exact:
-        return window
-    return replace(window, recent=-(-recent // archive_block) * archive_block)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_leank.compat import register_spec
-from vllm_leank.layout import pages
+from vllm_leank.layout import WINDOW_BLOCK, pages
 from vllm_leank.managers import ExactArchiveManager, ExactWindowManager
 from vllm_leank.pruned_managers import PrunedArchiveManager, PrunedWindowManager
 from vllm_leank.window import Window
@@ -76,11 +76,13 @@ class PrunedArchiveSpec(ArchiveSpec):
 class PrunedWindowSpec(WindowSpec):
     """The window where prompts are read pruned: a prompt's pages are freed while it is computed.
 
-    `in_flight` tokens, at most, are scheduled and not yet computed.
+    `in_flight` tokens, at most, are scheduled and not yet computed; archive pages have
+    `archive_block` tokens.
     """
 
     exact: ClassVar[bool] = False
     in_flight: int
+    archive_block: int
 
     def most_blocks(self, length: int) -> int:
         """Blocks that a request of `length` tokens holds at most."""
@@ -102,14 +104,16 @@ def archive_spec(base: FullAttentionSpec, window: Window, block: int, page: int)
     )
 
 
-def window_spec(base: FullAttentionSpec, window: Window, block: int, in_flight: int) -> WindowSpec:
-    """Spec of a layer's window: pages of `block` dense tokens; vLLM computes `in_flight` tokens of
-    a request at once, at most.
+def window_spec(
+    base: FullAttentionSpec, window: Window, *, archive_block: int, in_flight: int
+) -> WindowSpec:
+    """Spec of a layer's window, beside archive pages of `archive_block` tokens; vLLM computes
+    `in_flight` tokens of a request at once, at most.
     """
-    fields = _window_fields(base, window) | {"block_size": block}
+    fields = _window_fields(base, window) | {"block_size": WINDOW_BLOCK}
     if window.exact:
         return WindowSpec(**fields)
-    return PrunedWindowSpec(**fields, in_flight=in_flight)
+    return PrunedWindowSpec(**fields, in_flight=in_flight, archive_block=archive_block)
 
 
 def _window_fields(base: FullAttentionSpec, window: Window) -> dict[str, Any]:

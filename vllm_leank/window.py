@@ -71,6 +71,16 @@ class Window:
         boundary = self.boundary(length)
         return boundary if boundary > self.sink else 0
 
+    def prefix(self, limit: int, block: int) -> int:
+        """Longest prefix, of `limit` tokens at most, that can be taken up without its dense middle.
+
+        It fills whole window pages, and its archived tokens fill whole pages of `block` tokens.
+        """
+        longest = limit // STEP * STEP
+        recent = -(-self.recent // STEP) * STEP
+        boundary = (longest - recent) // block * block
+        return boundary + recent if boundary > self.sink else min(longest, self.sink + recent)
+
     def most_dense(self, length: int, in_flight: int) -> int:
         """Tokens that are dense at most while a prompt of `length` tokens is computed, `in_flight`
         tokens at once.
