@@ -11,7 +11,7 @@ from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.common import boundary_of, skip_archived
 from vllm_leank.kernels.decode import LOG2_E
-from vllm_leank.kernels.launch import EXTEND_COLUMNS, tile_tokens
+from vllm_leank.kernels.launch import choose_extend, tile_tokens
 from vllm_leank.kernels.pages import fold_archive, fold_window, window_tile
 
 
@@ -35,7 +35,9 @@ def _extend_kernel(
     TILE: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = N // G
-    i_block, head, i_req = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # The last queries, which read most, first.
+    i_block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, i_req = tl.program_id(1), tl.program_id(2)
     start = tl.load(query_start_ptr + i_req)
     num_queries = tl.load(query_start_ptr + i_req + 1) - start
     after = tl.load(seq_lens_ptr + i_req)
@@ -109,10 +111,11 @@ def extend(
     _, num_heads, head_dim = query.shape
     num_kv_heads = len(layout.kept)
     group = num_heads // num_kv_heads
-    columns = max(EXTEND_COLUMNS, triton.next_power_of_2(group))
+    launch = choose_extend(batch.max_query_len, group)
     archive, scales = cache.archive_pages, cache.scales
     tma = tables.device.tma
-    grid = (triton.cdiv(batch.max_query_len, columns // group), num_kv_heads, batch.num_reqs)
+    queries = launch.columns // group
+    grid = (triton.cdiv(batch.max_query_len, queries), num_kv_heads, batch.num_reqs)
     _extend_kernel[grid](
         query, output, cache.window_pages, archive, scales,
         *(cache.descriptors.arguments if tma else (archive,) * 7),
@@ -125,13 +128,13 @@ def extend(
         SINK=window.sink,
         RECENT=window.recent,
         G=group,
-        N=columns,
+        N=launch.columns,
         D=head_dim,
         D_PAD=triton.next_power_of_2(head_dim),
         BLOCK=layout.archive_block,
         TILE=tile_tokens(layout),
         FP8=layout.is_fp8,
         TMA=tma,
-        STAGES=2,
-        num_warps=4,
+        STAGES=launch.stages,
+        num_warps=launch.warps,
     )  # fmt: skip

@@ -79,6 +79,8 @@ def test_variants():
     }
     fp8 = serve.variant_args("leank-fp8", options)["additional_config"]["leank"]
     assert fp8 == {"mask": "m.yaml", "sink": 64, "archive_dtype": "fp8"}
+    pruned = serve.variant_args("leank-pruned-fp8", options)["additional_config"]["leank"]
+    assert (pruned["prefill"], pruned["archive_dtype"]) == ("pruned", "fp8")
     assert serve.parse_variants("leank, flash") == ["leank", "flash"]
 
 

@@ -6,7 +6,7 @@ from engines import engine
 from mask_samples import full_mask
 from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
-from speculation import NGRAM, prompts, watch
+from speculation import DRAFT, NGRAM, prompts, watch
 
 from vllm_leank.mask import save_mask
 from vllm_leank.mask_resolver import find_masks
@@ -27,9 +27,24 @@ TIE = 0.125
 bf16, and either one may be a step off."""
 
 
-@pytest.fixture(params=["1", "0"], ids=["runner-v2", "runner-v1"])
+V2, V1 = "1", "0"
+
+
+@pytest.fixture
 def runner(request, monkeypatch):
+    """One of vLLM's two model runners."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", request.param)
+
+
+def runners(*cases):
+    """Parameters `(runner, ...)`."""
+    names = {V2: "v2", V1: "v1"}
+    return [
+        pytest.param(
+            *case, id="-".join([names[case[0]], *(one for one in case[1:] if isinstance(one, str))])
+        )
+        for case in cases
+    ]
 
 
 def assert_same_up_to_ties(*answers):
@@ -40,7 +55,12 @@ def assert_same_up_to_ties(*answers):
         assert some_logprobs[compared] == pytest.approx(others_logprobs[compared], abs=TIE)
 
 
-def test_a_full_mask_answers_like_flash_attention(runner, tmp_path):
+@pytest.mark.parametrize(
+    ("runner", "prefill"),
+    runners((V2, "exact"), (V2, "pruned"), (V1, "exact")),
+    indirect=["runner"],
+)
+def test_a_full_mask_answers_like_flash_attention(runner, prefill, tmp_path):
     """Lengths around pages, chunked prompts, and requests that come and go."""
     prompts = [
         make_sample(task, length, seed).prompt_token_ids[: length - 7 * seed]
@@ -50,20 +70,33 @@ def test_a_full_mask_answers_like_flash_attention(runner, tmp_path):
     mask = tmp_path / "full.yaml"
     save_mask(full_mask(MODEL), mask)
     answers = []
-    for arguments in ({"attention_backend": "FLASH_ATTN"}, {"mask": mask}):
+    for arguments in ({"attention_backend": "FLASH_ATTN"}, {"mask": mask, "prefill": prefill}):
         with engine(MODEL, **ON_GPU, **arguments, max_num_batched_tokens=2048) as running:
             answers.append(running.generate(prompts, 160))
     assert_same_up_to_ties(*answers)
 
 
-def test_speculation_changes_no_answer(runner):
-    """Drafts from the text, a few of them wrong, over the archive."""
+@pytest.mark.parametrize(
+    ("runner", "drafts", "prefill"),
+    runners(
+        (V2, "text", "exact"),
+        (V2, "text", "pruned"),
+        (V2, "model", "exact"),
+        (V2, "model", "pruned"),
+        (V1, "text", "exact"),
+        (V1, "model", "pruned"),
+    ),
+    indirect=["runner"],
+)
+def test_speculation_changes_no_answer(runner, drafts, prefill):
+    """Drafts from the text or by the model itself, some of them wrong, over the archive."""
     (mask,) = find_masks(str(MODEL))
     answers = []
-    for config in (None, NGRAM):
+    for config in (None, {"text": NGRAM, "model": DRAFT}[drafts]):
         with engine(
-            MODEL, mask.path, sink=32, recent=64, speculative_config=config, **ON_GPU
-        ) as running:
+            MODEL, mask.path, sink=32, recent=64, prefill=prefill, speculative_config=config,
+            **ON_GPU,
+        ) as running:  # fmt: skip
             seen = watch(running)
             answers.append(running.generate(prompts(), 200))
     assert_same_up_to_ties(*answers)
@@ -118,13 +151,25 @@ def test_two_ranks_answer_like_one():
     assert_same_up_to_ties(*answers)
 
 
-@pytest.mark.parametrize("archive_dtype", ["auto", "fp8"])
-def test_needles_are_found(runner, archive_dtype):
+@pytest.mark.parametrize(
+    ("runner", "archive_dtype", "prefill"),
+    runners(
+        (V2, "auto", "exact"),
+        (V2, "fp8", "exact"),
+        (V2, "auto", "pruned"),
+        (V2, "fp8", "pruned"),
+        (V1, "auto", "exact"),
+        (V1, "fp8", "pruned"),
+    ),
+    indirect=["runner"],
+)
+def test_needles_are_found(runner, archive_dtype, prefill):
     (mask,) = find_masks(str(MODEL))
     right = asked = 0
     with engine(
-        MODEL, mask.path, sink=mask.sink, recent=mask.recent, archive_dtype=archive_dtype, **ON_GPU
-    ) as running:
+        MODEL, mask.path, sink=mask.sink, recent=mask.recent, archive_dtype=archive_dtype,
+        prefill=prefill, **ON_GPU,
+    ) as running:  # fmt: skip
         for task in TASKS:
             for length in (1024, 8192):
                 samples = [make_sample(task, length, seed) for seed in range(64)]

@@ -111,6 +111,33 @@ def test_every_query_reads_what_the_rule_says(
         assert relative_rms(output, step.expected) < tolerance
 
 
+@pytest.mark.parametrize(
+    ("kept", "head_dim", "group", "archive_block", "dtypes"),
+    [
+        ((16, 0), 32, 2, 64, (FP16, None)),
+        pytest.param(mixed(128), 128, 4, 64, (BF16, None), marks=gpu),
+        pytest.param(mixed(128), 128, 7, 128, (BF16, FP8), marks=gpu),
+        pytest.param(mixed(96), 96, 3, 96, (FP16, None), marks=gpu),
+        pytest.param(mixed(64), 64, 8, 128, (BF16, FP8), marks=gpu),
+        pytest.param(mixed(256), 256, 2, 64, (BF16, None), marks=gpu),
+    ],
+)
+def test_prompts_that_are_read_pruned(kept, head_dim, group, archive_block, dtypes, tma):
+    """In chunks long enough for the launch of long steps, and in what is left of them."""
+    (dtype, tolerance), archive_dtype = dtypes
+    builder = CacheBuilder(
+        kept, head_dim, group, Window(32, 64, exact=False), archive_block, dtype, archive_dtype,
+        device=DEVICE,
+    )  # fmt: skip
+    chunks = (launch.MANY_QUERIES + 33, 40, 1)
+    requests = [builder.add(0, sum(chunks)) for _ in range(2 if GPU else 1)]
+    for chunk in chunks:
+        step = builder.step([(request, chunk) for request in requests])
+        output = builder.run(step, KERNELS if archive_dtype is None else KERNELS_FP8)
+        assert output.isfinite().all()
+        assert relative_rms(output, step.expected) < tolerance
+
+
 @pytest.mark.parametrize("archive_dtype", [None, pytest.param(FP8, marks=gpu)])
 @pytest.mark.parametrize(
     ("kept", "head_dim", "archive_block", "window"),

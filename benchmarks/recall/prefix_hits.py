@@ -1,4 +1,5 @@
-"""How often prompts find their beginnings in the prefix cache: plain vLLM against leank.
+"""How often prompts find their beginnings in the prefix cache: plain vLLM, leank, and leank reading
+prompts pruned.
 
     PYTHONPATH=benchmarks python -m recall.prefix_hits
 
@@ -12,7 +13,7 @@ Then, how many questions about one document run at once in the smallest pool.
 
 A pool's size is given in tokens of plain vLLM. `limit` is the share that a pool without end would
 find: with leank, turns find earlier prompts but not earlier answers, whose K and V were computed
-with pruned attention.
+with pruned attention; where prompts are read pruned, both.
 """
 
 import argparse
@@ -79,19 +80,28 @@ def one_document(running: Engine) -> int:
     return running.most_running(document_prompts(1, 64), OUTPUT_TOKENS)
 
 
+ENGINES: dict[str, dict[str, str] | None] = {
+    "dense": None,
+    "leank": {},
+    "leank-pruned": {"prefill": "pruned"},
+}
+"""leank's options by name; None is vLLM's own attention."""
+
 WORKLOADS = {"documents": documents, "conversations": conversations, "one document": one_document}
 
 
-def measure(workload: str, leank: bool, pool_tokens: int, seqs: int) -> dict[str, Any]:
+def measure(workload: str, name: str, pool_tokens: int, seqs: int) -> dict[str, Any]:
     """One engine through one workload."""
+    leank = ENGINES[name]
     mask = load_mask(find_masks(MODEL)[0].path)
     plan = plan_cache(mask.kept_counts.tolist(), mask.geometry.head_dim, itemsize=4)
-    size = plan.block_bytes if leank else plan.dense_token_bytes * DENSE_BLOCK
-    arguments: dict[str, Any] = {} if leank else {"block_size": DENSE_BLOCK}
+    dense = plan.dense_token_bytes * DENSE_BLOCK
+    size = dense if leank is None else plan.block_bytes
+    arguments: dict[str, Any] = {"block_size": DENSE_BLOCK} if leank is None else {}
     blocks = pool_tokens * plan.dense_token_bytes // size
     with engine(
         MODEL,
-        {} if leank else None,
+        leank,
         dtype="float32",
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=seqs,
@@ -107,7 +117,7 @@ def measure(workload: str, leank: bool, pool_tokens: int, seqs: int) -> dict[str
         most = WORKLOADS[workload](running)
         return {
             "workload": workload,
-            "engine": "leank" if leank else "dense",
+            "engine": name,
             "pool_tokens": pool_tokens,
             "pool_bytes": blocks * size,
             "asked": running.counter("vllm:prefix_cache_queries"),
@@ -121,18 +131,18 @@ def measure(workload: str, leank: bool, pool_tokens: int, seqs: int) -> dict[str
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every engine, without end first."""
     for workload in args.workloads:
-        for leank in (False, True):
+        for name in ENGINES:
             for pool in (ENDLESS, *args.pools):
-                yield measure(workload, leank, pool, args.max_num_seqs)
-    for leank in (False, True):
-        yield measure("one document", leank, min(args.pools), seqs=64)
+                yield measure(workload, name, pool, args.max_num_seqs)
+    for name in ENGINES:
+        yield measure("one document", name, min(args.pools), seqs=64)
 
 
 def print_table(measured: list[dict[str, Any]]) -> None:
     """Shares found, in %."""
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("workload", "pool, dense tokens", "dense", "leank"):
+    for name in ("workload", "pool, dense tokens", *ENGINES):
         table.add_column(name, justify="left" if name == "workload" else "right")
     shares = {
         (row["workload"], row["pool_tokens"], row["engine"]): row["found"] / row["asked"]
@@ -140,7 +150,7 @@ def print_table(measured: list[dict[str, Any]]) -> None:
         if row["most_running"] is None
     }
     for workload, pool in dict.fromkeys(key[:2] for key in shares):
-        cells = (f"{100 * shares[workload, pool, one]:.1f}" for one in ("dense", "leank"))
+        cells = (f"{100 * shares[workload, pool, one]:.1f}" for one in ENGINES)
         table.add_row(workload, "limit" if pool == ENDLESS else f"{pool:,}", *cells)
     console.print(table)
     for row in measured:

@@ -10,8 +10,9 @@ from typing import Any
 
 from vllm_leank.errors import UserError
 
-VARIANTS = ("flash", "flash-fp8", "leank", "leank-fp8")
-"""vLLM's FlashAttention and leank, each with the model's dtype and with 8-bit floats."""
+VARIANTS = ("flash", "flash-fp8", "leank", "leank-fp8", "leank-pruned", "leank-pruned-fp8")
+"""vLLM's FlashAttention, leank, and leank reading prompts pruned, each with the model's dtype and
+with 8-bit floats."""
 
 STDERR = 2
 """File descriptor: stdout is for results."""
@@ -32,10 +33,15 @@ def parse_variants(text: str) -> list[str]:
 
 def variant_args(variant: str, leank: dict[str, Any]) -> dict[str, Any]:
     """The engine arguments in which a variant differs; `leank` are leank's options."""
-    fp8 = variant.endswith("-fp8")
-    if variant.startswith("flash"):
-        return {"attention_backend": "FLASH_ATTN"} | ({"kv_cache_dtype": "fp8"} if fp8 else {})
-    options = leank | ({"archive_dtype": "fp8"} if fp8 else {})
+    backend, *words = variant.split("-")
+    if backend == "flash":
+        fp8 = {"kv_cache_dtype": "fp8"} if "fp8" in words else {}
+        return {"attention_backend": "FLASH_ATTN"} | fp8
+    options = dict(leank)
+    if "fp8" in words:
+        options["archive_dtype"] = "fp8"
+    if "pruned" in words:
+        options["prefill"] = "pruned"
     return {"attention_backend": "leank", "additional_config": {"leank": options}}
 
 
