@@ -90,6 +90,20 @@ MUTATIONS = (
         "test_managers.py",
     ),
     Mutation(
+        "a prefix is taken up without the end of its window",
+        "pruned_managers.py",
+        "length) // WINDOW_BLOCK, length // WINDOW_BLOCK)",
+        "length) // WINDOW_BLOCK, length // WINDOW_BLOCK - 1)",
+        "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
+    ),
+    Mutation(
+        "a prefix is taken up whose archive ends within a page",
+        "window.py",
+        "boundary = (longest - recent) // block * block",
+        "boundary = longest - recent",
+        "test_window.py",
+    ),
+    Mutation(
         "drafts find no archive page",
         "managers.py",
         "request_id, self._window.archived(num_tokens), num_tokens_main_model",
@@ -136,9 +150,9 @@ MUTATIONS = (
     Mutation(
         "a captured graph keeps the prompt lengths of its capture",
         "metadata.py",
-        "exact_until = self._prompt_lengths[: common_attn_metadata.num_reqs]",
-        "exact_until = self._prompt_lengths[: common_attn_metadata.num_reqs].clone()",
-        "test_gpu_engine.py",
+        "exact_until = self._exact_until[: common_attn_metadata.num_reqs]",
+        "exact_until = self._exact_until[: common_attn_metadata.num_reqs].clone()",
+        "test_gpu_engine.py::test_needles_are_found[v2-auto-exact]",
         gpu=True,
     ),
     Mutation(

@@ -1,5 +1,6 @@
 """The window rule against its definition, token by token."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -165,3 +166,31 @@ def test_all_that_is_archived_is_freed_once_the_prompt_is_done(window):
 def test_values_out_of_range_are_refused(sink, recent, message):
     with pytest.raises(ValueError, match=message):
         Window(sink, recent)
+
+
+@every_window
+@pytest.mark.parametrize("block", [32, 64, 96, 160, 256])
+def test_a_prefix_is_the_longest_of_whole_pages(window, block):
+    """Of window pages, and of archive pages as far as it has any."""
+    best = 0
+    for limit in LENGTHS:
+        if limit % STEP == 0 and window.archived(limit) % block == 0:
+            best = limit
+        assert window.prefix(limit, block) == best
+
+
+@every_window
+@pytest.mark.parametrize("chunk", [1, 50, 512])
+def test_no_prompt_holds_more_dense_tokens_than_said(window, chunk):
+    """However it is cut, what is computed at once, and what is freed only after the next step."""
+    pruned = replace(window, exact=False)
+    for processed in range(0, 4096 - 2 * chunk, 7):
+        length = processed + 2 * chunk
+        freed = len(pruned.free_tokens(processed, pruned.exact_until(length))) * STEP
+        assert length - freed <= pruned.most_dense(length, 2 * chunk)
+        assert window.most_dense(length, 2 * chunk) == length
+
+
+def test_where_prompts_are_read_exactly_or_pruned():
+    assert Window(32, 64).exact_until(100) == 100
+    assert Window(32, 64, exact=False).exact_until(100) == 0
