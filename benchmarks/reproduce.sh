@@ -41,8 +41,8 @@ run() {
         leank bench serve $llama --commit "$commit" --variants flash,leank,leank-fp8 --prompt-tokens 32000 \
             --output-tokens 96 --lone-prompts 2 --num-prompts 100 --time-limit 170 --out serve_llama.json ;;
     serve_llama_fp8) # shellcheck disable=SC2086
-        leank bench serve $llama --commit "$commit" --variants flash-fp8,leank-fp8 --prompt-tokens 32000 \
-            --output-tokens 96 --lone-prompts 2 --num-prompts 100 --time-limit 170 --out serve_llama_fp8.json ;;
+        leank bench serve $llama --commit "$commit" --variants flash-fp8,leank-fp8,leank-pruned-fp8 --prompt-tokens 32000 \
+            --output-tokens 96 --lone-prompts 2 --num-prompts 94 --time-limit 170 --out serve_llama_fp8.json ;;
     serve_llama_short) # shellcheck disable=SC2086
         leank bench serve $llama --commit "$commit" --variants flash,leank --num-prompts 8 --prompt-tokens 1024 \
             --max-model-len 4096 --engine-args '{"max_num_seqs": 8}' --out serve_llama_short.json ;;
@@ -50,9 +50,8 @@ run() {
     learn_cost) python3 -m learn_cost --model "$root/benchmarks/shapes/llama-3.1-8b" --commit "$commit" \
         --tokens 4096 32768 98304 --repeats 2 --out learn_cost.json ;;
     recall_engine) python3 -m recall.evaluate_engine --dtype bfloat16 --samples 128 --commit "$commit" \
+        --attention dense leank leank-fp8 leank-pruned leank-pruned-fp8 \
         --gpu-memory-utilization 0.5 --out recall_engine.json ;;
-    recall_engine_fp8) python3 -m recall.evaluate_engine --attention leank --archive-dtype fp8 --dtype bfloat16 \
-        --samples 128 --commit "$commit" --gpu-memory-utilization 0.5 --out recall_engine_fp8.json ;;
     recall_prefix_accuracy) python3 -m recall.prefix_accuracy --samples 128 --commit "$commit" \
         --lengths 1024 2048 4096 8192 --out recall_prefix_accuracy.json ;;
     *) echo "there is no step $1" && return 2 ;;
@@ -77,7 +76,7 @@ soak() {
 }
 
 steps=${*:-attention_llama attention_qwen attention_llama_small attention_sweep serve_llama serve_llama_fp8 \
-    serve_llama_short recall_engine recall_engine_fp8 recall_prefix_accuracy learn_cost soak}
+    serve_llama_short recall_engine recall_prefix_accuracy learn_cost soak}
 status=0
 for step in $steps; do
     echo "== $step, $(date -u +%T)"

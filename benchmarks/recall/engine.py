@@ -69,6 +69,7 @@ class Engine:
             "sink": window.sink,
             "recent": window.recent,
             "archive_dtype": "fp8" if settings.plan.is_fp8 else "auto",
+            "prefill": "exact" if window.exact else "pruned",
         }
 
 

@@ -3,8 +3,8 @@
     python -m recall.evaluate_engine --out results.json
     python -m recall.evaluate_engine --base-url http://localhost:8000 http://localhost:8001
 
-Without --base-url, two engines are started one after the other. With it, servers that run are
-asked; the first is what the others are compared with. Prompts and answers are those of
+Without --base-url, the engines of --attention are started one after the other. With it, servers
+that run are asked. The first is what the others are compared with. Prompts and answers are those of
 `recall.evaluate`; here the engine writes the answers, greedily. Intervals are Wilson's, at 95%.
 """
 
@@ -30,6 +30,15 @@ from recall.wilson import interval
 
 MODEL = str(Path(__file__).with_name("model"))
 SLACK = 64  # tokens of the model's length beyond the longest sample
+
+ENGINES: dict[str, dict[str, str] | None] = {
+    "dense": None,
+    "leank": {},
+    "leank-fp8": {"archive_dtype": "fp8"},
+    "leank-pruned": {"prefill": "pruned"},
+    "leank-pruned-fp8": {"prefill": "pruned", "archive_dtype": "fp8"},
+}
+"""leank's options by name; None is vLLM's own attention."""
 
 Right = dict[tuple[str, int], list[bool]]
 """Per task and length, which samples were answered without a mistake."""
@@ -88,11 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--timeout", type=float, default=600, help="seconds for one answer")
 
     local = parser.add_argument_group("engines of this process")
-    local.add_argument(
-        "--attention", nargs="+", choices=("dense", "leank"), default=["dense", "leank"]
-    )
+    local.add_argument("--attention", nargs="+", choices=ENGINES, default=["dense", "leank"])
     local.add_argument("--mask", help="mask file; by default the one shipped for the model")
-    local.add_argument("--archive-dtype", choices=("auto", "fp8"), default="auto")
     local.add_argument("--dtype", default="auto")
     local.add_argument("--max-num-seqs", type=int, default=64)
     local.add_argument("--max-num-batched-tokens", type=int, default=16384)
@@ -114,9 +120,9 @@ def _variant(name: str, args: argparse.Namespace) -> Iterator[tuple[Any, dict[st
 
     from recall.engine import engine
 
-    leank = None
-    if name == "leank":
-        leank = {"archive_dtype": args.archive_dtype} | ({"mask": args.mask} if args.mask else {})
+    leank = ENGINES[name]
+    if leank is not None and args.mask:
+        leank = leank | {"mask": args.mask}
     with engine(
         MODEL,
         leank,

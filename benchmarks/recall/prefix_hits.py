@@ -32,7 +32,7 @@ from rich.table import Table
 
 from recall.engine import Engine, engine
 from recall.evaluate import head_commit, machine
-from recall.evaluate_engine import MODEL
+from recall.evaluate_engine import ENGINES, MODEL
 from recall.vocab import BOS, WORDS
 from vllm_leank.compat import vllm_version
 from vllm_leank.layout import plan_cache
@@ -80,12 +80,8 @@ def one_document(running: Engine) -> int:
     return running.most_running(document_prompts(1, 64), OUTPUT_TOKENS)
 
 
-ENGINES: dict[str, dict[str, str] | None] = {
-    "dense": None,
-    "leank": {},
-    "leank-pruned": {"prefill": "pruned"},
-}
-"""leank's options by name; None is vLLM's own attention."""
+COMPARED = "dense", "leank", "leank-pruned"
+"""Names of `evaluate_engine.ENGINES`."""
 
 WORKLOADS = {"documents": documents, "conversations": conversations, "one document": one_document}
 
@@ -131,10 +127,10 @@ def measure(workload: str, name: str, pool_tokens: int, seqs: int) -> dict[str, 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every engine, without end first."""
     for workload in args.workloads:
-        for name in ENGINES:
+        for name in COMPARED:
             for pool in (ENDLESS, *args.pools):
                 yield measure(workload, name, pool, args.max_num_seqs)
-    for name in ENGINES:
+    for name in COMPARED:
         yield measure("one document", name, min(args.pools), seqs=64)
 
 
@@ -142,7 +138,7 @@ def print_table(measured: list[dict[str, Any]]) -> None:
     """Shares found, in %."""
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("workload", "pool, dense tokens", *ENGINES):
+    for name in ("workload", "pool, dense tokens", *COMPARED):
         table.add_column(name, justify="left" if name == "workload" else "right")
     shares = {
         (row["workload"], row["pool_tokens"], row["engine"]): row["found"] / row["asked"]
@@ -150,7 +146,7 @@ def print_table(measured: list[dict[str, Any]]) -> None:
         if row["most_running"] is None
     }
     for workload, pool in dict.fromkeys(key[:2] for key in shares):
-        cells = (f"{100 * shares[workload, pool, one]:.1f}" for one in ENGINES)
+        cells = (f"{100 * shares[workload, pool, one]:.1f}" for one in COMPARED)
         table.add_row(workload, "limit" if pool == ENDLESS else f"{pool:,}", *cells)
     console.print(table)
     for row in measured:
