@@ -52,8 +52,6 @@ run() {
     recall_engine) python3 -m recall.evaluate_engine --dtype bfloat16 --samples 128 --commit "$commit" \
         --attention dense leank leank-fp8 leank-pruned leank-pruned-fp8 \
         --gpu-memory-utilization 0.5 --out recall_engine.json ;;
-    recall_prefix_accuracy) python3 -m recall.prefix_accuracy --samples 128 --commit "$commit" \
-        --lengths 1024 2048 4096 8192 --out recall_prefix_accuracy.json ;;
     *) echo "there is no step $1" && return 2 ;;
     esac
 }
@@ -76,7 +74,7 @@ soak() {
 }
 
 steps=${*:-attention_llama attention_qwen attention_llama_small attention_sweep serve_llama serve_llama_fp8 \
-    serve_llama_short recall_engine recall_prefix_accuracy learn_cost soak}
+    serve_llama_short recall_engine learn_cost soak}
 status=0
 for step in $steps; do
     echo "== $step, $(date -u +%T)"

@@ -39,10 +39,17 @@ def test_tokens_are_those_without_speculation(run, plain, drafter, arguments):
     assert_same(results, plain, 1e-3)
 
 
+PRUNED = {"prefill": "pruned", "max_num_batched_tokens": 256, "max_num_seqs": 4}
+
+
+@pytest.fixture(scope="module")
+def plain_pruned(run):
+    results, _, _ = run(None, PRUNED)
+    return results
+
+
 @pytest.mark.parametrize("drafter", [NGRAM, DRAFT], ids=["text", "model"])
-def test_where_prompts_are_read_pruned(run, drafter):
-    pruned = {"prefill": "pruned", "max_num_batched_tokens": 256, "max_num_seqs": 4}
-    plain, _, _ = run(None, pruned)
-    results, seen, _ = run(drafter, pruned | {"enable_prefix_caching": True})
+def test_where_prompts_are_read_pruned(run, plain_pruned, drafter):
+    results, seen, _ = run(drafter, PRUNED | {"enable_prefix_caching": True})
     assert min(seen["accepted"], seen["rejected"]) > 100
-    assert_same(results, plain, 1e-3)
+    assert_same(results, plain_pruned, 1e-3)
