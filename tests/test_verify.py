@@ -30,20 +30,23 @@ def model(tiny_llama_dir):
     return AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
 
 
-def compare(model, mask, answer, **options):
-    verifier = Verifier(model, mask, WINDOW, **options)
+def compare(model, mask, answer, window=WINDOW, **options):
+    verifier = Verifier(model, mask, window, **options)
     (comparison,) = verifier.compare([("here", Sample(PROMPT, answer))])
     return comparison
 
 
 @pytest.mark.parametrize("answer", [[7, 3, 250, 3, 9] * 8, []])
-def test_figures_are_those_of_the_oracle(model, tiny_llama_dir, answer):
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "pruned"])
+def test_figures_are_those_of_the_oracle(model, tiny_llama_dir, answer, exact):
     mask = random_mask(tiny_llama_dir, [32, 0, 16, 64])
-    found = compare(model, mask, answer, tokens=5, chunk=100)
+    window = Window(32, 64, exact)
+    found = compare(model, mask, answer, window, tokens=5, chunk=100)
     full = Oracle(tiny_llama_dir, np.ones_like(mask.keep), 32, 64)
     written = answer or full.greedy(PROMPT, 5)[0]
     dense = full.logits(PROMPT + written, len(PROMPT))[len(PROMPT) :].log_softmax(-1)
-    pruned = Oracle(tiny_llama_dir, mask.keep, 32, 64).logits(PROMPT + written, len(PROMPT))
+    exact_until = window.exact_until(len(PROMPT))
+    pruned = Oracle(tiny_llama_dir, mask.keep, 32, 64).logits(PROMPT + written, exact_until)
     pruned = pruned[len(PROMPT) :].log_softmax(-1)
     kl = float((dense.exp() * (dense - pruned)).sum())
     assert kl > 0.01

@@ -14,7 +14,8 @@ class SimulatedPruning:
     """An attention hook under which far keys lose channels.
 
     `keep` is bool `[L, H, D]`, or `[L, B, H, D]` where each row of a batch has its own; None leaves
-    attention as it is. Set it between prompt and answer: prompts are computed with full attention.
+    attention as it is. Set it between prompt and answer where prompts are computed with full
+    attention.
     """
 
     def __init__(self, window: Window):

@@ -1,8 +1,9 @@
 """Compares a model's answers under a mask with those of full attention: `leank verify`.
 
-Both read the same prompt with full attention, as when served, and then the same continuation, token
-by token what the engine would compute: with all channels of far keys, and with those that the mask
-keeps. What differs between the two distributions of each next token is the mask's doing.
+Both read the same prompt as when served, with full attention (unless the window says that prompts
+are read pruned), and then the same continuation, token by token what the engine would compute: with
+all channels of far keys, and with those that the mask keeps. What differs between the two
+distributions of each next token is the mask's doing.
 
 It runs in transformers (`simulate.py`), so it judges the mask and not the engine.
 """
@@ -148,23 +149,29 @@ class Verifier:
             yield comparison
 
     def _compare(self, source: str, sample: Sample) -> Comparison:
-        cache = DynamicCache()
-        first = self._read(sample.prompt, cache)
+        cache = other = DynamicCache()
+        first = other_first = self._read(sample.prompt, cache, None)
         answer = sample.answer or self._write(first, cache)
-        dense, pruned = (self._logits(answer, cache, keep) for keep in (self._full, self._keep))
+        if not self._pruning.window.exact:
+            other = DynamicCache()
+            other_first = self._read(sample.prompt, other, self._keep)
+        dense = self._logits(answer, cache, self._full)
+        pruned = self._logits(answer, other, self._keep)
         kl, agree = _divergence(dense, pruned)
         right: list[bool | None] = [None, None]
         if sample.answer:
             expected = torch.tensor(answer, device=dense.device)
             right = [
-                bool((torch.cat([first, logits[:-1].argmax(-1)]) == expected).all())
-                for logits in (dense, pruned)
+                bool((torch.cat([token, logits[:-1].argmax(-1)]) == expected).all())
+                for token, logits in ((first, dense), (other_first, pruned))
             ]
         return Comparison(source, len(sample.prompt), len(answer), agree, kl, *right)
 
-    def _read(self, prompt: list[int], cache: DynamicCache) -> torch.Tensor:
-        """Fill the cache with a prompt, dense; the most likely token after it, `[1]`."""
-        self._pruning.keep = None
+    def _read(
+        self, prompt: list[int], cache: DynamicCache, keep: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Fill the cache with a prompt; the most likely token after it, `[1]`."""
+        self._pruning.keep = keep
         for at in range(0, len(prompt), self.chunk):
             logits = self._forward(prompt[at : at + self.chunk], cache, logits_to_keep=1)
         L, H, D = self.geometry.num_layers, self.geometry.num_kv_heads, self.geometry.head_dim
@@ -178,6 +185,7 @@ class Verifier:
 
     def _write(self, first: torch.Tensor, cache: DynamicCache) -> list[int]:
         """What the model writes, greedily and dense; the cache is as it was before."""
+        self._pruning.keep = None
         end = self.model.generation_config.eos_token_id
         ends = set(end if isinstance(end, list) else [end])
         written = [int(first)]

@@ -52,6 +52,7 @@ def verify(
     recent: Annotated[
         int | None, typer.Option(help="Last tokens that stay dense.", show_default="the mask's")
     ] = None,
+    prefill: Annotated[str, typer.Option(help="How prompts are read: exact or pruned.")] = "exact",
     min_top1: Annotated[
         float, typer.Option(help="Least share of tokens with the same most likely token, 0..1.")
     ] = 0.95,
@@ -83,7 +84,7 @@ def verify(
 
     from vllm_leank.checkpoint import Checkpoint, usable_device
     from vllm_leank.mask_resolver import resolve_mask
-    from vllm_leank.options import Options
+    from vllm_leank.options import KEY, parse_options
     from vllm_leank.settings import plan_settings
     from vllm_leank.verify import Summary, Thresholds, Verifier
 
@@ -93,7 +94,8 @@ def verify(
     checkpoint = Checkpoint.open(model)
     found = resolve_mask(mask, model, checkpoint.geometry)
     # As served; the window does not depend on the bytes of a number.
-    window = plan_settings(found, Options(sink=sink, recent=recent), itemsize=2).window
+    options = parse_options({KEY: {"sink": sink, "recent": recent, "prefill": prefill}})
+    window = plan_settings(found, options, itemsize=2).window
     samples, notes = _samples(
         checkpoint,
         window,
@@ -128,7 +130,8 @@ def verify(
             "pass": ok,
             "model": model,
             "mask": {"path": str(found.path), "sha256": found.sha256, "k_kept": found.k_kept},
-            "window": asdict(window),
+            "window": {"sink": window.sink, "recent": window.recent},
+            "prefill": prefill,
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "device": device,
             **asdict(summary),
@@ -141,7 +144,8 @@ def verify(
         print(json.dumps(report, indent=2))
     else:
         print(f"mask: {found.path}, {found.k_kept:.1%} of K and {found.v_kept:.1%} of V kept")
-        print(f"window: sink {window.sink}, recent {window.recent} tokens dense")
+        how = "" if window.exact else "; prompts read pruned"
+        print(f"window: sink {window.sink}, recent {window.recent} tokens dense{how}")
         _print(comparisons, summary, thresholds, verdict, notes)
     raise typer.Exit(0 if ok else 1)
 
