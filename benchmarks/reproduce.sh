@@ -26,7 +26,7 @@ sweep() { # requests, tokens
 run() {
     case $1 in
     kernel_tests) python3 -m pytest -q -p no:cacheprovider "$root/tests/test_kernels.py" ;;
-    engine_tests) python3 -m pytest -q -p no:cacheprovider "$root/tests/test_gpu_engine.py" ;;
+    engine_tests) engine_tests ;;
     attention_llama) leank bench attention --commit "$commit" --query-heads 32 --mask "$masks/llama3.1-8b.yaml" \
         --case 64,32768 --archive-dtype both --out attention_llama.json ;;
     attention_qwen) leank bench attention --commit "$commit" --query-heads 28 --mask "$masks/qwen2.5-7b.yaml" \
@@ -54,6 +54,12 @@ run() {
         --gpu-memory-utilization 0.5 --out recall_engine.json ;;
     *) echo "there is no step $1" && return 2 ;;
     esac
+}
+
+engine_tests() { # each in a process of its own, four at a time
+    tests="$root/tests/test_gpu_engine.py"
+    python3 -m pytest -q --collect-only -p no:cacheprovider "$tests" | sed -n "s|.*test_gpu_engine.py|$tests|p" |
+        xargs -P 4 -n 1 python3 -m pytest -q -p no:cacheprovider
 }
 
 soak() {

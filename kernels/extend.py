@@ -11,7 +11,7 @@ from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.common import boundary_of, skip_archived
 from vllm_leank.kernels.decode import LOG2_E
-from vllm_leank.kernels.launch import choose_extend, tile_tokens
+from vllm_leank.kernels.launch import EXTEND_COLUMNS, tile_tokens
 from vllm_leank.kernels.pages import fold_archive, fold_window, window_tile
 
 
@@ -111,11 +111,10 @@ def extend(
     _, num_heads, head_dim = query.shape
     num_kv_heads = len(layout.kept)
     group = num_heads // num_kv_heads
-    launch = choose_extend(batch.max_query_len, group)
+    columns = max(EXTEND_COLUMNS, triton.next_power_of_2(group))
     archive, scales = cache.archive_pages, cache.scales
     tma = tables.device.tma
-    queries = launch.columns // group
-    grid = (triton.cdiv(batch.max_query_len, queries), num_kv_heads, batch.num_reqs)
+    grid = (triton.cdiv(batch.max_query_len, columns // group), num_kv_heads, batch.num_reqs)
     _extend_kernel[grid](
         query, output, cache.window_pages, archive, scales,
         *(cache.descriptors.arguments if tma else (archive,) * 7),
@@ -128,13 +127,13 @@ def extend(
         SINK=window.sink,
         RECENT=window.recent,
         G=group,
-        N=launch.columns,
+        N=columns,
         D=head_dim,
         D_PAD=triton.next_power_of_2(head_dim),
         BLOCK=layout.archive_block,
         TILE=tile_tokens(layout),
         FP8=layout.is_fp8,
         TMA=tma,
-        STAGES=launch.stages,
-        num_warps=launch.warps,
+        STAGES=2,
+        num_warps=4,
     )  # fmt: skip

@@ -6,7 +6,7 @@ knows. So a captured CUDA graph fits every later batch of its size.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from heapq import heapify, heapreplace
 
@@ -34,8 +34,8 @@ REQUEST_PROGRAMS = 16, 64, 256
 SPLIT_BYTES = 1 << 15, 1 << 17
 """Bytes that a program should read at least, for few and for many requests."""
 
-MANY_QUERIES = 256
-"""Queries of a request from which on its steps are long ones."""
+EXTEND_COLUMNS = 64
+"""Queries times query heads of a KV head that a program of the extend kernel takes."""
 
 COMPACT_PROGRAMS = 1024, 32768
 """Programs of a compaction launch at most, unless there are more requests and heads: in a step of
@@ -89,28 +89,6 @@ class DecodeLaunch:
     window_stages: int = 4
 
 
-@dataclass(frozen=True)
-class ExtendLaunch:
-    """Launch of the extend kernel.
-
-    Attributes:
-        columns: queries times query heads of a KV head that a program takes.
-        warps: warps of a program.
-        stages: depth of the software pipeline over archive tiles.
-    """
-
-    columns: int
-    warps: int
-    stages: int
-
-
-EXTEND_SHORT = ExtendLaunch(columns=64, warps=4, stages=2)
-"""For steps of few queries per request."""
-
-EXTEND_LONG = ExtendLaunch(columns=128, warps=8, stages=2)
-"""For steps of `MANY_QUERIES` or more: chunks of prompts that are read pruned."""
-
-
 def tile_tokens(layout: CacheLayout) -> int:
     """Tokens of an archive tile: a power of two that divides the page."""
     block = layout.archive_block
@@ -142,12 +120,6 @@ def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeL
         split_bytes=few if is_few else many,
         rows=FEW_HEADS if is_few else 0,
     )
-
-
-def choose_extend(max_query_len: int, group: int) -> ExtendLaunch:
-    """Launch for requests with up to `max_query_len` queries, and `group` heads per KV head."""
-    launch = EXTEND_LONG if max_query_len >= MANY_QUERIES else EXTEND_SHORT
-    return replace(launch, columns=max(launch.columns, 1 << max(group - 1, 0).bit_length()))
 
 
 def share_programs(costs: Sequence[float], programs: int) -> list[int]:

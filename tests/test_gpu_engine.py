@@ -1,4 +1,8 @@
-"""Engines on a GPU: both of vLLM's model runners, with compilation and full CUDA graphs."""
+"""Engines on a GPU: both of vLLM's model runners, with compilation and full CUDA graphs.
+
+Run each test in a process of its own (`benchmarks/reproduce.sh ... engine_tests` does): an engine
+leaves compiled graphs and, if it can sleep, an allocator behind, which the next may stumble over.
+"""
 
 import pytest
 import torch
@@ -18,7 +22,7 @@ ON_GPU = {
     "enforce_eager": False,
     "max_model_len": 8192 + 256,
     "max_num_seqs": 32,
-    "kv_cache_memory_bytes": 8 << 30,
+    "kv_cache_memory_bytes": 4 << 30,
     "gpu_memory_utilization": 0.1,  # asks only that so much is free
 }
 

@@ -123,13 +123,13 @@ def test_every_query_reads_what_the_rule_says(
     ],
 )
 def test_prompts_that_are_read_pruned(kept, head_dim, group, archive_block, dtypes, tma):
-    """In chunks long enough for the launch of long steps, and in what is left of them."""
+    """In chunks as long as many programs, and in what is left of them."""
     (dtype, tolerance), archive_dtype = dtypes
     builder = CacheBuilder(
         kept, head_dim, group, Window(32, 64, exact=False), archive_block, dtype, archive_dtype,
         device=DEVICE,
     )  # fmt: skip
-    chunks = (launch.MANY_QUERIES + 33, 40, 1)
+    chunks = (289, 40, 1)
     requests = [builder.add(0, sum(chunks)) for _ in range(2 if GPU else 1)]
     for chunk in chunks:
         step = builder.step([(request, chunk) for request in requests])

@@ -3,14 +3,10 @@
 import pytest
 import torch
 from vllm_leank.kernels.launch import (
-    EXTEND_LONG,
-    EXTEND_SHORT,
     FEW_HEADS,
-    MANY_QUERIES,
     ONE_WAVE,
     Device,
     choose_decode,
-    choose_extend,
     compact_programs,
     decode_programs,
     decode_programs_of_all,
@@ -103,20 +99,3 @@ def test_compaction_has_programs_for_long_prompts_but_not_too_many(rows):
     assert rows * 8 * decode <= max(1024, rows * 8)
     assert rows * 8 * prefill <= max(32768, rows * 8)
     assert prefill == 64 or rows > 32
-
-
-@pytest.mark.parametrize("group", [1, 3, 4, 7, 32, 100, 200])
-@pytest.mark.parametrize(
-    ("queries", "usual"),
-    [
-        (2, EXTEND_SHORT),
-        (MANY_QUERIES - 1, EXTEND_SHORT),
-        (MANY_QUERIES, EXTEND_LONG),
-        (8192, EXTEND_LONG),
-    ],
-)
-def test_extend_takes_whole_groups_of_heads(queries, usual, group):
-    chosen = choose_extend(queries, group)
-    assert chosen.columns >= group
-    assert chosen.columns & (chosen.columns - 1) == 0
-    assert (chosen == usual) == (group <= usual.columns)

@@ -127,10 +127,10 @@ def measure(workload: str, name: str, pool_tokens: int, seqs: int) -> dict[str, 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every engine, without end first."""
     for workload in args.workloads:
-        for name in COMPARED:
+        for name in args.engines:
             for pool in (ENDLESS, *args.pools):
                 yield measure(workload, name, pool, args.max_num_seqs)
-    for name in COMPARED:
+    for name in args.engines:
         yield measure("one document", name, min(args.pools), seqs=64)
 
 
@@ -138,7 +138,8 @@ def print_table(measured: list[dict[str, Any]]) -> None:
     """Shares found, in %."""
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("workload", "pool, dense tokens", *COMPARED):
+    engines = list(dict.fromkeys(row["engine"] for row in measured))
+    for name in ("workload", "pool, dense tokens", *engines):
         table.add_column(name, justify="left" if name == "workload" else "right")
     shares = {
         (row["workload"], row["pool_tokens"], row["engine"]): row["found"] / row["asked"]
@@ -146,7 +147,7 @@ def print_table(measured: list[dict[str, Any]]) -> None:
         if row["most_running"] is None
     }
     for workload, pool in dict.fromkeys(key[:2] for key in shares):
-        cells = (f"{100 * shares[workload, pool, one]:.1f}" for one in COMPARED)
+        cells = (f"{100 * shares[workload, pool, one]:.1f}" for one in engines)
         table.add_row(workload, "limit" if pool == ENDLESS else f"{pool:,}", *cells)
     console.print(table)
     for row in measured:
@@ -163,6 +164,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path(__file__).parents[1] / "results/recall_prefix_hits.json")
+    add("--engines", nargs="+", choices=COMPARED, default=COMPARED)
     add("--workloads", nargs="+", choices=list(WORKLOADS)[:2], default=list(WORKLOADS)[:2])
     add("--pools", type=int, nargs="+", default=(8_000, 12_000, 18_000, 24_000))
     add("--max-num-seqs", type=int, default=8)
