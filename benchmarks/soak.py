@@ -46,8 +46,8 @@ class Server:
 
     def __init__(self, url: str, tokens_only: bool) -> None:
         self._tokens_only = tokens_only
-        # Servers close connections that are idle for 5 seconds. A client that keeps them as long, as
-        # httpx does, now and then sends a request just then, and reads an error.
+        # Servers close connections that are idle for 5 seconds. A client that keeps them as long,
+        # as httpx does, now and then sends a request just then, and reads an error.
         limits = httpx.Limits(keepalive_expiry=2)
         self._client = httpx.AsyncClient(base_url=url, timeout=600, limits=limits)
 

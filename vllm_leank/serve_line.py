@@ -26,12 +26,14 @@ class Serving:
         pool_bytes: bytes of the cache on each tensor-parallel rank, over its pipeline stages; an
             estimate unless set; None where unknown.
         length: longest request; None where no config could be made.
+        in_flight: tokens that are computed at once, at most.
     """
 
     reasons: tuple[str, ...]
     settings: Settings | None = None
     pool_bytes: int | None = None
     length: int | None = None
+    in_flight: int = 1
 
 
 def examine(arguments: Sequence[str]) -> Serving:
@@ -108,7 +110,8 @@ def _refused(error: Exception) -> Serving:
 
 
 def _serving(reasons: tuple[str, ...], config: "VllmConfig", settings: Settings) -> Serving:
-    return Serving(reasons, settings, _pool(config), config.model_config.max_model_len)
+    length = config.model_config.max_model_len
+    return Serving(reasons, settings, _pool(config), length, compat.in_flight_tokens(config))
 
 
 def _pool(config: "VllmConfig") -> int | None:

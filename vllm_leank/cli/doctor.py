@@ -79,7 +79,7 @@ def _describe(serving: "Serving") -> dict[str, Any]:
     if serving.pool_bytes is not None and serving.length is not None:
         from vllm_leank.cli.capacity_table import capacity_json
 
-        capacities = compare(plan, window, serving.pool_bytes, serving.length)
+        capacities = compare(plan, window, serving.pool_bytes, serving.length, serving.in_flight)
         described["engines"] = capacity_json(capacities)
     return described
 
@@ -123,6 +123,6 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
         console.print("leank capacity: known with --kv-cache-memory-bytes, or on a GPU")
         return
     plan, window = serving.settings.plan, serving.settings.window
-    capacities = compare(plan, window, serving.pool_bytes, serving.length)
+    capacities = compare(plan, window, serving.pool_bytes, serving.length, serving.in_flight)
     console.print(f"\ncache of {gib(serving.pool_bytes)} on each device")
     console.print(capacity_table(capacities, serving.length))
