@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from vllm_leank.capacity import dense_capacity, leank_capacity
+from vllm_leank.compat import in_flight_tokens
 from vllm_leank.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ def log_capacity(vllm_config: "VllmConfig", num_blocks: int) -> None:
     settings = load_settings(vllm_config)
     longest = vllm_config.model_config.max_model_len
     # vLLM tries CUDA graphs with a small pool first; a real one holds a request of full length.
-    is_trial = num_blocks < settings.plan.blocks_in_prefill(settings.window, longest)
+    in_flight = in_flight_tokens(vllm_config)
+    needed = settings.plan.blocks_in_prefill(settings.window, longest, in_flight)
+    is_trial = num_blocks < needed
     if is_trial or vllm_config.parallel_config.rank != 0:
         return
     for line in report(settings, num_blocks, min(LONG_REQUEST, longest)):
