@@ -121,7 +121,8 @@ MALFORMED = {
     "number as key": ("steps: 200", "3: 200", 8, "provenance", "plain text"),
     "list as key": ("steps: 200", "? [a]\n  : 200", 8, "provenance", "plain text"),
     "nested too deep": ("200", "[" * 40 + "]" * 40, 8, "provenance.steps", "nested"),
-    "far too deep": ("200", "[" * 9999, 8, "provenance.steps", "nested"),
+    # Newer versions of PyYAML refuse this by themselves, where they come across it.
+    "far too deep": ("200", "[" * 9999, 8, "", "nest"),
     "second document": ("\nlayers:", "\n---\nlayers:", 9, "", "second YAML document"),
     "not YAML": ("align: 16", "align: 16: 16", 4, "", "not YAML"),
     "unclosed": ('00000000"]\n', '00000000"\n', None, "", "not YAML"),

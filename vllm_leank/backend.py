@@ -8,8 +8,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
-from vllm_leank.compat import in_flight_tokens
-from vllm_leank.draft import is_draft
+from vllm_leank.compat import in_flight_tokens, is_draft
 from vllm_leank.layout import CacheLayout
 from vllm_leank.settings import load_settings
 from vllm_leank.specs import WindowSpec, archive_spec, window_spec

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import vllm.envs as envs
 
 from vllm_leank import compat
-from vllm_leank.draft import has_draft, is_draft
 from vllm_leank.options import OptionError, given_options, parse_options
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
                 "--attention-backend leank, or remove them from --additional-config"
             )
         return
-    if vllm_config.model_config is None or is_draft(vllm_config):
+    if vllm_config.model_config is None or compat.is_draft(vllm_config):
         return  # a draft model is checked with the served one
     reasons = list(refusals(vllm_config))
     if reasons:
@@ -62,7 +61,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
 
     settings = resolve_settings(vllm_config)
     _check_drafts(vllm_config, settings.window.recent)
-    if has_draft(vllm_config):
+    if compat.has_draft(vllm_config):
         compat.draft_with(vllm_config, vllm_config.attention_config.backend)
     compat.hook_metrics(publish)
     compat.refuse_streaming_input()
@@ -87,7 +86,7 @@ def refusals(vllm_config: "VllmConfig") -> Iterator[str]:
     if runner != "generate":
         yield f"only text generation is supported, not --runner {runner}; {other}"
     yield from _model(vllm_config.model_config, other)
-    if has_draft(vllm_config):
+    if compat.has_draft(vllm_config):
         draft = vllm_config.speculative_config.draft_model_config
         yield from _model(draft, "use another draft model in --speculative-config")
     yield from _options(vllm_config)

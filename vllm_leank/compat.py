@@ -117,6 +117,19 @@ def is_selected(vllm_config: "VllmConfig") -> bool:
     return any(getattr(backend, "name", None) == BACKEND for backend in backends)
 
 
+def has_draft(vllm_config: "VllmConfig") -> bool:
+    """Whether a model of its own drafts for the served one."""
+    speculation = vllm_config.speculative_config
+    return speculation is not None and bool(speculation.uses_draft_model())
+
+
+def is_draft(vllm_config: "VllmConfig") -> bool:
+    """Whether this is the config that vLLM derives for the draft model."""
+    if not has_draft(vllm_config):
+        return False
+    return vllm_config.model_config is vllm_config.speculative_config.draft_model_config
+
+
 def register_spec(spec: type, manager: type) -> None:
     """Tell vLLM which manager serves a cache spec of ours; its layers form a group of their own.
 

@@ -1,4 +1,8 @@
-"""One attention layer of a draft model: a layer whose heads keep no channel, without an archive."""
+"""One attention layer of a draft model, whose guesses the served model checks.
+
+No mask is needed for one. Its heads keep no channel, in the prompt as well, so it has no archive: a
+far token costs it nothing, and a guess made without far tokens is checked like any other.
+"""
 
 from dataclasses import replace
 

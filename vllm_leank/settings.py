@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_leank.draft import draft_items, has_draft
+from vllm_leank.compat import has_draft
 from vllm_leank.geometry import Geometry
-from vllm_leank.layout import CachePlan, plan_cache
+from vllm_leank.layout import CachePlan, plan_cache, window_token_bytes
 from vllm_leank.mask import Mask
 from vllm_leank.mask_resolver import resolve_mask
 from vllm_leank.options import OptionError, Options, parse_options
@@ -53,7 +53,7 @@ def resolve_settings(vllm_config: "VllmConfig") -> Settings:
     model = vllm_config.model_config
     mask = resolve_mask(options.mask, model.model, Geometry.from_hf_config(model.hf_text_config))
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    drafts = draft_items(vllm_config)
+    drafts = _draft_items(vllm_config)
     settings = plan_settings(mask, options, model.dtype.itemsize, ranks, drafts)
     holder.__dict__[_ATTACHED] = settings
     if isinstance(vllm_config.additional_config, dict):  # else it has a hash of its own
@@ -91,6 +91,19 @@ def _holder(vllm_config: "VllmConfig") -> Any:
     that model shares: it is derived field by field, and attributes that are no fields are refused.
     """
     return vllm_config.speculative_config if has_draft(vllm_config) else vllm_config
+
+
+def _draft_items(vllm_config: "VllmConfig") -> int:
+    """Elements of a dense token over all layers of the draft model, on each tensor-parallel rank; 0
+    without one.
+    """
+    if not has_draft(vllm_config):
+        return 0
+    speculation = vllm_config.speculative_config
+    draft = speculation.draft_model_config
+    heads = draft.get_num_kv_heads(speculation.draft_parallel_config)
+    layer = window_token_bytes(heads, draft.get_head_size(), itemsize=1)
+    return int(draft.get_total_num_hidden_layers() * layer)
 
 
 def _window(options: Options, mask: Mask) -> Window:
