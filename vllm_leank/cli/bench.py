@@ -93,7 +93,10 @@ def attention(
 def serve(
     model: Annotated[str, typer.Option(help="Checkpoint: a directory or a hub id.")],
     variants: Annotated[
-        str, typer.Option(help="What to run: flash, flash-fp8, leank, leank-fp8.")
+        str,
+        typer.Option(
+            help="What to run: flash, flash-fp8, leank, leank-fp8, leank-pruned, leank-pruned-fp8."
+        ),
     ] = "flash,flash-fp8,leank,leank-fp8",
     mask: Annotated[
         Path | None, typer.Option(help="Mask file.", show_default="looked up by model")
