@@ -111,6 +111,13 @@ MUTATIONS = (
         "test_speculation.py",
     ),
     Mutation(
+        "a draft model gets the archive's block table",
+        "compat.py",
+        "isinstance(self.drafter, DraftModelProposer) and is_selected",
+        "False and is_selected",
+        "test_speculation.py::test_tokens_are_those_without_speculation[chunked-model]",
+    ),
+    Mutation(
         "drafts may leave the dense window",
         "checks.py",
         "num_speculative_tokens) > recent",
