@@ -51,7 +51,7 @@ run() {
         --tokens 4096 32768 98304 --repeats 2 --out learn_cost.json ;;
     recall_engine) python3 -m recall.evaluate_engine --dtype bfloat16 --samples 128 --commit "$commit" \
         --attention dense leank leank-fp8 leank-pruned leank-pruned-fp8 \
-        --gpu-memory-utilization 0.5 --out recall_engine.json ;;
+        --gpu-memory-utilization 0.1 --kv-cache-memory-bytes 17179869184 --out recall_engine.json ;;
     *) echo "there is no step $1" && return 2 ;;
     esac
 }

@@ -222,10 +222,11 @@ def passes(tests: str, package: Path) -> bool:
         RuntimeError: they could not be run.
     """
     names = [str(ROOT / "tests" / name) for name in tests.split()]
+    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", *names],
         # Found there before the editable installation; the root, with its `kernels/`, stays away.
-        env=os.environ | {"PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,

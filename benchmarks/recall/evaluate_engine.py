@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     local.add_argument("--max-num-seqs", type=int, default=64)
     local.add_argument("--max-num-batched-tokens", type=int, default=16384)
     local.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    local.add_argument("--kv-cache-memory-bytes", type=int, help="where others use the GPU too")
     return parser
 
 
@@ -131,6 +132,7 @@ def _variant(name: str, args: argparse.Namespace) -> Iterator[tuple[Any, dict[st
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
     ) as running:
         facts = {"vllm": vllm_version, "dtype": running.dtype}
         yield running, facts | ({} if leank is None else {"mask": running.mask()})
