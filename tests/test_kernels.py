@@ -196,10 +196,9 @@ def test_decode_at_every_length_around_the_edges(num_reqs, tma):
     builder = CacheBuilder(
         (32, 0, 48), 64, 4, window, 64, torch.float16, num_blocks=64 + 24 * num_reqs, device=DEVICE
     )
-    lengths = [1, 31, 32, 33, 96, 127, 128, 129, 160, 161, 192, 225, 255, 256, 320, 321]
-    requests = [
-        builder.add(1 + i % 7, lengths[(5 * i + 3) % len(lengths)] + 1) for i in range(num_reqs)
-    ]
+    # The last and the first of a boundary come first, for the few requests of the interpreter.
+    lengths = [127, 128, 160, 2, 31, 32, 33, 34, 96, 97, 129, 159, 161, 191, 256, 257, 319, 321]
+    requests = [builder.add(1 + i % 7, lengths[i % len(lengths)]) for i in range(num_reqs)]
     for request in requests:
         builder.run(builder.step([(request, len(request) - 1)]), reference)
     step = builder.step([(request, 1) for request in requests], padded_rows=3, padded_tokens=3)
