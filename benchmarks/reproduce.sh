@@ -65,15 +65,15 @@ engine_tests() { # each in a process of its own, four at a time
 soak() {
     python3 -m vllm.entrypoints.cli.main serve "$root/benchmarks/shapes/llama-3.1-8b" --served-model-name llama --load-format dummy --tokens-only \
         --attention-backend leank --additional-config "{\"leank\": {\"mask\": \"$masks/llama3.1-8b.yaml\"}}" \
-        --max-model-len 9216 --gpu-memory-utilization 0.9 --port 8123 >server.log 2>&1 &
+        --max-model-len 9216 --kv-cache-memory-bytes 42949672960 --port 8123 >server.log 2>&1 &
     server=$!
     for _ in $(seq 150); do
         curl -sf localhost:8123/health >/dev/null && break
         kill -0 $server || return 1
         sleep 2
     done
-    python3 "$root/benchmarks/soak.py" --base-url http://localhost:8123 --tokens-only --requests 2000 \
-        --prompt-tokens 8192 --output-tokens 256 --vocabulary 128000 --concurrency 128 --pid $server \
+    python3 "$root/benchmarks/soak.py" --base-url http://localhost:8123 --tokens-only --requests 4000 \
+        --prompt-tokens 8192 --output-tokens 256 --vocabulary 128000 --concurrency 256 --pid $server \
         --device "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)" --commit "$commit" \
         --out soak.json || { kill $server && return 1; }
     kill $server

@@ -51,9 +51,16 @@ class LayerCache:
 
         return Tables(self.layout, self.channels, self.window, self.window_pages.device)
 
-    @cached_property
-    def descriptors(self) -> "Descriptors":
-        """Tensor descriptors of the pages."""
+    def descriptors(self, tile: int) -> "Descriptors":
+        """Tensor descriptors of the pages, for archive tiles of `tile` tokens."""
         from vllm_leank.kernels.descriptors import Descriptors
 
-        return Descriptors.of(self.window_pages, self.archive_pages, self.layout)
+        if tile not in self._descriptors:
+            self._descriptors[tile] = Descriptors.of(
+                self.window_pages, self.archive_pages, self.layout, tile
+            )
+        return self._descriptors[tile]
+
+    @cached_property
+    def _descriptors(self) -> "dict[int, Descriptors]":
+        return {}

@@ -10,8 +10,9 @@ import triton.language as tl
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.common import boundary_of, skip_archived
+from vllm_leank.kernels.fold_columns import fold_archive, fold_window
 from vllm_leank.kernels.launch import ONE_WAVE, choose_decode
-from vllm_leank.kernels.pages import fold_archive, fold_window, window_tile
+from vllm_leank.kernels.pages import window_tile
 
 LOG2_E = math.log2(math.e)
 
@@ -112,10 +113,10 @@ def _decode_kernel(
             for c in tl.static_range(len(COUNTS)):
                 if kept == COUNTS[c]:
                     m, l, acc = fold_archive(
-                        m, l, acc, first, last, boundary, boundary, q, p_q, o_g < G, scale_log2,
+                        m, l, acc, first, last, boundary, q, p_q, o_g < G, scale_log2,
                         p_head, channels_ptr, p_table, k16, k32, k64, k128, k256, v_desc,
                         archive_ptr, scales_ptr, stride_archive_page, stride_scales,
-                        SINK, D, D_PAD, COUNTS[c], TILE, BLOCK, FP8, TMA, False, STAGES,
+                        SINK, D, D_PAD, COUNTS[c], TILE, BLOCK, FP8, TMA, STAGES,
                     )  # fmt: skip
 
         first = n_dense * split // splits
@@ -131,7 +132,7 @@ def _decode_kernel(
             next_page = tl.load(p_table + skip_archived(following, boundary, SINK))
             k, v = window_tile(window_desc, window_ptr, page, head, stride_window_page, D, D_PAD,
                                TMA)  # fmt: skip
-            m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, 0, scale_log2, False, False)
+            m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, 0, scale_log2, False)
         if last == n_dense:
             # The last page may be partly unwritten: what is there must not reach the product.
             page = tl.load(p_table + skip_archived(n_dense - 1, boundary, SINK))
@@ -139,7 +140,7 @@ def _decode_kernel(
                                TMA)  # fmt: skip
             written = (tl.arange(0, 32) <= (length - 1) % 32)[:, None]
             v = tl.where(written, v, 0.0)
-            m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, written, scale_log2, True, False)
+            m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, written, scale_log2, True)
 
         l = tl.sum(l_rows, 0)
         if splits == 1:
@@ -244,7 +245,7 @@ def decode(
     }
     _decode_kernel[(launch.programs, num_reqs)](
         query, output, partial, lse, cache.window_pages, archive, scales,
-        *(cache.descriptors.arguments if launch.tma else (archive,) * 7),
+        *(cache.descriptors(launch.tile).arguments if launch.tma else (archive,) * 7),
         batch.window_table, batch.archive_table, batch.seq_lens, batch.exact_until,
         work.programs, tables.channels, scale * LOG2_E, tables.archive_units,
         launch.split_bytes // 256,

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_leank.kernels.launch import tile_tokens
 
 from vllm_leank.layout import WINDOW_BLOCK, CacheLayout
 
@@ -35,10 +34,12 @@ class Descriptors:
         window_pages: torch.Tensor,
         archive_pages: torch.Tensor,
         layout: CacheLayout,
+        tile: int,
     ) -> "Descriptors":
-        """Descriptors of a layer's pages; tiles are padded to a power of two of channels."""
+        """Descriptors of a layer's pages, with `tile` tokens in a tile of the archive; tiles are
+        padded to a power of two of channels.
+        """
         head_dim = layout.head_dim
-        tile = tile_tokens(layout)
         padded = 1 << (head_dim - 1).bit_length()
         window = window_pages.flatten(1, 2)
         return cls(

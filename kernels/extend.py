@@ -1,5 +1,6 @@
-"""Attention of many queries per request over dense and archived tokens: outputs that are computed
-again after a preemption, and whatever else comes after a prompt in more than one token.
+"""Attention of many queries per request over dense and archived tokens: prompts that are read
+pruned, outputs that are computed again after a preemption, and whatever else comes after a prompt
+in many tokens.
 
 Each query has a boundary of its own: a token may be dense for one and archived for the next.
 """
@@ -11,8 +12,9 @@ from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.common import boundary_of, skip_archived
 from vllm_leank.kernels.decode import LOG2_E
-from vllm_leank.kernels.launch import EXTEND_COLUMNS, tile_tokens
-from vllm_leank.kernels.pages import fold_archive, fold_window, window_tile
+from vllm_leank.kernels.fold_rows import fold_archive, fold_window
+from vllm_leank.kernels.launch import choose_extend
+from vllm_leank.kernels.pages import window_tile
 
 
 # Rows of a part of the batch begin anywhere: their addresses must not choose another compilation.
@@ -31,10 +33,10 @@ def _extend_kernel(
     stride_window_page, stride_archive_page, stride_scales,
     stride_window_table, stride_archive_table,
     COUNTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr,
-    N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    QUERIES: tl.constexpr = N // G
+    QUERIES: tl.constexpr = M // G
     # The last queries, which read most, first.
     i_block = tl.num_programs(0) - 1 - tl.program_id(0)
     head, i_req = tl.program_id(1), tl.program_id(2)
@@ -47,51 +49,66 @@ def _extend_kernel(
     oldest = tl.maximum(before + i_block * QUERIES, exact_until)
     newest = tl.minimum(before + (i_block + 1) * QUERIES, after) - 1
     if oldest <= newest:
-        o_n = tl.arange(0, N)
+        o_m = tl.arange(0, M)
         o_d = tl.arange(0, D_PAD)
-        position = before + i_block * QUERIES + o_n // G
-        m_n = (o_n < QUERIES * G) & (position >= oldest) & (position <= newest)
-        row = (start + i_block * QUERIES + o_n // G).to(tl.int64)
-        p_q = q_ptr + row * stride_q_token + (head * G + o_n % G) * stride_q_head
-        m_nd = m_n[None, :] & (o_d < D)[:, None]
-        q = tl.load(p_q[None, :] + o_d[:, None], mask=m_nd, other=0.0)  # [D_PAD, N]
-        m = tl.full([N], float("-inf"), tl.float32)
-        l = tl.zeros([N], tl.float32)
-        acc = tl.zeros([D_PAD, N], tl.float32)
+        position = before + i_block * QUERIES + o_m // G
+        m_m = (o_m < QUERIES * G) & (position >= oldest) & (position <= newest)
+        row = (start + i_block * QUERIES + o_m // G).to(tl.int64)
+        p_q = q_ptr + row * stride_q_token + (head * G + o_m % G) * stride_q_head
+        m_md = m_m[:, None] & (o_d < D)[None, :]
+        q = tl.load(p_q[:, None] + o_d[None, :], mask=m_md, other=0.0)  # [M, D_PAD]
+        q_max = tl.maximum(tl.max(tl.abs(q), 1).to(tl.float32), 1e-30)
+        m = tl.full([M], float("-inf"), tl.float32)
+        l = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, D_PAD], tl.float32)
         boundary = boundary_of(position + 1, SINK, RECENT)
+        # What is archived for the oldest query is archived for all.
+        first_boundary = boundary_of(oldest + 1, SINK, RECENT)
 
         kept = tl.load(heads_ptr + 5 * head)
         stop = boundary_of(newest + 1, SINK, RECENT)
         if (kept > 0) & (stop > SINK):
             p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table
+            # Tiles of which every query sees every token lie between those where sink tokens end
+            # and where boundaries lie.
+            full = tl.cdiv(SINK, TILE)
+            full_stop = tl.maximum(first_boundary // TILE, full)
             for c in tl.static_range(len(COUNTS)):
                 if kept == COUNTS[c]:
-                    m, l, acc = fold_archive(
-                        m, l, acc, SINK // TILE, tl.cdiv(stop, TILE), stop, boundary[None, :],
-                        q, p_q, m_n, scale_log2, heads_ptr + 5 * head, channels_ptr, p_table,
-                        k16, k32, k64, k128, k256, v_desc, archive_ptr, scales_ptr,
-                        stride_archive_page, stride_scales,
-                        SINK, D, D_PAD, COUNTS[c], TILE, BLOCK, FP8, TMA, True, STAGES,
-                    )  # fmt: skip
+                    for part in tl.static_range(1 if SINK % TILE == 0 else 0, 3):
+                        if part == 0:
+                            first, last = full - 1, full
+                        elif part == 1:
+                            first, last = full, full_stop
+                        else:
+                            first, last = full_stop, tl.cdiv(stop, TILE)
+                        m, l, acc = fold_archive(
+                            m, l, acc, first, last, boundary, p_q, m_m, q_max, scale_log2,
+                            heads_ptr + 5 * head, channels_ptr, p_table, k16, k32, k64, k128, k256,
+                            v_desc, archive_ptr, scales_ptr, stride_archive_page, stride_scales,
+                            part != 1, SINK, D, D_PAD, COUNTS[c], TILE, BLOCK, FP8, TMA, STAGES,
+                        )  # fmt: skip
 
-        # What is archived for the oldest query is archived for all.
-        first_boundary = boundary_of(oldest + 1, SINK, RECENT)
         p_table = window_table_ptr + i_req.to(tl.int64) * stride_window_table
-        l_rows = tl.where(tl.arange(0, 32)[:, None] == 0, l[None, :], 0.0)
-        for i in range(tl.cdiv(newest + 1 - (first_boundary - SINK), 32)):
-            i_page = skip_archived(i, first_boundary, SINK)
-            page = tl.load(p_table + i_page)
-            token = i_page * 32 + tl.arange(0, 32)[:, None]
+        o_token = tl.arange(0, 32)
+        n_dense = tl.cdiv(newest + 1 - (first_boundary - SINK), 32)
+        next_page = tl.load(p_table + skip_archived(0, first_boundary, SINK))
+        for i in tl.range(n_dense, num_stages=STAGES):
+            token = skip_archived(i, first_boundary, SINK) * 32 + o_token
+            page = next_page
+            next_page = tl.load(
+                p_table + skip_archived(tl.minimum(i + 1, n_dense - 1), first_boundary, SINK)
+            )
             k, v = window_tile(window_desc, window_ptr, page, head, stride_window_page, D, D_PAD,
                                TMA)  # fmt: skip
-            v = tl.where(token <= newest, v, 0.0)
-            seen = (token <= position[None, :]) & ((token < SINK) | (token >= boundary[None, :]))
-            m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, seen, scale_log2, True, True)
+            v = tl.where((token <= newest)[:, None], v, 0.0)
+            seen = token[None, :] <= position[:, None]
+            seen &= (token < SINK)[None, :] | (token[None, :] >= boundary[:, None])
+            m, l, acc = fold_window(m, l, acc, k, v, q, seen, scale_log2)
 
-        l = tl.sum(l_rows, 0)
-        p_output = output_ptr + row * stride_o_token + (head * G + o_n % G) * stride_o_head
-        acc = (acc / l[None, :]).to(output_ptr.dtype.element_ty)
-        tl.store(p_output[None, :] + o_d[:, None], acc, mask=m_nd)
+        p_output = output_ptr + row * stride_o_token + (head * G + o_m % G) * stride_o_head
+        acc = (acc / l[:, None]).to(output_ptr.dtype.element_ty)
+        tl.store(p_output[:, None] + o_d[None, :], acc, mask=m_md)
 
 
 def extend(
@@ -111,13 +128,13 @@ def extend(
     _, num_heads, head_dim = query.shape
     num_kv_heads = len(layout.kept)
     group = num_heads // num_kv_heads
-    columns = max(EXTEND_COLUMNS, triton.next_power_of_2(group))
+    launch = choose_extend(group, layout, tables.device)
     archive, scales = cache.archive_pages, cache.scales
-    tma = tables.device.tma
-    grid = (triton.cdiv(batch.max_query_len, columns // group), num_kv_heads, batch.num_reqs)
+    queries = launch.rows // group
+    grid = (triton.cdiv(batch.max_query_len, queries), num_kv_heads, batch.num_reqs)
     _extend_kernel[grid](
         query, output, cache.window_pages, archive, scales,
-        *(cache.descriptors.arguments if tma else (archive,) * 7),
+        *(cache.descriptors(launch.tile).arguments if launch.tma else (archive,) * 7),
         batch.window_table, batch.archive_table, batch.query_start_loc, batch.seq_lens,
         batch.exact_until, tables.heads, tables.channels, scale * LOG2_E,
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),
@@ -127,13 +144,13 @@ def extend(
         SINK=window.sink,
         RECENT=window.recent,
         G=group,
-        N=columns,
+        M=launch.rows,
         D=head_dim,
         D_PAD=triton.next_power_of_2(head_dim),
         BLOCK=layout.archive_block,
-        TILE=tile_tokens(layout),
+        TILE=launch.tile,
         FP8=layout.is_fp8,
-        TMA=tma,
-        STAGES=2,
-        num_warps=4,
+        TMA=launch.tma,
+        STAGES=launch.stages,
+        num_warps=launch.warps,
     )  # fmt: skip

@@ -34,9 +34,6 @@ REQUEST_PROGRAMS = 16, 64, 256
 SPLIT_BYTES = 1 << 15, 1 << 17
 """Bytes that a program should read at least, for few and for many requests."""
 
-EXTEND_COLUMNS = 64
-"""Queries times query heads of a KV head that a program of the extend kernel takes."""
-
 COMPACT_PROGRAMS = 1024, 32768
 """Programs of a compaction launch at most, unless there are more requests and heads: in a step of
 few tokens each, where a prompt seldom ends, and in other steps, where idle programs cost little."""
@@ -89,6 +86,25 @@ class DecodeLaunch:
     window_stages: int = 4
 
 
+@dataclass(frozen=True)
+class ExtendLaunch:
+    """Launch of the extend kernel.
+
+    Attributes:
+        rows: queries times query heads of a KV head that a program takes; a power of two.
+        tile: archived tokens of a loop iteration; divides the archive block.
+        tma: see `Device`.
+        warps: warps of a program.
+        stages: depth of the software pipelines.
+    """
+
+    rows: int
+    tile: int
+    tma: bool
+    warps: int
+    stages: int
+
+
 def tile_tokens(layout: CacheLayout) -> int:
     """Tokens of an archive tile: a power of two that divides the page."""
     block = layout.archive_block
@@ -119,6 +135,27 @@ def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeL
         tma=device.tma,
         split_bytes=few if is_few else many,
         rows=FEW_HEADS if is_few else 0,
+    )
+
+
+EXTEND_16BIT = 64, 64, 4, 3
+EXTEND_FP8 = 128, 64, 4, 2
+EXTEND_SMALL = 64, 32, 4, 2
+"""Rows, tile, warps and stages of the extend kernel: by the archive's type, the fastest of those
+tried on an H200; and for smaller shared memory or heads of more than 128 channels."""
+
+
+def choose_extend(group: int, layout: CacheLayout, device: Device) -> ExtendLaunch:
+    """Launch for `group` query heads per KV head."""
+    chosen = EXTEND_FP8 if layout.is_fp8 else EXTEND_16BIT
+    rows, tile, warps, stages = chosen if device.tma and layout.head_dim <= 128 else EXTEND_SMALL
+    block = layout.archive_block
+    return ExtendLaunch(
+        rows=max(rows, 1 << (group - 1).bit_length()),
+        tile=min(block & -block, tile),
+        tma=device.tma,
+        warps=warps,
+        stages=stages,
     )
 
 

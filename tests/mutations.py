@@ -159,7 +159,7 @@ MUTATIONS = (
         "metadata.py",
         "exact_until = self._exact_until[: common_attn_metadata.num_reqs]",
         "exact_until = self._exact_until[: common_attn_metadata.num_reqs].clone()",
-        "test_gpu_engine.py::test_needles_are_found[v2-auto-exact]",
+        "test_gpu_engine.py::test_a_prompt_whose_last_token_comes_alone_is_read_to_its_end[v2]",
         gpu=True,
     ),
     Mutation(

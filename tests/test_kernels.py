@@ -138,6 +138,23 @@ def test_prompts_that_are_read_pruned(kept, head_dim, group, archive_block, dtyp
         assert relative_rms(output, step.expected) < tolerance
 
 
+@pytest.mark.parametrize(("rows", "tile"), [(16, 32), (64, 64), (128, 128)])
+def test_a_prompt_is_read_the_same_in_programs_and_tiles_of_any_size(monkeypatch, rows, tile, tma):
+    """Tiles that sink tokens share with others, and rows on both sides of a boundary."""
+    builder = CacheBuilder(
+        (48, 0), 64, 3, Window(32, 64, exact=False), 128, torch.float16, device=DEVICE
+    )
+    chosen = extend.choose_extend
+    monkeypatch.setattr(
+        extend, "choose_extend", lambda *a: replace(chosen(*a), rows=rows, tile=tile)
+    )
+    request = builder.add(0, 330)
+    for tokens in (40, 290):
+        step = builder.step([(request, tokens)])
+        output = builder.run(step, KERNELS)
+        assert relative_rms(output, step.expected) < FP16[1]
+
+
 @pytest.mark.parametrize("archive_dtype", [None, pytest.param(FP8, marks=gpu)])
 @pytest.mark.parametrize(
     ("kept", "head_dim", "archive_block", "window"),

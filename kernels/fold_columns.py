@@ -1,0 +1,150 @@
+"""A running softmax over pages with queries in columns, for the few queries of a decode step.
+
+Scores are K q^T `[tokens, N]`, outputs V^T p `[head_dim, N]`: a few queries take 8 columns, the
+fewest that tensor cores have, and tiles of pages go to them as they lie.
+"""
+
+import triton
+import triton.language as tl
+from vllm_leank.kernels.common import E4M3_MAX
+from vllm_leank.kernels.pages import load_tile
+
+
+@triton.jit
+def _rescale(scores, m):
+    """One step of the online softmax over scores `[tokens, N]`, fp32, in units of log2, of which
+    each column has one.
+
+    Returns the new maxima, the factor of what was summed before, and the new weights.
+    """
+    m_new = tl.maximum(m, tl.max(scores, 0))
+    return m_new, tl.exp2(m - m_new), tl.exp2(scores - m_new[None, :])
+
+
+@triton.jit
+def fold_window(m, l_rows, acc, k, v, q, seen, scale_log2, MASKED: tl.constexpr):
+    """Take K and V of a window page into the running softmax.
+
+    l_rows: the softmax's sum `[32, N]`, still to be summed over rows; seen: which tokens are seen,
+    `[32, 1]`, used with MASKED.
+    """
+    s = tl.dot(k, q) * scale_log2
+    if MASKED:
+        s = tl.where(seen, s, float("-inf"))
+    m, alpha, p = _rescale(s, m)
+    l_rows = l_rows * alpha[None, :] + p
+    acc = tl.dot(tl.trans(v), p.to(v.dtype), acc=acc * alpha[None, :])
+    return m, l_rows, acc
+
+
+@triton.jit
+def _kept_query(
+    p_q, m_q, p_channels, q_max, KEPT: tl.constexpr, WIDTH: tl.constexpr, FP8: tl.constexpr
+):  # fmt: skip
+    """The queries' channels of the K chunk of `WIDTH`, `[WIDTH, N]`."""
+    WIDER: tl.constexpr = KEPT // (2 * WIDTH) * (2 * WIDTH)
+    channel = tl.load(p_channels + WIDER + tl.arange(0, WIDTH))
+    q = tl.load(p_q[None, :] + channel[:, None], mask=m_q[None, :], other=0.0)
+    if FP8:
+        q = (q.to(tl.float32) / q_max[None, :]).to(tl.float16)
+    return q
+
+
+@triton.jit
+def _add_scores(
+    s, q, k_desc, archive_ptr, page, k_offset, slot, stride_page,
+    KEPT: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Add the product of a tile of the K chunk of `WIDTH` and the queries to scores `[TILE, N]`."""
+    WIDER: tl.constexpr = KEPT // (2 * WIDTH) * (2 * WIDTH)
+    k = load_tile(k_desc, archive_ptr, page, k_offset + BLOCK * WIDER, slot, 0, stride_page, WIDTH,
+                  TILE, WIDTH, TILE, WIDTH, TMA)  # fmt: skip
+    return tl.dot(k.to(q.dtype), q, acc=s)
+
+
+@triton.jit
+def fold_archive(
+    m, l, acc, first, last, boundary, q, p_q, m_q, scale_log2,
+    p_head, channels_ptr, p_table, k16, k32, k64, k128, k256, v_desc, archive_ptr, scales_ptr,
+    stride_page, stride_scales,
+    SINK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, KEPT: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Take archive tiles `first` to `last` of a head that keeps `KEPT` channels into the running
+    softmax of `N` columns of queries, which see the tokens from `SINK` to `boundary`.
+
+    m, l: `[N]`; acc: `[D_PAD, N]`; q: `[D_PAD, N]`; p_q, m_q: `[N]`, the queries and which exist.
+    """
+    p_channels = channels_ptr + tl.load(p_head + 1)
+    k_offset = tl.load(p_head + 2)
+    v_offset = tl.load(p_head + 3)
+    scale_offset = tl.load(p_head + 4)
+    q_max = scale_log2  # not used but with FP8
+    if FP8:
+        # In units of its largest channel, a query fits into fp16, to which e4m3 converts fast.
+        q_max = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 0), 1e-30)
+    # Chunks have the widths of KEPT's binary digits, widest first.
+    if KEPT & 256:
+        q256 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 256, FP8)
+    if KEPT & 128:
+        q128 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 128, FP8)
+    if KEPT & 64:
+        q64 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 64, FP8)
+    if KEPT & 32:
+        q32 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 32, FP8)
+    if KEPT & 16:
+        q16 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 16, FP8)
+    DOT: tl.constexpr = tl.float16 if FP8 else q.dtype
+    if FP8:
+        # Weights times scales, of the order of V over 448, would leave the range of fp16.
+        acc *= E4M3_MAX
+    # Each row keeps a sum of its own until the end: a sum over rows would make all warps wait.
+    l_rows = tl.zeros([TILE, m.shape[0]], tl.float32)
+    # One tile ahead, so that the pipeline of tiles does not wait for the block table.
+    next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
+    for i in tl.range(first, last, num_stages=STAGES):
+        token = i * TILE
+        page = next_page
+        next_page = tl.load(p_table + tl.minimum(i + 1, last - 1) * TILE // BLOCK)
+        slot = token % BLOCK
+        s = tl.zeros([TILE, m.shape[0]], tl.float32)
+        if KEPT & 256:
+            s = _add_scores(s, q256, k256, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 256, TILE, BLOCK, TMA)  # fmt: skip
+        if KEPT & 128:
+            s = _add_scores(s, q128, k128, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 128, TILE, BLOCK, TMA)  # fmt: skip
+        if KEPT & 64:
+            s = _add_scores(s, q64, k64, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 64, TILE, BLOCK, TMA)  # fmt: skip
+        if KEPT & 32:
+            s = _add_scores(s, q32, k32, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 32, TILE, BLOCK, TMA)  # fmt: skip
+        if KEPT & 16:
+            s = _add_scores(s, q16, k16, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 16, TILE, BLOCK, TMA)  # fmt: skip
+        v = load_tile(v_desc, archive_ptr, page, v_offset, 0, slot, stride_page, BLOCK,
+                      D_PAD, TILE, D, TILE, TMA).to(DOT)  # fmt: skip
+        o_token = token + tl.arange(0, TILE)
+        seen = (o_token >= SINK) & (o_token < boundary)
+        if FP8:
+            p_scale = scales_ptr + page.to(tl.int64) * stride_scales + scale_offset
+            p_scale += o_token % BLOCK // 32
+            k_scale = tl.load(p_scale) * scale_log2
+            # Scales of steps that hold no token may hold anything.
+            v_scale = tl.where(seen, tl.load(p_scale + BLOCK // 32) * E4M3_MAX, 0.0)
+            s *= q_max[None, :] * k_scale[:, None]
+        else:
+            s *= scale_log2
+        m, alpha, p = _rescale(tl.where(seen[:, None], s, float("-inf")), m)
+        l *= alpha
+        l_rows = l_rows * alpha[None, :] + p
+        if FP8:
+            p *= v_scale[:, None]
+        acc = tl.dot(v, p.to(DOT), acc=acc * alpha[None, :])
+    l += tl.sum(l_rows, 0)
+    if FP8:
+        acc *= 1 / E4M3_MAX
+    return m, l, acc

@@ -1,0 +1,149 @@
+"""A running softmax over pages with queries in rows, for many queries of a request.
+
+Scores are q K^T `[M, tokens]`, outputs p V `[M, head_dim]`: a tile of pages is read once for many
+queries, whose weights go from one product to the next without leaving the registers.
+"""
+
+import triton
+import triton.language as tl
+from vllm_leank.kernels.common import E4M3_MAX
+from vllm_leank.kernels.pages import load_tile
+
+
+@triton.jit
+def _rescale(s, m, factor):
+    """One step of the online softmax over scores `[M, tokens]`, fp32.
+
+    m: the rows' maxima so far, in units of log2; `-inf` for a row that has seen nothing yet.
+    factor: `[M]`, of the scores, into these units.
+
+    Returns the new maxima, the factor of what was summed before, and the new weights.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1) * factor)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    return m_new, tl.exp2(m - m_safe), tl.exp2(s * factor[:, None] - m_safe[:, None])
+
+
+@triton.jit
+def fold_window(m, l, acc, k, v, q, seen, scale_log2):
+    """Take K and V of a window page into the running softmax.
+
+    m, l: `[M]`; acc: `[M, D_PAD]`; k, v: `[32, D_PAD]`; q: `[M, D_PAD]`; seen: `[M, 32]`.
+    """
+    s = tl.where(seen, tl.dot(q, tl.trans(k)), float("-inf"))
+    m, alpha, p = _rescale(s, m, tl.full([m.shape[0]], scale_log2, tl.float32))
+    l = l * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc=acc * alpha[:, None])
+    return m, l, acc
+
+
+@triton.jit
+def _kept_query(
+    p_q, m_q, p_channels, q_max, KEPT: tl.constexpr, WIDTH: tl.constexpr, FP8: tl.constexpr
+):  # fmt: skip
+    """The queries' channels of the K chunk of `WIDTH`, `[M, WIDTH]`. With FP8 in units of their
+    largest value: so they fit into fp16, to which e4m3 converts fast.
+    """
+    WIDER: tl.constexpr = KEPT // (2 * WIDTH) * (2 * WIDTH)
+    channel = tl.load(p_channels + WIDER + tl.arange(0, WIDTH))
+    q = tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None], other=0.0)
+    if FP8:
+        q = (q.to(tl.float32) / q_max[:, None]).to(tl.float16)
+    return q
+
+
+@triton.jit
+def _add_scores(
+    s, q, k_desc, archive_ptr, page, k_offset, slot, stride_page,
+    KEPT: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Add the product of the queries and a tile of the K chunk of `WIDTH` to scores `[M, TILE]`."""
+    WIDER: tl.constexpr = KEPT // (2 * WIDTH) * (2 * WIDTH)
+    k = load_tile(k_desc, archive_ptr, page, k_offset + BLOCK * WIDER, slot, 0, stride_page, WIDTH,
+                  TILE, WIDTH, TILE, WIDTH, TMA)  # fmt: skip
+    return tl.dot(q, tl.trans(k.to(q.dtype)), acc=s)
+
+
+@triton.jit
+def fold_archive(
+    m, l, acc, first, last, boundary, p_q, m_q, q_max, scale_log2,
+    p_head, channels_ptr, p_table, k16, k32, k64, k128, k256, v_desc, archive_ptr, scales_ptr,
+    stride_page, stride_scales,
+    MASKED: tl.constexpr, SINK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Take archive tiles `first` to `last` of a head that keeps `KEPT` channels into the running
+    softmax of `M` rows of queries, each of which sees the tokens from `SINK` to its `boundary`.
+    Without MASKED these are all the tokens of the tiles.
+
+    m, l, boundary: `[M]`; acc: `[M, D_PAD]`; p_q, m_q: `[M]`, the queries and which exist; q_max:
+    `[M]`, used with FP8, their largest absolute values.
+    """
+    p_channels = channels_ptr + tl.load(p_head + 1)
+    k_offset = tl.load(p_head + 2)
+    v_offset = tl.load(p_head + 3)
+    scale_offset = tl.load(p_head + 4)
+    factor = tl.full([m.shape[0]], scale_log2, tl.float32)
+    if FP8:
+        factor *= q_max
+        # Weights times scales, of the order of V over 448, would leave the range of fp16.
+        acc *= E4M3_MAX
+    # Chunks have the widths of KEPT's binary digits, widest first.
+    if KEPT & 256:
+        q256 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 256, FP8)
+    if KEPT & 128:
+        q128 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 128, FP8)
+    if KEPT & 64:
+        q64 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 64, FP8)
+    if KEPT & 32:
+        q32 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 32, FP8)
+    if KEPT & 16:
+        q16 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 16, FP8)
+    DOT: tl.constexpr = tl.float16 if FP8 else p_q.dtype.element_ty
+    # One tile ahead, so that the pipeline of tiles does not wait for the block table.
+    next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
+    for i in tl.range(first, last, num_stages=STAGES):
+        token = i * TILE
+        page = next_page
+        next_page = tl.load(p_table + tl.minimum(i + 1, last - 1) * TILE // BLOCK)
+        slot = token % BLOCK
+        s = tl.zeros([m.shape[0], TILE], tl.float32)
+        if KEPT & 256:
+            s = _add_scores(s, q256, k256, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 256, TILE, BLOCK, TMA)  # fmt: skip
+        if KEPT & 128:
+            s = _add_scores(s, q128, k128, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 128, TILE, BLOCK, TMA)  # fmt: skip
+        if KEPT & 64:
+            s = _add_scores(s, q64, k64, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 64, TILE, BLOCK, TMA)  # fmt: skip
+        if KEPT & 32:
+            s = _add_scores(s, q32, k32, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 32, TILE, BLOCK, TMA)  # fmt: skip
+        if KEPT & 16:
+            s = _add_scores(s, q16, k16, archive_ptr, page, k_offset, slot, stride_page,
+                            KEPT, 16, TILE, BLOCK, TMA)  # fmt: skip
+        v = load_tile(v_desc, archive_ptr, page, v_offset, 0, slot, stride_page, BLOCK,
+                      D_PAD, TILE, D, TILE, TMA).to(DOT)  # fmt: skip
+        o_token = token + tl.arange(0, TILE)
+        seen = (o_token[None, :] >= SINK) & (o_token[None, :] < boundary[:, None])
+        if FP8:
+            p_scale = scales_ptr + page.to(tl.int64) * stride_scales + scale_offset
+            p_scale += o_token % BLOCK // 32
+            s *= tl.load(p_scale)[None, :]
+            v_scale = tl.load(p_scale + BLOCK // 32) * E4M3_MAX
+        if MASKED:
+            s = tl.where(seen, s, float("-inf"))
+        m, alpha, p = _rescale(s, m, factor)
+        l = l * alpha + tl.sum(p, 1)
+        if FP8:
+            p *= v_scale[None, :]
+            if MASKED:
+                # Scales of steps that hold no token may hold anything.
+                p = tl.where(seen, p, 0.0)
+        acc = tl.dot(p.to(DOT), tl.trans(v), acc=acc * alpha[:, None])
+    if FP8:
+        acc *= 1 / E4M3_MAX
+    return m, l, acc
