@@ -37,6 +37,8 @@ run() {
     attention_sweep) # shellcheck disable=SC2046
         leank bench attention --commit "$commit" --query-heads 32 --mask "$masks/llama3.1-8b.yaml" \
             --layers 0,28 --archive-dtype both $(sweep) --out attention_sweep.json ;;
+    prompt_chunk) python3 "$root/benchmarks/prompt_chunk.py" --commit "$commit" --query-heads 32 \
+        --mask "$masks/llama3.1-8b.yaml" --layers 0 10 20 28 --out prompt_chunk.json ;;
     serve_llama) # shellcheck disable=SC2086
         leank bench serve $llama --commit "$commit" --variants flash,leank,leank-fp8 --prompt-tokens 32000 \
             --output-tokens 96 --lone-prompts 2 --num-prompts 100 --time-limit 170 --out serve_llama.json ;;
@@ -52,6 +54,10 @@ run() {
     recall_engine) python3 -m recall.evaluate_engine --dtype bfloat16 --samples 128 --commit "$commit" \
         --attention dense leank leank-fp8 leank-pruned leank-pruned-fp8 \
         --gpu-memory-utilization 0.1 --kv-cache-memory-bytes 17179869184 --out recall_engine.json ;;
+    serve_llama_prefill) # shellcheck disable=SC2086
+        leank bench serve $llama --commit "$commit" --variants flash,leank-pruned,leank-pruned-fp8 \
+            --prompt-tokens 32000 --output-tokens 64 --lone-prompts 4 --num-prompts 8 --time-limit 60 \
+            --out serve_llama_prefill.json ;;
     *) echo "there is no step $1" && return 2 ;;
     esac
 }
@@ -79,8 +85,8 @@ soak() {
     kill $server
 }
 
-steps=${*:-attention_llama attention_qwen attention_llama_small attention_sweep serve_llama serve_llama_fp8 \
-    serve_llama_short recall_engine learn_cost soak}
+steps=${*:-attention_llama attention_qwen attention_llama_small attention_sweep prompt_chunk serve_llama serve_llama_fp8 \
+    serve_llama_short serve_llama_prefill recall_engine learn_cost soak}
 status=0
 for step in $steps; do
     echo "== $step, $(date -u +%T)"

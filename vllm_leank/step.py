@@ -64,16 +64,16 @@ def _attend_gpu(
         if cache.window.exact:
             # First all of these queries as if they belonged to the prompt, then, again, those that
             # do not: only the device knows which. Few steps have any.
-            _attend_exact(query, output, cache, batch.extends, scale)
+            attend_exact(query, output, cache, batch.extends, scale)
         extend(query, output, cache, batch.extends, scale)
     if decodes.num_reqs:
         decode(query[: decodes.num_reqs], output, cache, decodes, scale)
 
 
-def _attend_exact(
+def attend_exact(
     query: torch.Tensor, output: torch.Tensor, cache: LayerCache, batch: Batch, scale: float
 ) -> None:
-    """Dense causal attention of some requests' queries over window pages."""
+    """Dense causal attention of some requests' queries over window pages; as `attend_layer`."""
     flash_attention, version = _flash_attention()
     tokens = slice(int(batch.query_start_loc_cpu[0]), int(batch.query_start_loc_cpu[-1]))
     # [num_blocks, 32, num_kv_heads, head_dim] each

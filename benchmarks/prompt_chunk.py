@@ -1,0 +1,212 @@
+"""Times a chunk of a prompt that is read pruned, beside FlashAttention's exact chunk.
+
+    python benchmarks/prompt_chunk.py --mask mask.yaml --query-heads 32 --out chunk.json
+    python benchmarks/prompt_chunk.py --mask mask.yaml --query-heads 32 --layers 0 28 \
+        --launch 64,64,4,3 128,64,4,2
+
+Pages are random, in random order, and hold the whole prompt; the queries are its last ones. The
+outputs of some are compared with the reference. `--launch` tries other launches of the kernel than
+the one that `kernels/launch.py` has for the layer: rows, tile, warps and stages.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+from triton.testing import do_bench
+from vllm_leank.kernels import extend, reference
+from vllm_leank.kernels.batch import Batch
+from vllm_leank.kernels.cache import LayerCache
+
+from vllm_leank.bench.cases import Case
+from vllm_leank.bench.machine import head_commit, machine, require_gpu
+from vllm_leank.bench.pools import Tables, layer_cache
+from vllm_leank.bench.results import CorrectnessError, describe_mask
+from vllm_leank.errors import UserError
+from vllm_leank.layout import WINDOW_BLOCK, CachePlan, pages, plan_cache
+from vllm_leank.mask import Mask, load_mask
+from vllm_leank.step import attend_exact
+from vllm_leank.window import STEP, Window
+
+CHECKED_QUERIES = 64
+"""Queries at the end whose outputs are compared with the reference."""
+
+TOLERANCE = 0.01
+"""Relative RMS error up to which they count as right."""
+
+
+def last_chunk(prompt: int, chunk: int, archive_block: int) -> Tables:
+    """Tables of one request that computes the last `chunk` tokens of its prompt."""
+    widths = pages(prompt, WINDOW_BLOCK), pages(prompt, archive_block)
+    window, archive = (1 + torch.randperm(n, device="cuda").int()[None] for n in widths)
+    starts = torch.tensor([0, chunk], dtype=torch.int32)
+    batch = Batch(
+        query_start_loc=starts.cuda(),
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor([prompt], dtype=torch.int32, device="cuda"),
+        exact_until=torch.zeros(1, dtype=torch.int32, device="cuda"),
+        window_table=window,
+        archive_table=archive,
+        slots=torch.full((chunk,), -1, device="cuda"),
+        in_prompt=torch.zeros(1, dtype=torch.bool),
+        max_query_len=chunk,
+        max_seq_len=prompt,
+    )
+    return Tables([batch], *(width + 1 for width in widths))
+
+
+def launches(given: list[str]) -> dict[str, Callable[..., Any]]:
+    """What chooses a launch, by the name that it has in the results."""
+    chosen = extend.choose_extend
+    if not given:
+        return {"chosen": chosen}
+
+    def fixed(text: str) -> Callable[..., Any]:
+        names = ("rows", "tile", "warps", "stages")
+        values = dict(zip(names, map(int, text.split(",")), strict=True))
+        return lambda *args: replace(chosen(*args), **values)
+
+    return {text: fixed(text) for text in given}
+
+
+def error_of(
+    query: torch.Tensor, output: torch.Tensor, cache: LayerCache, batch: Batch, scale: float
+) -> float:
+    """Relative RMS error of the last queries' outputs.
+
+    Raises:
+        CorrectnessError: it is too large or NaN.
+    """
+    starts = torch.tensor([0, CHECKED_QUERIES], dtype=torch.int32)
+    some = replace(batch, query_start_loc=starts.cuda(), query_start_loc_cpu=starts)
+    expected = torch.empty_like(query[-CHECKED_QUERIES:], dtype=torch.float32)
+    reference.attend(query[-CHECKED_QUERIES:].float(), expected, cache, some, scale)
+    difference = output[-CHECKED_QUERIES:].float() - expected
+    error = float(difference.norm() / expected.norm())
+    if not error <= TOLERANCE:
+        raise CorrectnessError(f"relative RMS error {error:.3g}, where {TOLERANCE} is allowed")
+    return error
+
+
+def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, Any]:
+    """Milliseconds of FlashAttention, and of `extend` by layer, archive and launch.
+
+    Raises:
+        CorrectnessError: an output is wrong.
+    """
+    geometry = mask.geometry
+    scale = geometry.head_dim**-0.5
+    sink = -(-mask.sink // STEP) * STEP
+    case = Case(1, args.prompt, Window(sink, mask.recent, exact=False))
+    query = torch.randn(args.chunk, args.query_heads, geometry.head_dim, device="cuda")
+    query = (2 * query).bfloat16()
+    output = torch.empty_like(query)
+
+    def cache_of(plan: CachePlan, layer: int) -> tuple[LayerCache, Batch]:
+        layout = plan.layer(layer)
+        tables = last_chunk(args.prompt, args.chunk, layout.archive_block)
+        channels = tuple(
+            torch.tensor(mask.kept_channels(layer, head), dtype=torch.int64, device="cuda")
+            for head in range(geometry.num_kv_heads)
+        )
+        cache = layer_cache(layout, channels, case, tables, query.dtype)
+        return cache, tables.batches[0]
+
+    cells: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"cells": cells}
+    for archive_dtype, itemsize in (("auto", None), ("fp8", 1)):
+        plan = plan_cache(
+            mask.kept_counts.tolist(), geometry.head_dim, 2, archive_itemsize=itemsize
+        )
+        for layer in args.layers:
+            cache, batch = cache_of(plan, layer)
+            if "flash_ms" not in result:
+                exact = partial(attend_exact, query, output, cache, batch, scale)
+                result["flash_ms"] = do_bench(exact, return_mode="median")
+            ours = partial(extend.extend, query, output, cache, batch, scale)
+            for name, choose in launches(args.launch).items():
+                output.fill_(float("nan"))
+                with mock.patch.object(extend, "choose_extend", choose):
+                    ms = do_bench(ours, return_mode="median")
+                cells.append(
+                    {
+                        "archive_dtype": archive_dtype,
+                        "launch": name,
+                        "layer": layer,
+                        "kept": list(cache.layout.kept),
+                        "ms": ms,
+                        "error": error_of(query, output, cache, batch, scale),
+                    }
+                )
+                progress.update()
+    return result | {"means": means_of(cells, result["flash_ms"])}
+
+
+def means_of(cells: list[dict[str, Any]], flash_ms: float) -> list[dict[str, Any]]:
+    """Means over layers, by archive and launch."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for cell in cells:
+        groups.setdefault((cell["archive_dtype"], cell["launch"]), []).append(cell["ms"])
+    return [
+        {
+            "archive_dtype": archive_dtype,
+            "launch": launch,
+            "ms": statistics.mean(times),
+            "speedup_flash": flash_ms / statistics.mean(times),
+        }
+        for (archive_dtype, launch), times in groups.items()
+    ]
+
+
+def main() -> None:
+    """Measure, print the means, and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mask", type=Path, required=True, help="whose layers are measured")
+    parser.add_argument("--query-heads", type=int, required=True, help="of a layer")
+    parser.add_argument("--prompt", type=int, default=32768, help="tokens of the prompt")
+    parser.add_argument("--chunk", type=int, default=8192, help="of them computed last, at once")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to measure; default: all")
+    parser.add_argument("--launch", nargs="+", default=[], metavar="ROWS,TILE,WARPS,STAGES")
+    parser.add_argument("--out", type=Path, help="write the results here, as JSON")
+    parser.add_argument("--commit", help="of the code measured; asked of git when not given")
+    args = parser.parse_args()
+    require_gpu("prompt_chunk")
+    torch.manual_seed(0)
+    mask = load_mask(args.mask)
+    args.layers = args.layers or list(range(mask.geometry.num_layers))
+    total = 2 * len(args.layers) * len(launches(args.launch))
+    with tqdm(total=total, desc="layers", unit="") as progress:
+        measured = measure(args, mask, progress)
+    print(json.dumps({"flash_ms": measured["flash_ms"], "means": measured["means"]}, indent=1))
+    if args.out:
+        result = {
+            "what": "a chunk of a prompt that is read pruned, one layer",
+            "command": shlex.join(["python", "benchmarks/prompt_chunk.py", *sys.argv[1:]]),
+            "commit": args.commit or head_commit(),
+            "machine": machine(),
+            "mask": describe_mask(mask),
+            "prompt": args.prompt,
+            "chunk": args.chunk,
+            "query_heads": args.query_heads,
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result | measured, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"prompt_chunk: {error}")
