@@ -1,5 +1,7 @@
 """How kernels are launched: pure functions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from vllm_leank.kernels.launch import (
@@ -7,6 +9,7 @@ from vllm_leank.kernels.launch import (
     ONE_WAVE,
     Device,
     choose_decode,
+    choose_extend,
     compact_programs,
     decode_programs,
     decode_programs_of_all,
@@ -48,6 +51,27 @@ def test_tiles_divide_pages(block, itemsize):
     assert block % tile == 0
     assert tile & (tile - 1) == 0
     assert 32 <= tile <= 128
+
+
+@pytest.mark.parametrize("block", ARCHIVE_BLOCKS)
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+@pytest.mark.parametrize("device", [HOPPER, AMPERE])
+@pytest.mark.parametrize("group", [1, 3, 7, 71, 200])
+def test_programs_of_extend_hold_whole_groups_and_tiles_divide_pages(
+    block, itemsize, device, group
+):
+    chosen = choose_extend(group, layout(block=block, itemsize=itemsize), device)
+    assert group <= chosen.rows == 1 << (chosen.rows.bit_length() - 1)
+    assert block % chosen.tile == 0
+    assert chosen.tma == device.tma
+
+
+def test_heads_of_many_channels_get_small_tiles():
+    """K and V of 256 channels, in the archive's type and as 16 bits, twice, in 227 KiB."""
+    wide = replace(layout(itemsize=1), head_dim=256)
+    chosen = choose_extend(4, wide, HOPPER)
+    assert chosen.tile * 512 * (1 + 2) * chosen.stages < 128 << 10
+    assert chosen == replace(choose_extend(4, wide, AMPERE), tma=True)
 
 
 def test_the_launch_depends_on_the_batch_and_the_device_alone():
