@@ -138,17 +138,16 @@ def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeL
     )
 
 
-EXTEND_16BIT = 64, 64, 4, 3
-EXTEND_FP8 = 128, 64, 4, 2
+EXTEND = 128, 64, 4, 2
 EXTEND_SMALL = 64, 32, 4, 2
-"""Rows, tile, warps and stages of the extend kernel: by the archive's type, the fastest of those
-tried on an H200; and for smaller shared memory or heads of more than 128 channels."""
+"""Rows, tile, warps and stages of the extend kernel: the fastest of those tried on Hopper, for
+archives of either type; and for smaller shared memory or heads of more than 128 channels."""
 
 
 def choose_extend(group: int, layout: CacheLayout, device: Device) -> ExtendLaunch:
     """Launch for `group` query heads per KV head."""
-    chosen = EXTEND_FP8 if layout.is_fp8 else EXTEND_16BIT
-    rows, tile, warps, stages = chosen if device.tma and layout.head_dim <= 128 else EXTEND_SMALL
+    fits = device.tma and layout.head_dim <= 128
+    rows, tile, warps, stages = EXTEND if fits else EXTEND_SMALL
     block = layout.archive_block
     return ExtendLaunch(
         rows=max(rows, 1 << (group - 1).bit_length()),

@@ -54,7 +54,7 @@ class Rule:
 
 def visibility(queries: range, num_keys: int, rule: Rule) -> tuple[Tensor, Tensor]:
     """Two masks `[queries, num_keys]`: the keys read dense, and the far keys read pruned."""
-    dense = torch.zeros(len(queries), num_keys, dtype=torch.bool)
+    dense = torch.zeros(len(queries), num_keys, dtype=torch.bool, device=rule.keep.device)
     far = torch.zeros_like(dense)
     for row, t in enumerate(queries):
         dense[row, : t + 1] = True
@@ -144,6 +144,7 @@ class Oracle:
         recent: least number of last tokens that stay dense.
         dtype: of weights, activations and cache.
         fp8: whether far tokens are stored in 8-bit floats.
+        device: where it computes; results are on the host.
 
     Raises:
         ValueError: if the shape of `keep` is not the model's, or no token would stay dense.
@@ -157,10 +158,11 @@ class Oracle:
         recent: int,
         dtype: torch.dtype = torch.float32,
         fp8: bool = False,
+        device: str = "cpu",
     ) -> None:
         if isinstance(model, (str, Path)):
             model = AutoModelForCausalLM.from_pretrained(model)
-        self.model: PreTrainedModel = model.to(dtype).eval()
+        self.model: PreTrainedModel = model.to(device, dtype).eval()
         config = model.config
         head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         shape = (config.num_hidden_layers, config.num_key_value_heads, head_dim)
@@ -168,7 +170,7 @@ class Oracle:
             raise ValueError(f"keep has shape {keep.shape}, the model needs {shape}")
         if sink + recent < 1:
             raise ValueError("sink and recent are both 0: a query needs one dense token")
-        self.keep = torch.from_numpy(keep.astype(bool))
+        self.keep = torch.from_numpy(keep.astype(bool)).to(device)
         self.sink = sink
         self.recent = recent
         self.fp8 = fp8
@@ -208,12 +210,12 @@ class Oracle:
     def _forward(self, token_ids: Sequence[int], rule: Rule, cache: Any = None) -> Tensor:
         with _attention_of(self.model, "leank_oracle"):
             output = self.model(
-                torch.tensor([list(token_ids)]),
+                torch.tensor([list(token_ids)], device=self.keep.device),
                 past_key_values=cache,
                 use_cache=cache is not None,
                 oracle_rule=rule,
             )
-        logits: Tensor = output.logits[0].float()
+        logits: Tensor = output.logits[0].float().cpu()
         return logits
 
 

@@ -73,6 +73,10 @@ def mean_error(answers, prompts, oracle, exact_until=None):
     return torch.cat(errors).abs().mean().item()
 
 
+def definition(keep):
+    return Oracle(MODEL, keep, SINK, RECENT, device="cuda")
+
+
 @pytest.mark.parametrize(
     ("runner", "prefill"),
     runners((V2, "exact"), (V2, "pruned"), (V1, "exact")),
@@ -90,21 +94,17 @@ def test_answers_are_as_near_the_definition_as_flash_attention_is(runner, prefil
     (mask,) = find_masks(str(MODEL))
     keep = load_mask(mask.path).keep
     exact_until = None if prefill == "exact" else 0
+    dense = definition(np.ones_like(keep))
+    arguments = ON_GPU | {"max_num_batched_tokens": 2048}
+    with engine(MODEL, attention_backend="FLASH_ATTN", **arguments) as running:
+        flash = mean_error(running.generate(prompts, 160), prompts, dense)
     with engine(
-        MODEL, attention_backend="FLASH_ATTN", max_num_batched_tokens=2048, **ON_GPU
+        MODEL, mask.path, sink=SINK, recent=RECENT, prefill=prefill, **arguments
     ) as running:
-        flash = mean_error(
-            running.generate(prompts, 160), prompts, Oracle(MODEL, np.ones_like(keep), SINK, RECENT)
-        )
-    with engine(
-        MODEL, mask.path, sink=SINK, recent=RECENT, prefill=prefill, max_num_batched_tokens=2048,
-        **ON_GPU,
-    ) as running:  # fmt: skip
         answers = running.generate(prompts, 160)
-    leank = mean_error(answers, prompts, Oracle(MODEL, keep, SINK, RECENT), exact_until)
-    assert leank < 1.5 * flash
+    assert mean_error(answers, prompts, definition(keep), exact_until) < 1.5 * flash
     # It matters what is read pruned.
-    assert mean_error(answers, prompts, Oracle(MODEL, np.ones_like(keep), SINK, RECENT)) > 2 * flash
+    assert mean_error(answers, prompts, dense) > 2 * flash
 
 
 @pytest.mark.parametrize(
@@ -193,18 +193,28 @@ def test_an_engine_that_has_slept_answers_alike(level):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks_answer_like_one():
-    """Each with its own heads, and archive pages of one size."""
+    """Each with its own heads, and archive pages of one size. What the model knows is told in equal
+    tokens; where it guesses on, rounding decides, by no more than with one rank.
+    """
     (mask,) = find_masks(str(MODEL))
-    prompts = [
-        make_sample(task, length, 7).prompt_token_ids for length in (300, 4000) for task in TASKS
-    ]
-    answers = []
+    samples = [make_sample(task, length, 7) for length in (300, 4000) for task in TASKS]
+    prompts = [sample.prompt_token_ids for sample in samples]
+    oracle = definition(load_mask(mask.path).keep)
+    errors, told = [], []
     for ranks in (1, 2):
         with engine(
-            MODEL, mask.path, sink=32, recent=64, tensor_parallel_size=ranks, **ON_GPU
+            MODEL, mask.path, sink=SINK, recent=RECENT, tensor_parallel_size=ranks, **ON_GPU
         ) as running:
-            answers.append(running.generate(prompts, 160))
-    assert_same_up_to_ties(*answers)
+            answers = running.generate(prompts, 160)
+        errors.append(mean_error(answers, prompts, oracle))
+        told.append(
+            [
+                tokens[: len(sample.answer_token_ids)]
+                for (tokens, _), sample in zip(answers, samples, strict=True)
+            ]
+        )
+    assert told[0] == told[1] == [sample.answer_token_ids for sample in samples]
+    assert errors[1] < 1.5 * errors[0]
 
 
 @pytest.mark.parametrize(

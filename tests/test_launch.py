@@ -66,12 +66,11 @@ def test_programs_of_extend_hold_whole_groups_and_tiles_divide_pages(
     assert chosen.tma == device.tma
 
 
-def test_heads_of_many_channels_get_small_tiles():
-    """K and V of 256 channels, in the archive's type and as 16 bits, twice, in 227 KiB."""
-    wide = replace(layout(itemsize=1), head_dim=256)
-    chosen = choose_extend(4, wide, HOPPER)
-    assert chosen.tile * 512 * (1 + 2) * chosen.stages < 128 << 10
-    assert chosen == replace(choose_extend(4, wide, AMPERE), tma=True)
+def test_heads_of_many_channels_get_programs_that_fit():
+    """Into the shared memory of Hopper, which the queries, K and V of 256 channels would fill."""
+    wide = CacheLayout((240,), 256, 2, 2, 64, 512 * 2 * 64)
+    assert replace(choose_extend(4, wide, AMPERE), tma=True) == choose_extend(4, wide, HOPPER)
+    assert choose_extend(4, wide, HOPPER) != choose_extend(4, layout(), HOPPER)
 
 
 def test_the_launch_depends_on_the_batch_and_the_device_alone():
