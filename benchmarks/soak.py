@@ -51,6 +51,11 @@ class Server:
         limits = httpx.Limits(keepalive_expiry=2)
         self._client = httpx.AsyncClient(base_url=url, timeout=600, limits=limits)
 
+    async def version(self) -> str:
+        """Of its vLLM."""
+        reply = (await self._client.get("/version")).raise_for_status()
+        return str(reply.json()["version"])
+
     async def ready(self) -> str:
         """The name of its model."""
         models = (await self._client.get("/v1/models")).raise_for_status().json()
@@ -150,6 +155,7 @@ async def soak(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     progress.close()
     return {
         "model": model,
+        "vllm": await server.version(),
         "seconds": round(time.monotonic() - begin, 1),
         "served": counts["served"],
         "hung_up": counts["hung up"],
