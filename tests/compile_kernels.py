@@ -1,0 +1,114 @@
+"""Compiles the attention kernels for GPUs that are not here, as they would be launched there.
+
+    python tests/compile_kernels.py 80 89 90
+
+Prints a line of JSON for each: kernel, compute capability, archive, bytes of shared memory. What
+the interpreter takes and the compiler does not shows here, and what no multiprocessor could hold.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from cache_builder import CacheBuilder
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+from vllm_leank.kernels import decode, extend, launch
+
+from vllm_leank.window import Window
+
+KEPT = (0, 32, 96)
+OPTIONS = ("num_warps", "launch_pdl")
+TYPES = {
+    torch.int32: "i32",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
+
+
+def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict, dict]:
+    """Types, constants and attributes of a launch, as Triton's own launcher finds them."""
+    types, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        aligned = not parameter.do_not_specialize_on_alignment
+        if parameter.is_constexpr:
+            types[name], constants[index,] = "constexpr", value
+            continue
+        if isinstance(value, TensorDescriptor):
+            types[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+            continue
+        if isinstance(value, torch.Tensor):
+            types[name] = "*" + TYPES[value.dtype]
+        else:
+            types[name] = "fp32" if isinstance(value, float) else "i32"
+            aligned &= isinstance(value, int) and value % 16 == 0
+            aligned &= not parameter.do_not_specialize
+        if aligned:
+            attributes[index,] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+class Recorder:
+    """Stands in for a kernel: compiles what would be launched."""
+
+    def __init__(self, kernel: Any, capability: int, tell: Callable[[str, int], None]) -> None:
+        self._kernel = kernel
+        self._capability = capability
+        self._tell = tell
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._compile
+
+    def _compile(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        names = [parameter.name for parameter in self._kernel.params]
+        types, constants, attributes = signature(
+            self._kernel, dict(zip(names, args, strict=False)) | kwargs
+        )
+        compiled = triton.compile(
+            ASTSource(self._kernel, types, constants, attributes),
+            target=GPUTarget("cuda", self._capability, 32),
+            options=options,
+        )
+        self._tell(self._kernel.__name__, compiled.metadata.shared)
+
+
+def compile_all(capability: int, archive_dtype: torch.dtype | None) -> None:
+    """Compile a decode step and a prompt that is read pruned."""
+
+    def tell(kernel: str, shared: int) -> None:
+        archive = "auto" if archive_dtype is None else "fp8"
+        line = {"kernel": kernel, "capability": capability, "archive": archive, "shared": shared}
+        print(json.dumps(line), flush=True)
+
+    window = Window(128, 768, exact=False)
+    block = 64 if archive_dtype is None else 128
+    builder = CacheBuilder(KEPT, 128, 4, window, block, torch.bfloat16, archive_dtype)
+    request = builder.add(0, 1100)
+    device = launch.Device(tma=capability >= 90)
+    stand_in = partial(Recorder, capability=capability, tell=tell)
+    with (
+        mock.patch.object(launch.Device, "of", return_value=device),
+        mock.patch.object(decode, "_decode_kernel", stand_in(decode._decode_kernel)),
+        mock.patch.object(decode, "_combine_kernel", stand_in(decode._combine_kernel)),
+        mock.patch.object(extend, "_extend_kernel", stand_in(extend._extend_kernel)),
+    ):
+        for tokens, attend in ((1000, extend.extend), (1, decode.decode)):
+            step = builder.step([(request, tokens)])
+            output = torch.empty_like(step.query)
+            attend(step.query, output, builder.cache, step.batch, builder.scale)
+
+
+if __name__ == "__main__":
+    for capability in map(int, sys.argv[1:]):
+        for archive_dtype in (None, torch.float8_e4m3fn):
+            if archive_dtype is None or capability >= 89:
+                compile_all(capability, archive_dtype)

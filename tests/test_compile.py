@@ -1,0 +1,33 @@
+"""Kernels that the interpreter runs here also compile, and fit into multiprocessors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+"""Bytes that a program may have, by compute capability: A100, L40, H100."""
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_attention_kernels_compile_for_gpus_that_are_not_here(capability):
+    """In a process of its own, as the interpreter has taken Triton's place in this one."""
+    tests = Path(__file__).parent
+    paths = [str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, tests / "compile_kernels.py", str(capability)],
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {one["kernel"] for one in found} == {
+        "_decode_kernel", "_combine_kernel", "_extend_kernel",
+    }  # fmt: skip
+    assert {one["archive"] for one in found} == ({"auto", "fp8"} if capability > 80 else {"auto"})
+    assert max(one["shared"] for one in found) <= SHARED_MEMORY[capability]
