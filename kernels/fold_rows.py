@@ -7,7 +7,7 @@ queries, whose weights go from one product to the next without leaving the regis
 import triton
 import triton.language as tl
 from vllm_leank.kernels.common import E4M3_MAX
-from vllm_leank.kernels.pages import load_tile
+from vllm_leank.kernels.pages import chunk_channels, key_tile, value_tile
 
 
 @triton.jit
@@ -44,8 +44,7 @@ def _kept_query(
     """The queries' channels of the K chunk of `WIDTH`, `[M, WIDTH]`. With FP8 in units of their
     largest value: so they fit into fp16, to which e4m3 converts fast.
     """
-    WIDER: tl.constexpr = KEPT // (2 * WIDTH) * (2 * WIDTH)
-    channel = tl.load(p_channels + WIDER + tl.arange(0, WIDTH))
+    channel = chunk_channels(p_channels, KEPT, WIDTH)
     q = tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None], other=0.0)
     if FP8:
         q = (q.to(tl.float32) / q_max[:, None]).to(tl.float16)
@@ -59,9 +58,8 @@ def _add_scores(
     TMA: tl.constexpr,
 ):  # fmt: skip
     """Add the product of the queries and a tile of the K chunk of `WIDTH` to scores `[M, TILE]`."""
-    WIDER: tl.constexpr = KEPT // (2 * WIDTH) * (2 * WIDTH)
-    k = load_tile(k_desc, archive_ptr, page, k_offset + BLOCK * WIDER, slot, 0, stride_page, WIDTH,
-                  TILE, WIDTH, TILE, WIDTH, TMA)  # fmt: skip
+    k = key_tile(k_desc, archive_ptr, page, k_offset, slot, stride_page, KEPT, WIDTH, TILE, BLOCK,
+                 TMA)  # fmt: skip
     return tl.dot(q, tl.trans(k.to(q.dtype)), acc=s)
 
 
@@ -125,8 +123,8 @@ def fold_archive(
         if KEPT & 16:
             s = _add_scores(s, q16, k16, archive_ptr, page, k_offset, slot, stride_page,
                             KEPT, 16, TILE, BLOCK, TMA)  # fmt: skip
-        v = load_tile(v_desc, archive_ptr, page, v_offset, 0, slot, stride_page, BLOCK,
-                      D_PAD, TILE, D, TILE, TMA).to(DOT)  # fmt: skip
+        v = value_tile(v_desc, archive_ptr, page, v_offset, slot, stride_page, D, D_PAD, TILE,
+                       BLOCK, TMA).to(DOT)  # fmt: skip
         o_token = token + tl.arange(0, TILE)
         seen = (o_token[None, :] >= SINK) & (o_token[None, :] < boundary[:, None])
         if FP8:

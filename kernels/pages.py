@@ -43,3 +43,35 @@ def window_tile(
     v = load_tile(window_desc, window_ptr, page, offset, 0, D, stride_page, 2 * D,
                   32, D_PAD, 32, D, TMA)  # fmt: skip
     return k, v
+
+
+@triton.jit
+def key_tile(
+    desc, ptr, page, offset, slot, stride_page,
+    KEPT: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """An archive tile of the K chunk of `WIDTH` of a head that keeps `KEPT` channels,
+    `[TILE, WIDTH]`; the head's K begins at `offset`.
+    """
+    WIDER: tl.constexpr = KEPT // (2 * WIDTH) * (2 * WIDTH)
+    return load_tile(desc, ptr, page, offset + BLOCK * WIDER, slot, 0, stride_page, WIDTH,
+                     TILE, WIDTH, TILE, WIDTH, TMA)  # fmt: skip
+
+
+@triton.jit
+def chunk_channels(p_channels, KEPT: tl.constexpr, WIDTH: tl.constexpr):
+    """The channels of the K chunk of `WIDTH`, `[WIDTH]`, of those that begin at `p_channels`."""
+    WIDER: tl.constexpr = KEPT // (2 * WIDTH) * (2 * WIDTH)
+    return tl.load(p_channels + WIDER + tl.arange(0, WIDTH))
+
+
+@triton.jit
+def value_tile(
+    desc, ptr, page, offset, slot, stride_page,
+    D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """An archive tile of a head's V, which begins at `offset`, `[D_PAD, TILE]`."""
+    return load_tile(desc, ptr, page, offset, 0, slot, stride_page, BLOCK,
+                     D_PAD, TILE, D, TILE, TMA)  # fmt: skip
