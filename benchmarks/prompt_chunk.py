@@ -29,9 +29,10 @@ from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 
 from vllm_leank.bench.cases import Case
+from vllm_leank.bench.correctness import check_output
 from vllm_leank.bench.machine import head_commit, machine, require_gpu
-from vllm_leank.bench.pools import Tables, layer_cache
-from vllm_leank.bench.results import CorrectnessError, describe_mask
+from vllm_leank.bench.pools import Tables, layer_cache, layer_channels
+from vllm_leank.bench.results import describe_mask
 from vllm_leank.errors import UserError
 from vllm_leank.layout import WINDOW_BLOCK, CachePlan, pages, plan_cache
 from vllm_leank.mask import Mask, load_mask
@@ -40,9 +41,6 @@ from vllm_leank.window import STEP, Window
 
 CHECKED_QUERIES = 64
 """Queries at the end whose outputs are compared with the reference."""
-
-TOLERANCE = 0.01
-"""Relative RMS error up to which they count as right."""
 
 
 def last_chunk(prompt: int, chunk: int, archive_block: int) -> Tables:
@@ -79,23 +77,15 @@ def launches(given: list[str]) -> dict[str, Callable[..., Any]]:
     return {text: fixed(text) for text in given}
 
 
-def error_of(
-    query: torch.Tensor, output: torch.Tensor, cache: LayerCache, batch: Batch, scale: float
-) -> float:
-    """Relative RMS error of the last queries' outputs.
-
-    Raises:
-        CorrectnessError: it is too large or NaN.
-    """
+def expected_output(
+    query: torch.Tensor, cache: LayerCache, batch: Batch, scale: float
+) -> torch.Tensor:
+    """The reference's output for the last queries, fp32."""
     starts = torch.tensor([0, CHECKED_QUERIES], dtype=torch.int32)
     some = replace(batch, query_start_loc=starts.cuda(), query_start_loc_cpu=starts)
-    expected = torch.empty_like(query[-CHECKED_QUERIES:], dtype=torch.float32)
-    reference.attend(query[-CHECKED_QUERIES:].float(), expected, cache, some, scale)
-    difference = output[-CHECKED_QUERIES:].float() - expected
-    error = float(difference.norm() / expected.norm())
-    if not error <= TOLERANCE:
-        raise CorrectnessError(f"relative RMS error {error:.3g}, where {TOLERANCE} is allowed")
-    return error
+    output = torch.empty_like(query[-CHECKED_QUERIES:], dtype=torch.float32)
+    reference.attend(query[-CHECKED_QUERIES:].float(), output, cache, some, scale)
+    return output
 
 
 def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, Any]:
@@ -115,10 +105,7 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
     def cache_of(plan: CachePlan, layer: int) -> tuple[LayerCache, Batch]:
         layout = plan.layer(layer)
         tables = last_chunk(args.prompt, args.chunk, layout.archive_block)
-        channels = tuple(
-            torch.tensor(mask.kept_channels(layer, head), dtype=torch.int64, device="cuda")
-            for head in range(geometry.num_kv_heads)
-        )
+        channels = layer_channels(mask, layer, query.device)
         cache = layer_cache(layout, channels, case, tables, query.dtype)
         return cache, tables.batches[0]
 
@@ -133,6 +120,7 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
             if "flash_ms" not in result:
                 exact = partial(attend_exact, query, output, cache, batch, scale)
                 result["flash_ms"] = do_bench(exact, return_mode="median")
+            expected = expected_output(query, cache, batch, scale)
             ours = partial(extend.extend, query, output, cache, batch, scale)
             for name, choose in launches(args.launch).items():
                 output.fill_(float("nan"))
@@ -145,7 +133,9 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
                         "layer": layer,
                         "kept": list(cache.layout.kept),
                         "ms": ms,
-                        "error": error_of(query, output, cache, batch, scale),
+                        "error": check_output(
+                            f"leank, layer {layer}", case, output[-CHECKED_QUERIES:], expected
+                        ),
                     }
                 )
                 progress.update()

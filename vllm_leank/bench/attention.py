@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from vllm_leank.bench.cases import Case
+from vllm_leank.bench.correctness import check_output
 from vllm_leank.bench.flash import FlashDecode
-from vllm_leank.bench.pools import Tables, layer_cache
-from vllm_leank.bench.results import CorrectnessError
+from vllm_leank.bench.pools import Tables, layer_cache, layer_channels
 from vllm_leank.bench.timing import copies_needed, eager_ms, graph_ms, read_limit, release
 from vllm_leank.errors import UserError
 from vllm_leank.kernels import reference
@@ -28,10 +28,6 @@ from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.decode import decode
 from vllm_leank.layout import CachePlan, plan_cache
 from vllm_leank.mask import Mask
-
-TOLERANCES = {"leank": 0.01, "flash": 0.01, "flash fp8": 0.15}
-"""Relative RMS error up to which an output counts as right. FlashAttention rounds softmax weights
-to fp8 where K and V are; leank does not."""
 
 CHECKED_ROWS = 2
 """Requests whose outputs are compared, at most."""
@@ -173,7 +169,7 @@ def _time_flash(shape: Shape, case: Case, query: torch.Tensor, *, fp8: bool) -> 
     }
     expected = torch.stack([flash.expected(row) for row in range(min(CHECKED_ROWS, case.batch))])
     name = "flash fp8" if fp8 else "flash"
-    figures["error"] = _check(name, case, flash.output[: len(expected)], expected)
+    figures["error"] = check_output(name, case, flash.output[: len(expected)], expected)
     figures["eager_ms"] = eager_ms(flash.calls(graph=False)[-1])
     del flash
     release()
@@ -188,11 +184,9 @@ def _time_layer(
     read = case.read_bytes(layout)
     device = query.device
     tables = Tables.shuffled(case, layout.archive_block, copies_needed(read, device), device)
-    channels = tuple(
-        torch.tensor(shape.mask.kept_channels(layer, head), dtype=torch.int64, device=device)
-        for head in range(shape.kv_heads)
+    cache = layer_cache(
+        layout, layer_channels(shape.mask, layer, device), case, tables, shape.dtype
     )
-    cache = layer_cache(layout, channels, case, tables, shape.dtype)
     output = torch.full_like(query, float("nan"))
     calls = [decode_call(query, output, cache, batch, shape.scale) for batch in tables.batches]
     figures = {
@@ -203,7 +197,7 @@ def _time_layer(
     }
     expected = _reference(query, cache, tables.batches[-1], shape.scale)
     name = f"leank, layer {layer}"
-    figures["error"] = _check(name, case, output[: len(expected)], expected)
+    figures["error"] = check_output(name, case, output[: len(expected)], expected)
     figures["eager_ms"] = eager_ms(calls[-1])
     del cache, calls, tables
     release()
@@ -230,20 +224,3 @@ def _reference(query: torch.Tensor, cache: LayerCache, batch: Batch, scale: floa
     output = torch.empty_like(query[:rows], dtype=torch.float32)
     reference.attend(query[:rows].float(), output, cache, some, scale)
     return output
-
-
-def _check(name: str, case: Case, output: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative RMS error of an output.
-
-    Raises:
-        CorrectnessError: it is too large or NaN.
-    """
-    difference = output.double() - expected.double()
-    error = float(difference.square().mean().sqrt() / expected.double().square().mean().sqrt())
-    tolerance = TOLERANCES[name.partition(",")[0]]
-    if not error <= tolerance:
-        raise CorrectnessError(
-            f"{name}, {case}: relative RMS error {error:.3g} against the reference, where "
-            f"{tolerance} is allowed; nothing is reported"
-        )
-    return error

@@ -8,6 +8,7 @@ from vllm_leank.bench.cases import Case
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.layout import WINDOW_BLOCK, CacheLayout, pages
+from vllm_leank.mask import Mask
 from vllm_leank.window import STEP
 
 FILL_ITEMS = 1 << 26
@@ -58,6 +59,14 @@ class Tables:
             )
         ]
         return cls(batches, num_window, num_archive)
+
+
+def layer_channels(mask: Mask, layer: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Per KV head of a layer, int64 `[kept]`: the kept K channels."""
+    return tuple(
+        torch.tensor(mask.kept_channels(layer, head), dtype=torch.int64, device=device)
+        for head in range(mask.geometry.num_kv_heads)
+    )
 
 
 def layer_cache(
