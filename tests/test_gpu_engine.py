@@ -192,18 +192,19 @@ def test_an_engine_that_has_slept_answers_alike(level):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_ranks_answer_like_one():
-    """Each with its own heads, and archive pages of one size. What the model knows is told in equal
-    tokens; where it guesses on, rounding decides, by no more than with one rank.
+@pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_gpus_answer_like_one(split):
+    """Each with its own heads or layers, and archive pages of one size. What the model knows is
+    told in equal tokens; where it guesses on, rounding decides, by no more than on one GPU.
     """
     (mask,) = find_masks(str(MODEL))
     samples = [make_sample(task, length, 7) for length in (300, 4000) for task in TASKS]
     prompts = [sample.prompt_token_ids for sample in samples]
     oracle = definition(load_mask(mask.path).keep)
     errors, told = [], []
-    for ranks in (1, 2):
+    for gpus in (1, 2):
         with engine(
-            MODEL, mask.path, sink=SINK, recent=RECENT, tensor_parallel_size=ranks, **ON_GPU
+            MODEL, mask.path, sink=SINK, recent=RECENT, **{split: gpus}, **ON_GPU
         ) as running:
             answers = running.generate(prompts, 160)
         errors.append(mean_error(answers, prompts, oracle))
