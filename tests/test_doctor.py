@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,31 @@ def test_a_missing_mask_beside_faulty_flags(line):
     assert "/no/such.yaml: cannot be read" in serving.reasons[1]
     (reason,) = examine(line(mask="/no/such.yaml")).reasons
     assert reason.startswith("/no/such.yaml: cannot be read")
+
+
+def test_one_fault_hides_no_other(line):
+    """Of flags, options, mask and drafts."""
+    drafts = '{"method": "ngram", "num_speculative_tokens": 300}'
+    flags = ["--block-size", "32", "--speculative-config", drafts]
+    wanted = "sink is 30", "prefill = 'x'", 'no option "sinks"', "--block-size", "the 300 of"
+    reasons = examine(line(*flags, sink=30, sinks=3, prefill="x")).reasons
+    assert len(reasons) == len(wanted)
+    assert all(any(part in reason for reason in reasons) for part in wanted)
+    reasons = examine(line(*flags, sink=30, recent=5, mask="/no/such.yaml")).reasons
+    wanted = "sink is 30", "recent is 5", "--block-size", "/no/such.yaml: cannot be read"
+    assert len(reasons) == len(wanted)
+    assert all(any(part in reason for reason in reasons) for part in wanted)
+
+
+def test_a_pool_that_holds_no_request_of_full_length(line):
+    length = ["--max-model-len", "4096"]
+    (reason,) = examine(line(*length, "--kv-cache-memory-bytes", "1M")).reasons
+    assert "a request of 4,096 tokens needs" in reason
+    needed = int(re.search(r"needs ([\d,]+) bytes", reason)[1].replace(",", ""))
+    assert len(examine(line(*length, "--kv-cache-memory-bytes", str(needed - 1))).reasons) == 1
+    assert examine(line(*length, "--kv-cache-memory-bytes", str(needed))).reasons == ()
+    fitted = examine(line("--max-model-len", "auto", "--kv-cache-memory-bytes", "1M"))
+    assert fitted.reasons == ()
 
 
 def test_lines_that_do_not_choose_leank(tiny_llama_dir):

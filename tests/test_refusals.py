@@ -14,7 +14,7 @@ from mask_samples import random_mask
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
-from vllm_leank.checks import refusals
+from vllm_leank.checks import judge
 from vllm_leank.mask import save_mask
 from vllm_leank.settings import load_settings
 
@@ -280,9 +280,9 @@ PARALLEL = {
 def test_parallelism(tiny_llama_dir, mask_file, setting, message):
     """Set on a finished config: on one CPU, vLLM itself would not get as far."""
     config = config_of(tiny_llama_dir, {"mask": str(mask_file)})
-    assert list(refusals(config)) == []
+    assert judge(config)[1] == []
     setattr(config.parallel_config, setting, 2)
-    (reason,) = refusals(config)
+    (reason,) = judge(config)[1]
     assert message in reason
 
 
@@ -298,7 +298,7 @@ def test_fp8_needs_a_gpu_that_has_it(
         is_cuda=lambda: True, has_device_capability=lambda needed: capability >= needed
     )
     monkeypatch.setattr("vllm.platforms.current_platform", gpu)
-    reasons = list(refusals(config))
+    _, reasons = judge(config)
     assert len(reasons) == refused
     if refused:
         assert "needs a GPU of compute capability 8.9 or newer: remove it from" in reasons[0]

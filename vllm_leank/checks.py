@@ -6,19 +6,26 @@ from typing import TYPE_CHECKING
 import vllm.envs as envs
 
 from vllm_leank import compat
-from vllm_leank.options import OptionError, given_options, parse_options
+from vllm_leank.errors import UserError
+from vllm_leank.options import KEY, OptionError, Options, given_options, read_options
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+
+    from vllm_leank.settings import Settings
 
 DRAFTERS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 """Speculative methods that take their drafts from text, or from a model of its own."""
 
 
 class RefusalError(OptionError):
-    """leank cannot serve `vllm_config`, for every one of `reasons`."""
+    """leank cannot serve `vllm_config`, for every one of `reasons`.
+
+    `settings` are those that it would serve with, None where they cannot be told.
+    """
 
     vllm_config: "VllmConfig"
+    settings: "Settings | None"
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -37,9 +44,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
 
     Raises:
         RefusalError: leank cannot serve this config; the message lists every reason.
-        OptionError: leank options are given, but leank is not selected, or the window is out of
-            range.
-        MaskError: there is no mask for the model, or it is faulty.
+        OptionError: leank options are given, but leank is not selected.
     """
     if not compat.is_selected(vllm_config):
         if given_options(vllm_config.additional_config):
@@ -50,17 +55,16 @@ def check_config(vllm_config: "VllmConfig") -> None:
         return
     if vllm_config.model_config is None or compat.is_draft(vllm_config):
         return  # a draft model is checked with the served one
-    reasons = list(refusals(vllm_config))
-    if reasons:
+    settings, reasons = judge(vllm_config)
+    if settings is None or reasons:
         refusal = RefusalError(*reasons)
-        refusal.vllm_config = vllm_config
+        refusal.vllm_config, refusal.settings = vllm_config, settings
         raise refusal
     # Here, since every process that uses vLLM imports this module.
     from vllm_leank.metrics import publish
-    from vllm_leank.settings import resolve_settings
+    from vllm_leank.settings import attach_settings
 
-    settings = resolve_settings(vllm_config)
-    _check_drafts(vllm_config, settings.window.recent)
+    attach_settings(vllm_config, settings)
     if compat.has_draft(vllm_config):
         compat.draft_with(vllm_config, vllm_config.attention_config.backend)
     compat.hook_metrics(publish)
@@ -68,19 +72,28 @@ def check_config(vllm_config: "VllmConfig") -> None:
     compat.request_prompt_lengths(vllm_config)
 
 
-def _check_drafts(vllm_config: "VllmConfig", recent: int) -> None:
-    """Drafts that may be rejected must not leave the dense window in the step that checks them."""
-    speculation = vllm_config.speculative_config
-    if speculation is not None and (drafts := speculation.num_speculative_tokens) > recent:
-        raise OptionError(
-            f"leank option recent is {recent}, but must be at least the {drafts} of "
-            "num_speculative_tokens: drafts must stay in the dense window"
-        )
+def judge(vllm_config: "VllmConfig") -> "tuple[Settings | None, list[str]]":
+    """What a config would be served with, None where that cannot be told, and every reason not to
+    serve it: sentence parts that say what to change.
+    """
+    from vllm_leank.settings import resolve_settings
+
+    options, faults = read_options(vllm_config.additional_config)
+    of_models = list(_models(vllm_config))
+    reasons = [*faults.values(), *_platform(vllm_config, options), *of_models, *_flags(vllm_config)]
+    if of_models or {KEY, "mask"} & faults.keys():
+        return None, reasons  # a mask says nothing then
+    try:
+        settings = resolve_settings(vllm_config, options)
+    except UserError as error:
+        return None, [*reasons, str(error)]
+    if "recent" not in faults:
+        reasons.extend(_drafts(vllm_config, settings.window.recent))
+    return None if faults else settings, reasons
 
 
-def refusals(vllm_config: "VllmConfig") -> Iterator[str]:
-    """Every reason not to serve a config, each a sentence part that says what to change."""
-    yield from _platform(vllm_config)
+def _models(vllm_config: "VllmConfig") -> Iterator[str]:
+    """What the served model and its draft model have that cannot be served."""
     other = "serve this model without --attention-backend leank"
     runner = vllm_config.model_config.runner_type
     if runner != "generate":
@@ -89,22 +102,17 @@ def refusals(vllm_config: "VllmConfig") -> Iterator[str]:
     if compat.has_draft(vllm_config):
         draft = vllm_config.speculative_config.draft_model_config
         yield from _model(draft, "use another draft model in --speculative-config")
-    yield from _options(vllm_config)
 
 
-def _platform(config: "VllmConfig") -> Iterator[str]:
+def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
     from vllm.platforms import current_platform
 
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         yield f"it runs on NVIDIA GPUs and on CPU, not on {current_platform.device_name}"
     if current_platform.is_cuda() and config.model_config.dtype.itemsize == 4:
         yield "on a GPU it computes in 16 bits: use --dtype bfloat16 or --dtype float16"
-    try:
-        fp8 = parse_options(config.additional_config).archive_dtype == "fp8"
-    except OptionError as error:
-        yield str(error)
-        return
-    if fp8 and current_platform.is_cuda() and not current_platform.has_device_capability((8, 9)):
+    has_fp8 = not current_platform.is_cuda() or current_platform.has_device_capability((8, 9))
+    if options.archive_dtype == "fp8" and not has_fp8:
         yield (
             'the option archive_dtype "fp8" needs a GPU of compute capability 8.9 or newer: remove '
             "it from --additional-config"
@@ -138,7 +146,7 @@ def _model(model: "ModelConfig", other: str) -> Iterator[str]:
         yield f"head size {head_size} is not a multiple of 32; {other}"
 
 
-def _options(config: "VllmConfig") -> Iterator[str]:
+def _flags(config: "VllmConfig") -> Iterator[str]:
     cache, parallel = config.cache_config, config.parallel_config
     if config.attention_config.backend_per_kind:
         yield (
@@ -181,4 +189,14 @@ def _speculation(config: "VllmConfig") -> Iterator[str]:
         yield (
             "a draft model's pages lie beside the served model's: remove attention_backend and "
             "kv_cache_dtype from --speculative-config"
+        )
+
+
+def _drafts(config: "VllmConfig", recent: int) -> Iterator[str]:
+    """Drafts that may be rejected must not leave the dense window in the step that checks them."""
+    speculation = config.speculative_config
+    if speculation is not None and (drafts := speculation.num_speculative_tokens) > recent:
+        yield (
+            f"leank option recent is {recent}, but must be at least the {drafts} of "
+            "num_speculative_tokens: drafts must stay in the dense window"
         )

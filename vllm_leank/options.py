@@ -1,11 +1,12 @@
 """The options of `--additional-config '{"leank": {...}}'`."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from vllm_leank.errors import UserError
+from vllm_leank.window import check_recent, check_sink
 
 KEY = "leank"
 
@@ -28,8 +29,8 @@ class Options(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     mask: str | None = pydantic.Field(default=None, min_length=1)
-    sink: int | None = None
-    recent: int | None = None
+    sink: Annotated[int, pydantic.AfterValidator(check_sink)] | None = None
+    recent: Annotated[int, pydantic.AfterValidator(check_recent)] | None = None
     archive_dtype: Literal["auto", "fp8"] = "auto"
     prefill: Literal["exact", "pruned"] = "exact"
 
@@ -38,20 +39,30 @@ def parse_options(additional_config: Any) -> Options:
     """Read and check the `leank` entry of vLLM's `additional_config`.
 
     Raises:
-        OptionError: unknown keys or values of the wrong type, each named.
+        OptionError: unknown keys, and values of the wrong type or out of range, each named.
     """
+    options, faults = read_options(additional_config)
+    if faults:
+        raise OptionError("; ".join(faults.values()))
+    return options
+
+
+def read_options(additional_config: Any) -> tuple[Options, dict[str, str]]:
+    """The options that are right, and what is wrong with the others: sentences by name."""
     given = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
     if not isinstance(given, Mapping):
-        raise OptionError(
-            f'additional_config["{KEY}"] is {given!r}, but must be a mapping of options, '
+        return Options(), {
+            KEY: f'additional_config["{KEY}"] is {given!r}, but must be a mapping of options, '
             f'for example {{"{KEY}": {{"sink": 64}}}}'
-        )
+        }
+    if not all(isinstance(name, str) for name in given):
+        return Options(), {KEY: f'additional_config["{KEY}"]: option names must be strings'}
     try:
-        return Options(**given)
+        return Options(**given), {}
     except pydantic.ValidationError as error:
-        raise OptionError("; ".join(map(_explain, error.errors()))) from None
-    except TypeError:
-        raise OptionError(f'additional_config["{KEY}"]: option names must be strings') from None
+        faults = {str(one["loc"][0]): _explain(one) for one in error.errors()}
+    right = {name: value for name, value in given.items() if name not in faults}
+    return Options(**right), faults
 
 
 def given_options(additional_config: Any) -> bool:
@@ -61,6 +72,8 @@ def given_options(additional_config: Any) -> bool:
 
 def _explain(error: Any) -> str:
     name = ".".join(map(str, error["loc"]))
+    if error["type"] == "value_error":
+        return f"leank option {error['ctx']['error']}"
     if error["type"] == "extra_forbidden":
         allowed = ", ".join(Options.model_fields)
         return f'leank has no option "{name}"; allowed: {allowed}'

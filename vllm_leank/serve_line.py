@@ -10,7 +10,7 @@ from vllm_leank import compat
 from vllm_leank.capacity import estimate_pool
 from vllm_leank.checks import RefusalError
 from vllm_leank.errors import UserError
-from vllm_leank.settings import Settings, load_settings, resolve_settings
+from vllm_leank.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -101,17 +101,25 @@ def _refused(error: Exception) -> Serving:
     if not isinstance(error, RefusalError):
         reason = str(error) or type(error).__name__
         return Serving((reason if isinstance(error, UserError) else f"vLLM refuses it: {reason}",))
-    try:
-        settings = resolve_settings(error.vllm_config)
-    except UserError as problem:
-        more = () if str(problem) in error.reasons else (str(problem),)
-        return Serving((*error.reasons, *more))
-    return _serving(error.reasons, error.vllm_config, settings)
+    if error.settings is None:
+        return Serving(error.reasons)
+    return _serving(error.reasons, error.vllm_config, error.settings)
 
 
 def _serving(reasons: tuple[str, ...], config: "VllmConfig", settings: Settings) -> Serving:
-    length = config.model_config.max_model_len
-    return Serving(reasons, settings, _pool(config), length, compat.in_flight_tokens(config))
+    length, in_flight = config.model_config.max_model_len, compat.in_flight_tokens(config)
+    pool, plan = _pool(config), settings.plan
+    is_given = bool(config.cache_config.kv_cache_memory_bytes)
+    if pool and is_given and config.model_config.original_max_model_len != -1:  # else vLLM fits it
+        blocks = 1 + plan.blocks_in_prefill(settings.window, length, in_flight)  # one is vLLM's own
+        if blocks * plan.block_bytes > pool:
+            too_small = (
+                f"a request of {length:,} tokens needs {blocks * plan.block_bytes:,} bytes while "
+                "its prompt is computed, or vLLM does not start: raise --kv-cache-memory-bytes or "
+                "lower --max-model-len"
+            )
+            reasons = (*reasons, too_small)
+    return Serving(reasons, settings, pool, length, in_flight)
 
 
 def _pool(config: "VllmConfig") -> int | None:

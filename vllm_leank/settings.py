@@ -8,7 +8,7 @@ from vllm_leank.geometry import Geometry
 from vllm_leank.layout import CachePlan, plan_cache, window_token_bytes
 from vllm_leank.mask import Mask
 from vllm_leank.mask_resolver import resolve_mask
-from vllm_leank.options import OptionError, Options, parse_options
+from vllm_leank.options import Options
 from vllm_leank.window import STEP, Window
 
 if TYPE_CHECKING:
@@ -36,39 +36,38 @@ class Settings:
     plan: CachePlan
 
 
-def resolve_settings(vllm_config: "VllmConfig") -> Settings:
-    """Read options and mask, plan the cache, and attach the result to the config.
-
-    It travels with the config to every process, so all ranks use one mask, whatever happens to
-    the file meanwhile.
+def resolve_settings(vllm_config: "VllmConfig", options: Options) -> Settings:
+    """Read the mask and plan the cache.
 
     Raises:
-        OptionError: an option is unknown or out of range.
         MaskError: no mask was found, or it is faulty or does not fit the model.
     """
     holder = _holder(vllm_config)
     if holder is not vllm_config and _ATTACHED in holder.__dict__:
         return load_settings(vllm_config)  # the config is derived from one that has them
-    options = parse_options(vllm_config.additional_config)
     model = vllm_config.model_config
     mask = resolve_mask(options.mask, model.model, Geometry.from_hf_config(model.hf_text_config))
     ranks = vllm_config.parallel_config.tensor_parallel_size
     drafts = _draft_items(vllm_config)
-    settings = plan_settings(mask, options, model.dtype.itemsize, ranks, drafts)
-    holder.__dict__[_ATTACHED] = settings
+    return plan_settings(mask, options, model.dtype.itemsize, ranks, drafts)
+
+
+def attach_settings(vllm_config: "VllmConfig", settings: Settings) -> None:
+    """Let settings travel with the config to every process, so that all ranks use one mask,
+    whatever happens to the file meanwhile.
+    """
+    _holder(vllm_config).__dict__[_ATTACHED] = settings
     if isinstance(vllm_config.additional_config, dict):  # else it has a hash of its own
-        vllm_config.additional_config = {**vllm_config.additional_config, MASK_KEY: mask.sha256}
-    return settings
+        vllm_config.additional_config = {
+            **vllm_config.additional_config,
+            MASK_KEY: settings.mask.sha256,
+        }
 
 
 def plan_settings(
     mask: Mask, options: Options, itemsize: int, tp_size: int = 1, draft_items: int = 0
 ) -> Settings:
-    """The settings of a mask and options; see `plan_cache` for the rest.
-
-    Raises:
-        OptionError: the window is out of range.
-    """
+    """The settings of a mask and options; see `plan_cache` for the rest."""
     plan = plan_cache(
         mask.kept_counts.tolist(),
         mask.geometry.head_dim,
@@ -81,7 +80,7 @@ def plan_settings(
 
 
 def load_settings(vllm_config: "VllmConfig") -> Settings:
-    """What `resolve_settings` attached to the config."""
+    """What `attach_settings` attached to the config."""
     settings: Settings = _holder(vllm_config).__dict__[_ATTACHED]
     return settings
 
@@ -112,7 +111,4 @@ def _window(options: Options, mask: Mask) -> Window:
     """
     sink = options.sink if options.sink is not None else -(-mask.sink // STEP) * STEP
     recent = options.recent if options.recent is not None else mask.recent
-    try:
-        return Window(sink, recent, exact=options.prefill == "exact")
-    except ValueError as error:
-        raise OptionError(f"leank option {error}") from None
+    return Window(sink, recent, exact=options.prefill == "exact")

@@ -25,6 +25,30 @@ STEP = 32
 """Tokens by which the boundary moves: one window page, compacted into the archive at once."""
 
 
+def check_sink(sink: int) -> int:
+    """The number itself, if it can be a window's `sink`.
+
+    Raises:
+        ValueError: it cannot; the message says what is allowed.
+    """
+    if sink < 0 or sink % STEP:
+        raise ValueError(
+            f"sink is {sink}, but must be 0 or a multiple of {STEP}: "
+            f"the first tokens fill whole window pages of {STEP}"
+        )
+    return sink
+
+
+def check_recent(recent: int) -> int:
+    """The number itself, if it can be a window's `recent`; see `check_sink`."""
+    if recent < STEP:
+        raise ValueError(
+            f"recent is {recent}, but must be at least {STEP}: "
+            f"the archive takes tokens in steps of {STEP}"
+        )
+    return recent
+
+
 @dataclass(frozen=True)
 class Window:
     """The dense window of every request.
@@ -43,16 +67,8 @@ class Window:
     exact: bool = True
 
     def __post_init__(self) -> None:
-        if self.sink < 0 or self.sink % STEP:
-            raise ValueError(
-                f"sink is {self.sink}, but must be 0 or a multiple of {STEP}: "
-                f"the first tokens fill whole window pages of {STEP}"
-            )
-        if self.recent < STEP:
-            raise ValueError(
-                f"recent is {self.recent}, but must be at least {STEP}: "
-                f"the archive takes tokens in steps of {STEP}"
-            )
+        check_sink(self.sink)
+        check_recent(self.recent)
 
     def boundary(self, length: Any) -> Any:
         """First token after the pruned range of a request that is `length` tokens long.
