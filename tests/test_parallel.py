@@ -69,7 +69,15 @@ def test_prefix_hits_and_preemption_on_two_ranks(split):
 
 @pytest.mark.parametrize(
     ("archive_itemsize", "tp_size", "empty"),
-    [(2, 1, 0.0), (2, 2, 0.097), (2, 4, 0.197), (2, 8, 0.302), (1, 2, 0.117)],
+    [
+        (2, 1, 0.0),
+        (2, 2, 0.097),
+        (2, 4, 0.197),
+        (2, 8, 0.302),
+        (1, 2, 0.117),
+        (1, 4, 0.229),
+        (1, 8, 0.348),
+    ],  # fmt: skip
 )
 def test_equal_pages_leave_little_empty(leank, repo, tmp_path, archive_itemsize, tp_size, empty):
     """Share of all ranks' archive pages that holds nothing; at most 12% on two ranks."""
