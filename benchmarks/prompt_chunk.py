@@ -1,7 +1,7 @@
 """Times a chunk of a prompt that is read pruned, beside FlashAttention's exact chunk.
 
     python benchmarks/prompt_chunk.py --mask mask.yaml --query-heads 32 --out chunk.json
-    python benchmarks/prompt_chunk.py --mask mask.yaml --query-heads 32 --layers 0 28 \
+    python benchmarks/prompt_chunk.py --mask mask.yaml --query-heads 32 --layers 0,28 \
         --launch 64,64,4,3 128,64,4,2
 
 Pages are random, in random order, and hold the whole prompt; the queries are its last ones. The
@@ -28,7 +28,7 @@ from vllm_leank.kernels import extend, reference
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 
-from vllm_leank.bench.cases import Case
+from vllm_leank.bench.cases import Case, parse_layers
 from vllm_leank.bench.correctness import check_output
 from vllm_leank.bench.machine import head_commit, machine, require_gpu
 from vllm_leank.bench.pools import Tables, layer_cache, layer_channels
@@ -37,7 +37,7 @@ from vllm_leank.errors import UserError
 from vllm_leank.layout import WINDOW_BLOCK, CachePlan, pages, plan_cache
 from vllm_leank.mask import Mask, load_mask
 from vllm_leank.step import attend_exact
-from vllm_leank.window import STEP, Window
+from vllm_leank.window import Window, whole_pages
 
 CHECKED_QUERIES = 64
 """Queries at the end whose outputs are compared with the reference."""
@@ -71,7 +71,10 @@ def launches(given: list[str]) -> dict[str, Callable[..., Any]]:
 
     def fixed(text: str) -> Callable[..., Any]:
         names = ("rows", "tile", "warps", "stages")
-        values = dict(zip(names, map(int, text.split(",")), strict=True))
+        try:
+            values = dict(zip(names, map(int, text.split(",")), strict=True))
+        except ValueError:
+            raise UserError(f"--launch {text} is not {','.join(names)}") from None
         return lambda *args: replace(chosen(*args), **values)
 
     return {text: fixed(text) for text in given}
@@ -81,10 +84,11 @@ def expected_output(
     query: torch.Tensor, cache: LayerCache, batch: Batch, scale: float
 ) -> torch.Tensor:
     """The reference's output for the last queries, fp32."""
-    starts = torch.tensor([0, CHECKED_QUERIES], dtype=torch.int32)
+    last = query[-CHECKED_QUERIES:].float()
+    starts = torch.tensor([0, len(last)], dtype=torch.int32)
     some = replace(batch, query_start_loc=starts.cuda(), query_start_loc_cpu=starts)
-    output = torch.empty_like(query[-CHECKED_QUERIES:], dtype=torch.float32)
-    reference.attend(query[-CHECKED_QUERIES:].float(), output, cache, some, scale)
+    output = torch.empty_like(last)
+    reference.attend(last, output, cache, some, scale)
     return output
 
 
@@ -96,8 +100,8 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
     """
     geometry = mask.geometry
     scale = geometry.head_dim**-0.5
-    sink = -(-mask.sink // STEP) * STEP
-    case = Case(1, args.prompt, Window(sink, mask.recent, exact=False))
+    window = Window(whole_pages(mask.sink), mask.recent, exact=False)
+    case = Case(1, args.prompt, window)
     query = torch.randn(args.chunk, args.query_heads, geometry.head_dim, device="cuda")
     query = (2 * query).bfloat16()
     output = torch.empty_like(query)
@@ -167,16 +171,18 @@ def main() -> None:
     parser.add_argument("--query-heads", type=int, required=True, help="of a layer")
     parser.add_argument("--prompt", type=int, default=32768, help="tokens of the prompt")
     parser.add_argument("--chunk", type=int, default=8192, help="of them computed last, at once")
-    parser.add_argument("--layers", type=int, nargs="+", help="layers to measure; default: all")
+    parser.add_argument("--layers", help="layers to measure, such as 0,28; default: all")
     parser.add_argument("--launch", nargs="+", default=[], metavar="ROWS,TILE,WARPS,STAGES")
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
     parser.add_argument("--commit", help="of the code measured; asked of git when not given")
     args = parser.parse_args()
+    mask = load_mask(args.mask)
+    args.layers = parse_layers(args.layers, mask.geometry.num_layers)
+    total = 2 * len(args.layers) * len(launches(args.launch))
+    if not 0 < args.chunk <= args.prompt:
+        raise UserError(f"--chunk {args.chunk} is no part of a prompt of {args.prompt} tokens")
     require_gpu("prompt_chunk")
     torch.manual_seed(0)
-    mask = load_mask(args.mask)
-    args.layers = args.layers or list(range(mask.geometry.num_layers))
-    total = 2 * len(args.layers) * len(launches(args.launch))
     with tqdm(total=total, desc="layers", unit="") as progress:
         measured = measure(args, mask, progress)
     print(json.dumps({"flash_ms": measured["flash_ms"], "means": measured["means"]}, indent=1))

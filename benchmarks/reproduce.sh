@@ -38,7 +38,7 @@ run() {
         leank bench attention --commit "$commit" --query-heads 32 --mask "$masks/llama3.1-8b.yaml" \
             --layers 0,28 --archive-dtype both $(sweep) --out attention_sweep.json ;;
     prompt_chunk) python3 "$root/benchmarks/prompt_chunk.py" --commit "$commit" --query-heads 32 \
-        --mask "$masks/llama3.1-8b.yaml" --layers 0 10 20 28 \
+        --mask "$masks/llama3.1-8b.yaml" --layers 0,10,20,28 \
         --launch 64,64,4,3 64,64,4,2 128,64,4,2 128,32,4,3 128,32,4,2 --out prompt_chunk.json ;;
     serve_llama) # shellcheck disable=SC2086
         leank bench serve $llama --commit "$commit" --variants flash,leank,leank-fp8 --prompt-tokens 32000 \

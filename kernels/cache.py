@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -51,15 +51,19 @@ class LayerCache:
 
         return Tables(self.layout, self.channels, self.window, self.window_pages.device)
 
-    def descriptors(self, tile: int) -> "Descriptors":
-        """Tensor descriptors of the pages, for archive tiles of `tile` tokens."""
-        from vllm_leank.kernels.descriptors import Descriptors
+    def descriptor_arguments(self, tile: int, tma: bool) -> tuple[Any, ...]:
+        """What kernels take as tensor descriptors of the pages, for archive tiles of `tile` tokens;
+        without `tma`, where they load through pointers, stand-ins.
+        """
+        from vllm_leank.kernels.descriptors import ARGUMENTS, Descriptors
 
+        if not tma:
+            return (self.archive_pages,) * ARGUMENTS
         if tile not in self._descriptors:
             self._descriptors[tile] = Descriptors.of(
                 self.window_pages, self.archive_pages, self.layout, tile
             )
-        return self._descriptors[tile]
+        return self._descriptors[tile].arguments
 
     @cached_property
     def _descriptors(self) -> "dict[int, Descriptors]":

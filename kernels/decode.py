@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
-from vllm_leank.kernels.common import boundary_of, skip_archived
+from vllm_leank.kernels.common import boundary_of, dense_pages, skip_archived
 from vllm_leank.kernels.fold_columns import fold_archive, fold_window
 from vllm_leank.kernels.launch import ONE_WAVE, choose_decode
 from vllm_leank.kernels.pages import window_tile
@@ -26,7 +26,7 @@ def _span(length, exact_until, SINK: tl.constexpr, RECENT: tl.constexpr, TILE: t
     of dense pages, and that of archive tiles.
     """
     boundary = tl.where(length > exact_until, boundary_of(length, SINK, RECENT), SINK)
-    n_dense = tl.cdiv(length - (boundary - SINK), 32)
+    n_dense = dense_pages(length, boundary, SINK)
     n_archive = tl.where(boundary > SINK, tl.cdiv(boundary, TILE) - SINK // TILE, 0)
     return boundary, n_dense, n_archive
 
@@ -245,7 +245,7 @@ def decode(
     }
     _decode_kernel[(launch.programs, num_reqs)](
         query, output, partial, lse, cache.window_pages, archive, scales,
-        *(cache.descriptors(launch.tile).arguments if launch.tma else (archive,) * 7),
+        *cache.descriptor_arguments(launch.tile, launch.tma),
         batch.window_table, batch.archive_table, batch.seq_lens, batch.exact_until,
         work.programs, tables.channels, scale * LOG2_E, tables.archive_units,
         launch.split_bytes // 256,

@@ -11,6 +11,9 @@ from vllm_leank.layout import WINDOW_BLOCK, CacheLayout
 K_WIDTHS = (16, 32, 64, 128, 256)
 """Widths of K chunks, in the order of the kernels' arguments."""
 
+ARGUMENTS = 2 + len(K_WIDTHS)
+"""Descriptors that a kernel takes."""
+
 
 @dataclass(frozen=True)
 class Descriptors:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
-from vllm_leank.kernels.common import boundary_of, skip_archived
+from vllm_leank.kernels.common import boundary_of, dense_pages, skip_archived
 from vllm_leank.kernels.decode import LOG2_E
 from vllm_leank.kernels.fold_rows import fold_archive, fold_window
 from vllm_leank.kernels.launch import choose_extend
@@ -91,7 +91,7 @@ def _extend_kernel(
 
         p_table = window_table_ptr + i_req.to(tl.int64) * stride_window_table
         o_token = tl.arange(0, 32)
-        n_dense = tl.cdiv(newest + 1 - (first_boundary - SINK), 32)
+        n_dense = dense_pages(newest + 1, first_boundary, SINK)
         next_page = tl.load(p_table + skip_archived(0, first_boundary, SINK))
         for i in tl.range(n_dense, num_stages=STAGES):
             token = skip_archived(i, first_boundary, SINK) * 32 + o_token
@@ -134,7 +134,7 @@ def extend(
     grid = (triton.cdiv(batch.max_query_len, queries), num_kv_heads, batch.num_reqs)
     _extend_kernel[grid](
         query, output, cache.window_pages, archive, scales,
-        *(cache.descriptors(launch.tile).arguments if launch.tma else (archive,) * 7),
+        *cache.descriptor_arguments(launch.tile, launch.tma),
         batch.window_table, batch.archive_table, batch.query_start_loc, batch.seq_lens,
         batch.exact_until, tables.heads, tables.channels, scale * LOG2_E,
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),

@@ -39,13 +39,18 @@ COMPACT_PROGRAMS = 1024, 32768
 few tokens each, where a prompt seldom ends, and in other steps, where idle programs cost little."""
 
 
+TMA_CAPABILITIES = 9, 10
+"""Major compute capabilities whose tiles are loaded through tensor descriptors."""
+
+
 @dataclass(frozen=True)
 class Device:
     """What launches depend on.
 
     Attributes:
-        tma: whether tiles are loaded by the tensor memory accelerator of Hopper and later GPUs,
-            through tensor descriptors, or through plain pointers.
+        tma: whether tiles are loaded by the tensor memory accelerator of Hopper and of large
+            Blackwell GPUs, through tensor descriptors, or through plain pointers. Capability 12 has
+            it as well, but too little shared memory for the pipelines of decode.
     """
 
     tma: bool
@@ -57,7 +62,7 @@ class Device:
             return cls(tma=False)
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         major, _ = torch.cuda.get_device_capability(device)
-        return cls(tma=major >= 9 and not interpreted)
+        return cls(tma=major in TMA_CAPABILITIES and not interpreted)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Compiles the attention kernels for GPUs that are not here, as they would be launched there.
 
-    python tests/compile_kernels.py 80 89 90
+    python tests/compile_kernels.py CAPABILITY HEAD_DIM
 
-Prints a line of JSON for each: kernel, compute capability, archive, bytes of shared memory. What
-the interpreter takes and the compiler does not shows here, and what no multiprocessor could hold.
+Prints a line of JSON for each: kernel, archive, bytes of shared memory. What the interpreter takes
+and the compiler does not shows here, and what no multiprocessor could hold.
 """
 
 import json
@@ -23,7 +23,9 @@ from vllm_leank.kernels import decode, extend, launch
 
 from vllm_leank.window import Window
 
-KEPT = (0, 32, 96)
+KEPT = {128: (0, 32, 96), 256: (0, 240)}
+"""Kept channels of a layer's heads, by head size."""
+
 OPTIONS = ("num_warps", "launch_pdl")
 TYPES = {
     torch.int32: "i32",
@@ -81,19 +83,20 @@ class Recorder:
         self._tell(self._kernel.__name__, compiled.metadata.shared)
 
 
-def compile_all(capability: int, archive_dtype: torch.dtype | None) -> None:
+def compile_all(capability: int, head_dim: int, archive_dtype: torch.dtype | None) -> None:
     """Compile a decode step and a prompt that is read pruned."""
 
     def tell(kernel: str, shared: int) -> None:
         archive = "auto" if archive_dtype is None else "fp8"
-        line = {"kernel": kernel, "capability": capability, "archive": archive, "shared": shared}
-        print(json.dumps(line), flush=True)
+        print(json.dumps({"kernel": kernel, "archive": archive, "shared": shared}), flush=True)
 
     window = Window(128, 768, exact=False)
     block = 64 if archive_dtype is None else 128
-    builder = CacheBuilder(KEPT, 128, 4, window, block, torch.bfloat16, archive_dtype)
+    builder = CacheBuilder(
+        KEPT[head_dim], head_dim, 4, window, block, torch.bfloat16, archive_dtype
+    )
     request = builder.add(0, 1100)
-    device = launch.Device(tma=capability >= 90)
+    device = launch.Device(tma=capability // 10 in launch.TMA_CAPABILITIES)
     stand_in = partial(Recorder, capability=capability, tell=tell)
     with (
         mock.patch.object(launch.Device, "of", return_value=device),
@@ -108,7 +111,7 @@ def compile_all(capability: int, archive_dtype: torch.dtype | None) -> None:
 
 
 if __name__ == "__main__":
-    for capability in map(int, sys.argv[1:]):
-        for archive_dtype in (None, torch.float8_e4m3fn):
-            if archive_dtype is None or capability >= 89:
-                compile_all(capability, archive_dtype)
+    capability, head_dim = map(int, sys.argv[1:])
+    for archive_dtype in (None, torch.float8_e4m3fn):
+        if archive_dtype is None or capability >= 89:
+            compile_all(capability, head_dim, archive_dtype)

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
-"""Bytes that a program may have, by compute capability: A100, L40, H100."""
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+"""Bytes that a program may have, by compute capability: A100, L40, H100, RTX 5090."""
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_attention_kernels_compile_for_gpus_that_are_not_here(capability):
+@pytest.mark.parametrize(("capability", "head_dim"), [(80, 128), (89, 128), (90, 128), (120, 256)])
+def test_attention_kernels_compile_for_gpus_that_are_not_here(capability, head_dim):
     """In a process of its own, as the interpreter has taken Triton's place in this one."""
     tests = Path(__file__).parent
     paths = [str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, tests / "compile_kernels.py", str(capability)],
+        [sys.executable, tests / "compile_kernels.py", str(capability), str(head_dim)],
         env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,

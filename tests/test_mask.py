@@ -157,6 +157,7 @@ MALFORMED = {
     "no heads": ("heads: 2", "heads: -1", 3, "geometry.num_kv_heads", "at least 1"),
     "head_dim 0": ("head_dim: 64", "head_dim: 0", 3, "geometry.head_dim", "multiple of 32"),
     "head_dim 80": ("head_dim: 64", "head_dim: 80", 3, "geometry.head_dim", "multiple of 32"),
+    "head_dim 288": ("head_dim: 64", "head_dim: 288", 3, "geometry.head_dim", "up to 256"),
     "align 0": ("align: 16", "align: 0", 4, "align", "multiple of 16"),
     "align negative": ("align: 16", "align: -16", 4, "align", "multiple of 16"),
     "align 8": ("align: 16", "align: 8", 4, "align", "multiple of 16"),

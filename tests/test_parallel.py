@@ -77,7 +77,7 @@ def test_prefix_hits_and_preemption_on_two_ranks(split):
         (1, 2, 0.117),
         (1, 4, 0.229),
         (1, 8, 0.348),
-    ],  # fmt: skip
+    ],
 )
 def test_equal_pages_leave_little_empty(leank, repo, tmp_path, archive_itemsize, tp_size, empty):
     """Share of all ranks' archive pages that holds nothing; at most 12% on two ranks."""

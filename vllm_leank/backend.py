@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
 from vllm_leank.compat import in_flight_tokens, is_draft
-from vllm_leank.layout import CacheLayout
+from vllm_leank.layout import MAX_HEAD_DIM, CacheLayout
 from vllm_leank.settings import load_settings
 from vllm_leank.specs import WindowSpec, archive_spec, window_spec
 from vllm_leank.window import STEP, Window
@@ -65,7 +65,7 @@ class LeanKBackend(PagesBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return head_size % 32 == 0
+        return head_size % 32 == 0 and head_size <= MAX_HEAD_DIM
 
     @classmethod
     def supports_rswa(cls) -> bool:

@@ -7,6 +7,7 @@ import vllm.envs as envs
 
 from vllm_leank import compat
 from vllm_leank.errors import UserError
+from vllm_leank.layout import MAX_HEAD_DIM
 from vllm_leank.options import KEY, OptionError, Options, given_options, read_options
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
 
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         yield f"it runs on NVIDIA GPUs and on CPU, not on {current_platform.device_name}"
+    if current_platform.is_cuda() and not current_platform.has_device_capability((8, 0)):
+        yield "it needs a GPU of compute capability 8.0 or newer (Ampere)"
     if current_platform.is_cuda() and config.model_config.dtype.itemsize == 4:
         yield "on a GPU it computes in 16 bits: use --dtype bfloat16 or --dtype float16"
     has_fp8 = not current_platform.is_cuda() or current_platform.has_device_capability((8, 9))
@@ -142,8 +145,8 @@ def _model(model: "ModelConfig", other: str) -> Iterator[str]:
     if model.is_mm_prefix_lm:
         yield f"bidirectional attention over images is not supported; {other}"
     head_size = model.get_head_size()
-    if head_size % 32:
-        yield f"head size {head_size} is not a multiple of 32; {other}"
+    if head_size % 32 or head_size > MAX_HEAD_DIM:
+        yield f"head size {head_size} is not a multiple of 32 up to {MAX_HEAD_DIM}; {other}"
 
 
 def _flags(config: "VllmConfig") -> Iterator[str]:

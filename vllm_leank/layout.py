@@ -27,7 +27,11 @@ WINDOW_BLOCK = STEP
 """Tokens of a window page."""
 
 CHUNK_WIDTHS = (256, 128, 64, 32, 16)
-"""Widths of K chunks, widest first; the last is the finest alignment of a mask."""
+"""Widths of K chunks, widest first; the last is the finest alignment of a mask. A head has those of
+the binary digits of the number of channels that it keeps."""
+
+MAX_HEAD_DIM = CHUNK_WIDTHS[0]
+"""Most channels of a head: more than the widest chunk has no layout."""
 
 TOKEN_BYTES_UNIT = 16
 """An archive page has a multiple of this many bytes per token. Pages have multiples of 32 tokens,
@@ -91,7 +95,7 @@ class CacheLayout:
             all ranks of a layer have pages of one size.
 
     Raises:
-        ValueError: the heads do not fit into `archive_page_bytes`.
+        ValueError: a head has too many channels, or the heads do not fit into `archive_page_bytes`.
     """
 
     kept: tuple[int, ...]
@@ -102,6 +106,8 @@ class CacheLayout:
     archive_page_bytes: int
 
     def __post_init__(self) -> None:
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"{self.head_dim} channels of a head are more than {MAX_HEAD_DIM}")
         token_bytes = archive_token_bytes(self.kept, self.head_dim, self.archive_itemsize)
         if token_bytes * self.archive_block > self.archive_page_bytes:
             raise ValueError(
@@ -124,7 +130,7 @@ class CacheLayout:
         for kept in self.kept:
             chunks, first = [], 0
             for width in CHUNK_WIDTHS:
-                while kept - first >= width:
+                if kept & width:
                     chunks.append(KChunk(offset, width, first))
                     first += width
                     offset += self.archive_block * width

@@ -20,6 +20,7 @@ import yaml
 from vllm_leank.atomic import write_atomically
 from vllm_leank.errors import UserError
 from vllm_leank.geometry import Geometry
+from vllm_leank.layout import MAX_HEAD_DIM
 from vllm_leank.strict_yaml import Loc, YamlError, read_strict_yaml
 from vllm_leank.window import STEP
 
@@ -364,9 +365,10 @@ def _check_geometry(geometry: Geometry) -> None:
             raise MaskError(
                 f"is {getattr(geometry, name)}; it must be at least 1", loc=("geometry", name)
             )
-    if geometry.head_dim < 32 or geometry.head_dim % 32:
+    if geometry.head_dim % 32 or not 32 <= geometry.head_dim <= MAX_HEAD_DIM:
         raise MaskError(
-            f"is {geometry.head_dim}; it must be a multiple of 32", loc=("geometry", "head_dim")
+            f"is {geometry.head_dim}; it must be a multiple of 32, up to {MAX_HEAD_DIM}",
+            loc=("geometry", "head_dim"),
         )
     if geometry.rope_theta is not None and not 0 < geometry.rope_theta < float("inf"):
         raise MaskError(

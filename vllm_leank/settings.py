@@ -9,7 +9,7 @@ from vllm_leank.layout import CachePlan, plan_cache, window_token_bytes
 from vllm_leank.mask import Mask
 from vllm_leank.mask_resolver import resolve_mask
 from vllm_leank.options import Options
-from vllm_leank.window import STEP, Window
+from vllm_leank.window import Window, whole_pages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -106,9 +106,7 @@ def _draft_items(vllm_config: "VllmConfig") -> int:
 
 
 def _window(options: Options, mask: Mask) -> Window:
-    """The dense window: options first, then what the mask was made for. A mask's sink that does
-    not fill whole pages is rounded up, which keeps more tokens dense, never fewer.
-    """
-    sink = options.sink if options.sink is not None else -(-mask.sink // STEP) * STEP
+    """The dense window: options first, then what the mask was made for."""
+    sink = options.sink if options.sink is not None else whole_pages(mask.sink)
     recent = options.recent if options.recent is not None else mask.recent
     return Window(sink, recent, exact=options.prefill == "exact")

@@ -49,6 +49,13 @@ def check_recent(recent: int) -> int:
     return recent
 
 
+def whole_pages(sink: int) -> int:
+    """The sink of a mask, which may have been made for any number of tokens, rounded up to whole
+    window pages: more tokens stay dense than it was made for, never fewer.
+    """
+    return -(-sink // STEP) * STEP
+
+
 @dataclass(frozen=True)
 class Window:
     """The dense window of every request.

@@ -62,13 +62,13 @@ def attention(
     from vllm_leank.bench.machine import require_gpu
     from vllm_leank.bench.results import ATTENTION, describe_mask, header, save_results
     from vllm_leank.mask import load_mask
-    from vllm_leank.window import STEP
+    from vllm_leank.window import whole_pages
 
     begin = time.monotonic()
     if out is not None:
         check_new(out, overwrite)
     loaded = load_mask(mask)
-    sink = -(-loaded.sink // STEP) * STEP if sink is None else sink
+    sink = whole_pages(loaded.sink) if sink is None else sink
     recent = loaded.recent if recent is None else recent
     cases = [parse_case(text, sink, recent) for text in case or [f"{batch},{length}"]]
     chosen = parse_layers(layers, loaded.geometry.num_layers)
