@@ -12,7 +12,10 @@ from vllm_leank.cli.sizes import parse_size
 from vllm_leank.errors import UserError
 from vllm_leank.layout import CachePlan, plan_cache
 from vllm_leank.mask import save_mask
+from vllm_leank.mask_resolver import find_masks
 from vllm_leank.window import Window
+
+(BUNDLED,) = find_masks("leank/recall")
 
 
 @pytest.fixture
@@ -62,6 +65,22 @@ def test_the_window_may_be_given(recall):
     assert planned["window"] == {"sink": 0, "recent": 2048}
     wider, usual = planned["engines"][2], json.loads(recall(*args)[1])["engines"][2]
     assert wider["in_decode"] < usual["in_decode"]
+
+
+def test_prompts_read_pruned_hold_what_the_steps_in_flight_write(recall):
+    args = ["--kv-cache-memory", "1GiB", "--max-model-len", 16384, "--prefill", "pruned"]
+    usual, small = (
+        json.loads(recall(*args, "--json", *more)[1])
+        for more in ([], ["--max-num-batched-tokens", 1024])
+    )
+    assert [one["max_num_batched_tokens"] for one in (usual, small)] == [8192, 1024]
+    plan, window = plan_cache(BUNDLED.kept_counts.tolist(), 128, 2), Window(64, 256, exact=False)
+    for planned, in_flight in ((usual, 16384), (small, 2048)):
+        fits = leank_capacity(plan, window, 2**30, 16384, in_flight).in_prefill
+        assert planned["engines"][2]["in_prefill"] == fits
+    _, out, _ = recall(*args, "--max-num-batched-tokens", 1024)
+    told = " ".join(out.split())
+    assert "prompts read pruned with --max-num-batched-tokens 1024: cache of 1.00 GiB" in told
 
 
 def test_a_gpu_leaves_what_weights_and_vllm_do_not_take(recall, repo):
@@ -159,7 +178,7 @@ def test_capacity_is_that_of_a_server_on_an_h200(
 def test_short_requests_gain_nothing():
     """Within sink and recent every token is dense; only what blocks leave empty is lost."""
     plan = plan_cache([[32, 0], [64, 32]], 64, 2)
-    both = compare(plan, Window(64, 256), 2**30, 256)
+    both = compare(plan, Window(64, 256), 2**30, 256, in_flight=1)
     share = plan.dense_token_bytes * 32 / plan.block_bytes
     assert both["leank"].in_decode == pytest.approx(both["vLLM"].in_decode * share, rel=1e-3)
     assert both["leank"].in_decode == both["leank"].in_prefill
@@ -169,7 +188,7 @@ def test_the_variant_in_use_does_not_matter():
     fp8 = plan_cache([[32, 0], [64, 32]], 64, 2, archive_itemsize=1)
     bf16 = plan_cache([[32, 0], [64, 32]], 64, 2)
     window = Window(64, 256)
-    assert compare(fp8, window, 2**30, 8192) == compare(bf16, window, 2**30, 8192)
+    assert compare(fp8, window, 2**30, 8192, 1) == compare(bf16, window, 2**30, 8192, 1)
 
 
 def test_estimates_name_what_takes_the_memory():

@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_leank.capacity import OTHER_BYTES, UTILIZATION, compare, estimate_pool
+from vllm_leank.capacity import (
+    BATCHED_TOKENS,
+    OTHER_BYTES,
+    STEPS_AT_ONCE,
+    UTILIZATION,
+    compare,
+    estimate_pool,
+)
 from vllm_leank.cli.sizes import gib, parse_size
 from vllm_leank.errors import UserError
 
@@ -73,6 +80,15 @@ def plan(
         int | None, typer.Option(help="Last tokens that stay dense.", show_default="the mask's")
     ] = None,
     prefill: Annotated[str, typer.Option(help="How prompts are read: exact or pruned.")] = "exact",
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help=f"As given to vLLM: tokens of a step; {STEPS_AT_ONCE} steps overlap. Decides what "
+            "requests hold while their prompts are read pruned.",
+            show_default=f"{BATCHED_TOKENS:,}, vLLM's on an H100 or H200",
+        ),
+    ] = BATCHED_TOKENS,
     tp: Annotated[
         int, typer.Option("--tp", "--tensor-parallel-size", min=1, help="Tensor-parallel GPUs.")
     ] = 1,
@@ -96,6 +112,7 @@ def plan(
         "mask": {"path": str(settings.mask.path), "sha256": settings.mask.sha256},
         "window": {"sink": settings.window.sink, "recent": settings.window.recent},
         "prefill": prefill,
+        "max_num_batched_tokens": max_num_batched_tokens,
         "tensor_parallel_size": tp,
         "max_model_len": max_model_len,
     }
@@ -133,7 +150,8 @@ def _print(settings: "Settings", facts: dict[str, Any], as_json: bool) -> None:
     from vllm_leank.cli.capacity_table import capacity_json, capacity_table
 
     pool, length = facts["pool_bytes"], facts["max_model_len"]
-    capacities = compare(settings.plan, settings.window, pool, length)
+    in_flight = STEPS_AT_ONCE * facts["max_num_batched_tokens"]
+    capacities = compare(settings.plan, settings.window, pool, length, in_flight)
     if as_json:
         print(json.dumps(facts | {"engines": capacity_json(capacities)}, indent=2))
         return
@@ -156,7 +174,8 @@ def _sentence(facts: dict[str, Any]) -> str:
     where = where if facts["tensor_parallel_size"] > 1 else ""
     window = "sink {sink}, recent {recent}".format(**facts["window"])
     if facts["prefill"] == "pruned":
-        window += ", prompts read pruned"
+        step = facts["max_num_batched_tokens"]
+        window += f", prompts read pruned with --max-num-batched-tokens {step}"
     how = ""
     if "gpu_bytes" in facts:
         how = (
