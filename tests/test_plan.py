@@ -49,6 +49,12 @@ def test_plan_says_what_a_server_says(recall):
     assert engines["leank"]["in_prefill"] < engines["vLLM"]["in_prefill"] == pytest.approx(21.17, 1)
 
 
+def test_the_help_knows_the_longest_request_of_the_startup_report(leank):
+    from vllm_leank.report import LONG_REQUEST
+
+    assert f"speaks of {LONG_REQUEST:,} tokens" in " ".join(leank("plan", "--help")[1].split())
+
+
 def test_plan_as_a_table(recall):
     code, out, _ = recall("--kv-cache-memory", "1GiB", "--max-model-len", 8256)
     assert code == 0

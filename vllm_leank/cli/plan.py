@@ -96,8 +96,9 @@ def plan(
 ) -> None:
     """How many requests fit: vLLM's dense cache in 16 and 8 bits, leank's in 16 and with fp8.
 
-    Computed from the same pages that a server uses. With --kv-cache-memory exactly what its startup
-    report says; with --gpu-memory an estimate, as only vLLM can measure what it takes itself.
+    Computed from the same pages that a server uses. With --kv-cache-memory what fits in decode is
+    exactly what its startup report says, which speaks of 32,768 tokens where --max-model-len is
+    more; with --gpu-memory it is an estimate, as only vLLM can measure what it takes itself.
     """
     if (gpu_memory is None) == (kv_cache_memory is None):
         raise UserError("give either --gpu-memory or --kv-cache-memory")
