@@ -8,7 +8,7 @@ from mask_samples import random_mask
 
 from vllm_leank.capacity import compare, dense_capacity, estimate_pool, leank_capacity
 from vllm_leank.checkpoint import Checkpoint
-from vllm_leank.cli.sizes import parse_size
+from vllm_leank.cli.sizes import parse_size, readable
 from vllm_leank.errors import UserError
 from vllm_leank.layout import CachePlan, plan_cache
 from vllm_leank.mask import save_mask
@@ -123,8 +123,10 @@ def test_requests_that_can_never_be_admitted_are_told(recall):
     [
         ([], "give either --gpu-memory or --kv-cache-memory"),
         (["--gpu-memory", "80GiB", "--kv-cache-memory", "8GiB"], "give either --gpu-memory"),
-        (["--gpu-memory", "2GiB"], "no memory is left for the cache"),
-        (["--gpu-memory", "lots"], "'lots' is no size"),
+        (["--gpu-memory", "2GiB"], "no memory is left for the cache: 92% of 2.00 GiB"),
+        (["--gpu-memory", "2GiB"], "check --gpu-memory, --gpu-memory-utilization, --weights and"),
+        (["--gpu-memory", "lots"], "'lots' is no size; write sizes like 141GiB"),
+        (["--gpu-memory", "80"], "'80' has no unit; write sizes like 141GiB"),
         (["--kv-cache-memory", "1GiB", "--tp", 3], "--tp is 3, which neither divides 2 KV heads"),
         (["--kv-cache-memory", "1GiB", "--sink", 30], "sink is 30, but must be 0 or a multiple"),
         (["--kv-cache-memory", "1GiB", "--mask", "/none.yaml"], "/none.yaml"),
@@ -151,8 +153,9 @@ def test_a_mask_of_another_model(recall, tiny_llama_dir, tmp_path):
         ("16 GB", 16 * 10**9),
         ("110.5gib", 221 * 2**29),
         ("512MiB", 2**29),
-        ("7", 7),
         ("7b", 7),
+        ("0", 0),
+        ("1073741824", 2**30),
     ],
 )
 def test_sizes(text, size):
@@ -163,6 +166,29 @@ def test_sizes(text, size):
 def test_what_is_no_size(text):
     with pytest.raises(typer.BadParameter, match="is no size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["7", "80", "0.5", "1048575"])
+def test_sizes_whose_unit_is_missing(text):
+    with pytest.raises(typer.BadParameter, match="has no unit; write sizes like 141GiB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (1536 * 2**30, "1,536.00 GiB"),
+        (2**30, "1.00 GiB"),
+        (11 * 2**20, "0.01 GiB"),
+        (10 * 2**20, "10.00 MiB"),
+        (10**6, "0.95 MiB"),
+        (2000, "1.95 KiB"),
+        (7, "7 bytes"),
+        (0, "0 bytes"),
+    ],
+)
+def test_sizes_for_people(size, text):
+    assert readable(size) == text
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ def estimate_pool(
         raise UserError(
             f"no memory is left for the cache: {utilization:.0%} of {gpu_bytes / 2**30:.2f} GiB "
             f"is less than weights ({weight_bytes / 2**30:.2f} GiB) and what else vLLM takes "
-            f"({other_bytes / 2**30:.2f} GiB)"
+            f"({other_bytes / 2**30:.2f} GiB); check --gpu-memory, --gpu-memory-utilization, "
+            "--weights and --other, or share the weights among more GPUs by --tp"
         )
     return pool

@@ -9,7 +9,7 @@ import typer
 
 from vllm_leank import compat
 from vllm_leank.capacity import compare
-from vllm_leank.cli.sizes import gib
+from vllm_leank.cli.sizes import readable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,5 +124,5 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
         return
     plan, window = serving.settings.plan, serving.settings.window
     capacities = compare(plan, window, serving.pool_bytes, serving.length, serving.in_flight)
-    console.print(f"\ncache of {gib(serving.pool_bytes)} on each device")
+    console.print(f"\ncache of {readable(serving.pool_bytes)} on each device")
     console.print(capacity_table(capacities, serving.length))

@@ -13,7 +13,7 @@ from vllm_leank.capacity import (
     compare,
     estimate_pool,
 )
-from vllm_leank.cli.sizes import gib, parse_size
+from vllm_leank.cli.sizes import parse_size, readable
 from vllm_leank.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def plan(
             metavar="SIZE",
             help="What vLLM takes on each GPU beside weights and cache; it measures this at "
             "startup, and more --max-num-batched-tokens take more.",
-            show_default=gib(OTHER_BYTES),
+            show_default=readable(OTHER_BYTES),
         ),
     ] = None,
     gpu_memory_utilization: Annotated[
@@ -170,7 +170,7 @@ def _print(settings: "Settings", facts: dict[str, Any], as_json: bool) -> None:
 
 
 def _sentence(facts: dict[str, Any]) -> str:
-    pool = gib(facts["pool_bytes"])
+    pool = readable(facts["pool_bytes"])
     where = f" on each of {facts['tensor_parallel_size']} GPUs"
     where = where if facts["tensor_parallel_size"] > 1 else ""
     window = "sink {sink}, recent {recent}".format(**facts["window"])
@@ -179,8 +179,7 @@ def _sentence(facts: dict[str, Any]) -> str:
         window += f", prompts read pruned with --max-num-batched-tokens {step}"
     how = ""
     if "gpu_bytes" in facts:
-        how = (
-            f" (estimated: {gib(facts['gpu_bytes'])} GPU, {gib(facts['weight_bytes'])} of weights, "
-            f"{gib(facts['other_bytes'])} beside)"
-        )
+        names = ("gpu_bytes", "weight_bytes", "other_bytes")
+        gpu, weights, other = (readable(facts[name]) for name in names)
+        how = f" (estimated: {gpu} GPU, {weights} of weights, {other} beside)"
     return f"{facts['model']}, {window}: cache of {pool}{where}{how}"
