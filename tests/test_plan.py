@@ -1,13 +1,16 @@
 """`leank plan`: what fits, from the pages that a server uses."""
 
+import io
 import json
 
 import pytest
 import typer
 from mask_samples import random_mask
+from rich.console import Console
 
-from vllm_leank.capacity import compare, dense_capacity, estimate_pool, leank_capacity
+from vllm_leank.capacity import Capacity, compare, dense_capacity, estimate_pool, leank_capacity
 from vllm_leank.checkpoint import Checkpoint
+from vllm_leank.cli.capacity_table import capacity_table
 from vllm_leank.cli.sizes import parse_size, readable
 from vllm_leank.errors import UserError
 from vllm_leank.layout import CachePlan, plan_cache
@@ -63,6 +66,26 @@ def test_plan_as_a_table(recall):
     for text in ("48.3", "2.28x", "85.2", "2,464"):
         assert text in out
     assert "would not start" not in out
+
+
+@pytest.mark.parametrize("width", [80, 70])
+def test_the_table_loses_nothing_where_columns_are_few(width):
+    """Names may wrap; numbers of seven digits are whole."""
+    most = Capacity(9_999_999, 9_999, 9_999_999, 9_999_999, 9_999_999)
+    names = ["vLLM", "vLLM, fp8 cache", "leank", "leank, fp8 archive"]
+    file = io.StringIO()
+    Console(file=file, width=width).print(capacity_table(dict.fromkeys(names, most), 1))
+    shown = file.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in shown
+    assert shown.count(" 9,999,999 ") == 4 * len(names)
+    assert all((name in shown) == (width == 80) for name in names[1::2])
+
+
+def test_tenths_are_shown_of_few_requests_only(recall):
+    args = ["--max-model-len", 8256, "--kv-cache-memory"]
+    assert " 21.2 " in recall(*args, "1GiB")[1]
+    assert " 2,985 " in recall(*args, "141GiB")[1]
 
 
 def test_the_window_may_be_given(recall):
