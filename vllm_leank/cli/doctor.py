@@ -112,7 +112,7 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
     if serving.reasons:
         console.print("[red]leank would not serve this line:[/]")
         for reason in serving.reasons:
-            console.print(f"  * {escape(reason)}")
+            console.print(f"  * {escape(reason)}", soft_wrap=True)
     else:
         console.print("[green]leank would serve this line[/]")
     if serving.settings is None:
