@@ -23,7 +23,8 @@ def doctor(
         list[str] | None,
         typer.Argument(
             metavar="-- vllm serve MODEL",
-            help="A line to look at as well, with all its flags, behind two dashes.",
+            help="A line to look at as well, with all its flags, behind two dashes. Variables of "
+            "its environment stand before leank.",
             show_default="none",
         ),
     ] = None,
