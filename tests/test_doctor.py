@@ -143,8 +143,35 @@ def test_lines_that_do_not_choose_leank(tiny_llama_dir):
 
 
 @pytest.mark.parametrize(
+    ("words", "taken"),
+    [
+        (["vllm", "bench", "serve"], "bench serve"),
+        (["foo", "bar"], "foo bar"),
+        (["VLLM_X=1", "vllm", "serve", "m"], "VLLM_X=1 vllm serve m"),
+        (["vllm", "serve", "m", "n"], "m n"),
+    ],
+)
+def test_lines_that_are_not_of_vllm_serve(words, taken):
+    (reason,) = examine([*words, "--attention-backend", "leank"]).reasons
+    assert reason == f"expected `vllm serve MODEL` and flags, but `{taken}` is no MODEL"
+
+
+def test_the_words_vllm_serve_may_be_left_out(line):
+    for skipped in (1, 2):
+        assert examine(line()[skipped:]).reasons == ()
+
+
+@pytest.mark.parametrize("model", ["/nope", "./no/such", "~/nope"])
+def test_a_path_to_nothing(line, model):
+    given = line()
+    given[2] = model
+    assert examine(given).reasons == (f"{model}: no such directory",)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--additional-config", "{bad}"], "Value {bad} cannot be converted to JSON"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--max-model-len", "many"], "--max-model-len"),
         (["--max-model-len", "1000000"], "max_model_len"),

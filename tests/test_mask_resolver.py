@@ -12,6 +12,18 @@ LONG = Geometry(2, 2, 64, 1e6, {"rope_type": "yarn", "factor": 4.0})
 OTHER = Geometry(2, 2, 96, 1e6, None)
 
 
+@pytest.mark.parametrize(
+    ("geometry", "words"),
+    [
+        (SHORT, "2 layers of 2 KV heads of 64 channels, RoPE of type default with theta 1,000,000"),
+        (LONG, "2 layers of 2 KV heads of 64 channels, RoPE of type yarn with theta 1,000,000"),
+        (Geometry(32, 8, 128, None, None), "32 layers of 8 KV heads of 128 channels, no RoPE"),
+    ],
+)
+def test_a_geometry_in_words(geometry, words):
+    assert str(geometry) == words
+
+
 @pytest.fixture
 def folder(tmp_path):
     root = tmp_path / "masks"
@@ -63,12 +75,14 @@ def test_a_name_without_organisation_is_no_hub_id(folder):
 
 
 def test_unknown_model(folder):
-    with pytest.raises(MaskError, match="no mask for a/b with") as caught:
+    with pytest.raises(MaskError, match="no mask for a/b") as caught:
         resolve_mask(None, "a/b", SHORT, folder=folder)
     message = str(caught.value)
-    assert "head_dim=64" in message
-    assert "leank mask calibrate --model a/b --data" in message
-    assert "option `mask`" in message
+    assert f"({SHORT}) comes with the package: none has that model id\n" in message
+    assert '--mask of leank or by "mask" in --additional-config of vllm serve' in message
+    for command in ("import", "calibrate", "learn"):
+        (line,) = (line for line in message.splitlines() if f"leank mask {command} " in line)
+        assert line.endswith("--model a/b --out mask.yaml")
 
 
 def test_known_model_with_another_geometry(folder):
@@ -82,7 +96,7 @@ def test_several_fitting_masks(folder):
     with pytest.raises(MaskError, match="several masks fit") as caught:
         resolve_mask(None, "org/model-7b", SHORT, folder=folder)
     assert "short.yaml" in str(caught.value)
-    assert "second.yaml" in str(caught.value)
+    assert "second.yaml; name a mask file, by --mask" in str(caught.value)
 
 
 def test_option_names_a_file(folder, monkeypatch):

@@ -1,18 +1,24 @@
 """`leank plan`: what fits, from the pages that a server uses."""
 
+import io
 import json
 
 import pytest
 import typer
 from mask_samples import random_mask
+from rich.console import Console
 
-from vllm_leank.capacity import compare, dense_capacity, estimate_pool, leank_capacity
+from vllm_leank.capacity import Capacity, compare, dense_capacity, estimate_pool, leank_capacity
 from vllm_leank.checkpoint import Checkpoint
-from vllm_leank.cli.sizes import parse_size
+from vllm_leank.cli.capacity_table import capacity_table
+from vllm_leank.cli.sizes import parse_size, readable
 from vllm_leank.errors import UserError
 from vllm_leank.layout import CachePlan, plan_cache
 from vllm_leank.mask import save_mask
+from vllm_leank.mask_resolver import find_masks
 from vllm_leank.window import Window
+
+(BUNDLED,) = find_masks("leank/recall")
 
 
 @pytest.fixture
@@ -46,6 +52,12 @@ def test_plan_says_what_a_server_says(recall):
     assert engines["leank"]["in_prefill"] < engines["vLLM"]["in_prefill"] == pytest.approx(21.17, 1)
 
 
+def test_the_help_knows_the_longest_request_of_the_startup_report(leank):
+    from vllm_leank.report import LONG_REQUEST
+
+    assert f"speaks of {LONG_REQUEST:,} tokens" in " ".join(leank("plan", "--help")[1].split())
+
+
 def test_plan_as_a_table(recall):
     code, out, _ = recall("--kv-cache-memory", "1GiB", "--max-model-len", 8256)
     assert code == 0
@@ -56,12 +68,48 @@ def test_plan_as_a_table(recall):
     assert "would not start" not in out
 
 
+@pytest.mark.parametrize("width", [80, 70])
+def test_the_table_loses_nothing_where_columns_are_few(width):
+    """Names may wrap; numbers of seven digits are whole."""
+    most = Capacity(9_999_999, 9_999, 9_999_999, 9_999_999, 9_999_999)
+    names = ["vLLM", "vLLM, fp8 cache", "leank", "leank, fp8 archive"]
+    file = io.StringIO()
+    Console(file=file, width=width).print(capacity_table(dict.fromkeys(names, most), 1))
+    shown = file.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in shown
+    assert shown.count(" 9,999,999 ") == 4 * len(names)
+    assert all((name in shown) == (width == 80) for name in names[1::2])
+
+
+def test_tenths_are_shown_of_few_requests_only(recall):
+    args = ["--max-model-len", 8256, "--kv-cache-memory"]
+    assert " 21.2 " in recall(*args, "1GiB")[1]
+    assert " 2,985 " in recall(*args, "141GiB")[1]
+
+
 def test_the_window_may_be_given(recall):
     args = ["--kv-cache-memory", "1GiB", "--max-model-len", 8256, "--json"]
     planned = json.loads(recall(*args, "--sink", 0, "--recent", 2048)[1])
     assert planned["window"] == {"sink": 0, "recent": 2048}
     wider, usual = planned["engines"][2], json.loads(recall(*args)[1])["engines"][2]
     assert wider["in_decode"] < usual["in_decode"]
+
+
+def test_prompts_read_pruned_hold_what_the_steps_in_flight_write(recall):
+    args = ["--kv-cache-memory", "1GiB", "--max-model-len", 16384, "--prefill", "pruned"]
+    usual, small = (
+        json.loads(recall(*args, "--json", *more)[1])
+        for more in ([], ["--max-num-batched-tokens", 1024])
+    )
+    assert [one["max_num_batched_tokens"] for one in (usual, small)] == [8192, 1024]
+    plan, window = plan_cache(BUNDLED.kept_counts.tolist(), 128, 2), Window(64, 256, exact=False)
+    for planned, in_flight in ((usual, 16384), (small, 2048)):
+        fits = leank_capacity(plan, window, 2**30, 16384, in_flight).in_prefill
+        assert planned["engines"][2]["in_prefill"] == fits
+    _, out, _ = recall(*args, "--max-num-batched-tokens", 1024)
+    told = " ".join(out.split())
+    assert "prompts read pruned with --max-num-batched-tokens 1024: cache of 1.00 GiB" in told
 
 
 def test_a_gpu_leaves_what_weights_and_vllm_do_not_take(recall, repo):
@@ -98,8 +146,10 @@ def test_requests_that_can_never_be_admitted_are_told(recall):
     [
         ([], "give either --gpu-memory or --kv-cache-memory"),
         (["--gpu-memory", "80GiB", "--kv-cache-memory", "8GiB"], "give either --gpu-memory"),
-        (["--gpu-memory", "2GiB"], "no memory is left for the cache"),
-        (["--gpu-memory", "lots"], "'lots' is no size"),
+        (["--gpu-memory", "2GiB"], "no memory is left for the cache: 92% of 2.00 GiB"),
+        (["--gpu-memory", "2GiB"], "check --gpu-memory, --gpu-memory-utilization, --weights and"),
+        (["--gpu-memory", "lots"], "'lots' is no size; write sizes like 141GiB"),
+        (["--gpu-memory", "80"], "'80' has no unit; write sizes like 141GiB"),
         (["--kv-cache-memory", "1GiB", "--tp", 3], "--tp is 3, which neither divides 2 KV heads"),
         (["--kv-cache-memory", "1GiB", "--sink", 30], "sink is 30, but must be 0 or a multiple"),
         (["--kv-cache-memory", "1GiB", "--mask", "/none.yaml"], "/none.yaml"),
@@ -126,8 +176,9 @@ def test_a_mask_of_another_model(recall, tiny_llama_dir, tmp_path):
         ("16 GB", 16 * 10**9),
         ("110.5gib", 221 * 2**29),
         ("512MiB", 2**29),
-        ("7", 7),
         ("7b", 7),
+        ("0", 0),
+        ("1073741824", 2**30),
     ],
 )
 def test_sizes(text, size):
@@ -138,6 +189,29 @@ def test_sizes(text, size):
 def test_what_is_no_size(text):
     with pytest.raises(typer.BadParameter, match="is no size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["7", "80", "0.5", "1048575"])
+def test_sizes_whose_unit_is_missing(text):
+    with pytest.raises(typer.BadParameter, match="has no unit; write sizes like 141GiB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (1536 * 2**30, "1,536.00 GiB"),
+        (2**30, "1.00 GiB"),
+        (11 * 2**20, "0.01 GiB"),
+        (10 * 2**20, "10.00 MiB"),
+        (10**6, "0.95 MiB"),
+        (2000, "1.95 KiB"),
+        (7, "7 bytes"),
+        (0, "0 bytes"),
+    ],
+)
+def test_sizes_for_people(size, text):
+    assert readable(size) == text
 
 
 @pytest.mark.parametrize(
@@ -159,7 +233,7 @@ def test_capacity_is_that_of_a_server_on_an_h200(
 def test_short_requests_gain_nothing():
     """Within sink and recent every token is dense; only what blocks leave empty is lost."""
     plan = plan_cache([[32, 0], [64, 32]], 64, 2)
-    both = compare(plan, Window(64, 256), 2**30, 256)
+    both = compare(plan, Window(64, 256), 2**30, 256, in_flight=1)
     share = plan.dense_token_bytes * 32 / plan.block_bytes
     assert both["leank"].in_decode == pytest.approx(both["vLLM"].in_decode * share, rel=1e-3)
     assert both["leank"].in_decode == both["leank"].in_prefill
@@ -169,7 +243,7 @@ def test_the_variant_in_use_does_not_matter():
     fp8 = plan_cache([[32, 0], [64, 32]], 64, 2, archive_itemsize=1)
     bf16 = plan_cache([[32, 0], [64, 32]], 64, 2)
     window = Window(64, 256)
-    assert compare(fp8, window, 2**30, 8192) == compare(bf16, window, 2**30, 8192)
+    assert compare(fp8, window, 2**30, 8192, 1) == compare(bf16, window, 2**30, 8192, 1)
 
 
 def test_estimates_name_what_takes_the_memory():

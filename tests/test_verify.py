@@ -156,8 +156,9 @@ def recall_data(tmp_path):
 def test_the_bundled_model_passes_with_its_mask_only(leank, recall_data, tmp_path):
     code, out, _ = leank("verify", MODEL, "--data", recall_data)
     assert code == 0
-    for text in ("PASS", "2 of 2", "recall.jsonl: 1 prompts without", "no needles: the tokenizer"):
+    for text in ("PASS", "2 of 2", "recall.jsonl: 1 prompts without", "needles were left out: the"):
         assert text in out
+    assert "--data" not in out
     (shipped,) = find_masks(str(MODEL))
     keep = np.random.default_rng(0).permuted(shipped.keep, axis=-1)
     mask = Mask.from_keep(keep, shipped.geometry, model="random", provenance={"method": "random"})
@@ -166,6 +167,13 @@ def test_the_bundled_model_passes_with_its_mask_only(leank, recall_data, tmp_pat
     assert code == 1
     assert "FAIL" in out
     assert "2 of 2" in out
+
+
+def test_a_tokenizer_of_other_words_needs_prompts_of_its_own(leank):
+    code, _, err = leank("verify", MODEL)
+    assert code == 2
+    assert "needles were left out: the tokenizer of" in err
+    assert err.endswith("; give prompts with far tokens by --data prompts.jsonl\n")
 
 
 @pytest.mark.parametrize(

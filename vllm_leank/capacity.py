@@ -14,10 +14,11 @@ OTHER_BYTES = 3 * 2**30
 defaults on an H200. vLLM measures it at startup; here it is a guess.
 """
 
-IN_FLIGHT_TOKENS = 2 * 8192
-"""Tokens that are computed at once, as far as only vLLM can know it: its default of
-`--max-num-batched-tokens` on large GPUs, for two steps that overlap.
-"""
+BATCHED_TOKENS = 8192
+"""vLLM's default of `--max-num-batched-tokens` for servers on an H100 or H200."""
+
+STEPS_AT_ONCE = 2
+"""Steps of a server that overlap, without pipeline parallelism."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def dense_capacity(
 
 
 def compare(
-    plan: CachePlan, window: Window, pool_bytes: int, length: int, in_flight: int = IN_FLIGHT_TOKENS
+    plan: CachePlan, window: Window, pool_bytes: int, length: int, in_flight: int
 ) -> dict[str, Capacity]:
     """Capacity of dense caches and of leank's in the model's dtype and in fp8, by name; see
     `leank_capacity`.
@@ -112,6 +113,7 @@ def estimate_pool(
         raise UserError(
             f"no memory is left for the cache: {utilization:.0%} of {gpu_bytes / 2**30:.2f} GiB "
             f"is less than weights ({weight_bytes / 2**30:.2f} GiB) and what else vLLM takes "
-            f"({other_bytes / 2**30:.2f} GiB)"
+            f"({other_bytes / 2**30:.2f} GiB); check --gpu-memory, --gpu-memory-utilization, "
+            "--weights and --other, or share the weights among more GPUs by --tp"
         )
     return pool

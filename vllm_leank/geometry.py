@@ -65,6 +65,14 @@ class Geometry:
             rope_scaling=scaling,
         )
 
+    def __str__(self) -> str:
+        rope = "no RoPE"
+        if self.rope_theta is not None:
+            kind = (self.rope_scaling or {}).get("rope_type", "default")
+            rope = f"RoPE of type {kind} with theta {self.rope_theta:,.10g}"
+        heads = f"{self.num_kv_heads} KV heads of {self.head_dim} channels"
+        return f"{self.num_layers} layers of {heads}, {rope}"
+
     def mismatch(self, other: "Geometry") -> str | None:
         """Name the first field in which `other` differs, with both values; None if they agree."""
         for field in fields(self):

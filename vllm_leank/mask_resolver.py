@@ -11,6 +11,8 @@ from vllm_leank.mask import Mask, MaskError, load_mask
 # A checkpoint's folder often has a name that says nothing; then the folder above it counts.
 _NAMELESS = {"model", "checkpoint", "hf"}
 
+_NAME_ONE = 'name a mask file, by --mask of leank or by "mask" in --additional-config of vllm serve'
+
 
 def resolve_mask(
     option: str | None, model: str, geometry: Geometry, *, folder: Path | None = None
@@ -39,13 +41,17 @@ def resolve_mask(
         return fitting[0]
     if fitting:
         files = ", ".join(str(mask.path) for mask in fitting)
-        raise MaskError(f"several masks fit {model}: {files}; name one with the option `mask`")
+        raise MaskError(f"several masks fit {model}: {files}; {_NAME_ONE}")
     reasons = "".join(f"\n  {mask.path}: {mask.geometry.mismatch(geometry)}" for mask in named)
-    found = f"other geometry only:{reasons}" if named else "none with that model id"
+    found = f"other geometry only:{reasons}" if named else "none has that model id"
+    made = f"--model {model} --out mask.yaml"
     raise MaskError(
-        f"no mask for {model} with {geometry} among the masks of the package ({found})\n"
-        "name a mask file with the option `mask`, or make one: leank mask calibrate "
-        f"--model {model} --data prompts.jsonl --ratio 0.7 --align 32 --out mask.yaml"
+        f"no mask for {model} ({geometry}) comes with the package: {found}\n"
+        f"{_NAME_ONE}, or make one from what LeanK's authors released, from sample prompts or by "
+        "training on a GPU:\n"
+        f"  leank mask import MASK.pth {made}\n"
+        f"  leank mask calibrate --data prompts.jsonl --ratio 0.7 --align 32 {made}\n"
+        f"  leank mask learn --ratio 0.7 --align 32 {made}"
     )
 
 

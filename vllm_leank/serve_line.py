@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_leank import compat
@@ -62,7 +65,12 @@ def _parse(arguments: Sequence[str]) -> "VllmConfig":
 
 
 def _parse_arguments(arguments: Sequence[str]) -> Any:
-    """The namespace that vLLM's own command makes of the line."""
+    """The namespace that vLLM's own command makes of the line.
+
+    Raises:
+        UserError: it is no `vllm serve` line, or its model is a path to nothing.
+        ValueError: vLLM refuses it.
+    """
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -70,6 +78,11 @@ def _parse_arguments(arguments: Sequence[str]) -> Any:
     for word in ("vllm", "serve"):
         if line[:1] == [word]:
             line.pop(0)
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), line))
+    if len(words) > 1:
+        raise UserError(
+            f"expected `vllm serve MODEL` and flags, but `{' '.join(words)}` is no MODEL"
+        )
     command = ServeSubcommand()
     parser = FlexibleArgumentParser(prog="vllm")
     command.subparser_init(parser.add_subparsers(dest="subparser"))
@@ -80,9 +93,12 @@ def _parse_arguments(arguments: Sequence[str]) -> Any:
     except SystemExit as ended:
         if not ended.code:
             raise
-        raise ValueError(errors.getvalue().strip().rpartition("error: ")[2]) from None
+        message = errors.getvalue().strip().rpartition("error: ")[2]
+        raise ValueError(re.sub("<function loads at 0x[0-9a-f]+>", "JSON", message)) from None
     command.validate(parsed)
     parsed.model = parsed.model_tag or parsed.model
+    if parsed.model.startswith(("/", ".", "~")) and not Path(parsed.model).exists():
+        raise UserError(f"{parsed.model}: no such directory")
     return parsed
 
 

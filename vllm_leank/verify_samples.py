@@ -83,7 +83,4 @@ def _check_written(samples: Sequence[Named], checkpoint: Checkpoint) -> None:
     if unknown is not None and any(
         unknown in one.prompt or unknown in one.answer for _, one in samples
     ):
-        raise UserError(
-            f"the tokenizer of {checkpoint.path} has no tokens for generated needles; give prompts "
-            "with answers of its own by --data"
-        )
+        raise UserError(f"the tokenizer of {checkpoint.path} has no tokens for their words")

@@ -10,11 +10,18 @@ from vllm_leank.capacity import Capacity
 
 
 def capacity_table(capacities: dict[str, Capacity], length: int) -> Table:
-    """A row per way to keep the cache; ratios are against the first."""
+    """A row per way to keep the cache; ratios are against the first.
+
+    80 columns hold numbers of seven digits; where there is less room, names wrap.
+    """
     table = Table(
-        title=f"requests of {length:,} tokens that fit", title_justify="left", box=box.SIMPLE_HEAD
+        title=f"requests of {length:,} tokens that fit",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     for name in (
         "in\ndecode",
         "",
@@ -28,14 +35,19 @@ def capacity_table(capacities: dict[str, Capacity], length: int) -> Table:
     for name, one in capacities.items():
         table.add_row(
             name,
-            f"{one.in_decode:,.1f}",
+            _count(one.in_decode),
             f"{one.in_decode / first.in_decode:.2f}x",
-            f"{one.in_prefill:,.1f}",
+            _count(one.in_prefill),
             f"{one.far_token_bytes:,}",
             "" if one.archive_block is None else f"{one.archive_block}",
             "" if one.block_bytes is None else f"{one.block_bytes:,}",
         )
     return table
+
+
+def _count(requests: float) -> str:
+    """A tenth of a request matters only where few fit."""
+    return f"{requests:,.1f}" if requests < 1000 else f"{requests:,.0f}"
 
 
 def capacity_json(capacities: dict[str, Capacity]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import typer
 
 from vllm_leank import compat
 from vllm_leank.capacity import compare
-from vllm_leank.cli.sizes import gib
+from vllm_leank.cli.sizes import readable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,8 @@ def doctor(
         list[str] | None,
         typer.Argument(
             metavar="-- vllm serve MODEL",
-            help="A line to look at as well, with all its flags, behind two dashes.",
+            help="A line to look at as well, with all its flags, behind two dashes. Variables of "
+            "its environment stand before leank.",
             show_default="none",
         ),
     ] = None,
@@ -112,7 +113,7 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
     if serving.reasons:
         console.print("[red]leank would not serve this line:[/]")
         for reason in serving.reasons:
-            console.print(f"  * {escape(reason)}")
+            console.print(f"  * {escape(reason)}", soft_wrap=True)
     else:
         console.print("[green]leank would serve this line[/]")
     if serving.settings is None:
@@ -124,5 +125,5 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
         return
     plan, window = serving.settings.plan, serving.settings.window
     capacities = compare(plan, window, serving.pool_bytes, serving.length, serving.in_flight)
-    console.print(f"\ncache of {gib(serving.pool_bytes)} on each device")
+    console.print(f"\ncache of {readable(serving.pool_bytes)} on each device")
     console.print(capacity_table(capacities, serving.length))

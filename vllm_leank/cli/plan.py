@@ -5,8 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_leank.capacity import OTHER_BYTES, UTILIZATION, compare, estimate_pool
-from vllm_leank.cli.sizes import gib, parse_size
+from vllm_leank.capacity import (
+    BATCHED_TOKENS,
+    OTHER_BYTES,
+    STEPS_AT_ONCE,
+    UTILIZATION,
+    compare,
+    estimate_pool,
+)
+from vllm_leank.cli.sizes import parse_size, readable
 from vllm_leank.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,7 +67,7 @@ def plan(
             metavar="SIZE",
             help="What vLLM takes on each GPU beside weights and cache; it measures this at "
             "startup, and more --max-num-batched-tokens take more.",
-            show_default=gib(OTHER_BYTES),
+            show_default=readable(OTHER_BYTES),
         ),
     ] = None,
     gpu_memory_utilization: Annotated[
@@ -73,6 +80,15 @@ def plan(
         int | None, typer.Option(help="Last tokens that stay dense.", show_default="the mask's")
     ] = None,
     prefill: Annotated[str, typer.Option(help="How prompts are read: exact or pruned.")] = "exact",
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help=f"As given to vLLM: tokens of a step; {STEPS_AT_ONCE} steps overlap. Decides what "
+            "requests hold while their prompts are read pruned.",
+            show_default=f"{BATCHED_TOKENS:,}, vLLM's on an H100 or H200",
+        ),
+    ] = BATCHED_TOKENS,
     tp: Annotated[
         int, typer.Option("--tp", "--tensor-parallel-size", min=1, help="Tensor-parallel GPUs.")
     ] = 1,
@@ -80,8 +96,9 @@ def plan(
 ) -> None:
     """How many requests fit: vLLM's dense cache in 16 and 8 bits, leank's in 16 and with fp8.
 
-    Computed from the same pages that a server uses. With --kv-cache-memory exactly what its startup
-    report says; with --gpu-memory an estimate, as only vLLM can measure what it takes itself.
+    Computed from the same pages that a server uses. With --kv-cache-memory what fits in decode is
+    exactly what its startup report says, which speaks of 32,768 tokens where --max-model-len is
+    more; with --gpu-memory it is an estimate, as only vLLM can measure what it takes itself.
     """
     if (gpu_memory is None) == (kv_cache_memory is None):
         raise UserError("give either --gpu-memory or --kv-cache-memory")
@@ -96,6 +113,7 @@ def plan(
         "mask": {"path": str(settings.mask.path), "sha256": settings.mask.sha256},
         "window": {"sink": settings.window.sink, "recent": settings.window.recent},
         "prefill": prefill,
+        "max_num_batched_tokens": max_num_batched_tokens,
         "tensor_parallel_size": tp,
         "max_model_len": max_model_len,
     }
@@ -133,7 +151,8 @@ def _print(settings: "Settings", facts: dict[str, Any], as_json: bool) -> None:
     from vllm_leank.cli.capacity_table import capacity_json, capacity_table
 
     pool, length = facts["pool_bytes"], facts["max_model_len"]
-    capacities = compare(settings.plan, settings.window, pool, length)
+    in_flight = STEPS_AT_ONCE * facts["max_num_batched_tokens"]
+    capacities = compare(settings.plan, settings.window, pool, length, in_flight)
     if as_json:
         print(json.dumps(facts | {"engines": capacity_json(capacities)}, indent=2))
         return
@@ -151,16 +170,16 @@ def _print(settings: "Settings", facts: dict[str, Any], as_json: bool) -> None:
 
 
 def _sentence(facts: dict[str, Any]) -> str:
-    pool = gib(facts["pool_bytes"])
+    pool = readable(facts["pool_bytes"])
     where = f" on each of {facts['tensor_parallel_size']} GPUs"
     where = where if facts["tensor_parallel_size"] > 1 else ""
     window = "sink {sink}, recent {recent}".format(**facts["window"])
     if facts["prefill"] == "pruned":
-        window += ", prompts read pruned"
+        step = facts["max_num_batched_tokens"]
+        window += f", prompts read pruned with --max-num-batched-tokens {step}"
     how = ""
     if "gpu_bytes" in facts:
-        how = (
-            f" (estimated: {gib(facts['gpu_bytes'])} GPU, {gib(facts['weight_bytes'])} of weights, "
-            f"{gib(facts['other_bytes'])} beside)"
-        )
+        names = ("gpu_bytes", "weight_bytes", "other_bytes")
+        gpu, weights, other = (readable(facts[name]) for name in names)
+        how = f" (estimated: {gpu} GPU, {weights} of weights, {other} beside)"
     return f"{facts['model']}, {window}: cache of {pool}{where}{how}"

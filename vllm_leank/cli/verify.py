@@ -183,11 +183,10 @@ def _samples(
                 checkpoint, window, count=needles, max_tokens=max_tokens, seed=seed
             )
         except UserError as error:
-            if not samples:
-                raise
-            notes.append(f"no needles: {error}")
+            notes.append(f"needles were left out: {error}")
     if not samples:
-        raise UserError("; ".join(["nothing to compare: give --data or --needles", *notes]))
+        advice = "give prompts with far tokens by --data prompts.jsonl"
+        raise UserError("; ".join(["nothing to compare", *notes, advice]))
     return samples, notes
 
 
