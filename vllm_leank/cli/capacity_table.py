@@ -45,6 +45,17 @@ def capacity_table(capacities: dict[str, Capacity], length: int) -> Table:
     return table
 
 
+def what_does_not_fit(capacities: dict[str, Capacity]) -> str:
+    """A sentence for under the table if not even one request fits somewhere, else nothing."""
+    too_long = [name for name, one in capacities.items() if one.in_prefill < 1]
+    if not too_long:
+        return ""
+    return (
+        f"A request this long does not fit while its prompt is computed: {'; '.join(too_long)}. "
+        "vLLM would not start; give less --max-model-len or more memory."
+    )
+
+
 def _count(requests: float) -> str:
     """A tenth of a request matters only where few fit."""
     return f"{requests:,.1f}" if requests < 1000 else f"{requests:,.0f}"

@@ -107,7 +107,7 @@ def _print(facts: list["Fact"], serving: "Serving | None") -> None:
 def _print_serving(console: "Console", serving: "Serving") -> None:
     from rich.markup import escape
 
-    from vllm_leank.cli.capacity_table import capacity_table
+    from vllm_leank.cli.capacity_table import capacity_table, what_does_not_fit
     from vllm_leank.report import describe
 
     if serving.reasons:
@@ -127,3 +127,5 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
     capacities = compare(plan, window, serving.pool_bytes, serving.length, serving.in_flight)
     console.print(f"\ncache of {readable(serving.pool_bytes)} on each device")
     console.print(capacity_table(capacities, serving.length))
+    if too_long := what_does_not_fit(capacities):
+        console.print(too_long)

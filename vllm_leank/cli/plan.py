@@ -148,7 +148,7 @@ def _weights(checkpoint: "Checkpoint") -> int:
 
 
 def _print(settings: "Settings", facts: dict[str, Any], as_json: bool) -> None:
-    from vllm_leank.cli.capacity_table import capacity_json, capacity_table
+    from vllm_leank.cli.capacity_table import capacity_json, capacity_table, what_does_not_fit
 
     pool, length = facts["pool_bytes"], facts["max_model_len"]
     in_flight = STEPS_AT_ONCE * facts["max_num_batched_tokens"]
@@ -161,12 +161,8 @@ def _print(settings: "Settings", facts: dict[str, Any], as_json: bool) -> None:
     console = Console(highlight=False)
     console.print(_sentence(facts), markup=False)
     console.print(capacity_table(capacities, length))
-    too_long = [name for name, one in capacities.items() if one.in_prefill < 1]
-    if too_long:
-        console.print(
-            f"A request this long does not fit while its prompt is computed: {'; '.join(too_long)}."
-            " vLLM would not start; give less --max-model-len or more memory."
-        )
+    if too_long := what_does_not_fit(capacities):
+        console.print(too_long)
 
 
 def _sentence(facts: dict[str, Any]) -> str:
