@@ -94,6 +94,10 @@ class Arena:
         self.names = 0
         self.counts = {"finished": 0, "aborted": 0, "tokens": 0}
 
+    def scenarios(self, seeds):
+        for seed in seeds:
+            self.scenario(seed)
+
     def scenario(self, seed):
         """Draw and run a scenario; if it fails, look for a small one that fails."""
         scenario = self.draw(random.Random(f"{self.seed} {seed}"))
@@ -118,7 +122,7 @@ class Arena:
         self.poison()
         llm_engine = self.running.llm.llm_engine
         arrivals, answers, aborts = list(reversed(scenario)), {}, {}
-        prompts, aborted, wait = {}, set(), scenario[0].wait
+        sent, aborted, wait = {}, set(), scenario[0].wait
         while arrivals or llm_engine.has_unfinished_requests():
             while arrivals and (wait <= 0 or not llm_engine.has_unfinished_requests()):
                 arrival = arrivals.pop()
@@ -129,7 +133,7 @@ class Arena:
                     max_tokens=arrival.max_tokens, temperature=0, ignore_eos=True, detokenize=False
                 )
                 llm_engine.add_request(name, {"prompt_token_ids": list(arrival.prompt)}, params)
-                prompts[name], aborts[name] = list(arrival.prompt), arrival.abort
+                sent[name], aborts[name] = arrival, arrival.abort
             for output in llm_engine.step():
                 answers[output.request_id] = list(output.outputs[0].token_ids)
                 if output.finished:
@@ -142,10 +146,9 @@ class Arena:
                 aborts[name] = left - 1 if left else None
         pool = self.running.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks have leaked"
-        for name, prompt in prompts.items():
-            self.check(prompt, answers.get(name, []))
-        assert set(prompts) - aborted <= set(answers), "lost requests"
-        self.counts["finished"] += len(prompts) - len(aborted)
+        for name, arrival in sent.items():
+            self.check(arrival, answers.get(name, []), whole=name not in aborted)
+        self.counts["finished"] += len(sent) - len(aborted)
         self.counts["aborted"] += len(aborted)
 
     def draw(self, chance) -> Scenario:
@@ -162,8 +165,15 @@ class Arena:
         abort = chance.randint(1, 150) if chance.random() < 0.15 else None
         return Arrival(tuple(prompt), chance.choice((1, 33, 70, 140, 140, 140)), wait, abort)
 
-    def check(self, prompt, answer):
-        """The answer, whole or cut off, is what the oracle would say."""
+    def check(self, arrival, answer, whole):
+        """The answer is what the oracle would say, and as long as was asked for: nothing but an
+        abort and the longest length ends one.
+        """
+        prompt = list(arrival.prompt)
+        length = min(arrival.max_tokens, MAX_LENGTH - len(prompt))
+        assert len(answer) == length or (not whole and len(answer) < length), (
+            f"a prompt of {len(prompt)} tokens gets {len(answer)} tokens, not {length}"
+        )
         if not answer:
             return
         exact_until = self.running.window.exact_until(len(prompt))
@@ -206,8 +216,7 @@ def play(seed, model, scenarios, speculation=None):
     """Scenarios of one arena, by their seeds; counts of what happened and what became of drafts."""
     with arena(seed, model, speculation) as engine:
         preempted, drafts = engine.running.watch_preemptions(), watch(engine.running)
-        for scenario in scenarios:
-            engine.scenario(scenario)
+        engine.scenarios(scenarios)
         counts = Counter(engine.counts) + drafts
         counts["preempted"] = len(preempted)
     print(f"arena {seed}: {dict(counts)}")
