@@ -353,7 +353,9 @@ def test_a_layer_with_a_backend_of_its_own():
 
 
 def test_plain_vllm_is_as_without_the_plugin(tiny_llama_dir):
-    """Same config and same choice of backend whether the plugin is loaded or not."""
+    """Same config and same choice of backend whether the plugin is loaded or not; and where it is
+    missing, leank cannot be chosen.
+    """
     script = """
 import sys
 from vllm.engine.arg_utils import EngineArgs
@@ -364,8 +366,15 @@ from vllm.config import set_current_vllm_config
 import torch
 with set_current_vllm_config(config):
     backend = get_attn_backend(64, torch.float32, "auto")
+modules = sorted(name for name in sys.modules if name.startswith("vllm_leank"))
+leank = {"attention_backend": "leank", "additional_config": {"leank": {"sink": 32}}}
+try:
+    EngineArgs(model=sys.argv[1], skip_tokenizer_init=True, **leank).create_engine_config()
+except Exception as error:
+    refusal = str(error).replace("\\n", " ")
 print(backend.get_name(), config.compute_hash(), config.model_config.rswa_window)
-print(sorted(name for name in sys.modules if name.startswith("vllm_leank")))
+print(modules)
+print(refusal)
 """
 
     def run(plugins):
@@ -376,9 +385,11 @@ print(sorted(name for name in sys.modules if name.startswith("vllm_leank")))
             check=True,
             env=os.environ | {"VLLM_PLUGINS": plugins},
         )
-        return result.stdout.splitlines()[-2:]
+        return result.stdout.splitlines()[-3:]
 
-    (with_plugin, modules), (without, none) = run("leank"), run("")
+    (with_plugin, modules, refusal), (without, none, unknown) = run("leank"), run("")
     assert with_plugin == without
     assert "vllm_leank.plugin" in modules
     assert none == "[]"
+    assert "leank mask calibrate" in refusal
+    assert "Unknown attention backend: 'LEANK'" in unknown
