@@ -17,6 +17,7 @@ NGRAM = {
     "prompt_lookup_min": 1,
     "prompt_lookup_max": 3,
 }
+SUFFIX = {"method": "suffix", "num_speculative_tokens": 16}
 DRAFT = {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 6}
 """The model drafts for itself, from its dense window alone."""
 
