@@ -6,14 +6,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 # Before vLLM is imported: the engine runs in this process, where tests can look at its pages.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 
+import pytest
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
 
 from vllm_leank.layout import CachePlan
 from vllm_leank.mask import Mask, save_mask
@@ -84,6 +88,19 @@ class Engine:
         self.scheduler._preempt_request = count
         return preempted
 
+    def watch_steps_in_flight(self) -> list[int]:
+        """Tokens of its requests in flight whenever the scheduler asks for blocks, from now on."""
+        in_flight: list[int] = []
+        manager = self.scheduler.kv_cache_manager
+        allocate = manager.allocate_slots
+
+        def count(request: Any, *args: Any, **kwargs: Any) -> Any:
+            in_flight.append(request.num_in_flight_tokens)
+            return allocate(request, *args, **kwargs)
+
+        manager.allocate_slots = count
+        return in_flight
+
     def generate(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, **params: Any
     ) -> list[tuple[list[int], list[float]]]:
@@ -107,6 +124,27 @@ class Engine:
             )
             for output in outputs
         ]
+
+
+@contextmanager
+def planned_ahead() -> Iterator[None]:
+    """Engines on CPU that plan a step while the one before is in flight: with vLLM's asynchronous
+    scheduler, which vLLM's CPU platform turns off. The runner's copies to the host, which it waits
+    for, are finished at once there.
+    """
+    load_general_plugins()
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def check_and_update_config(cls: Any, config: Any) -> None:
+        check(config)
+        config.scheduler_config.async_scheduling = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "check_and_update_config", classmethod(check_and_update_config))
+        for name in ("Event", "Stream", "current_stream", "stream"):
+            patch.setattr(torch.cuda, name, MagicMock())
+        yield
 
 
 @contextmanager
