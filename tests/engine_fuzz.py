@@ -2,8 +2,8 @@
 
 An `Arena` is an engine with a chunk size and a cache drawn from its seed, mostly too small for its
 requests; in those of odd seeds prompts are read pruned. Scenarios follow each other in it: requests
-with shared prompts arrive at any step, some are aborted, all others run to their end. Before each
-scenario, memory that nobody may read is NaN.
+with shared prompts arrive at any step, some are aborted, all others run to their end. Memory that
+nobody may read is NaN: before each scenario, and from the moment it is freed.
 
 A failure names the seeds, by which `play(SEED, model, [SCENARIO])` replays it, and the smallest
 scenario found that fails too.
@@ -119,7 +119,7 @@ class Arena:
 
     def run(self, scenario):
         """A scenario, from its first arrival to an empty engine."""
-        self.poison()
+        self.running.poison(self.running.block_pool.blocks)
         llm_engine = self.running.llm.llm_engine
         arrivals, answers, aborts = list(reversed(scenario)), {}, {}
         sent, aborted, wait = {}, set(), scenario[0].wait
@@ -185,12 +185,6 @@ class Arena:
         )
         self.counts["tokens"] += len(answer)
 
-    def poison(self):
-        """NaN in every block that is free and not in the prefix cache."""
-        for block in self.running.block_pool.blocks:
-            if block.ref_cnt == 0 and block.block_hash is None and not block.is_null:
-                self.running.memory[block.block_id] = float("nan")
-
 
 @contextmanager
 def arena(seed, model, speculation=None):
@@ -209,6 +203,7 @@ def arena(seed, model, speculation=None):
     options["num_gpu_blocks_override"] = chance.choice((26, 32, 250))
     options["prefill"] = "pruned" if seed % 2 else "exact"
     with engine(model, mask, sink=SINK, recent=RECENT, **options) as running:
+        running.poison_freed_blocks()
         yield Arena(seed, running, Oracle(model, mask.keep, SINK, running.window.recent))
 
 

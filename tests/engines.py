@@ -1,7 +1,8 @@
 """Real vLLM engines, in this process, for tests that look inside."""
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,29 @@ class Engine:
         pages = next(layer.kv_cache for name, layer in layers.items() if name.endswith(".window"))
         raw = torch.tensor([], dtype=pages.dtype).set_(pages.untyped_storage())
         return raw.view(pages.shape[0], -1)
+
+    def poison(self, blocks: Iterable[Any]) -> list[int]:
+        """NaN in those of the blocks that are free and not in the prefix cache; their ids."""
+        ids = [
+            block.block_id
+            for block in blocks
+            if block.ref_cnt == 0 and block.block_hash is None and not block.is_null
+        ]
+        self.memory[ids] = math.nan
+        return ids
+
+    def poison_freed_blocks(self) -> list[int]:
+        """NaN in blocks the moment they go back to the pool, from now on; their ids."""
+        free_blocks = self.block_pool.free_blocks
+        freed: list[int] = []
+
+        def free(blocks: Iterable[Any]) -> None:
+            blocks = list(blocks)
+            free_blocks(blocks)
+            freed.extend(self.poison(blocks))
+
+        self.block_pool.free_blocks = free
+        return freed
 
     def watch_hits(self) -> list[int]:
         """Tokens that requests found in the prefix cache, from now on."""
