@@ -2,8 +2,8 @@
 
 An `Arena` is an engine with a chunk size and a cache drawn from its seed, mostly too small for its
 requests; in those of odd seeds prompts are read pruned. Scenarios follow each other in it: requests
-with shared prompts arrive at any step, some are aborted, all others run to their end. Before each
-scenario, memory that nobody may read is NaN.
+with shared prompts arrive at any step, some are aborted, all others run to their end. Memory that
+nobody may read is NaN: before each scenario, and from the moment it is freed.
 
 A failure names the seeds, by which `play(SEED, model, [SCENARIO])` replays it, and the smallest
 scenario found that fails too.
@@ -94,6 +94,10 @@ class Arena:
         self.names = 0
         self.counts = {"finished": 0, "aborted": 0, "tokens": 0}
 
+    def scenarios(self, seeds):
+        for seed in seeds:
+            self.scenario(seed)
+
     def scenario(self, seed):
         """Draw and run a scenario; if it fails, look for a small one that fails."""
         scenario = self.draw(random.Random(f"{self.seed} {seed}"))
@@ -115,10 +119,10 @@ class Arena:
 
     def run(self, scenario):
         """A scenario, from its first arrival to an empty engine."""
-        self.poison()
+        self.running.poison(self.running.block_pool.blocks)
         llm_engine = self.running.llm.llm_engine
         arrivals, answers, aborts = list(reversed(scenario)), {}, {}
-        prompts, aborted, wait = {}, set(), scenario[0].wait
+        sent, aborted, wait = {}, set(), scenario[0].wait
         while arrivals or llm_engine.has_unfinished_requests():
             while arrivals and (wait <= 0 or not llm_engine.has_unfinished_requests()):
                 arrival = arrivals.pop()
@@ -129,7 +133,7 @@ class Arena:
                     max_tokens=arrival.max_tokens, temperature=0, ignore_eos=True, detokenize=False
                 )
                 llm_engine.add_request(name, {"prompt_token_ids": list(arrival.prompt)}, params)
-                prompts[name], aborts[name] = list(arrival.prompt), arrival.abort
+                sent[name], aborts[name] = arrival, arrival.abort
             for output in llm_engine.step():
                 answers[output.request_id] = list(output.outputs[0].token_ids)
                 if output.finished:
@@ -142,10 +146,9 @@ class Arena:
                 aborts[name] = left - 1 if left else None
         pool = self.running.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks have leaked"
-        for name, prompt in prompts.items():
-            self.check(prompt, answers.get(name, []))
-        assert set(prompts) - aborted <= set(answers), "lost requests"
-        self.counts["finished"] += len(prompts) - len(aborted)
+        for name, arrival in sent.items():
+            self.check(arrival, answers.get(name, []), whole=name not in aborted)
+        self.counts["finished"] += len(sent) - len(aborted)
         self.counts["aborted"] += len(aborted)
 
     def draw(self, chance) -> Scenario:
@@ -162,8 +165,15 @@ class Arena:
         abort = chance.randint(1, 150) if chance.random() < 0.15 else None
         return Arrival(tuple(prompt), chance.choice((1, 33, 70, 140, 140, 140)), wait, abort)
 
-    def check(self, prompt, answer):
-        """The answer, whole or cut off, is what the oracle would say."""
+    def check(self, arrival, answer, whole):
+        """The answer is what the oracle would say, and as long as was asked for: nothing but an
+        abort and the longest length ends one.
+        """
+        prompt = list(arrival.prompt)
+        length = min(arrival.max_tokens, MAX_LENGTH - len(prompt))
+        assert len(answer) == length or (not whole and len(answer) < length), (
+            f"a prompt of {len(prompt)} tokens gets {len(answer)} tokens, not {length}"
+        )
         if not answer:
             return
         exact_until = self.running.window.exact_until(len(prompt))
@@ -174,12 +184,6 @@ class Arena:
             f"a prompt of {len(prompt)} tokens gets {answer}, not {best.indices.tolist()}"
         )
         self.counts["tokens"] += len(answer)
-
-    def poison(self):
-        """NaN in every block that is free and not in the prefix cache."""
-        for block in self.running.block_pool.blocks:
-            if block.ref_cnt == 0 and block.block_hash is None and not block.is_null:
-                self.running.memory[block.block_id] = float("nan")
 
 
 @contextmanager
@@ -199,6 +203,7 @@ def arena(seed, model, speculation=None):
     options["num_gpu_blocks_override"] = chance.choice((26, 32, 250))
     options["prefill"] = "pruned" if seed % 2 else "exact"
     with engine(model, mask, sink=SINK, recent=RECENT, **options) as running:
+        running.poison_freed_blocks()
         yield Arena(seed, running, Oracle(model, mask.keep, SINK, running.window.recent))
 
 
@@ -206,8 +211,7 @@ def play(seed, model, scenarios, speculation=None):
     """Scenarios of one arena, by their seeds; counts of what happened and what became of drafts."""
     with arena(seed, model, speculation) as engine:
         preempted, drafts = engine.running.watch_preemptions(), watch(engine.running)
-        for scenario in scenarios:
-            engine.scenario(scenario)
+        engine.scenarios(scenarios)
         counts = Counter(engine.counts) + drafts
         counts["preempted"] = len(preempted)
     print(f"arena {seed}: {dict(counts)}")

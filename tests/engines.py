@@ -1,19 +1,24 @@
 """Real vLLM engines, in this process, for tests that look inside."""
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 # Before vLLM is imported: the engine runs in this process, where tests can look at its pages.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 
+import pytest
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
 
 from vllm_leank.layout import CachePlan
 from vllm_leank.mask import Mask, save_mask
@@ -59,6 +64,29 @@ class Engine:
         raw = torch.tensor([], dtype=pages.dtype).set_(pages.untyped_storage())
         return raw.view(pages.shape[0], -1)
 
+    def poison(self, blocks: Iterable[Any]) -> list[int]:
+        """NaN in those of the blocks that are free and not in the prefix cache; their ids."""
+        ids = [
+            block.block_id
+            for block in blocks
+            if block.ref_cnt == 0 and block.block_hash is None and not block.is_null
+        ]
+        self.memory[ids] = math.nan
+        return ids
+
+    def poison_freed_blocks(self) -> list[int]:
+        """NaN in blocks the moment they go back to the pool, from now on; their ids."""
+        free_blocks = self.block_pool.free_blocks
+        freed: list[int] = []
+
+        def free(blocks: Iterable[Any]) -> None:
+            blocks = list(blocks)
+            free_blocks(blocks)
+            freed.extend(self.poison(blocks))
+
+        self.block_pool.free_blocks = free
+        return freed
+
     def watch_hits(self) -> list[int]:
         """Tokens that requests found in the prefix cache, from now on."""
         hits: list[int] = []
@@ -84,6 +112,19 @@ class Engine:
         self.scheduler._preempt_request = count
         return preempted
 
+    def watch_steps_in_flight(self) -> list[int]:
+        """Tokens of its requests in flight whenever the scheduler asks for blocks, from now on."""
+        in_flight: list[int] = []
+        manager = self.scheduler.kv_cache_manager
+        allocate = manager.allocate_slots
+
+        def count(request: Any, *args: Any, **kwargs: Any) -> Any:
+            in_flight.append(request.num_in_flight_tokens)
+            return allocate(request, *args, **kwargs)
+
+        manager.allocate_slots = count
+        return in_flight
+
     def generate(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, **params: Any
     ) -> list[tuple[list[int], list[float]]]:
@@ -107,6 +148,27 @@ class Engine:
             )
             for output in outputs
         ]
+
+
+@contextmanager
+def planned_ahead() -> Iterator[None]:
+    """Engines on CPU that plan a step while the one before is in flight: with vLLM's asynchronous
+    scheduler, which vLLM's CPU platform turns off. The runner's copies to the host, which it waits
+    for, are finished at once there.
+    """
+    load_general_plugins()
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def check_and_update_config(cls: Any, config: Any) -> None:
+        check(config)
+        config.scheduler_config.async_scheduling = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "check_and_update_config", classmethod(check_and_update_config))
+        for name in ("Event", "Stream", "current_stream", "stream"):
+            patch.setattr(torch.cuda, name, MagicMock())
+        yield
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 A `History` does what a scheduler and a worker do: requests with shared prompts arrive, are computed
 in chunks of any size, decode, are preempted when the pool is full or at random, are aborted, and
-finish; steps may be planned before earlier ones have run. Instead of keys, pages hold the identity
-of the token that was written there: a hash of all tokens up to it and, for an answer's token, of
-the prompt's length, since its key depends on both. Every read that the definition allows a query is
-checked against the identity that belongs there.
+finish; steps may be planned before earlier ones have run, or have drafts, of which some are
+rejected. Instead of keys, pages hold the identity of the token that was written there: a hash of
+all tokens up to it and, for an answer's token, of the prompt's length, since its key depends on
+both. Every read that the definition allows a query is checked against the identity that belongs
+there.
 
 A failure names the seed and the event; `History(seed).run(events)` replays it.
 """
@@ -22,6 +23,7 @@ from vllm_leank.window import STEP, Window
 WINDOWS = (Window(0, 32), Window(32, 64), Window(64, 100))
 EDGES = (1, 31, 32, 33, 63, 64, 65, 95, 96, 127, 128, 129, 160, 192, 256, 257, 300)
 CHUNKS = (1, 17, 32, 33, 64, 100, 512)
+DRAFTS = 6
 
 
 @dataclass
@@ -52,12 +54,20 @@ class Work:
     start: int
     count: int
     rows: tuple[list[int], list[int]]
+    drafts: list[int]
+
+
+def next_token(request, length):
+    """The token that a request samples when it has so many."""
+    return (7 * length + len(request.request_id)) % 50
 
 
 class History:
-    """A scheduler, a worker and their memory; `lag` steps are planned ahead."""
+    """A scheduler, a worker and their memory; `lag` steps are planned ahead. The pool is drawn from
+    the seed, too, if its size is not given.
+    """
 
-    def __init__(self, seed):
+    def __init__(self, seed, num_blocks=None):
         self.seed = seed
         self.random = random.Random(seed)
         self.window = self.random.choice(WINDOWS)
@@ -65,9 +75,10 @@ class History:
         if self.random.random() < 0.5:
             self.window = replace(self.window, exact=False)
         self.lag = self.random.choice((0, 1))
+        self.drafts = DRAFTS if self.lag == 0 and seed % 3 else 0
         # Few blocks, so that requests are preempted.
-        num_blocks = self.random.choice((40, 60, 120))
-        self.server = Server(self.window, block, num_blocks, max_length=512)
+        few = self.random.choice((40, 60, 120))
+        self.server = Server(self.window, block, num_blocks or few, max_length=512)
         pool = self.server.manager.block_pool
         self.pool_size = self.server.free
         self.memory = (
@@ -79,24 +90,30 @@ class History:
         self.waiting, self.running = deque(), []
         self.planned = deque()
         self.names = 0
-        self.counts = {"preempted": 0, "hits": 0, "finished": 0, "compacted": 0}
+        kinds = ("preempted", "hits", "finished", "compacted", "rolled back")
+        self.counts = dict.fromkeys(kinds, 0)
 
     def run(self, events):
         """Play a number of events, then drain; everything is checked after each."""
         for event in range(events):
-            try:
-                self.random.choices(
-                    (self.arrive, self.step, self.preempt_one, self.abort_one), (3, 20, 1, 1)
-                )[0]()
-                self.check_pool()
-            except (AssertionError, IndexError) as error:
-                raise AssertionError(f"seed {self.seed}, event {event}: {error}") from error
+            (act,) = self.random.choices(
+                (self.arrive, self.step, self.preempt_one, self.abort_one), (3, 20, 1, 1)
+            )
+            self.play(event, act)
         while self.running or self.waiting or self.planned:
-            if not self.step() and not self.planned:
+            if not self.play("the end", self.step) and not self.planned:
                 break
         for live in [*self.running, *self.waiting]:
             self.server.manager.free(live.request)
         assert self.server.free == self.pool_size, f"seed {self.seed}: blocks have leaked"
+
+    def play(self, event, act):
+        try:
+            done = act()
+            self.check_pool()
+        except (AssertionError, IndexError) as error:
+            raise AssertionError(f"seed {self.seed}, event {event}: {error}") from error
+        return done
 
     # What the scheduler does.
 
@@ -147,6 +164,7 @@ class History:
             budget -= count
         if works:
             self.planned.append(works)
+        self.check_planned()
         if self.planned and (len(self.planned) > self.lag or not works):
             self.execute(self.planned.popleft())
         return bool(works)
@@ -154,7 +172,11 @@ class History:
     def due(self, live, budget):
         """Tokens to plan for a running request: known ones, or the one being sampled."""
         if live.in_prefill:
-            return min(budget, live.request.num_tokens - live.computed)
+            known = live.request.num_tokens - live.computed
+            drafts = 0
+            if self.drafts and known == 1 and live.request.num_output_tokens:
+                drafts = self.random.randint(0, self.drafts)
+            return min(budget, known + drafts)
         sampled = live.request.num_output_tokens + (live.computed - live.request.num_tokens + 1)
         ahead = live.computed - live.request.num_tokens
         return int(
@@ -170,7 +192,16 @@ class History:
             # The worker only ever appends to its tables.
             table = self.server.table(request, group)
             live.rows[group].extend(block.block_id for block in table[len(live.rows[group]) :])
-        return Work(live, live.epoch, work_start, count, tuple(list(row) for row in live.rows))
+        drafts = range(request.num_tokens, request.num_computed_tokens) if self.drafts else ()
+        right = self.random.randint(0, len(drafts)) if drafts else 0
+        return Work(
+            live,
+            live.epoch,
+            work_start,
+            count,
+            tuple(list(row) for row in live.rows),
+            [next_token(request, at) if i < right else -at for i, at in enumerate(drafts)],
+        )
 
     def preempt_one(self):
         if self.running:
@@ -201,33 +232,34 @@ class History:
             positions = np.arange(work.start, work.start + work.count)
             self.write(work, WINDOW, positions)
         for work in works:
-            request = work.live.request
-            after = work.start + work.count
-            exact_until = self.window.exact_until(request.num_prompt_tokens)
-            for token in self.window.compaction(work.start, after, exact_until):
+            for token in self.compaction(work):
                 positions = np.arange(token, token + STEP)
                 self.expect(work, WINDOW, positions, "compaction reads")
                 self.write(work, ARCHIVE, positions)
                 self.counts["compacted"] += 1
         for work in works:
-            self.attend(work)
+            for read in self.reads(work):
+                self.expect(work, *read)
         for work in works:
             self.sample(work)
 
-    def attend(self, work):
-        """Check every cell that some query of the step reads."""
+    def compaction(self, work):
+        exact_until = self.window.exact_until(work.live.request.num_prompt_tokens)
+        return self.window.compaction(work.start, work.start + work.count, exact_until)
+
+    def reads(self, work):
+        """Every cell that some query of the step reads: of which group, tokens, and for what."""
         exact_until = self.window.exact_until(work.live.request.num_prompt_tokens)
         first, last = work.start, work.start + work.count - 1
         if first < exact_until:
-            dense = np.arange(min(last, exact_until - 1) + 1)
-            self.expect(work, WINDOW, dense, "exact prefill reads")
+            yield WINDOW, np.arange(min(last, exact_until - 1) + 1), "exact prefill reads"
         first = max(first, exact_until)
         if first <= last:
             oldest, newest = self.window.boundary(first + 1), self.window.boundary(last + 1)
             sink = self.window.sink
-            self.expect(work, WINDOW, np.arange(min(sink, last + 1)), "a query reads the sink")
-            self.expect(work, WINDOW, np.arange(oldest, last + 1), "a query reads the window")
-            self.expect(work, ARCHIVE, np.arange(sink, newest), "a query reads the archive")
+            yield WINDOW, np.arange(min(sink, last + 1)), "a query reads the sink"
+            yield WINDOW, np.arange(oldest, last + 1), "a query reads the window"
+            yield ARCHIVE, np.arange(sink, newest), "a query reads the archive"
 
     def sample(self, work):
         live, request = work.live, work.live.request
@@ -236,7 +268,16 @@ class History:
         request.num_in_flight_tokens -= work.count
         if work.start + work.count < request.num_tokens:
             return
-        request.append_output_token_ids((7 * request.num_tokens + len(request.request_id)) % 50)
+        scheduled = live.computed
+        for draft in [*work.drafts, None]:
+            token = next_token(request, request.num_tokens)
+            request.append_output_token_ids(token)
+            if token != draft or request.num_output_tokens >= live.answer:
+                break
+        if work.drafts:
+            request.num_computed_tokens = request.num_tokens - 1
+            boundary = self.window.boundary
+            self.counts["rolled back"] += boundary(scheduled) > boundary(live.computed)
         self.server.manager.cache_blocks(request, min(live.computed, request.num_tokens))
         if request.num_output_tokens >= live.answer:
             self.finish(live)
@@ -258,7 +299,7 @@ class History:
     def identity(self, work, positions):
         """What belongs where a request's tokens are kept."""
         request = work.live.request
-        tokens = request.all_token_ids
+        tokens = [*request.all_token_ids, *work.drafts]
         exact_until = self.window.exact_until(request.num_prompt_tokens)
         chain = np.empty(max(positions, default=-1) + 1, np.int64)
         value = 17
@@ -294,3 +335,17 @@ class History:
             assert len(uses[block_id]) == 1, f"block {block_id} has two uses: {uses[block_id]}"
         held = len(holders)
         assert self.server.free == self.pool_size - held, "blocks are neither held nor free"
+
+    def check_planned(self):
+        """Blocks that a planned step reads are still the request's."""
+        for work in (work for works in self.planned for work in works):
+            if work.epoch != work.live.epoch:
+                continue
+            compacted = WINDOW, np.asarray(self.compaction(work), int), "compaction reads"
+            for group, positions, what in [*self.reads(work), compacted]:
+                table = self.server.table(work.live.request, group)
+                for page in np.unique(positions // (self.block if group == ARCHIVE else STEP)):
+                    assert table[page].block_id == work.rows[group][page], (
+                        f"{what} page {page} of request {work.live.request.request_id}, which was "
+                        f"freed since the step from {work.start} was planned ({self.window})"
+                    )

@@ -31,6 +31,30 @@ class Mutation:
     gpu: bool = False
 
 
+FREED = """        free = self._window.free_tokens(processed_computed_tokens, exact_until)
+        self._remove_blocks_in_range(
+            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK
+        )
+"""
+FREED_BY_WHAT_WAS_SCHEDULED = (
+    """        scheduled = self.__dict__.setdefault("scheduled", {}).get(request_id, 0)
+        processed_computed_tokens = max(processed_computed_tokens, scheduled)
+"""
+    + FREED
+    + """
+    def allocate_new_blocks(self, request_id, num_tokens, num_tokens_main_model):
+        self.__dict__.setdefault("scheduled", {})[request_id] = num_tokens_main_model
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+
+    def pop_blocks_for_free(self, request_id):
+        self.__dict__.setdefault("scheduled", {}).pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+"""
+)
+"""Neither steps in flight nor rejected drafts are taken off: what the last step was to compute."""
+
+PROMPTS = "exact_until[: len(lengths)].copy_(lengths[: len(exact_until)], non_blocking=True)"
+
 MUTATIONS = (
     Mutation(
         "the boundary is off by one",
@@ -54,6 +78,27 @@ MUTATIONS = (
         "test_managers.py",
     ),
     Mutation(
+        "pages are freed under steps in flight",
+        "managers.py",
+        FREED,
+        FREED_BY_WHAT_WAS_SCHEDULED,
+        "test_managers.py::test_blocks_of_steps_still_running_are_kept",
+    ),
+    Mutation(
+        "pages are freed as if no draft were rejected",
+        "managers.py",
+        FREED,
+        FREED_BY_WHAT_WAS_SCHEDULED,
+        "test_engine_fuzz.py::test_random_traffic_with_drafts_is_answered_as_the_oracle_would",
+    ),
+    Mutation(
+        "pages that were given back are compacted again",
+        "window.py",
+        "else self.boundary(before)\n",
+        "else max(self.sink, self.boundary(before) - STEP)\n",
+        "test_engine_memory.py::test_memory_that_nobody_wrote_is_never_read",
+    ),
+    Mutation(
         "the prompt is freed while it is computed",
         "window.py",
         "        if processed < exact_until:\n            return range(0)\n",
@@ -74,6 +119,24 @@ MUTATIONS = (
         "tokens = request.num_prompt_tokens - 1",
         "tokens = request.num_tokens",
         "test_managers.py",
+    ),
+    Mutation(
+        "a replay that goes on past the prompt is taken for decode",
+        "metadata.py",
+        PROMPTS,
+        PROMPTS + "\n                lengths = lengths.to(exact_until.device)\n"
+        "                ends = common_attn_metadata.seq_lens[: len(lengths)]\n"
+        "                exact_until[: len(lengths)] *= ends <= lengths",
+        "test_engine_answers.py::test_preemption_does_not_matter",
+    ),
+    Mutation(
+        "a replay that goes on past the prompt is taken for the prompt",
+        "metadata.py",
+        PROMPTS,
+        PROMPTS + "\n                several = common_attn_metadata.query_start_loc.diff() > 1\n"
+        "                ends = common_attn_metadata.seq_lens * several\n"
+        "                exact_until.copy_(exact_until.maximum(ends))",
+        "test_engine_answers.py::test_preemption_does_not_matter",
     ),
     Mutation(
         "the archive page in which a prompt ends is shared",
@@ -204,6 +267,22 @@ MUTATIONS = (
         "if given_options(vllm_config.additional_config):",
         "if False:",
         "test_refusals.py",
+    ),
+    Mutation(
+        "a plugin that could not be set up leaves the backend's name",
+        "plugin.py",
+        "        _register()\n    except",
+        "        from vllm_leank import compat\n\n"
+        '        compat.register_backend_name("vllm_leank.backend.LeanKBackend")\n'
+        "        _register()\n    except",
+        "test_plugin.py",
+    ),
+    Mutation(
+        "the plugin leaves vLLM's choice of a backend as it is",
+        "compat.py",
+        "    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)\n",
+        "",
+        "test_engine_answers.py::test_logits_are_those_of_the_definition",
     ),
     Mutation(
         "prompts may go on after their answer",

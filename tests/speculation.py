@@ -17,6 +17,7 @@ NGRAM = {
     "prompt_lookup_min": 1,
     "prompt_lookup_max": 3,
 }
+SUFFIX = {"method": "suffix", "num_speculative_tokens": 16}
 DRAFT = {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 6}
 """The model drafts for itself, from its dense window alone."""
 
@@ -84,6 +85,10 @@ def answers(speculation, arguments):
         speculative_config=speculation, **arguments,
     ) as running:  # fmt: skip
         seen = watch(running)
+        if speculation is None or "model" not in speculation:
+            # A draft model also computes drafts that were rejected, whose slots nobody writes. With
+            # NaN there its next drafts are worse; no answer is.
+            running.poison_freed_blocks()
         preempted = running.watch_preemptions()
         results = running.generate(prompts(), 160)
         return results, seen, len(preempted)

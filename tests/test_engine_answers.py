@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from engines import engine
+from engines import engine, planned_ahead
 from mask_samples import full_mask, random_mask
 from oracle import Oracle
 
@@ -129,6 +129,12 @@ def test_preemption_does_not_matter(tiny_llama_dir):
         assert_same(leank.generate(prompts, 400), unpressed)
     replayed_across_a_boundary = [lost for lost in outputs_lost if lost > 64]
     assert len(replayed_across_a_boundary) >= 3, f"preempted after outputs: {outputs_lost}"
+    pressed = {"max_model_len": 1024, "num_gpu_blocks_override": one_request + 2}
+    with planned_ahead(), engine(tiny_llama_dir, mask, **pressed) as leank:
+        outputs_lost, in_flight = leank.watch_preemptions(), leank.watch_steps_in_flight()
+        assert_same(leank.generate(prompts, 400), unpressed)
+    assert sum(lost > 64 for lost in outputs_lost) >= 3, outputs_lost
+    assert sum(tokens > 0 for tokens in in_flight) > len(in_flight) / 2
 
 
 def test_a_prefix_hit_does_not_change_the_answer(tiny_llama_dir):

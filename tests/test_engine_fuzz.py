@@ -3,9 +3,10 @@
 import os
 
 import pytest
-from engine_fuzz import Arrival, play, shrink
+from engine_fuzz import Arrival, arena, play, shrink
 from speculation import NGRAM, own_process
 from test_manager_fuzz import frees_a_page_too_many
+from vllm.v1.core.sched.utils import check_stop
 
 pytestmark = pytest.mark.engine
 
@@ -51,10 +52,20 @@ def test_a_failing_scenario_shrinks_to_what_fails():
     ] * 2
 
 
-def test_a_planted_fault_is_found_and_shrunk(tiny_llama_dir, monkeypatch):
-    frees_a_page_too_many(monkeypatch)
-    with pytest.raises(
-        AssertionError, match=r"(?s)seeds 0, \d+: .*; scenario:\n  after"
-    ) as failure:
-        play(0, tiny_llama_dir, range(10))
+def test_planted_faults_are_found_and_shrunk(tiny_llama_dir, monkeypatch):
+    def ends_early(request, max_model_len):
+        return check_stop(request, min(max_model_len, request.num_prompt_tokens + 32))
+
+    with arena(0, tiny_llama_dir) as engine:
+        short = (Arrival(tuple(range(40)), 33, 0),)
+        engine.run(short)
+        with monkeypatch.context() as patch:
+            patch.setattr("vllm.v1.core.sched.scheduler.check_stop", ends_early)
+            with pytest.raises(AssertionError, match="gets 32 tokens, not 33"):
+                engine.run(short)
+        frees_a_page_too_many(monkeypatch)
+        with pytest.raises(
+            AssertionError, match=r"(?s)seeds 0, \d+: .*; scenario:\n  after"
+        ) as failure:
+            engine.scenarios(range(10))
     assert str(failure.value).count("\n  after") <= 3

@@ -11,22 +11,6 @@ from vllm import SamplingParams
 pytestmark = pytest.mark.engine
 
 
-def poison_freed_blocks(leank):
-    """Fill blocks with NaN the moment they go back to the pool; returns the blocks freed."""
-    pool, memory = leank.block_pool, leank.memory
-    free_blocks, freed = pool.free_blocks, []
-
-    def free(blocks):
-        blocks = list(blocks)
-        free_blocks(blocks)
-        ids = [block.block_id for block in blocks if block.ref_cnt == 0 and not block.is_null]
-        memory[ids] = math.nan
-        freed.extend(ids)
-
-    pool.free_blocks = free
-    return freed
-
-
 @pytest.mark.parametrize("counts", [KEPT, [0]], ids=["pruned", "all heads streaming"])
 def test_memory_that_nobody_wrote_is_never_read(tiny_llama_dir, counts):
     """NaN in fresh pages, page tails, block 0, and in every block the moment it is freed."""
@@ -36,7 +20,7 @@ def test_memory_that_nobody_wrote_is_never_read(tiny_llama_dir, counts):
         expected = leank.generate(prompts, 100)
     with engine(tiny_llama_dir, mask, max_model_len=2048, max_num_batched_tokens=100) as leank:
         leank.memory.fill_(math.nan)
-        freed = poison_freed_blocks(leank)
+        freed = leank.poison_freed_blocks()
         assert_same(leank.generate(prompts, 100), expected)
         assert len(freed) > 60
         assert leank.memory[0].isnan().all(), "block 0 is nobody's, but was written"
@@ -147,7 +131,7 @@ def test_questions_about_one_document_hold_its_archive_once(tiny_llama_dir):
         expected = leank.generate(prompts, 100)
     params = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True, detokenize=False)
     with engine(tiny_llama_dir, mask, max_model_len=1024, enable_prefix_caching=True) as leank:
-        poison_freed_blocks(leank)
+        leank.poison_freed_blocks()
         llm_engine, manager = leank.llm.llm_engine, leank.scheduler.kv_cache_manager
         for name, prompt in enumerate([prompts[0], *prompts]):
             llm_engine.add_request(f"{name}:", {"prompt_token_ids": prompt}, params)

@@ -4,7 +4,10 @@ import os
 
 import pytest
 from manager_fuzz import History
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
 
 from vllm_leank import managers
 from vllm_leank.window import STEP, Window
@@ -14,11 +17,11 @@ SEEDS = int(os.environ.get("LEANK_FUZZ_SEEDS", "24"))
 """More than a test run needs: 700 seeds are 100,000 events and take some minutes."""
 
 
-def play(seeds):
+def play(seeds, num_blocks=None):
     """Play histories; how often each kind of event happened."""
     counts = {}
     for seed in seeds:
-        history = History(seed)
+        history = History(seed, num_blocks)
         history.run(EVENTS)
         for name, count in history.counts.items():
             counts[name] = counts.get(name, 0) + count
@@ -47,6 +50,44 @@ def frees_the_prompt_while_it_is_computed(monkeypatch):
         "free_tokens",
         lambda self, processed, exact_until: range(self.sink, self.boundary(processed), STEP),
     )
+
+
+def forgets_steps_in_flight(monkeypatch):
+    none = property(lambda self: 0, lambda self, count: None)
+    monkeypatch.setattr(Request, "num_in_flight_tokens", none, raising=False)
+
+
+def forgets_that_drafts_were_rejected(monkeypatch):
+    """Takes a step that has finished for one that left all its tokens."""
+    allocate_slots, scheduled = KVCacheManager.allocate_slots, {}
+
+    def allocate(self, request, tokens, *args, **kwargs):
+        computed = request.num_computed_tokens
+        rejected = max(scheduled.get(request.request_id, 0) - computed, 0) if computed else 0
+        request.num_in_flight_tokens -= rejected
+        blocks = allocate_slots(self, request, tokens, *args, **kwargs)
+        request.num_in_flight_tokens += rejected
+        if blocks is not None:
+            scheduled[request.request_id] = computed + tokens
+        return blocks
+
+    monkeypatch.setattr(KVCacheManager, "allocate_slots", allocate)
+
+
+def hands_out_a_block_in_use_when_the_pool_is_full(monkeypatch):
+    get_new_blocks = BlockPool.get_new_blocks
+
+    def get(self, count):
+        blocks = get_new_blocks(self, count)
+        mine = {block.block_id for block in blocks}
+        used = [b for b in self.blocks if b.ref_cnt and not b.is_null and b.block_id not in mine]
+        if blocks and used and not self.get_num_free_blocks():
+            self.free_blocks([blocks.pop()])
+            blocks.append(used[0])
+            used[0].ref_cnt += 1
+        return blocks
+
+    monkeypatch.setattr(BlockPool, "get_new_blocks", get)
 
 
 def archives_a_page_too_few(monkeypatch):
@@ -101,6 +142,8 @@ def leaks_when_a_request_ends(monkeypatch):
     [
         frees_a_page_too_many,
         frees_the_prompt_while_it_is_computed,
+        forgets_steps_in_flight,
+        forgets_that_drafts_were_rejected,
         archives_a_page_too_few,
         finds_answers_in_the_prefix_cache,
         looks_up_answers_after_a_preemption,
@@ -110,5 +153,12 @@ def leaks_when_a_request_ends(monkeypatch):
 )
 def test_a_planted_fault_is_found(fault, monkeypatch):
     fault(monkeypatch)
+    with pytest.raises(AssertionError, match="seed"):
+        play(range(40))
+
+
+def test_a_fault_of_a_full_pool_is_found_in_small_pools_alone(monkeypatch):
+    hands_out_a_block_in_use_when_the_pool_is_full(monkeypatch)
+    play(range(10), num_blocks=2048)
     with pytest.raises(AssertionError, match="seed"):
         play(range(40))

@@ -154,7 +154,7 @@ def test_another_vllm_refuses_leank_and_nothing_else():
         assert "9.1.0 is installed" in line
 
 
-def test_a_fault_while_registering_is_logged_and_not_raised():
+def test_a_plugin_that_cannot_be_set_up_says_so_and_leank_cannot_be_chosen():
     printed = run(
         """
         import logging
@@ -163,6 +163,17 @@ def test_a_fault_while_registering_is_logged_and_not_raised():
         compat.vllm_version = lambda: 1 / 0
         """,
         REGISTER,
+        """
+        from vllm.config import AttentionConfig, VllmConfig
+        options = {"leank": {"sink": 32}}
+        try:
+            VllmConfig(
+                attention_config=AttentionConfig(backend="leank"), additional_config=options
+            )
+        except Exception as error:
+            print("config:", str(error).replace("\\n", " "))
+        """,
     )
     assert "--attention-backend leank will not be known" in printed
     assert "ZeroDivisionError" in printed
+    assert "Unknown attention backend: 'LEANK'" in printed.splitlines()[-1]

@@ -124,13 +124,31 @@ def test_flags(tiny_llama_dir, mask_file, flags, message):
         config_of(tiny_llama_dir, {"mask": str(mask_file)}, **flags)
 
 
-def test_a_drafter_that_goes_on_from_the_models_layers(tiny_llama_dir, mask_file, tmp_path):
-    shutil.copytree(tiny_llama_dir, tmp_path / "eagle", dirs_exist_ok=True)
-    speculation = {
-        "method": "eagle", "model": str(tmp_path / "eagle"), "num_speculative_tokens": 2
-    }  # fmt: skip
-    with pytest.raises(ValueError, match="method eagle drafts with layers that go on from the"):
-        config_of(tiny_llama_dir, {"mask": str(mask_file)}, speculative_config=speculation)
+# Models with layers for multi-token prediction have them in the same checkpoint.
+MTP = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "medusa", "mtp"])
+def test_a_drafter_that_goes_on_from_the_models_layers(tiny_llama_dir, mask_file, tmp_path, method):
+    model, draft = tmp_path / "model", tmp_path / method
+    for folder in (model, draft):
+        shutil.copytree(tiny_llama_dir, folder)
+    speculation = {"method": method, "model": str(draft), "num_speculative_tokens": 2}
+    if method == "mtp":
+        path = model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | MTP))
+        del speculation["model"]
+    message = f"method {method} drafts with layers that go on from the served model's"
+    with pytest.raises(ValueError, match=message):
+        config_of(model, {"mask": str(mask_file)}, speculative_config=speculation)
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix"])
+def test_a_drafter_that_reads_text(tiny_llama_dir, mask_file, monkeypatch, method):
+    monkeypatch.setattr("vllm.config.speculative.has_arctic_inference", lambda: True)
+    speculation = {"method": method, "num_speculative_tokens": 6}
+    config = config_of(tiny_llama_dir, {"mask": str(mask_file)}, speculative_config=speculation)
+    assert config.speculative_config.method == method
 
 
 SLIDING_WINDOW = {
@@ -358,7 +376,9 @@ def test_a_layer_with_a_backend_of_its_own():
 
 
 def test_plain_vllm_is_as_without_the_plugin(tiny_llama_dir):
-    """Same config and same choice of backend whether the plugin is loaded or not."""
+    """Same config and same choice of backend whether the plugin is loaded or not; and where it is
+    missing, leank cannot be chosen.
+    """
     script = """
 import sys
 from vllm.engine.arg_utils import EngineArgs
@@ -369,8 +389,15 @@ from vllm.config import set_current_vllm_config
 import torch
 with set_current_vllm_config(config):
     backend = get_attn_backend(64, torch.float32, "auto")
+modules = sorted(name for name in sys.modules if name.startswith("vllm_leank"))
+leank = {"attention_backend": "leank", "additional_config": {"leank": {"sink": 32}}}
+try:
+    EngineArgs(model=sys.argv[1], skip_tokenizer_init=True, **leank).create_engine_config()
+except Exception as error:
+    refusal = str(error).replace("\\n", " ")
 print(backend.get_name(), config.compute_hash(), config.model_config.rswa_window)
-print(sorted(name for name in sys.modules if name.startswith("vllm_leank")))
+print(modules)
+print(refusal)
 """
 
     def run(plugins):
@@ -381,9 +408,11 @@ print(sorted(name for name in sys.modules if name.startswith("vllm_leank")))
             check=True,
             env=os.environ | {"VLLM_PLUGINS": plugins},
         )
-        return result.stdout.splitlines()[-2:]
+        return result.stdout.splitlines()[-3:]
 
-    (with_plugin, modules), (without, none) = run("leank"), run("")
+    (with_plugin, modules, refusal), (without, none, unknown) = run("leank"), run("")
     assert with_plugin == without
     assert "vllm_leank.plugin" in modules
     assert none == "[]"
+    assert "leank mask calibrate" in refusal
+    assert "Unknown attention backend: 'LEANK'" in unknown

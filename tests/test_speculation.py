@@ -1,12 +1,25 @@
 """Speculative decoding: drafts are checked over the archive, and rejected ones leave no trace."""
 
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
-from speculation import DRAFT, NGRAM, answers, own_process
+from speculation import DRAFT, NGRAM, SUFFIX, answers, own_process
 from test_engine_answers import assert_same
 
 pytestmark = pytest.mark.engine
+
+DRAFTERS = [
+    pytest.param(NGRAM, id="text"),
+    pytest.param(DRAFT, id="model"),
+    pytest.param(
+        SUFFIX,
+        id="suffix",
+        marks=pytest.mark.skipif(
+            find_spec("arctic_inference") is None, reason="needs arctic-inference 0.1.1"
+        ),
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +35,7 @@ def plain(run):
     return results
 
 
-@pytest.mark.parametrize("drafter", [NGRAM, DRAFT], ids=["text", "model"])
+@pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -48,7 +61,7 @@ def plain_pruned(run):
     return results
 
 
-@pytest.mark.parametrize("drafter", [NGRAM, DRAFT], ids=["text", "model"])
+@pytest.mark.parametrize("drafter", DRAFTERS)
 def test_where_prompts_are_read_pruned(run, plain_pruned, drafter):
     results, seen, _ = run(drafter, PRUNED | {"enable_prefix_caching": True})
     assert min(seen["accepted"], seen["rejected"]) > 100
