@@ -27,10 +27,11 @@ def _register() -> None:
     if problem is None:
         from vllm_leank.checks import check_config
 
-        compat.register_backend_name("vllm_leank.backend.LeanKBackend")
-        compat.hook_platform(check_config)
+        check, backend = check_config, "vllm_leank.backend.LeanKBackend"
     else:
         from vllm_leank.unsupported import refuse
 
-        compat.register_backend_name("vllm_leank.unsupported.UnsupportedBackend")
-        compat.hook_platform(refuse)
+        check, backend = refuse, "vllm_leank.unsupported.UnsupportedBackend"
+    # The name comes last: where it is known, configs are checked.
+    compat.hook_platform(check)
+    compat.register_backend_name(backend)
