@@ -154,13 +154,14 @@ def test_another_vllm_refuses_leank_and_nothing_else():
         assert "9.1.0 is installed" in line
 
 
-def test_a_plugin_that_cannot_be_set_up_says_so_and_leank_cannot_be_chosen():
+@pytest.mark.parametrize("part", ["vllm_version", "hook_platform"])
+def test_a_plugin_that_cannot_be_set_up_says_so_and_leank_cannot_be_chosen(part):
     printed = run(
-        """
+        f"""
         import logging
         logging.basicConfig(format="%(name)s %(message)s", stream=__import__("sys").stdout)
         from vllm_leank import compat
-        compat.vllm_version = lambda: 1 / 0
+        compat.{part} = lambda *_: 1 / 0
         """,
         REGISTER,
         """
