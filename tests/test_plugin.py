@@ -103,7 +103,7 @@ def test_registering_imports_nothing_that_only_serving_needs(registered):
     ours = {name for name in registered["modules"] if name.startswith("vllm_leank.")}
     assert ours == {
         f"vllm_leank.{name}"
-        for name in ("checks", "compat", "errors", "options", "plugin", "version")
+        for name in ("checks", "compat", "errors", "options", "plugin", "version", "window")
     }
     assert "transformers" not in registered["modules"]
 

@@ -7,7 +7,6 @@ import vllm.envs as envs
 
 from vllm_leank import compat
 from vllm_leank.errors import UserError
-from vllm_leank.layout import MAX_HEAD_DIM
 from vllm_leank.options import KEY, OptionError, Options, given_options, read_options
 
 if TYPE_CHECKING:
@@ -124,6 +123,8 @@ def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
 
 def _model(model: "ModelConfig", other: str) -> Iterator[str]:
     """What a model's attention has that cannot be served; `other` says what to do instead."""
+    from vllm_leank.layout import MAX_HEAD_DIM
+
     text = model.hf_text_config
     if model.is_encoder_decoder:
         yield f"cross and encoder attention are not supported; {other}"
