@@ -257,8 +257,8 @@ MUTATIONS = (
     Mutation(
         "masks share a compile cache",
         "settings.py",
-        "MASK_KEY: mask.sha256",
-        "MASK_KEY: mask.model",
+        "MASK_KEY: settings.mask.sha256",
+        "MASK_KEY: settings.mask.model",
         "test_refusals.py::test_a_compile_cache_is_of_one_mask_and_one_window",
     ),
     Mutation(
