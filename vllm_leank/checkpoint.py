@@ -91,13 +91,18 @@ def default_model_id(path: str) -> str:
     return Path(path).resolve().name if Path(path).is_dir() else path
 
 
+def is_path(model: str) -> bool:
+    """Whether a model is named by a path, which no hub id begins like, whatever is there."""
+    return model.startswith(("/", ".", "~"))
+
+
 def text_config(path: str) -> Any:
     """The config of a text model, or of the text part of a multimodal one.
 
     Raises:
         UserError: there is no such checkpoint, or its config cannot be loaded.
     """
-    if not Path(path).is_dir() and path.startswith(("/", ".", "~")):
+    if not Path(path).is_dir() and is_path(path):
         raise UserError(f"{path}: no such directory")
     return load_part(transformers.AutoConfig, path).get_text_config()
 

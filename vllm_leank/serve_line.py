@@ -74,6 +74,8 @@ def _parse_arguments(arguments: Sequence[str]) -> Any:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from vllm_leank.checkpoint import is_path
+
     line = list(arguments)
     for word in ("vllm", "serve"):
         if line[:1] == [word]:
@@ -97,7 +99,7 @@ def _parse_arguments(arguments: Sequence[str]) -> Any:
         raise ValueError(re.sub("<function loads at 0x[0-9a-f]+>", "JSON", message)) from None
     command.validate(parsed)
     parsed.model = parsed.model_tag or parsed.model
-    if parsed.model.startswith(("/", ".", "~")) and not Path(parsed.model).exists():
+    if is_path(parsed.model) and not Path(parsed.model).exists():
         raise UserError(f"{parsed.model}: no such directory")
     return parsed
 
