@@ -127,16 +127,16 @@ def _refused(error: Exception) -> Serving:
 def _serving(reasons: tuple[str, ...], config: "VllmConfig", settings: Settings) -> Serving:
     length, in_flight = config.model_config.max_model_len, compat.in_flight_tokens(config)
     pool, plan = _pool(config), settings.plan
+    # One block is vLLM's own.
+    needed = (1 + plan.blocks_in_prefill(settings.window, length, in_flight)) * plan.block_bytes
     is_given = bool(config.cache_config.kv_cache_memory_bytes)
-    if pool and is_given and config.model_config.original_max_model_len != -1:  # else vLLM fits it
-        blocks = 1 + plan.blocks_in_prefill(settings.window, length, in_flight)  # one is vLLM's own
-        if blocks * plan.block_bytes > pool:
-            too_small = (
-                f"a request of {length:,} tokens needs {blocks * plan.block_bytes:,} bytes while "
-                "its prompt is computed, or vLLM does not start: raise --kv-cache-memory-bytes or "
-                "lower --max-model-len"
-            )
-            reasons = (*reasons, too_small)
+    is_fitted = config.model_config.original_max_model_len == -1  # by vLLM, to the pool
+    if pool and pool < needed and is_given and not is_fitted:
+        too_small = (
+            f"a request of {length:,} tokens needs {needed:,} bytes while its prompt is computed, "
+            "or vLLM does not start: raise --kv-cache-memory-bytes or lower --max-model-len"
+        )
+        reasons = (*reasons, too_small)
     return Serving(reasons, settings, pool, length, in_flight)
 
 
