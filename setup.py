@@ -62,6 +62,6 @@ setup(
     },
     entry_points={
         "console_scripts": ["leank = vllm_leank.cli:main"],
-        "vllm.general_plugins": ["leank = vllm_leank.plugin:register"],
+        "vllm.general_plugins": ["leank = vllm_leank.serving.plugin:register"],
     },
 )

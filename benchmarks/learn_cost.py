@@ -23,10 +23,10 @@ import transformers
 from recall.evaluate import head_commit, machine
 from two_pass import two_pass_loss
 
-from vllm_leank.geometry import Geometry
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.window import Window
 from vllm_leank.learn.distillation import Distiller
-from vllm_leank.prompts import Sample
-from vllm_leank.window import Window
+from vllm_leank.offline.prompts import Sample
 
 GIB = 1 << 30
 

@@ -33,11 +33,11 @@ from vllm_leank.bench.correctness import check_output
 from vllm_leank.bench.machine import head_commit, machine, require_gpu
 from vllm_leank.bench.pools import Tables, layer_cache, layer_channels
 from vllm_leank.bench.results import describe_mask
+from vllm_leank.core.layout import WINDOW_BLOCK, CachePlan, pages, plan_cache
+from vllm_leank.core.window import Window, whole_pages
 from vllm_leank.errors import UserError
-from vllm_leank.layout import WINDOW_BLOCK, CachePlan, pages, plan_cache
-from vllm_leank.mask import Mask, load_mask
-from vllm_leank.step import attend_exact
-from vllm_leank.window import Window, whole_pages
+from vllm_leank.mask.file import Mask, load_mask
+from vllm_leank.serving.step import attend_exact
 
 CHECKED_QUERIES = 64
 """Queries at the end whose outputs are compared with the reference."""

@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from vllm_leank.attention_hook import hooked_attention
-from vllm_leank.far_attention import far_attention
-from vllm_leank.prompts import Sample
-from vllm_leank.window import Window
+from vllm_leank.core.window import Window
+from vllm_leank.offline.attention_hook import hooked_attention
+from vllm_leank.offline.far_attention import far_attention
+from vllm_leank.offline.prompts import Sample
 
 
 def two_pass_loss(

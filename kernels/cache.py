@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_leank.layout import CacheLayout
-from vllm_leank.window import Window
+from vllm_leank.core.layout import CacheLayout
+from vllm_leank.core.window import Window
 
 if TYPE_CHECKING:
     from vllm_leank.kernels.descriptors import Descriptors

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm_leank.layout import WINDOW_BLOCK, CacheLayout
+from vllm_leank.core.layout import WINDOW_BLOCK, CacheLayout
 
 K_WIDTHS = (16, 32, 64, 128, 256)
 """Widths of K chunks, in the order of the kernels' arguments."""

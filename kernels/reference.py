@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from vllm_leank.kernels.batch import Batch, Row
 from vllm_leank.kernels.cache import LayerCache
 
-from vllm_leank.layout import SCALE_BYTES, WINDOW_BLOCK, HeadLayout
-from vllm_leank.window import STEP
+from vllm_leank.core.layout import SCALE_BYTES, WINDOW_BLOCK, HeadLayout
+from vllm_leank.core.window import GRANULE
 
 MAX_SCORES = 1 << 24
 """Scores of one KV head's query group that are held at once (64 MiB in fp32)."""
@@ -67,8 +67,8 @@ def compact(cache: LayerCache, batch: Batch) -> None:
         for chunk in part.k_chunks:
             columns = key[..., chunk.first : chunk.first + chunk.width]
             rows = _rows(cache, chunk.offset, block, chunk.width)
-            rows.unflatten(1, (-1, STEP))[pages, steps] = columns
-        values = _values(cache, part).unflatten(2, (-1, STEP))
+            rows.unflatten(1, (-1, GRANULE))[pages, steps] = columns
+        values = _values(cache, part).unflatten(2, (-1, GRANULE))
         values[pages, :, steps] = value.transpose(1, 2)
         values[empty_pages, :, empty_steps] = 0
 
@@ -215,7 +215,7 @@ def _archived_tokens(
     value = _values(cache, part)[pages].transpose(1, 2).flatten(0, 1)[tokens].float()
     if part.scale_offset is not None:
         scales = _scales(cache, part.scale_offset)[pages].transpose(0, 1).flatten(1)
-        k_scale, v_scale = scales.repeat_interleave(STEP, dim=1)[:, tokens, None]
+        k_scale, v_scale = scales.repeat_interleave(GRANULE, dim=1)[:, tokens, None]
         key, value = key * k_scale, value * v_scale
     return key, value
 
@@ -225,9 +225,9 @@ def _empty_slots(tokens: range, sink: int, block: int) -> Iterator[int]:
     of `tokens` begins or ends.
     """
     if tokens and tokens.start == sink:
-        yield from range(sink // block * block, sink, STEP)
+        yield from range(sink // block * block, sink, GRANULE)
     if tokens:
-        yield from range(tokens.stop, -(-tokens.stop // block) * block, STEP)
+        yield from range(tokens.stop, -(-tokens.stop // block) * block, GRANULE)
 
 
 def _places(
@@ -238,7 +238,7 @@ def _places(
     """
     device, block = cache.window_pages.device, cache.layout.archive_block
     row, slot = torch.tensor(slots, dtype=torch.long, device=device).view(-1, 2).unbind(1)
-    return batch.archive_table[row, slot // block].long(), slot % block // STEP
+    return batch.archive_table[row, slot // block].long(), slot % block // GRANULE
 
 
 def _rows(cache: LayerCache, offset: int, rows: int, width: int) -> torch.Tensor:
@@ -257,6 +257,6 @@ def _scales(cache: LayerCache, offset: int) -> torch.Tensor:
     """View of a head's scales in every archive page, fp32 `[num_blocks, 2, archive_block // 32]`,
     K's and then V's.
     """
-    end = offset + 2 * cache.layout.archive_block // STEP * SCALE_BYTES
+    end = offset + 2 * cache.layout.archive_block // GRANULE * SCALE_BYTES
     part = cache.archive_pages.view(torch.uint8)[:, offset:end]
     return part.view(torch.float32).unflatten(1, (2, -1))

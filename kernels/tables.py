@@ -11,8 +11,8 @@ from vllm_leank.kernels.launch import (
     tile_tokens,
 )
 
-from vllm_leank.layout import CacheLayout
-from vllm_leank.window import Window
+from vllm_leank.core.layout import CacheLayout
+from vllm_leank.core.window import Window
 
 NOMINAL_LENGTH = 8192
 """Length of the request for which heads share a request's programs in proportion to their bytes."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 
-from vllm_leank.layout import WINDOW_BLOCK, CacheLayout, archive_token_bytes
-from vllm_leank.window import Window
+from vllm_leank.core.layout import WINDOW_BLOCK, CacheLayout, archive_token_bytes
+from vllm_leank.core.window import Window
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_leank.kernels import decode, extend, launch
 
-from vllm_leank.window import Window
+from vllm_leank.core.window import Window
 
 KEPT = {128: (0, 32, 96), 256: (0, 240)}
 """Kept channels of a layer's heads, by head size."""

@@ -20,10 +20,10 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 
-from vllm_leank.layout import CachePlan
-from vllm_leank.mask import Mask, save_mask
-from vllm_leank.settings import load_settings
-from vllm_leank.window import Window
+from vllm_leank.core.layout import CachePlan
+from vllm_leank.core.window import Window
+from vllm_leank.mask.file import Mask, save_mask
+from vllm_leank.serving.settings import load_settings
 
 CACHE_BYTES = 1 << 30
 """Cache of every engine here: VLLM_CPU_KVCACHE_SPACE is in GiB."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from test_managers import ARCHIVE, WINDOW, Server
 
-from vllm_leank.window import STEP, Window
+from vllm_leank.core.window import GRANULE, Window
 
 WINDOWS = (Window(0, 32), Window(32, 64), Window(64, 100))
 EDGES = (1, 31, 32, 33, 63, 64, 65, 95, 96, 127, 128, 129, 160, 192, 256, 257, 300)
@@ -83,7 +83,7 @@ class History:
         self.pool_size = self.server.free
         self.memory = (
             np.full((pool.num_gpu_blocks, block), -1, np.int64),
-            np.full((pool.num_gpu_blocks, STEP), -1, np.int64),
+            np.full((pool.num_gpu_blocks, GRANULE), -1, np.int64),
         )
         self.block = block
         self.documents = [[self.random.randrange(50) for _ in range(320)] for _ in range(3)]
@@ -233,7 +233,7 @@ class History:
             self.write(work, WINDOW, positions)
         for work in works:
             for token in self.compaction(work):
-                positions = np.arange(token, token + STEP)
+                positions = np.arange(token, token + GRANULE)
                 self.expect(work, WINDOW, positions, "compaction reads")
                 self.write(work, ARCHIVE, positions)
                 self.counts["compacted"] += 1
@@ -285,12 +285,12 @@ class History:
     # The memory.
 
     def cells(self, work, group, positions):
-        size = self.block if group == ARCHIVE else STEP
+        size = self.block if group == ARCHIVE else GRANULE
         row = np.asarray(work.rows[group])
         return self.memory[group][row[positions // size], positions % size]
 
     def write(self, work, group, positions):
-        size = self.block if group == ARCHIVE else STEP
+        size = self.block if group == ARCHIVE else GRANULE
         row = np.asarray(work.rows[group])
         self.memory[group][row[positions // size], positions % size] = self.identity(
             work, positions
@@ -344,7 +344,7 @@ class History:
             compacted = WINDOW, np.asarray(self.compaction(work), int), "compaction reads"
             for group, positions, what in [*self.reads(work), compacted]:
                 table = self.server.table(work.live.request, group)
-                for page in np.unique(positions // (self.block if group == ARCHIVE else STEP)):
+                for page in np.unique(positions // (self.block if group == ARCHIVE else GRANULE)):
                     assert table[page].block_id == work.rows[group][page], (
                         f"{what} page {page} of request {work.live.request.request_id}, which was "
                         f"freed since the step from {work.start} was planned ({self.window})"

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoConfig
 
-from vllm_leank.geometry import Geometry
-from vllm_leank.mask import Mask
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.mask.file import Mask
 
 MODEL = "tests/tiny"
 

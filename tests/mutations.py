@@ -58,9 +58,9 @@ PROMPTS = "exact_until[: len(lengths)].copy_(lengths[: len(exact_until)], non_bl
 MUTATIONS = (
     Mutation(
         "the boundary is off by one",
-        "window.py",
-        "return self.sink + excess // STEP",
-        "return self.sink + (excess + 1) // STEP",
+        "core/window.py",
+        "return self.sink + excess // GRANULE",
+        "return self.sink + (excess + 1) // GRANULE",
         "test_window.py",
     ),
     Mutation(
@@ -72,42 +72,42 @@ MUTATIONS = (
     ),
     Mutation(
         "a page is freed a step too early",
-        "window.py",
-        "return range(self.sink, self.boundary(processed), STEP)",
-        "return range(self.sink, self.boundary(processed + 1), STEP)",
+        "core/window.py",
+        "return range(self.sink, self.boundary(processed), GRANULE)",
+        "return range(self.sink, self.boundary(processed + 1), GRANULE)",
         "test_managers.py",
     ),
     Mutation(
         "pages are freed under steps in flight",
-        "managers.py",
+        "serving/scheduler/managers.py",
         FREED,
         FREED_BY_WHAT_WAS_SCHEDULED,
         "test_managers.py::test_blocks_of_steps_still_running_are_kept",
     ),
     Mutation(
         "pages are freed as if no draft were rejected",
-        "managers.py",
+        "serving/scheduler/managers.py",
         FREED,
         FREED_BY_WHAT_WAS_SCHEDULED,
         "test_engine_fuzz.py::test_random_traffic_with_drafts_is_answered_as_the_oracle_would",
     ),
     Mutation(
         "pages that were given back are compacted again",
-        "window.py",
+        "core/window.py",
         "else self.boundary(before)\n",
-        "else max(self.sink, self.boundary(before) - STEP)\n",
+        "else max(self.sink, self.boundary(before) - GRANULE)\n",
         "test_engine_memory.py::test_memory_that_nobody_wrote_is_never_read",
     ),
     Mutation(
         "the prompt is freed while it is computed",
-        "window.py",
+        "core/window.py",
         "        if processed < exact_until:\n            return range(0)\n",
         "",
         "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
     ),
     Mutation(
         "a freed block is freed again",
-        "managers.py",
+        "serving/scheduler/managers.py",
         "            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK\n        )",
         "            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK\n        )\n"
         "        self.block_pool.free_blocks(self.req_to_blocks[request_id][-1:] if free else [])",
@@ -115,14 +115,14 @@ MUTATIONS = (
     ),
     Mutation(
         "answers are offered to the prefix cache",
-        "managers.py",
+        "serving/scheduler/managers.py",
         "tokens = request.num_prompt_tokens - 1",
         "tokens = request.num_tokens",
         "test_managers.py",
     ),
     Mutation(
         "a replay that goes on past the prompt is taken for decode",
-        "metadata.py",
+        "serving/metadata.py",
         PROMPTS,
         PROMPTS + "\n                lengths = lengths.to(exact_until.device)\n"
         "                ends = common_attn_metadata.seq_lens[: len(lengths)]\n"
@@ -131,7 +131,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a replay that goes on past the prompt is taken for the prompt",
-        "metadata.py",
+        "serving/metadata.py",
         PROMPTS,
         PROMPTS + "\n                several = common_attn_metadata.query_start_loc.diff() > 1\n"
         "                ends = common_attn_metadata.seq_lens * several\n"
@@ -140,63 +140,63 @@ MUTATIONS = (
     ),
     Mutation(
         "the archive page in which a prompt ends is shared",
-        "managers.py",
+        "serving/scheduler/managers.py",
         "kv_cache_spec.window.archived(prompt),",
         "kv_cache_spec.window.archived(prompt) + kv_cache_spec.block_size,",
         "test_managers.py",
     ),
     Mutation(
         "archive pages of answers are shared",
-        "managers.py",
+        "serving/scheduler/managers.py",
         "self._window.archived(request.num_prompt_tokens)",
         "self._window.archived(request.num_tokens)",
         "test_managers.py",
     ),
     Mutation(
         "a prefix is taken up without the end of its window",
-        "pruned_managers.py",
+        "serving/scheduler/pruned_managers.py",
         "length) // WINDOW_BLOCK, length // WINDOW_BLOCK)",
         "length) // WINDOW_BLOCK, length // WINDOW_BLOCK - 1)",
         "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
     ),
     Mutation(
         "a prefix is taken up whose archive ends within a page",
-        "window.py",
+        "core/window.py",
         "boundary = (longest - recent) // block * block",
         "boundary = longest - recent",
         "test_window.py",
     ),
     Mutation(
         "drafts find no archive page",
-        "managers.py",
+        "serving/scheduler/managers.py",
         "request_id, self._window.archived(num_tokens), num_tokens_main_model",
         "request_id, self._window.archived(max(num_tokens - 6, 1)), num_tokens_main_model",
         "test_speculation.py",
     ),
     Mutation(
         "a draft model gets the archive's block table",
-        "compat.py",
+        "serving/vllm/draft_model.py",
         "isinstance(self.drafter, DraftModelProposer) and is_selected",
         "False and is_selected",
         "test_speculation.py::test_tokens_are_those_without_speculation[chunked-model]",
     ),
     Mutation(
         "drafts may leave the dense window",
-        "checks.py",
+        "serving/checks.py",
         "num_speculative_tokens) > recent",
         "num_speculative_tokens) > recent + 64",
         "test_refusals.py::test_more_drafts_than_are_dense",
     ),
     Mutation(
         "every rank takes the mask of rank 0",
-        "impl.py",
+        "serving/impl.py",
         "settings.plan.rank_heads(rank)",
         "settings.plan.rank_heads(0)",
         "test_parallel.py::test_two_ranks_answer_like_one",
     ),
     Mutation(
         "window and archive tables are swapped",
-        "metadata.py",
+        "serving/metadata.py",
         "window_table=window.common.block_table_tensor,\n"
         "                archive_table=common.block_table_tensor,",
         "archive_table=window.common.block_table_tensor,\n"
@@ -212,14 +212,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a step has the prompt lengths of an earlier one",
-        "metadata.py",
+        "serving/metadata.py",
         "exact_until[: len(lengths)].copy_(",
         "exact_until.any() or exact_until[: len(lengths)].copy_(",
         "test_engine_answers.py::test_history_does_not_matter",
     ),
     Mutation(
         "a captured graph keeps the prompt lengths of its capture",
-        "metadata.py",
+        "serving/metadata.py",
         "exact_until = self._exact_until[: common_attn_metadata.num_reqs]",
         "exact_until = self._exact_until[: common_attn_metadata.num_reqs].clone()",
         "test_gpu_engine.py::test_a_prompt_whose_last_token_comes_alone_is_read_to_its_end[v2]",
@@ -256,37 +256,37 @@ MUTATIONS = (
     ),
     Mutation(
         "masks share a compile cache",
-        "settings.py",
+        "serving/settings.py",
         "MASK_KEY: settings.mask.sha256",
         "MASK_KEY: settings.mask.model",
         "test_refusals.py::test_a_compile_cache_is_of_one_mask_and_one_window",
     ),
     Mutation(
         "options without --attention-backend leank are ignored",
-        "checks.py",
+        "serving/checks.py",
         "if given_options(vllm_config.additional_config):",
         "if False:",
         "test_refusals.py",
     ),
     Mutation(
         "a plugin that could not be set up leaves the backend's name",
-        "plugin.py",
+        "serving/plugin.py",
         "        _register()\n    except",
-        "        from vllm_leank import compat\n\n"
-        '        compat.register_backend_name("vllm_leank.backend.LeanKBackend")\n'
+        "        from vllm_leank.serving.vllm.backend_name import register_backend_name\n\n"
+        '        register_backend_name("vllm_leank.serving.backend.LeanKBackend", load_backend)\n'
         "        _register()\n    except",
         "test_plugin.py",
     ),
     Mutation(
         "the plugin leaves vLLM's choice of a backend as it is",
-        "compat.py",
+        "serving/vllm/platform.py",
         "    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)\n",
         "",
         "test_engine_answers.py::test_logits_are_those_of_the_definition",
     ),
     Mutation(
         "prompts may go on after their answer",
-        "compat.py",
+        "serving/vllm/streaming_input.py",
         "if resumable and is_selected",
         "if False and is_selected",
         "test_engine_features.py::test_streaming_input_is_refused",

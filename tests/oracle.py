@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-STEP = 32
+GRANULE = 32
 """Tokens by which the boundary moves."""
 
 QUERY_CHUNK = 256
@@ -36,8 +36,8 @@ def boundary(length: int, sink: int, recent: int) -> int:
     Starts at `sink` and moves up by whole steps as long as `recent` tokens stay behind it.
     """
     edge = sink
-    while edge + STEP <= length - recent:
-        edge += STEP
+    while edge + GRANULE <= length - recent:
+        edge += GRANULE
     return edge
 
 
@@ -66,11 +66,11 @@ def visibility(queries: range, num_keys: int, rule: Rule) -> tuple[Tensor, Tenso
 
 
 def rounded(far: Tensor, sink: int) -> Tensor:
-    """`[tokens, channels]` as an fp8 archive gives them back: e4m3, with one scale for every `STEP`
-    tokens from the sink on, by which the largest number becomes 448, the largest of e4m3.
+    """`[tokens, channels]` as an fp8 archive gives them back: e4m3, with one scale for every
+    `GRANULE` tokens from the sink on, by which the largest number becomes 448, the largest of e4m3.
     """
     far = far.clone()
-    for step in far[sink:].split(STEP):
+    for step in far[sink:].split(GRANULE):
         scale = step.abs().max() / 448
         if scale > 0:
             step.copy_((step / scale).to(torch.float8_e4m3fn).to(far.dtype) * scale)

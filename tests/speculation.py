@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from engines import engine
 from recall.demo import MODEL
 
-from vllm_leank.mask_resolver import find_masks
+from vllm_leank.mask.lookup import find_masks
 
 NGRAM = {
     "method": "ngram",

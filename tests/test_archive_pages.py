@@ -5,7 +5,7 @@ import torch
 from cache_builder import CacheBuilder
 from vllm_leank.kernels import reference
 
-from vllm_leank.window import Window
+from vllm_leank.core.window import Window
 
 FP8 = torch.float8_e4m3fn
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from vllm_leank.attention_hook import hooked_attention
 from vllm_leank.baselines import global_energy, random_channels, slow_heads, uniform_energy
-from vllm_leank.geometry import Geometry
-from vllm_leank.simulate import SimulatedPruning, ThinK
-from vllm_leank.window import Window
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.window import Window
+from vllm_leank.offline.attention_hook import hooked_attention
+from vllm_leank.offline.simulate import SimulatedPruning, ThinK
 
 WINDOW = Window(32, 32)
 

@@ -14,11 +14,11 @@ from vllm_leank.kernels import reference
 
 from vllm_leank.bench import pools, results
 from vllm_leank.bench.cases import Case, parse_case, parse_layers
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.layout import plan_cache
+from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.geometry import Geometry
-from vllm_leank.layout import plan_cache
-from vllm_leank.mask import Mask, save_mask
-from vllm_leank.window import Window
+from vllm_leank.mask.file import Mask, save_mask
 
 KEPT = ((0, 32), (64, 16))
 WINDOW = Window(32, 64)

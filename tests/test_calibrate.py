@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers
 
-from vllm_leank import calibrate as calibration
-from vllm_leank.attention_hook import hooked_attention
-from vllm_leank.calibrate import HeadStatistics, calibrate, head_shares, measure_heads
+from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.prompts import read_prompts
-from vllm_leank.select_channels import select_channels
-from vllm_leank.window import Window
+from vllm_leank.mask.select_channels import select_channels
+from vllm_leank.offline import calibrate as calibration
+from vllm_leank.offline.attention_hook import hooked_attention
+from vllm_leank.offline.calibrate import HeadStatistics, calibrate, head_shares, measure_heads
+from vllm_leank.offline.prompts import read_prompts
 
 THETA = 10000.0
 SHAPE = {

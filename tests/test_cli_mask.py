@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from vllm_leank import mask_resolver
-from vllm_leank.mask import Geometry, Mask, load_mask, save_mask
+from vllm_leank.mask import lookup as mask_resolver
+from vllm_leank.mask.file import Geometry, Mask, load_mask, save_mask
 
 
 @pytest.fixture

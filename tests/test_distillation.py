@@ -7,10 +7,10 @@ import torch
 import transformers
 from two_pass import two_pass_loss
 
+from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.learn.distillation import Distiller
-from vllm_leank.prompts import Sample
-from vllm_leank.window import Window
+from vllm_leank.offline.prompts import Sample
 
 SHAPE = {
     "vocab_size": 97,

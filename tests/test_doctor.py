@@ -11,13 +11,13 @@ from mask_samples import random_mask
 from vllm.platforms.interface import DeviceCapability
 from vllm.plugins import load_general_plugins
 
-from vllm_leank import compat
-from vllm_leank.capacity import OTHER_BYTES
-from vllm_leank.checkpoint import Checkpoint
-from vllm_leank.environment import environment
-from vllm_leank.mask import load_mask, save_mask
-from vllm_leank.serve_line import _pool, examine
-from vllm_leank.window import Window
+from vllm_leank.core.capacity import OTHER_BYTES
+from vllm_leank.core.window import Window
+from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.mask.file import load_mask, save_mask
+from vllm_leank.serving.environment import environment
+from vllm_leank.serving.serve_line import _pool, examine
+from vllm_leank.serving.vllm import backend_name, versions
 
 load_general_plugins()
 
@@ -40,7 +40,7 @@ def test_everything_is_in_place_here():
     facts = {fact.name: fact for fact in environment()}
     assert [fact for fact in facts.values() if fact.problem] == []
     assert facts["vllm"].value.startswith("0.32")
-    assert facts["plugin"].value == "vllm_leank.plugin:register"
+    assert facts["plugin"].value == "vllm_leank.serving.plugin:register"
     assert facts["backend"].value == "LEANK"
 
 
@@ -61,17 +61,17 @@ def test_a_plugin_that_is_not_installed(monkeypatch):
 
 
 def test_a_backend_that_is_not_registered(monkeypatch):
-    monkeypatch.setattr(compat, "BACKEND", "NONE")
+    monkeypatch.setattr(backend_name, "BACKEND", "NONE")
     assert "did not register" in problem_of("backend")
 
 
 def test_another_vllm(monkeypatch):
-    monkeypatch.setattr(compat, "vllm_version", lambda: "0.99.0")
+    monkeypatch.setattr(versions, "vllm_version", lambda: "0.99.0")
     assert "vllm-leank works with vLLM" in problem_of("vllm")
 
 
 def test_no_vllm(monkeypatch, leank):
-    monkeypatch.setattr(compat, "vllm_version", lambda: None)
+    monkeypatch.setattr(versions, "vllm_version", lambda: None)
     assert "not installed" in problem_of("vllm")
     assert [fact.name for fact in environment()][-1] == "vllm"
     assert leank("doctor", "--", "serve", "m")[0] == 1
@@ -270,4 +270,4 @@ def test_doctor_without_a_line(doctor):
     assert json.loads(out)["serve"] is None
     code, out, _ = doctor()
     assert code == 0
-    assert "vllm_leank.plugin:register" in out
+    assert "vllm_leank.serving.plugin:register" in out

@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
-from vllm_leank.mask import save_mask
+from vllm_leank.mask.file import save_mask
 
 pytestmark = pytest.mark.engine
 

@@ -8,7 +8,7 @@ from recall.tasks import make_sample
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
-from vllm_leank.mask import save_mask
+from vllm_leank.mask.file import save_mask
 
 pytestmark = pytest.mark.engine
 

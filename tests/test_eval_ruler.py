@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from vllm_leank import ruler
 from vllm_leank.cli import evaluation
 from vllm_leank.errors import UserError
-from vllm_leank.ruler import SYNTHETIC, chosen_tasks
+from vllm_leank.offline import ruler
+from vllm_leank.offline.ruler import SYNTHETIC, chosen_tasks
 
 
 def parsed(line):

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from vllm_leank import far_attention as module
-from vllm_leank.far_attention import far_attention
-from vllm_leank.window import Window
+from vllm_leank.core.window import Window
+from vllm_leank.offline import far_attention as module
+from vllm_leank.offline.far_attention import far_attention
 
 B, H, GROUP, D = 2, 3, 2, 16
 

@@ -14,8 +14,8 @@ from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
 from speculation import DRAFT, NGRAM, prompts, watch
 
-from vllm_leank.mask import load_mask, save_mask
-from vllm_leank.mask_resolver import find_masks
+from vllm_leank.mask.file import load_mask, save_mask
+from vllm_leank.mask.lookup import find_masks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 

@@ -14,9 +14,9 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_cache_interface import iter_layer_specs
 from vllm_cache import cache_configs, cache_specs, vllm_config
 
-from vllm_leank.layout import WINDOW_BLOCK, plan_cache
-from vllm_leank.specs import ArchiveSpec, WindowSpec
-from vllm_leank.window import Window
+from vllm_leank.core.layout import WINDOW_BLOCK, plan_cache
+from vllm_leank.core.window import Window
+from vllm_leank.serving.scheduler.specs import ArchiveSpec, WindowSpec
 
 WINDOW = Window(64, 256)
 LENGTH = 8192

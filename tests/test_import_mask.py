@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_leank import import_mask as importer
-from vllm_leank.mask import load_mask
-from vllm_leank.select_channels import round_survivors
+from vllm_leank.mask import import_mask as importer
+from vllm_leank.mask.file import load_mask
+from vllm_leank.mask.select_channels import round_survivors
 
 SHAPE = (2, 2, 64)
 """Layers, KV heads and head_dim of `tiny_llama_dir`."""

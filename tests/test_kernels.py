@@ -14,7 +14,7 @@ from test_reference import serve as serve_long
 from vllm_leank.kernels import decode, extend, launch, reference, store
 from vllm_leank.kernels.cache import LayerCache
 
-from vllm_leank.window import Window
+from vllm_leank.core.window import Window
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

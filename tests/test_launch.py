@@ -18,8 +18,8 @@ from vllm_leank.kernels.launch import (
 )
 from vllm_leank.kernels.tables import Tables
 
-from vllm_leank.layout import ARCHIVE_BLOCKS, CacheLayout
-from vllm_leank.window import Window
+from vllm_leank.core.layout import ARCHIVE_BLOCKS, CacheLayout
+from vllm_leank.core.window import Window
 
 HOPPER, AMPERE = Device(tma=True), Device(tma=False)
 

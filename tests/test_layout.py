@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_leank.layout import (
+from vllm_leank.core.layout import (
     ARCHIVE_BLOCKS,
     ARCHIVE_WASTE,
     CHUNK_WIDTHS,
@@ -18,7 +18,7 @@ from vllm_leank.layout import (
     rank_heads,
     uneven,
 )
-from vllm_leank.window import Window
+from vllm_leank.core.window import Window
 
 OFFICIAL_MASKS = Path(__file__).parents[2] / "shared" / "official-masks"
 

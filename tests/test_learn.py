@@ -15,15 +15,15 @@ import torch
 from byte_tokenizer import byte_tokenizer
 
 from vllm_leank import cli
+from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.learn.data import Data, Shuffled
 from vllm_leank.learn.distillation import Distiller
 from vllm_leank.learn.run import learn
 from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, _used, run_stage
-from vllm_leank.mask import load_mask
-from vllm_leank.mask_request import MaskRequest
-from vllm_leank.prompts import Sample
-from vllm_leank.window import Window
+from vllm_leank.mask.file import load_mask
+from vllm_leank.offline.mask_request import MaskRequest
+from vllm_leank.offline.prompts import Sample
 
 WINDOW = Window(32, 32)
 RECIPE = Recipe(steps=20, lr=0.05, reg=0.01)

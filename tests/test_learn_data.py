@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 
+from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.learn.data import Data, Generated, Shuffled, least_tokens, with_far_tokens
 from vllm_leank.learn.tasks import essay_pieces, multivalue, retrieval
-from vllm_leank.prompts import Sample, read_samples
-from vllm_leank.window import Window
+from vllm_leank.offline.prompts import Sample, read_samples
 
 WINDOW = Window(32, 64)
 

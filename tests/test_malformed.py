@@ -7,8 +7,8 @@ import os
 
 from malformed import masks, options
 
-from vllm_leank.mask import MaskError, parse_mask
-from vllm_leank.options import OptionError, parse_options
+from vllm_leank.core.options import OptionError, parse_options
+from vllm_leank.mask.file import MaskError, parse_mask
 
 TIMES = int(os.environ.get("LEANK_MALFORMED", "1"))
 

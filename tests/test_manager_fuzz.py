@@ -9,8 +9,8 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vllm_leank import managers
-from vllm_leank.window import STEP, Window
+from vllm_leank.core.window import GRANULE, Window
+from vllm_leank.serving.scheduler import managers
 
 EVENTS = 150
 SEEDS = int(os.environ.get("LEANK_FUZZ_SEEDS", "24"))
@@ -39,7 +39,7 @@ def frees_a_page_too_many(monkeypatch):
 
     def early(self, processed, exact_until):
         tokens = free(self, processed, exact_until)
-        return range(tokens.start, tokens.stop + STEP, STEP) if tokens else tokens
+        return range(tokens.start, tokens.stop + GRANULE, GRANULE) if tokens else tokens
 
     monkeypatch.setattr(Window, "free_tokens", early)
 
@@ -48,7 +48,7 @@ def frees_the_prompt_while_it_is_computed(monkeypatch):
     monkeypatch.setattr(
         Window,
         "free_tokens",
-        lambda self, processed, exact_until: range(self.sink, self.boundary(processed), STEP),
+        lambda self, processed, exact_until: range(self.sink, self.boundary(processed), GRANULE),
     )
 
 
@@ -93,7 +93,7 @@ def hands_out_a_block_in_use_when_the_pool_is_full(monkeypatch):
 def archives_a_page_too_few(monkeypatch):
     archived = Window.archived
     monkeypatch.setattr(
-        Window, "archived", lambda self, length: max(archived(self, length) - STEP, 0)
+        Window, "archived", lambda self, length: max(archived(self, length) - GRANULE, 0)
     )
 
 

@@ -15,9 +15,9 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.request import Request
 from vllm_cache import cache_configs, vllm_config
 
-from vllm_leank.layout import plan_cache
-from vllm_leank.specs import WindowSpec
-from vllm_leank.window import Window
+from vllm_leank.core.layout import plan_cache
+from vllm_leank.core.window import Window
+from vllm_leank.serving.scheduler.specs import WindowSpec
 
 ARCHIVE, WINDOW = 0, 1
 MAX_LENGTH = 16384

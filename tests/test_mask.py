@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_leank.mask import (
+from vllm_leank.mask.file import (
     MAX_BYTES,
     Geometry,
     Mask,

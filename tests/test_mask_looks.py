@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from vllm_leank import cli
-from vllm_leank.compose import read_streaming_heads
+from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
-from vllm_leank.geometry import Geometry
-from vllm_leank.mask import Mask, save_mask
-from vllm_leank.rope_pairs import (
+from vllm_leank.mask.compose import read_streaming_heads
+from vllm_leank.mask.file import Mask, save_mask
+from vllm_leank.mask.rope_pairs import (
     channel_pairs,
     high_frequency_share,
     outlier_pairs,

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from vllm_leank.mask import Geometry, Mask, MaskError, save_mask
-from vllm_leank.mask_resolver import find_masks, list_masks, resolve_mask
+from vllm_leank.mask.file import Geometry, Mask, MaskError, save_mask
+from vllm_leank.mask.lookup import find_masks, list_masks, resolve_mask
 
 SHORT = Geometry(2, 2, 64, 1e6, None)
 LONG = Geometry(2, 2, 64, 1e6, {"rope_type": "yarn", "factor": 4.0})

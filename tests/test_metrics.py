@@ -8,8 +8,8 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
-from vllm_leank.mask import save_mask
-from vllm_leank.settings import load_settings
+from vllm_leank.mask.file import save_mask
+from vllm_leank.serving.settings import load_settings
 
 load_general_plugins()
 

@@ -8,9 +8,9 @@ from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
 from test_engine_answers import assert_same
 
-from vllm_leank.layout import archive_token_bytes, plan_cache
-from vllm_leank.mask import load_mask
-from vllm_leank.mask_resolver import find_masks
+from vllm_leank.core.layout import archive_token_bytes, plan_cache
+from vllm_leank.mask.file import load_mask
+from vllm_leank.mask.lookup import find_masks
 
 LIMITS = {"max_model_len": 1200, "max_num_seqs": 8, "max_num_batched_tokens": 512}
 every_split = pytest.mark.skipif(

@@ -8,15 +8,21 @@ import typer
 from mask_samples import random_mask
 from rich.console import Console
 
-from vllm_leank.capacity import Capacity, compare, dense_capacity, estimate_pool, leank_capacity
-from vllm_leank.checkpoint import Checkpoint
 from vllm_leank.cli.capacity_table import capacity_table
 from vllm_leank.cli.sizes import parse_size, readable
+from vllm_leank.core.capacity import (
+    Capacity,
+    compare,
+    dense_capacity,
+    estimate_pool,
+    leank_capacity,
+)
+from vllm_leank.core.layout import CachePlan, plan_cache
+from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.layout import CachePlan, plan_cache
-from vllm_leank.mask import save_mask
-from vllm_leank.mask_resolver import find_masks
-from vllm_leank.window import Window
+from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.mask.file import save_mask
+from vllm_leank.mask.lookup import find_masks
 
 (BUNDLED,) = find_masks("leank/recall")
 
@@ -53,7 +59,7 @@ def test_plan_says_what_a_server_says(recall):
 
 
 def test_the_help_knows_the_longest_request_of_the_startup_report(leank):
-    from vllm_leank.report import LONG_REQUEST
+    from vllm_leank.serving.report import LONG_REQUEST
 
     assert f"speaks of {LONG_REQUEST:,} tokens" in " ".join(leank("plan", "--help")[1].split())
 

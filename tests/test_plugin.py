@@ -31,7 +31,7 @@ WITHOUT_VLLM = """
 """
 
 REGISTER = """
-    from vllm_leank.plugin import register
+    from vllm_leank.serving.plugin import register
     register()
 """
 
@@ -95,16 +95,14 @@ def registered():
 
 
 def test_registering_again_changes_nothing(registered):
-    assert registered["path"] == "vllm_leank.backend.LeanKBackend"
+    assert registered["path"] == "vllm_leank.serving.backend.LeanKBackend"
     assert registered["unchanged"]
 
 
 def test_registering_imports_nothing_that_only_serving_needs(registered):
     ours = {name for name in registered["modules"] if name.startswith("vllm_leank.")}
-    assert ours == {
-        f"vllm_leank.{name}"
-        for name in ("checks", "compat", "errors", "options", "plugin", "version", "window")
-    }
+    heavy = ("kernels", "mask", "offline", "serving.scheduler", "serving.impl", "serving.settings")
+    assert not [name for name in ours if name.startswith(tuple(f"vllm_leank.{h}" for h in heavy))]
     assert "transformers" not in registered["modules"]
 
 
@@ -130,8 +128,8 @@ def test_a_process_that_has_not_loaded_plugins_unpickles_members(registered):
 def test_another_vllm_refuses_leank_and_nothing_else():
     printed = run(
         """
-        from vllm_leank import compat
-        compat.version = lambda name: "9.1.0"
+        from vllm_leank.serving.vllm import versions
+        versions.version = lambda name: "9.1.0"
         """,
         REGISTER,
         """
@@ -154,14 +152,14 @@ def test_another_vllm_refuses_leank_and_nothing_else():
         assert "9.1.0 is installed" in line
 
 
-@pytest.mark.parametrize("part", ["vllm_version", "hook_platform"])
+@pytest.mark.parametrize("part", ["versions.vllm_version", "platform.hook_platform"])
 def test_a_plugin_that_cannot_be_set_up_says_so_and_leank_cannot_be_chosen(part):
     printed = run(
         f"""
         import logging
         logging.basicConfig(format="%(name)s %(message)s", stream=__import__("sys").stdout)
-        from vllm_leank import compat
-        compat.{part} = lambda *_: 1 / 0
+        from vllm_leank.serving.vllm import platform, versions
+        {part} = lambda *_: 1 / 0
         """,
         REGISTER,
         """

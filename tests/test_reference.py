@@ -5,7 +5,7 @@ import torch
 from cache_builder import CacheBuilder, relative_rms
 from vllm_leank.kernels import reference
 
-from vllm_leank.window import Window
+from vllm_leank.core.window import Window
 
 COUNTS = (0, 16, 32, 48, 64, 96, 112, 128, 256)
 FP32, BF16, FP16 = (torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)

@@ -14,9 +14,9 @@ from mask_samples import random_mask
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
-from vllm_leank.checks import judge
-from vllm_leank.mask import save_mask
-from vllm_leank.settings import load_settings
+from vllm_leank.mask.file import save_mask
+from vllm_leank.serving.checks import judge
+from vllm_leank.serving.settings import load_settings
 
 load_general_plugins()  # as the command line does before it reads an option
 
@@ -351,7 +351,7 @@ LAYERS = {
 @pytest.mark.parametrize(("feature", "arguments"), LAYERS.items(), ids=LAYERS)
 def test_layers(feature, arguments):
     """A model's code may ask for what its config does not show."""
-    from vllm_leank.impl import LeanKImpl
+    from vllm_leank.serving.impl import LeanKImpl
 
     with pytest.raises(ValueError, match=f"leank does not support {feature}"):
         LeanKImpl(1, 64, 1.0, 1, **arguments)
@@ -360,8 +360,8 @@ def test_layers(feature, arguments):
 def test_a_layer_with_a_backend_of_its_own():
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-    from vllm_leank.backend import WindowBackend
-    from vllm_leank.impl import check_all_layers
+    from vllm_leank.serving.backend import WindowBackend
+    from vllm_leank.serving.impl import check_all_layers
 
     class Other(AttentionLayerBase):
         def get_attn_backend(self):
@@ -412,7 +412,7 @@ print(refusal)
 
     (with_plugin, modules, refusal), (without, none, unknown) = run("leank"), run("")
     assert with_plugin == without
-    assert "vllm_leank.plugin" in modules
+    assert "vllm_leank.serving.plugin" in modules
     assert none == "[]"
     assert "leank mask calibrate" in refusal
     assert "Unknown attention backend: 'LEANK'" in unknown

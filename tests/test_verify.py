@@ -14,12 +14,12 @@ from recall.demo import MODEL
 from recall.tasks import make_sample
 from transformers import AutoModelForCausalLM
 
+from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.mask import Mask, save_mask
-from vllm_leank.mask_resolver import find_masks
-from vllm_leank.prompts import Sample
-from vllm_leank.verify import Comparison, Summary, Thresholds, Verifier
-from vllm_leank.window import Window
+from vllm_leank.mask.file import Mask, save_mask
+from vllm_leank.mask.lookup import find_masks
+from vllm_leank.offline.prompts import Sample
+from vllm_leank.offline.verify import Comparison, Summary, Thresholds, Verifier
 
 WINDOW = Window(32, 64)
 PROMPT = torch.randint(256, (230,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -200,8 +200,8 @@ def test_without_a_tokenizer_needles_are_refused(leank, tiny_llama_dir, with_tok
 
 
 def test_answers_of_all_lengths_fit(recall_data):
-    from vllm_leank.checkpoint import Checkpoint
-    from vllm_leank.verify_samples import file_samples
+    from vllm_leank.mask.checkpoint import Checkpoint
+    from vllm_leank.offline.verify_samples import file_samples
 
     checkpoint = Checkpoint.open(str(MODEL))
     samples, short = file_samples(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_leank.window import STEP, Window
+from vllm_leank.core.window import GRANULE, Window
 
 LENGTHS = range(4097)
 WINDOWS = [Window(*pair) for pair in [(0, 32), (32, 64), (64, 256), (128, 768), (64, 100), (0, 33)]]
@@ -52,11 +52,11 @@ def test_boundary_moves_up_in_steps_and_keeps_recent_tokens_dense(window):
     assert boundaries[0] == window.sink
     assert {after - before for before, after in pairwise(boundaries)} == {
         0,
-        STEP,
+        GRANULE,
     }
     for length, boundary in enumerate(boundaries):
         if boundary > window.sink:
-            assert window.recent <= length - boundary < window.recent + STEP
+            assert window.recent <= length - boundary < window.recent + GRANULE
 
 
 @every_window
@@ -116,8 +116,8 @@ def test_steps_archive_every_token_once_and_before_it_is_read_there(run):
         moved = window.compaction(before, after, prompt)
         if moved:
             assert moved.start == archived_to
-            assert moved.step == STEP
-            archived_to = moved[-1] + STEP
+            assert moved.step == GRANULE
+            archived_to = moved[-1] + GRANULE
             assert archived_to <= window.archived(after)
         for position in range(max(before, prompt), after):
             assert naive_boundary(position + 1, window.sink, window.recent) <= archived_to
@@ -132,13 +132,13 @@ def test_nothing_freed_is_read_or_archived_later(run):
     freed = set()
     for before, after in pairwise(lengths):
         pages = window.free_tokens(before, prompt)
-        freed |= {token for page in pages for token in range(page, page + STEP)}
-        assert all(page % STEP == 0 for page in pages)
+        freed |= {token for page in pages for token in range(page, page + GRANULE)}
+        assert all(page % GRANULE == 0 for page in pages)
         if before < prompt:
             assert not freed
         assert freed.isdisjoint(range(window.sink))
         for page in window.compaction(before, after, prompt):
-            assert freed.isdisjoint(range(page, page + STEP))
+            assert freed.isdisjoint(range(page, page + GRANULE))
         first = naive_boundary(before + 1, window.sink, window.recent)
         assert freed.isdisjoint(range(first, after))
 
@@ -174,7 +174,7 @@ def test_a_prefix_is_the_longest_of_whole_pages(window, block):
     """Of window pages, and of archive pages as far as it has any."""
     best = 0
     for limit in LENGTHS:
-        if limit % STEP == 0 and window.archived(limit) % block == 0:
+        if limit % GRANULE == 0 and window.archived(limit) % block == 0:
             best = limit
         assert window.prefix(limit, block) == best
 
@@ -186,7 +186,7 @@ def test_no_prompt_holds_more_dense_tokens_than_said(window, chunk):
     pruned = replace(window, exact=False)
     for processed in range(0, 4096 - 2 * chunk, 7):
         length = processed + 2 * chunk
-        freed = len(pruned.free_tokens(processed, pruned.exact_until(length))) * STEP
+        freed = len(pruned.free_tokens(processed, pruned.exact_until(length))) * GRANULE
         assert length - freed <= pruned.most_dense(length, 2 * chunk)
         assert window.most_dense(length, 2 * chunk) == length
 

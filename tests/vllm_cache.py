@@ -7,10 +7,10 @@ from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheLayout, KVCacheSpec
 
-from vllm_leank.backend import layer_backend
-from vllm_leank.layout import CachePlan
-from vllm_leank.specs import window_spec
-from vllm_leank.window import Window
+from vllm_leank.core.layout import CachePlan
+from vllm_leank.core.window import Window
+from vllm_leank.serving.backend import layer_backend
+from vllm_leank.serving.scheduler.specs import window_spec
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 

@@ -1,7 +1,7 @@
 """LeanK for vLLM: a KV cache whose far tokens keep only the K channels that matter.
 
-vLLM finds the plugin through the entry point `vllm_leank.plugin:register`. This module stays light,
-because every process that loads vLLM's plugins imports it.
+vLLM finds the plugin through the entry point `vllm_leank.serving.plugin:register`. This module
+stays light, because every process that loads vLLM's plugins imports it.
 """
 
 from vllm_leank.version import __version__

@@ -8,9 +8,9 @@ they are as good as they can be. What is compared besides: `calibrate`, learned 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_leank.geometry import Geometry
-from vllm_leank.rope_pairs import high_frequency_share
-from vllm_leank.select_channels import select_channels
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.mask.rope_pairs import high_frequency_share
+from vllm_leank.mask.select_channels import select_channels
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]

@@ -29,10 +29,10 @@ from transformers import AutoConfig, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from recall.tasks import make_sample
-from vllm_leank.geometry import Geometry
-from vllm_leank.layout import plan_cache
-from vllm_leank.mask_resolver import resolve_mask
-from vllm_leank.window import Window
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.layout import plan_cache
+from vllm_leank.core.window import Window
+from vllm_leank.mask.lookup import resolve_mask
 
 MODEL = Path(__file__).with_name("model")
 START_SECONDS = 150

@@ -8,7 +8,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from recall.tasks import TASKS, Sample
-from vllm_leank.settings import load_settings
+from vllm_leank.serving.settings import load_settings
 
 
 class Engine:

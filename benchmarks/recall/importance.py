@@ -26,9 +26,9 @@ from transformers import LlamaForCausalLM
 
 from recall.evaluate import head_commit, machine
 from recall.tasks import TASKS, make_sample
-from vllm_leank.calibrate import HeadStatistics, measure_heads
-from vllm_leank.select_channels import select_channels
-from vllm_leank.window import Window
+from vllm_leank.core.window import Window
+from vllm_leank.mask.select_channels import select_channels
+from vllm_leank.offline.calibrate import HeadStatistics, measure_heads
 
 FAR_MASS = 0.01
 """Attention on far tokens, at least, of a head whose channels are ranked."""

@@ -41,15 +41,15 @@ from recall.pruned_answers import (
 )
 from recall.tasks import TASKS, make_sample
 from vllm_leank.baselines import global_energy, random_channels, slow_heads, uniform_energy
-from vllm_leank.calibrate import measure_heads
-from vllm_leank.geometry import Geometry
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.window import Window
 from vllm_leank.learn.display import Display
 from vllm_leank.learn.distillation import Distiller
 from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, run_stage
-from vllm_leank.mask import Mask, save_mask
-from vllm_leank.prompts import Sample
-from vllm_leank.select_channels import select_channels
-from vllm_leank.window import Window
+from vllm_leank.mask.file import Mask, save_mask
+from vllm_leank.mask.select_channels import select_channels
+from vllm_leank.offline.calibrate import measure_heads
+from vllm_leank.offline.prompts import Sample
 
 FIRST_SEED = 100_000
 """Of the samples to learn on: other ones than calibration and the choice of rules use."""

@@ -13,9 +13,9 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from recall.evaluate import BATCH_TOKENS
 from recall.tasks import TASKS, make_sample
-from vllm_leank.attention_hook import hooked_attention
-from vllm_leank.simulate import SimulatedPruning, ThinK
-from vllm_leank.window import Window
+from vllm_leank.core.window import Window
+from vllm_leank.offline.attention_hook import hooked_attention
+from vllm_leank.offline.simulate import SimulatedPruning, ThinK
 
 SEEDS = {"train": 1000, "eval": 0}
 """First seed of a split: calibration uses the first ones of `train`."""

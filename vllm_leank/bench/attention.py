@@ -21,13 +21,13 @@ from vllm_leank.bench.correctness import check_output
 from vllm_leank.bench.flash import FlashDecode
 from vllm_leank.bench.pools import Tables, layer_cache, layer_channels
 from vllm_leank.bench.timing import copies_needed, eager_ms, graph_ms, read_limit, release
+from vllm_leank.core.layout import CachePlan, plan_cache
 from vllm_leank.errors import UserError
 from vllm_leank.kernels import reference
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.decode import decode
-from vllm_leank.layout import CachePlan, plan_cache
-from vllm_leank.mask import Mask
+from vllm_leank.mask.file import Mask
 
 CHECKED_ROWS = 2
 """Requests whose outputs are compared, at most."""

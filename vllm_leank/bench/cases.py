@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from vllm_leank.core.layout import CacheLayout, archive_token_bytes, window_token_bytes
+from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.layout import CacheLayout, archive_token_bytes, window_token_bytes
-from vllm_leank.window import Window
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from vllm.vllm_flash_attn import (
 
 from vllm_leank.bench.cases import Case
 from vllm_leank.bench.pools import fill_normal
-from vllm_leank.layout import pages
+from vllm_leank.core.layout import pages
 
 BLOCK = 16
 """Tokens of a page: vLLM's default with this backend."""

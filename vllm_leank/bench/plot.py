@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_leank.bench.results import ATTENTION, load_results
 from vllm_leank.errors import UserError
-from vllm_leank.pictures import check_picture, save_figure
+from vllm_leank.mask.pictures import check_picture, save_figure
 
 AXES = {"length": "context length, tokens", "batch": "batch, requests"}
 SERIES = ("model", "archive_dtype", "length", "batch", "sink", "recent")

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from vllm_leank.bench.cases import Case
+from vllm_leank.core.layout import WINDOW_BLOCK, CacheLayout, pages
+from vllm_leank.core.window import GRANULE
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
-from vllm_leank.layout import WINDOW_BLOCK, CacheLayout, pages
-from vllm_leank.mask import Mask
-from vllm_leank.window import STEP
+from vllm_leank.mask.file import Mask
 
 FILL_ITEMS = 1 << 26
 """Random numbers that are drawn at once."""
@@ -88,7 +88,7 @@ def layer_cache(
         channels=channels,
         window=case.window,
     )
-    count = 2 * layout.archive_block // STEP
+    count = 2 * layout.archive_block // GRANULE
     for head in layout.heads:
         if head.scale_offset is not None:
             first = head.scale_offset // 4

@@ -61,8 +61,8 @@ def attention(
     from vllm_leank.bench.cases import parse_case, parse_layers
     from vllm_leank.bench.machine import require_gpu
     from vllm_leank.bench.results import ATTENTION, describe_mask, header, save_results
-    from vllm_leank.mask import load_mask
-    from vllm_leank.window import whole_pages
+    from vllm_leank.core.window import whole_pages
+    from vllm_leank.mask.file import load_mask
 
     begin = time.monotonic()
     if out is not None:
@@ -147,7 +147,7 @@ def serve(
     from vllm_leank.bench import serve as serving
     from vllm_leank.bench.report_serve import print_serve
     from vllm_leank.bench.results import SERVE, describe_mask, header, save_results
-    from vllm_leank.mask import load_mask
+    from vllm_leank.mask.file import load_mask
 
     if out is not None:
         check_new(out, overwrite)

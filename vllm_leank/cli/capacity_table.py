@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from vllm_leank.capacity import Capacity
+from vllm_leank.core.capacity import Capacity
 
 
 def capacity_table(capacities: dict[str, Capacity], length: int) -> Table:

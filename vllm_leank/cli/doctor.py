@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_leank import compat
-from vllm_leank.capacity import compare
 from vllm_leank.cli.sizes import readable
+from vllm_leank.core.capacity import compare
+from vllm_leank.serving.vllm import versions
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_leank.environment import Fact
-    from vllm_leank.serve_line import Serving
+    from vllm_leank.serving.environment import Fact
+    from vllm_leank.serving.serve_line import Serving
 
 
 def doctor(
@@ -39,12 +39,12 @@ def doctor(
     # vLLM reads these when it is imported; its log would stand between our lines.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from vllm_leank.environment import environment
+    from vllm_leank.serving.environment import environment
 
     facts = list(environment())
     serving = None
-    if line and compat.vllm_version() is not None:
-        from vllm_leank.serve_line import examine
+    if line and versions.vllm_version() is not None:
+        from vllm_leank.serving.serve_line import examine
 
         serving = examine(line)
     ok = not any(fact.problem for fact in facts) and not (serving and serving.reasons)
@@ -108,7 +108,7 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
     from rich.markup import escape
 
     from vllm_leank.cli.capacity_table import capacity_table, what_does_not_fit
-    from vllm_leank.report import describe
+    from vllm_leank.serving.report import describe
 
     if serving.reasons:
         console.print("[red]leank would not serve this line:[/]")

@@ -58,7 +58,7 @@ def ruler(
 
     Ask a dense server the same, for comparison. Needs lm_eval with its extras api and ruler.
     """
-    from vllm_leank.ruler import Ruler, chosen_tasks, require_lm_eval
+    from vllm_leank.offline.ruler import Ruler, chosen_tasks, require_lm_eval
 
     run = Ruler(
         model=model,

@@ -9,8 +9,8 @@ import typer
 
 from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.errors import UserError
-from vllm_leank.mask import Mask, load_mask, save_mask
-from vllm_leank.mask_resolver import find_masks
+from vllm_leank.mask.file import Mask, load_mask, save_mask
+from vllm_leank.mask.lookup import find_masks
 
 app = typer.Typer(help="Look at masks and make them.", no_args_is_help=True)
 
@@ -64,7 +64,7 @@ def calibrate(
 ) -> None:
     """Make a mask without training, from q, K and far attention over sample prompts."""
     check_new(out, overwrite)
-    from vllm_leank import calibrate as calibration
+    from vllm_leank.offline import calibrate as calibration
 
     mask = calibration.calibrate(
         model,
@@ -113,7 +113,7 @@ def import_file(
 ) -> None:
     """Turn a mask or the scaling factors of the official LeanK code into a mask file."""
     check_new(out, overwrite)
-    from vllm_leank.import_mask import import_mask
+    from vllm_leank.mask.import_mask import import_mask
 
     mask = import_mask(
         source, model, ratio=ratio, align=align, sink=sink, recent=recent, model_id=model_id

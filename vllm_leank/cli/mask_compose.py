@@ -9,7 +9,7 @@ import typer
 
 from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.errors import UserError
-from vllm_leank.mask import Mask, load_mask, save_mask
+from vllm_leank.mask.file import Mask, load_mask, save_mask
 
 
 class By(StrEnum):
@@ -53,7 +53,7 @@ def compose(
 ) -> None:
     """Join masks: intersection or union, then streaming heads, then dense layers."""
     check_new(out, overwrite)
-    from vllm_leank.compose import compose as join
+    from vllm_leank.mask.compose import compose as join
 
     if (model is None) == (not masks):
         raise UserError("give mask files, or --model to begin with every channel")
@@ -72,7 +72,7 @@ def compose(
 
 
 def _full(model: str, model_id: str | None) -> Mask:
-    from vllm_leank.checkpoint import Checkpoint
+    from vllm_leank.mask.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(model, model_id)
     return Mask.full(checkpoint.geometry, model=checkpoint.id)

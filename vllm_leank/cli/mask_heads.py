@@ -44,10 +44,10 @@ def heads(
     """
     if out is not None:
         check_new(out, overwrite)
-    from vllm_leank.calibrate import measure_checkpoint
-    from vllm_leank.checkpoint import Checkpoint
-    from vllm_leank.rope_pairs import high_frequency_share
-    from vllm_leank.window import Window
+    from vllm_leank.core.window import Window
+    from vllm_leank.mask.checkpoint import Checkpoint
+    from vllm_leank.mask.rope_pairs import high_frequency_share
+    from vllm_leank.offline.calibrate import measure_checkpoint
 
     checkpoint = Checkpoint.open(model)
     # Energies do not depend on the window.
@@ -75,7 +75,7 @@ def heads(
 
 
 def _write_table(out: Path, values: npt.NDArray[np.float64]) -> None:
-    from vllm_leank.atomic import write_atomically
+    from vllm_leank.core.atomic import write_atomically
 
     lines = ("\t".join(f"{value:.6f}" for value in row) + "\n" for row in values)
     try:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vllm_leank.cli.outputs import check_new, report_mask
-from vllm_leank.mask import save_mask
+from vllm_leank.mask.file import save_mask
 
 
 def learn(
@@ -75,14 +75,14 @@ def learn(
     check_new(out, overwrite)
     state = state or out.with_name(out.name + ".state")
     if picture is not None:
-        from vllm_leank.pictures import check_picture
+        from vllm_leank.mask.pictures import check_picture
 
         check_new(picture, overwrite)
         check_picture(picture)
     from vllm_leank.learn.data import Data
     from vllm_leank.learn.run import learn as run
     from vllm_leank.learn.stages import Recipe
-    from vllm_leank.mask_request import MaskRequest
+    from vllm_leank.offline.mask_request import MaskRequest
 
     request = MaskRequest.open(model, model_id, ratio=ratio, align=align, sink=sink, recent=recent)
     learned = run(
@@ -100,7 +100,7 @@ def learn(
     save_mask(learned.mask, out, overwrite=overwrite)
     report_mask(out, learned.mask, ratio)
     if picture is not None:
-        from vllm_leank.pictures import draw_learning
+        from vllm_leank.mask.pictures import draw_learning
 
         draw_learning(picture, learned.factors, learned.mask.keep, learned.losses)
         print(f"{picture}: factors and losses")

@@ -8,8 +8,8 @@ import typer
 
 from vllm_leank.cli.mask import find
 from vllm_leank.cli.outputs import check_new
-from vllm_leank.mask import Mask
-from vllm_leank.rope_pairs import outlier_pairs, pair_shares, wavelengths
+from vllm_leank.mask.file import Mask
+from vllm_leank.mask.rope_pairs import outlier_pairs, pair_shares, wavelengths
 
 
 def plot(
@@ -19,7 +19,7 @@ def plot(
 ) -> None:
     """Draw kept channels by head, by channel and by RoPE frequency; needs matplotlib."""
     check_new(out, overwrite)
-    from vllm_leank.pictures import draw_mask
+    from vllm_leank.mask.pictures import draw_mask
 
     found = find(mask)
     draw_mask(out, found)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_leank.capacity import (
+from vllm_leank.cli.sizes import parse_size, readable
+from vllm_leank.core.capacity import (
     BATCHED_TOKENS,
     OTHER_BYTES,
     STEPS_AT_ONCE,
@@ -13,13 +14,12 @@ from vllm_leank.capacity import (
     compare,
     estimate_pool,
 )
-from vllm_leank.cli.sizes import parse_size, readable
 from vllm_leank.errors import UserError
 
 if TYPE_CHECKING:
-    from vllm_leank.checkpoint import Checkpoint
-    from vllm_leank.options import Options
-    from vllm_leank.settings import Settings
+    from vllm_leank.core.options import Options
+    from vllm_leank.mask.checkpoint import Checkpoint
+    from vllm_leank.mask.settings import Settings
 
 _ITEMSIZE = 2
 """Bytes of a number of the model: vLLM serves on GPUs in bfloat16 or float16."""
@@ -102,8 +102,8 @@ def plan(
     """
     if (gpu_memory is None) == (kv_cache_memory is None):
         raise UserError("give either --gpu-memory or --kv-cache-memory")
-    from vllm_leank.checkpoint import Checkpoint
-    from vllm_leank.options import KEY, parse_options
+    from vllm_leank.core.options import KEY, parse_options
+    from vllm_leank.mask.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(model)
     options = parse_options({KEY: {"sink": sink, "recent": recent, "prefill": prefill}})
@@ -130,8 +130,8 @@ def plan(
 def _settings(
     checkpoint: "Checkpoint", mask: str | None, options: "Options", tp: int
 ) -> "Settings":
-    from vllm_leank.mask_resolver import resolve_mask
-    from vllm_leank.settings import plan_settings
+    from vllm_leank.mask.lookup import resolve_mask
+    from vllm_leank.mask.settings import plan_settings
 
     found = resolve_mask(mask, checkpoint.path, checkpoint.geometry)
     heads = found.geometry.num_kv_heads

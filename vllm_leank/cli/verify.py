@@ -15,10 +15,10 @@ from vllm_leank.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vllm_leank.checkpoint import Checkpoint
-    from vllm_leank.verify import Comparison, Summary, Thresholds
-    from vllm_leank.verify_samples import Named
-    from vllm_leank.window import Window
+    from vllm_leank.core.window import Window
+    from vllm_leank.mask.checkpoint import Checkpoint
+    from vllm_leank.offline.verify import Comparison, Summary, Thresholds
+    from vllm_leank.offline.verify_samples import Named
 
 
 def verify(
@@ -82,11 +82,11 @@ def verify(
     from rich.console import Console
     from rich.progress import track
 
-    from vllm_leank.checkpoint import Checkpoint, usable_device
-    from vllm_leank.mask_resolver import resolve_mask
-    from vllm_leank.options import KEY, parse_options
-    from vllm_leank.settings import plan_settings
-    from vllm_leank.verify import Summary, Thresholds, Verifier
+    from vllm_leank.core.options import KEY, parse_options
+    from vllm_leank.mask.checkpoint import Checkpoint, usable_device
+    from vllm_leank.mask.lookup import resolve_mask
+    from vllm_leank.mask.settings import plan_settings
+    from vllm_leank.offline.verify import Summary, Thresholds, Verifier
 
     begin = time.monotonic()
     thresholds = Thresholds(min_top1, max_kl, min_answers)
@@ -162,7 +162,7 @@ def _samples(
     seed: int,
 ) -> tuple[list["Named"], list[str]]:
     """What to ask, and what to say about what is not asked."""
-    from vllm_leank.verify_samples import file_samples, needle_samples
+    from vllm_leank.offline.verify_samples import file_samples, needle_samples
 
     samples: list[Named] = []
     notes = []
@@ -202,7 +202,7 @@ def _print(
     from rich.markup import escape
     from rich.table import Table
 
-    from vllm_leank.verify import Summary
+    from vllm_leank.offline.verify import Summary
 
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD)

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from vllm_leank.checkpoint import Checkpoint
+from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.learn.tasks import Exercise, Task, essay_pieces, multivalue, retrieval
-from vllm_leank.prompts import Sample, Tokenize, read_samples
-from vllm_leank.window import Window
+from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.offline.prompts import Sample, Tokenize, read_samples
 
 Source = Callable[[int], Sample]
 

@@ -12,12 +12,12 @@ import torch
 import transformers
 from torch.nn.attention.bias import causal_lower_right
 
-from vllm_leank.attention_hook import hooked_attention
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.far_attention import far_attention
-from vllm_leank.geometry import Geometry
-from vllm_leank.prompts import Sample
-from vllm_leank.window import Window
+from vllm_leank.offline.attention_hook import hooked_attention
+from vllm_leank.offline.far_attention import far_attention
+from vllm_leank.offline.prompts import Sample
 
 
 @dataclass

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_leank.checkpoint import usable_device
 from vllm_leank.errors import UserError
 from vllm_leank.learn.data import Data, Source
 from vllm_leank.learn.display import Display
@@ -17,8 +16,9 @@ from vllm_leank.learn.signals import Stop, stop_on_signals
 from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, run_stage
 from vllm_leank.learn.state import State
 from vllm_leank.learn.workers import Workers
-from vllm_leank.mask import Mask
-from vllm_leank.mask_request import MaskRequest
+from vllm_leank.mask.checkpoint import usable_device
+from vllm_leank.mask.file import Mask
+from vllm_leank.offline.mask_request import MaskRequest
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from vllm_leank.errors import UserError
 from vllm_leank.learn.data import Source
 from vllm_leank.learn.distillation import Distiller
 from vllm_leank.learn.workers import Workers
-from vllm_leank.select_channels import select_channels
+from vllm_leank.mask.select_channels import select_channels
 
 HINT = 1e-6
 """Weight of gradients in the scores of channels: far below a step of AdamW."""

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_leank.atomic import write_atomically
+from vllm_leank.core.atomic import write_atomically
 from vllm_leank.errors import UserError
 from vllm_leank.learn.stages import Progress
 

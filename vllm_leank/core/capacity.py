@@ -1,0 +1,119 @@
+"""How many requests fit into a cache: leank's against dense ones, from the same bytes."""
+
+from dataclasses import dataclass, replace
+
+from vllm_leank.core.layout import CachePlan, plan_cache
+from vllm_leank.core.window import Window
+from vllm_leank.errors import UserError
+
+UTILIZATION = 0.92
+"""vLLM's default of `--gpu-memory-utilization`."""
+
+OTHER_BYTES = 3 * 2**30
+"""What vLLM takes beside weights and cache: activations and CUDA graphs of an 8B model at vLLM's
+defaults on an H200. vLLM measures it at startup; here it is a guess.
+"""
+
+BATCHED_TOKENS = 8192
+"""vLLM's default of `--max-num-batched-tokens` for servers on an H100 or H200."""
+
+STEPS_AT_ONCE = 2
+"""Steps of a server that overlap, without pipeline parallelism."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What one way to keep the cache makes of a pool, on each rank.
+
+    Attributes:
+        far_token_bytes: bytes of a token outside the dense window, over all layers.
+        archive_block: tokens of an archive page; None for dense caches.
+        block_bytes: bytes of a block of the pool; None for dense caches, where it is an option.
+        in_decode: requests that fit once their prompts are done, not rounded.
+        in_prefill: requests that fit while their prompts are computed, not rounded.
+    """
+
+    far_token_bytes: int
+    archive_block: int | None
+    block_bytes: int | None
+    in_decode: float
+    in_prefill: float
+
+
+def leank_capacity(
+    plan: CachePlan, window: Window, pool_bytes: int, length: int, in_flight: int = 1
+) -> Capacity:
+    """Capacity of leank for requests of `length` tokens, `in_flight` of which are computed at once
+    while they are prompts.
+    """
+    blocks = pool_bytes // plan.block_bytes
+    return Capacity(
+        far_token_bytes=plan.archive_token_bytes,
+        archive_block=plan.archive_block,
+        block_bytes=plan.block_bytes,
+        in_decode=blocks / plan.blocks_in_decode(window, length),
+        in_prefill=blocks / plan.blocks_in_prefill(window, length, in_flight),
+    )
+
+
+def dense_capacity(
+    plan: CachePlan, pool_bytes: int, length: int, itemsize: int | None = None
+) -> Capacity:
+    """Capacity of vLLM without leank for requests of `length` tokens.
+
+    `itemsize` is the bytes of an element, by default those of the plan's window pages.
+    """
+    token_bytes = replace(plan, itemsize=itemsize or plan.itemsize).dense_token_bytes
+    requests = pool_bytes / (token_bytes * length)
+    return Capacity(token_bytes, None, None, requests, requests)
+
+
+def compare(
+    plan: CachePlan, window: Window, pool_bytes: int, length: int, in_flight: int
+) -> dict[str, Capacity]:
+    """Capacity of dense caches and of leank's in the model's dtype and in fp8, by name; see
+    `leank_capacity`.
+    """
+
+    def leank(archive_itemsize: int | None) -> Capacity:
+        variant = plan_cache(
+            plan.kept,
+            plan.head_dim,
+            plan.itemsize,
+            plan.tp_size,
+            archive_itemsize,
+            plan.draft_items,
+        )
+        return leank_capacity(variant, window, pool_bytes, length, in_flight)
+
+    return {
+        "vLLM": dense_capacity(plan, pool_bytes, length),
+        "vLLM, fp8 cache": dense_capacity(plan, pool_bytes, length, itemsize=1),
+        "leank": leank(None),
+        "leank, fp8 archive": leank(1),
+    }
+
+
+def estimate_pool(
+    gpu_bytes: int, utilization: float, weight_bytes: int, other_bytes: int = OTHER_BYTES
+) -> int:
+    """Bytes that vLLM has left for the cache of one GPU.
+
+    Args:
+        gpu_bytes: the GPU's memory.
+        utilization: share of it that vLLM may use.
+        weight_bytes: weights on this GPU.
+        other_bytes: what else vLLM takes.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    pool = int(gpu_bytes * utilization) - weight_bytes - other_bytes
+    if pool <= 0:
+        raise UserError(
+            f"no memory is left for the cache: {utilization:.0%} of {gpu_bytes / 2**30:.2f} GiB "
+            f"is less than weights ({weight_bytes / 2**30:.2f} GiB) and what else vLLM takes "
+            f"({other_bytes / 2**30:.2f} GiB); check --gpu-memory, --gpu-memory-utilization, "
+            "--weights and --other, or share the weights among more GPUs by --tp"
+        )
+    return pool

@@ -1,0 +1,80 @@
+"""The options of `--additional-config '{"leank": {...}}'`."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from vllm_leank.core.window import check_recent, check_sink
+from vllm_leank.errors import UserError
+
+KEY = "leank"
+
+
+class OptionError(UserError):
+    """An option, or a combination of options, that cannot work: what, why, and what to change."""
+
+
+class Options(pydantic.BaseModel):
+    """What a user may set.
+
+    Attributes:
+        mask: path of a mask file; by default the one shipped for the model.
+        sink: first tokens that stay dense, a multiple of 32; by default the mask's.
+        recent: last tokens that stay dense, at least 32; by default the mask's.
+        archive_dtype: what far tokens are stored in: the model's dtype ("auto") or 8-bit floats.
+        prefill: how prompts are read: with full attention ("exact") or as answers are ("pruned").
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    mask: str | None = pydantic.Field(default=None, min_length=1)
+    sink: Annotated[int, pydantic.AfterValidator(check_sink)] | None = None
+    recent: Annotated[int, pydantic.AfterValidator(check_recent)] | None = None
+    archive_dtype: Literal["auto", "fp8"] = "auto"
+    prefill: Literal["exact", "pruned"] = "exact"
+
+
+def parse_options(additional_config: Any) -> Options:
+    """Read and check the `leank` entry of vLLM's `additional_config`.
+
+    Raises:
+        OptionError: unknown keys, and values of the wrong type or out of range, each named.
+    """
+    options, faults = read_options(additional_config)
+    if faults:
+        raise OptionError("; ".join(faults.values()))
+    return options
+
+
+def read_options(additional_config: Any) -> tuple[Options, dict[str, str]]:
+    """The options that are right, and what is wrong with the others: sentences by name."""
+    given = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(given, Mapping):
+        return Options(), {
+            KEY: f'additional_config["{KEY}"] is {given!r}, but must be a mapping of options, '
+            f'for example {{"{KEY}": {{"sink": 64}}}}'
+        }
+    if not all(isinstance(name, str) for name in given):
+        return Options(), {KEY: f'additional_config["{KEY}"]: option names must be strings'}
+    try:
+        return Options(**given), {}
+    except pydantic.ValidationError as error:
+        faults = {str(one["loc"][0]): _explain(one) for one in error.errors()}
+    right = {name: value for name, value in given.items() if name not in faults}
+    return Options(**right), faults
+
+
+def given_options(additional_config: Any) -> bool:
+    """Whether any leank options were given."""
+    return isinstance(additional_config, Mapping) and KEY in additional_config
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "value_error":
+        return f"leank option {error['ctx']['error']}"
+    if error["type"] == "extra_forbidden":
+        allowed = ", ".join(Options.model_fields)
+        return f'leank has no option "{name}"; allowed: {allowed}'
+    return f"leank option {name} = {error['input']!r}: {error['msg'].lower()}"

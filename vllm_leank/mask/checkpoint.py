@@ -1,0 +1,133 @@
+"""A checkpoint of transformers whose parts are loaded when they are needed."""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.errors import UserError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory or hub id, with what masks need to know of it.
+
+    `id` is what a mask for it is found by. `config` is the text part of its config.
+    """
+
+    path: str
+    id: str
+    config: Any = field(repr=False)
+    geometry: Geometry
+
+    @classmethod
+    def open(cls, path: str, model_id: str | None = None) -> "Checkpoint":
+        """Read the config only; `model_id` is by default the hub id or the directory's name.
+
+        Raises:
+            UserError: there is no such checkpoint, or its config lacks what a mask needs.
+        """
+        config = text_config(path)
+        return cls(
+            path, model_id or default_model_id(path), config, Geometry.from_hf_config(config)
+        )
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            UserError: there is none, or it cannot be loaded.
+        """
+        return load_part(transformers.AutoTokenizer, self.path)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, after the tokens that begin a sequence."""
+        return self.tokenizer.encode(text, verbose=False)
+
+    def encode_rest(self, text: str) -> list[int]:
+        """Token ids of a text that continues another."""
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def max_tokens(self, limit: int) -> int:
+        """`limit`, or the longest context of the model if that is shorter."""
+        return min(limit, getattr(self.config, "max_position_embeddings", None) or limit)
+
+    def weight_bytes(self, itemsize: int) -> int:
+        """Bytes of the model's weights with numbers of `itemsize` bytes; reads the config only.
+
+        Raises:
+            UserError: the weights are quantised, or transformers does not know the model.
+        """
+        if getattr(self.config, "quantization_config", None):
+            raise UserError(f"{self.path}: is quantised, so its config does not tell its size")
+        try:
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(self.config)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"{self.path}: transformers cannot build this model: {error}") from None
+        return sum(weight.numel() for weight in model.parameters()) * itemsize
+
+    def load(self, dtype: str = "auto", device: str | None = None) -> transformers.PreTrainedModel:
+        """The model, for evaluation; `device` is by default the GPU, where there is one.
+
+        Raises:
+            UserError: the dtype is not one of `DTYPES`, or the model cannot be loaded.
+        """
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype}; allowed: {', '.join(DTYPES)}")
+        model = load_part(transformers.AutoModelForCausalLM, self.path, dtype=dtype)
+        return model.to(usable_device(device)).eval()
+
+
+def default_model_id(path: str) -> str:
+    """The hub id, or the name of a local directory."""
+    return Path(path).resolve().name if Path(path).is_dir() else path
+
+
+def is_path(model: str) -> bool:
+    """Whether a model is named by a path, which no hub id begins like, whatever is there."""
+    return model.startswith(("/", ".", "~"))
+
+
+def text_config(path: str) -> Any:
+    """The config of a text model, or of the text part of a multimodal one.
+
+    Raises:
+        UserError: there is no such checkpoint, or its config cannot be loaded.
+    """
+    if not Path(path).is_dir() and is_path(path):
+        raise UserError(f"{path}: no such directory")
+    return load_part(transformers.AutoConfig, path).get_text_config()
+
+
+def usable_device(device: str | None) -> str:
+    """`device`, or the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: nothing can be computed there.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used: {error}") from error
+    return device
+
+
+def load_part(kind: Any, path: str, **options: Any) -> Any:
+    """`kind.from_pretrained(path)`, where `kind` is a class of transformers.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        return kind.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be loaded by transformers: {error}") from error

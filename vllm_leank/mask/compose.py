@@ -1,0 +1,154 @@
+"""Joins masks: intersection, union, streaming heads and layers that stay dense.
+
+Heads must keep a multiple of `align` channels, which an intersection or union seldom gives. Such
+heads are filled up with more channels (an intersection with those of the first mask), slowest RoPE
+pairs first: these are kept most in learned masks.
+"""
+
+import datetime
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.errors import UserError
+from vllm_leank.mask.file import Mask
+from vllm_leank.mask.tsv import parse_tsv
+from vllm_leank.version import __version__
+
+BoolArray = npt.NDArray[np.bool_]
+
+MAX_BYTES = 1 << 20
+"""Largest list of heads that is read."""
+
+
+def compose(
+    masks: Sequence[Mask],
+    by: Literal["intersection", "union"] = "intersection",
+    *,
+    streaming: Path | None = None,
+    streaming_share: float | None = None,
+    dense_layers: Sequence[int] = (),
+    model_id: str | None = None,
+) -> Mask:
+    """One mask of several for the same model.
+
+    In this order: channels that all masks keep (or any of them, by union); nothing in heads that
+    `streaming` names (`read_streaming_heads`); everything in `dense_layers`. The result has the
+    first mask's model id, and the largest sink, recent and (by common multiple) align of all.
+
+    Raises:
+        UserError: the masks are of different geometry, or a part does not fit them.
+    """
+    first = masks[0]
+    for mask in masks[1:]:
+        if mismatch := first.geometry.mismatch(mask.geometry):
+            raise UserError(f"{_name(first)} and {_name(mask)} do not fit each other: {mismatch}")
+    align = math.lcm(*(mask.align for mask in masks))
+    if first.geometry.head_dim % align:
+        raise UserError(
+            f"aligns {[mask.align for mask in masks]} have no common multiple that "
+            f"divides head_dim {first.geometry.head_dim}"
+        )
+    keeps = np.stack([mask.keep for mask in masks])
+    if by == "intersection":
+        keep = _filled(np.logical_and.reduce(keeps), first.keep, align)
+    else:
+        keep = _filled(np.logical_or.reduce(keeps), np.ones_like(first.keep), align)
+
+    provenance: dict[str, Any] = {"method": "compose"}
+    if len(masks) > 1:
+        provenance["by"] = by
+    provenance["masks"] = [
+        {
+            "file": None if mask.path is None else mask.path.name,
+            "method": mask.provenance["method"],
+            "sha256": mask.sha256,
+        }
+        for mask in masks
+    ]
+    if streaming is not None:
+        heads = read_streaming_heads(streaming, first.geometry, streaming_share)
+        keep = keep & ~heads[..., None]
+        provenance["streaming"] = {
+            "file": streaming.name,
+            "sha256": hashlib.sha256(streaming.read_bytes()).hexdigest(),
+            "heads": int(heads.sum()),
+        }
+    for layer in dense_layers:
+        if not 0 <= layer < first.geometry.num_layers:
+            raise UserError(f"there is no layer {layer}: the model has {first.geometry.num_layers}")
+        keep[layer] = True
+    if dense_layers:
+        provenance["dense_layers"] = sorted(dense_layers)
+    provenance["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    provenance["vllm_leank"] = __version__
+    return Mask.from_keep(
+        keep,
+        first.geometry,
+        model=model_id or first.model,
+        align=align,
+        sink=max(mask.sink for mask in masks),
+        recent=max(mask.recent for mask in masks),
+        provenance=provenance,
+    )
+
+
+def read_streaming_heads(path: Path, geometry: Geometry, share: float | None = None) -> BoolArray:
+    """Heads that see only sink and recent tokens, bool `[L, H]`.
+
+    The file is what DuoAttention (arXiv 2410.10819) writes: a line per layer with a number from 0
+    to 1 per KV head, separated by tabs; streaming heads have low ones. They are those below 0.5
+    or, with `share`, this share of all heads, lowest first.
+
+    Raises:
+        UserError: the file cannot be read or does not fit the model, or `share` is out of range.
+    """
+    if share is not None and not 0 <= share <= 1:
+        raise UserError(f"streaming share is {share}; it must lie between 0 and 1")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path}: larger than {MAX_BYTES} bytes, the limit for lists of heads")
+    try:
+        values = parse_tsv(data)
+    except ValueError as error:
+        raise UserError(f"{path}: no table of numbers separated by tabs: {error}") from error
+    shape = (geometry.num_layers, geometry.num_kv_heads)
+    if values.shape != shape:
+        raise UserError(f"{path}: has {values.shape} numbers; layers and KV heads are {shape}")
+    if not ((values >= 0) & (values <= 1)).all():
+        raise UserError(f"{path}: has values outside 0..1")
+    if share is None:
+        return values < 0.5
+    lowest = np.argsort(values, axis=None, kind="stable")[: round(share * values.size)]
+    heads = np.zeros(values.size, dtype=bool)
+    heads[lowest] = True
+    return heads.reshape(shape)
+
+
+def _filled(keep: BoolArray, allowed: BoolArray, align: int) -> BoolArray:
+    """`keep` with as many more of the `allowed` channels as its heads lack to multiples of `align`.
+
+    Both are `[L, H, D]`. Channels of slow RoPE pairs come first, and of a pair the first one.
+    """
+    half = keep.shape[-1] // 2
+    slowness = np.arange(keep.shape[-1]) % half
+    order = np.argsort(-(keep * 2 + allowed) * half - slowness, axis=-1, kind="stable")
+    counts = keep.sum(axis=-1, keepdims=True)
+    wanted = -(-counts // align) * align
+    filled = np.zeros_like(keep)
+    np.put_along_axis(filled, order, np.arange(keep.shape[-1]) < wanted, axis=-1)
+    return filled
+
+
+def _name(mask: Mask) -> str:
+    return mask.model if mask.path is None else str(mask.path)

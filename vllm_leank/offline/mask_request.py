@@ -1,0 +1,83 @@
+"""What is asked of a mask that is to be made, checked before the work begins."""
+
+import datetime
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+
+from vllm_leank.core.window import Window
+from vllm_leank.errors import UserError
+from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.mask.file import Mask
+from vllm_leank.mask.select_channels import select_channels
+from vllm_leank.version import __version__
+
+
+@dataclass(frozen=True)
+class MaskRequest:
+    """A mask for `checkpoint` that prunes `ratio` of its K channels.
+
+    Raises:
+        UserError: ratio, align or the model's id is out of range, or does not fit the model.
+    """
+
+    checkpoint: Checkpoint
+    ratio: float
+    align: int
+    window: Window
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise UserError(
+                f"ratio is {self.ratio}; it must lie between 0 (keep all) and 1 (prune all)"
+            )
+        Mask.full(
+            self.checkpoint.geometry,
+            model=self.checkpoint.id,
+            align=self.align,
+            sink=self.window.sink,
+            recent=self.window.recent,
+        )
+
+    @classmethod
+    def open(
+        cls, model: str, model_id: str | None, *, ratio: float, align: int, sink: int, recent: int
+    ) -> "MaskRequest":
+        """The request with the options of the command line; reads the model's config.
+
+        Raises:
+            UserError: as above, or the window is out of range, or there is no such model.
+        """
+        try:
+            window = Window(sink, recent)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return cls(Checkpoint.open(model, model_id), ratio, align, window)
+
+    def mask(self, scores: npt.NDArray[np.float64], provenance: dict[str, Any]) -> Mask:
+        """The mask of the channels with the best `scores` `[L, H, D]`.
+
+        `provenance` gets what every mask should tell: ratio, date, versions.
+        """
+        keep = select_channels(scores, self.ratio, self.align)
+        return Mask.from_keep(
+            keep,
+            self.checkpoint.geometry,
+            model=self.checkpoint.id,
+            align=self.align,
+            sink=self.window.sink,
+            recent=self.window.recent,
+            provenance=provenance
+            | {
+                "ratio": float(self.ratio),
+                "achieved": round(1 - float(keep.mean()), 6),
+                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                "vllm_leank": __version__,
+                "transformers": transformers.__version__,
+                "torch": str(torch.__version__),
+            },
+        )

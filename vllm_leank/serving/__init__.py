@@ -1,0 +1,1 @@
+"""The plugin: what vLLM loads."""

@@ -1,0 +1,211 @@
+"""What leank refuses at startup: each with what, why, and the flag to change."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import vllm.envs as envs
+
+from vllm_leank.core.options import KEY, OptionError, Options, given_options, read_options
+from vllm_leank.errors import UserError
+from vllm_leank.serving.vllm.backend_name import is_selected
+from vllm_leank.serving.vllm.config import cache_dtype
+from vllm_leank.serving.vllm.draft_model import draft_with, has_draft, is_draft
+from vllm_leank.serving.vllm.prompt_lengths import request_prompt_lengths
+from vllm_leank.serving.vllm.statistics import hook_metrics
+from vllm_leank.serving.vllm.streaming_input import refuse_streaming_input
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+    from vllm_leank.mask.settings import Settings
+
+DRAFTERS = ("ngram", "ngram_gpu", "suffix", "draft_model")
+"""Speculative methods that take their drafts from text, or from a model of its own."""
+
+
+class RefusalError(OptionError):
+    """leank cannot serve `vllm_config`, for every one of `reasons`.
+
+    `settings` are those that it would serve with, None where they cannot be told.
+    """
+
+    vllm_config: "VllmConfig"
+    settings: "Settings | None"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Sentence parts that say what to change."""
+        return self.args
+
+    def __str__(self) -> str:
+        return "leank cannot serve this: " + "; ".join(self.reasons)
+
+
+def check_config(vllm_config: "VllmConfig") -> None:
+    """Check a whole config, and prepare it for leank if leank is selected.
+
+    Runs wherever a `VllmConfig` is made, first of all in the process that reads the command line,
+    before any weights are loaded.
+
+    Raises:
+        RefusalError: leank cannot serve this config; the message lists every reason.
+        OptionError: leank options are given, but leank is not selected.
+    """
+    if not is_selected(vllm_config):
+        if given_options(vllm_config.additional_config):
+            raise OptionError(
+                "leank options are given, but leank is not selected: add "
+                "--attention-backend leank, or remove them from --additional-config"
+            )
+        return
+    if vllm_config.model_config is None or is_draft(vllm_config):
+        return  # a draft model is checked with the served one
+    settings, reasons = judge(vllm_config)
+    if settings is None or reasons:
+        refusal = RefusalError(*reasons)
+        refusal.vllm_config, refusal.settings = vllm_config, settings
+        raise refusal
+    # Here, since every process that uses vLLM imports this module.
+    from vllm_leank.serving.metrics import publish
+    from vllm_leank.serving.settings import attach_settings
+
+    attach_settings(vllm_config, settings)
+    if has_draft(vllm_config):
+        draft_with(vllm_config, vllm_config.attention_config.backend)
+    hook_metrics(publish)
+    refuse_streaming_input()
+    request_prompt_lengths(vllm_config)
+
+
+def judge(vllm_config: "VllmConfig") -> "tuple[Settings | None, list[str]]":
+    """What a config would be served with, None where that cannot be told, and every reason not to
+    serve it: sentence parts that say what to change.
+    """
+    from vllm_leank.serving.settings import resolve_settings
+
+    options, faults = read_options(vllm_config.additional_config)
+    of_models = list(_models(vllm_config))
+    reasons = [*faults.values(), *_platform(vllm_config, options), *of_models, *_flags(vllm_config)]
+    if of_models or {KEY, "mask"} & faults.keys():
+        return None, reasons  # a mask says nothing then
+    try:
+        settings = resolve_settings(vllm_config, options)
+    except UserError as error:
+        return None, [*reasons, str(error)]
+    if "recent" not in faults:
+        reasons.extend(_drafts(vllm_config, settings.window.recent))
+    return None if faults else settings, reasons
+
+
+def _models(vllm_config: "VllmConfig") -> Iterator[str]:
+    """What the served model and its draft model have that cannot be served."""
+    other = "serve this model without --attention-backend leank"
+    runner = vllm_config.model_config.runner_type
+    if runner != "generate":
+        yield f"only text generation is supported, not --runner {runner}; {other}"
+    yield from _model(vllm_config.model_config, other)
+    if has_draft(vllm_config):
+        draft = vllm_config.speculative_config.draft_model_config
+        yield from _model(draft, "use another draft model in --speculative-config")
+
+
+def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cuda() or current_platform.is_cpu()):
+        yield f"it runs on NVIDIA GPUs and on CPU, not on {current_platform.device_name}"
+    if current_platform.is_cuda() and not current_platform.has_device_capability((8, 0)):
+        yield "it needs a GPU of compute capability 8.0 or newer (Ampere)"
+    if current_platform.is_cuda() and config.model_config.dtype.itemsize == 4:
+        yield "on a GPU it computes in 16 bits: use --dtype bfloat16 or --dtype float16"
+    has_fp8 = not current_platform.is_cuda() or current_platform.has_device_capability((8, 9))
+    if options.archive_dtype == "fp8" and not has_fp8:
+        yield (
+            'the option archive_dtype "fp8" needs a GPU of compute capability 8.9 or newer: remove '
+            "it from --additional-config"
+        )
+
+
+def _model(model: "ModelConfig", other: str) -> Iterator[str]:
+    """What a model's attention has that cannot be served; `other` says what to do instead."""
+    from vllm_leank.core.layout import MAX_HEAD_DIM
+
+    text = model.hf_text_config
+    if model.is_encoder_decoder:
+        yield f"cross and encoder attention are not supported; {other}"
+        return
+    if model.use_mla:
+        yield f"multi-head latent attention (MLA) is not supported; {other}"
+        return
+    if model.is_hybrid or model.is_attention_free:
+        yield f"state-space and linear-attention layers are not supported; {other}"
+        return
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if model.get_sliding_window() or kinds - {"full_attention"}:
+        yield (
+            "sliding-window or chunked attention is not supported (full attention in every "
+            f"layer is); {other}"
+        )
+    if getattr(text, "attn_logit_softcapping", None):
+        yield f"a logits soft cap is not supported; {other}"
+    if model.is_mm_prefix_lm:
+        yield f"bidirectional attention over images is not supported; {other}"
+    head_size = model.get_head_size()
+    if head_size % 32 or head_size > MAX_HEAD_DIM:
+        yield f"head size {head_size} is not a multiple of 32 up to {MAX_HEAD_DIM}; {other}"
+
+
+def _flags(config: "VllmConfig") -> Iterator[str]:
+    cache, parallel = config.cache_config, config.parallel_config
+    if config.attention_config.backend_per_kind:
+        yield (
+            "it serves all layers or none: remove backend_per_kind from --attention-config and "
+            "use --attention-backend leank"
+        )
+    if cache_dtype(config) != config.model_config.dtype:
+        asked = "the checkpoint's fp8" if cache.cache_dtype == "auto" else cache.cache_dtype
+        own = str(config.model_config.dtype).removeprefix("torch.")
+        flag = "remove the flag" if own == "float32" else f"use --kv-cache-dtype {own}"
+        yield f"a KV cache of another dtype than the model's ({asked}) is not supported: {flag}"
+    if cache.user_specified_block_size:
+        yield "--block-size follows from the mask: remove the flag"
+    if config.speculative_config is not None:
+        yield from _speculation(config)
+    if config.kv_transfer_config is not None:
+        yield "KV connectors are not supported: remove --kv-transfer-config"
+    if parallel.decode_context_parallel_size > 1:
+        yield "decode context parallelism is not supported: remove --decode-context-parallel-size"
+    if parallel.prefill_context_parallel_size > 1:
+        yield "prefill context parallelism is not supported: remove --prefill-context-parallel-size"
+    if parallel.enable_dbo:
+        yield "dual batch overlap is not supported: remove --enable-dbo"
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield "it has two cache groups: remove --disable-hybrid-kv-cache-manager"
+    if envs.VLLM_BATCH_INVARIANT:
+        yield "batch-invariant mode is not supported: unset VLLM_BATCH_INVARIANT"
+
+
+def _speculation(config: "VllmConfig") -> Iterator[str]:
+    speculation = config.speculative_config
+    if speculation.method not in DRAFTERS:
+        yield (
+            f"the speculative method {speculation.method} drafts with layers that go on from the "
+            f"served model's, which is not supported: use one of {', '.join(DRAFTERS)} in "
+            "--speculative-config"
+        )
+    own = config.attention_config.backend
+    if speculation.attention_backend not in (None, own) or speculation.kv_cache_dtype:
+        yield (
+            "a draft model's pages lie beside the served model's: remove attention_backend and "
+            "kv_cache_dtype from --speculative-config"
+        )
+
+
+def _drafts(config: "VllmConfig", recent: int) -> Iterator[str]:
+    """Drafts that may be rejected must not leave the dense window in the step that checks them."""
+    speculation = config.speculative_config
+    if speculation is not None and (drafts := speculation.num_speculative_tokens) > recent:
+        yield (
+            f"leank option recent is {recent}, but must be at least the {drafts} of "
+            "num_speculative_tokens: drafts must stay in the dense window"
+        )

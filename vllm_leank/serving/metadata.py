@@ -1,0 +1,122 @@
+"""A step's metadata: built once per cache group and step, shared by all layers of the group."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+
+from vllm_leank.kernels.batch import Batch
+from vllm_leank.serving.settings import load_settings
+from vllm_leank.serving.vllm.prompt_lengths import prompt_lengths, prompt_requests
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_SHARED = "_leank_metadata"
+_EXACT_UNTIL = "_leank_exact_until"
+
+
+@dataclass
+class PagesMetadata(AttentionMetadata):
+    """What one cache group contributes to a step; see `Batch` for the shared fields.
+
+    Attributes:
+        common: vLLM's description of the step, for this group.
+        exact_until: `[num_reqs]`; zeros where prompts are read pruned, and in vLLM's dummy runs,
+            which have no prompts.
+        in_prompt: `[num_reqs]` or shorter, on the host; see `Batch`.
+    """
+
+    common: CommonAttentionMetadata
+    exact_until: torch.Tensor
+    in_prompt: torch.Tensor
+    _batch: Batch | None = None
+
+    def batch(self, window: "PagesMetadata") -> Batch:
+        """The step as kernels read it; `self` is the archive group's part. Made by the first layer
+        that asks, for all layers.
+        """
+        if self._batch is None:
+            common = self.common
+            self._batch = Batch(
+                query_start_loc=common.query_start_loc,
+                query_start_loc_cpu=common.query_start_loc_cpu,
+                seq_lens=common.seq_lens,
+                exact_until=self.exact_until,
+                window_table=window.common.block_table_tensor,
+                archive_table=common.block_table_tensor,
+                slots=window.common.slot_mapping,
+                in_prompt=self.in_prompt,
+                max_query_len=common.max_query_len,
+                max_seq_len=common.max_seq_len,
+            )
+        return self._batch
+
+
+class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
+    """Builds the metadata of either group.
+
+    Layers with archive pages of different sizes have builders of their own, but vLLM hands the
+    same description of the step to all builders of a group: the first one's result is kept there.
+    """
+
+    # Decode kernels read lengths, tables and prompt lengths on the device, from tensors that stay
+    # in place from step to step.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: Any
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
+        self._exact_until = shared_exact_until(vllm_config, device)
+        self._exact = load_settings(vllm_config).window.exact
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> PagesMetadata:
+        """Metadata of this step for the group; see the base class."""
+        shared: PagesMetadata | None = common_attn_metadata.__dict__.get(_SHARED)
+        if shared is None:
+            exact_until = self._exact_until[: common_attn_metadata.num_reqs]
+            in_prompt = prompt_requests(common_attn_metadata)
+            lengths = prompt_lengths(common_attn_metadata)
+            if not self._exact:
+                in_prompt = in_prompt[:0]
+            elif lengths is None:
+                exact_until.zero_()
+            else:
+                # Rows of padding, which have no prompt, have no tokens either.
+                exact_until[: len(lengths)].copy_(lengths[: len(exact_until)], non_blocking=True)
+            shared = PagesMetadata(common_attn_metadata, exact_until, in_prompt)
+            common_attn_metadata.__dict__[_SHARED] = shared
+        return shared
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> PagesMetadata:
+        """Metadata of a draft model's step, which reads its window alone, in prompts too. Not kept:
+        vLLM takes the same description for all steps and changes it in between.
+        """
+        zeros = torch.zeros_like(self._exact_until[: common_attn_metadata.num_reqs])
+        return PagesMetadata(common_attn_metadata, zeros, torch.empty(0, dtype=torch.bool))
+
+
+def shared_exact_until(vllm_config: "VllmConfig", device: Any) -> torch.Tensor:
+    """Int32 `[max_num_seqs]`: one for all builders, as CUDA graphs hold its address."""
+    attached: torch.Tensor | None = vllm_config.__dict__.get(_EXACT_UNTIL)
+    if attached is None:
+        padded = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        rows = max(vllm_config.scheduler_config.max_num_seqs, padded)
+        attached = torch.zeros(rows, dtype=torch.int32, device=device)
+        vllm_config.__dict__[_EXACT_UNTIL] = attached
+    return attached

@@ -1,0 +1,47 @@
+"""Entry point: vLLM calls `register` in every process, also for those who do not use leank."""
+
+import logging
+from typing import Any
+
+
+def register() -> None:
+    """Make `--attention-backend leank` known to vLLM.
+
+    Never raises, may be called again, and imports nothing heavy beyond what vLLM has loaded. With
+    a vLLM outside the supported range, leank stays selectable, and selecting it says so.
+    """
+    try:
+        _register()
+    except Exception:
+        logging.getLogger("vllm.leank").exception(
+            "vllm-leank could not be set up; --attention-backend leank will not be known"
+        )
+
+
+def load_backend(name: str) -> Any:
+    """The member of vLLM's enum of backends, in a process that may not have loaded plugins yet."""
+    from vllm_leank.serving.vllm.backend_name import BACKEND, backend_member
+
+    if name == BACKEND:
+        register()
+    return backend_member(name)
+
+
+def _register() -> None:
+    from vllm_leank.serving.vllm import backend_name, platform, versions
+
+    installed = versions.vllm_version()
+    if installed is None:
+        return
+    problem = versions.unsupported_vllm(installed)
+    if problem is None:
+        from vllm_leank.serving.checks import check_config
+
+        check, backend = check_config, "vllm_leank.serving.backend.LeanKBackend"
+    else:
+        from vllm_leank.serving.unsupported import refuse
+
+        check, backend = refuse, "vllm_leank.serving.unsupported.UnsupportedBackend"
+    # The name comes last: where it is known, configs are checked.
+    platform.hook_platform(check)
+    backend_name.register_backend_name(backend, load_backend)

@@ -1,0 +1,75 @@
+"""The startup report: which mask serves, and how many requests fit against dense."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+from vllm_leank.core.capacity import dense_capacity, leank_capacity
+from vllm_leank.mask.settings import Settings
+from vllm_leank.serving.settings import load_settings
+from vllm_leank.serving.vllm.config import in_flight_tokens
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.leank.report")
+
+LONG_REQUEST = 32_768
+"""Tokens of the request that capacity is stated for, where the model takes as many."""
+
+
+def log_capacity(vllm_config: "VllmConfig", num_blocks: int) -> None:
+    """Log the report when the cache's size is known; on the first rank only."""
+    settings = load_settings(vllm_config)
+    longest = vllm_config.model_config.max_model_len
+    # vLLM tries CUDA graphs with a small pool first; a real one holds a request of full length.
+    in_flight = in_flight_tokens(vllm_config)
+    needed = settings.plan.blocks_in_prefill(settings.window, longest, in_flight)
+    is_trial = num_blocks < needed
+    if is_trial or vllm_config.parallel_config.rank != 0:
+        return
+    for line in report(settings, num_blocks, min(LONG_REQUEST, longest)):
+        logger.info("%s", line)
+
+
+def report(settings: Settings, num_blocks: int, length: int) -> list[str]:
+    """The report's lines.
+
+    Args:
+        settings: mask, window and page sizes.
+        num_blocks: blocks of vLLM's pool.
+        length: tokens of the request that capacity is stated for.
+    """
+    plan = settings.plan
+    pool = num_blocks * plan.block_bytes
+    fit = leank_capacity(plan, settings.window, pool, length).in_decode
+    dense = dense_capacity(plan, pool, length).in_decode
+    return [
+        *describe(settings),
+        f"leank capacity: {fit:.1f} requests of {length:,} tokens in decode, {dense:.1f} dense "
+        f"({fit / dense:.2f}x), in {pool / 2**30:.2f} GiB",
+    ]
+
+
+def describe(settings: Settings) -> list[str]:
+    """The lines that need no pool: mask, window and pages."""
+    mask, window, plan = settings.mask, settings.window, settings.plan
+    heads = Counter(int(count) for count in mask.kept_counts.flat)
+    per_count = ", ".join(f"{heads[count]} keep {count}" for count in sorted(heads))
+    made_for = ""
+    if (mask.sink, mask.recent) != (window.sink, window.recent):
+        made_for = f" (the mask was made for {mask.sink} and {mask.recent})"
+    archive, full = plan.archive_token_bytes, plan.dense_token_bytes
+    kind = "fp8 archive" if plan.is_fp8 else "archive"
+    return [
+        f"leank mask: {mask.model}, {mask.provenance['method']}, sha256 {mask.sha256[:12]}, "
+        f"{mask.path}",
+        f"leank mask: {mask.k_kept:.1%} of K and {mask.v_kept:.1%} of V kept; of "
+        f"{mask.kept_counts.size} heads of {mask.geometry.head_dim} channels in "
+        f"{mask.geometry.num_layers} layers {per_count}",
+        f"leank window: sink {window.sink}, recent {window.recent} tokens dense{made_for}"
+        + ("" if window.exact else "; prompts are read pruned"),
+        f"leank cache: {archive:,} bytes per far token against {full:,} dense "
+        f"({archive / full:.1%}); {kind} pages of {plan.archive_block} tokens",
+    ]

@@ -1,0 +1,216 @@
+"""Who holds which blocks: the scheduler's managers of the archive and the window group.
+
+Those that begin with Exact serve where prompts are read with full attention; `pruned_managers` has
+those for prompts that are read as answers are.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
+
+from vllm_leank.core.layout import WINDOW_BLOCK
+from vllm_leank.serving.scheduler.specs import LeanKSpec
+from vllm_leank.serving.scheduler.usage import Usage
+from vllm_leank.serving.vllm.block_hashes import limit_block_hashes
+from vllm_leank.serving.vllm.statistics import hook_statistics
+
+
+class LeanKManager(FullAttentionManager):
+    """What the managers of both groups share: the window rule, and that there are two groups.
+
+    Raises:
+        RuntimeError: vLLM split the layers in a way that would waste most of the memory (see
+            `layout.uneven`).
+    """
+
+    def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._window = kv_cache_spec.window
+        if self.kv_cache_group_id > 1:
+            raise RuntimeError(
+                "vLLM split leank's cache into more than two groups, which would waste most of it; "
+                "please report this with the mask file and the model's config"
+            )
+
+
+class ArchiveManager(LeanKManager):
+    """Gives a request archive pages for its archived tokens, not for the dense ones.
+
+    Attributes:
+        compacted: tokens that were given a place in the archive so far, for `/metrics`.
+    """
+
+    def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.compacted = 0
+        self._boundaries: dict[str, int] = {}
+        # Here, since there are managers in the scheduler's process alone.
+        hook_statistics(ArchiveManager, Usage)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        **kwargs: Any,
+    ) -> int:
+        """Blocks that `num_tokens` tokens need beyond those held; see the base class."""
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            self._window.archived(num_tokens),
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            **kwargs,
+        )
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Allocate what `num_tokens` tokens need; see the base class."""
+        before = self._boundaries.get(request_id, self._window.sink)
+        boundary = self._window.boundary(num_tokens_main_model)
+        if boundary > before:
+            self._boundaries[request_id] = boundary
+            self.compacted += boundary - before
+        return super().allocate_new_blocks(
+            request_id, self._window.archived(num_tokens), num_tokens_main_model
+        )
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget a request that ends or is preempted; see the base class."""
+        self._boundaries.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def _offer(self, request: Request, tokens: int) -> None:
+        """Offer the pages that the first `tokens` archive slots of a request fill to others."""
+        blocks = self.req_to_blocks[request.request_id]
+        held = self.num_cached_block.get(request.request_id, 0)
+        full = min(tokens // self.block_size, len(blocks))
+        if held >= full:
+            return
+        self.block_pool.cache_full_blocks(
+            request,
+            blocks,
+            held,
+            full,
+            self.block_size,
+            self.kv_cache_group_id,
+        )
+        self.num_cached_block[request.request_id] = full
+
+
+class ExactArchiveManager(ArchiveManager):
+    """Lets requests with the same beginning share archive pages while one of them runs.
+
+    Each of these fills the shared pages itself, in the step that completes its prompt and before it
+    reads them. All write the same, since prompts are computed exactly.
+    """
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: LeanKSpec,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Pages of running requests that begin with the same prompt, as many as there are.
+
+        The hit's length is `max_length`, as these pages never limit one: a prompt is read from
+        dense pages, whose hit vLLM then cuts these to. The page in which compaction of the prompt
+        ends is not among them, since what lies behind the end is this request's own.
+        """
+        # All but the last token may be found; a request that starts again asks with its answer,
+        # but has hashes of its prompt alone.
+        prompt = min(max_length + 1, len(block_hashes) * block_pool.hash_block_size)
+        blocks, _ = super().find_longest_cache_hit(
+            block_hashes,
+            kv_cache_spec.window.archived(prompt),
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec,
+            *args,
+            **kwargs,
+        )
+        return blocks, max_length
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Let others share the pages that compaction of the request's prompt fills."""
+        self._offer(request, self._window.archived(request.num_prompt_tokens))
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget a request that ends or is preempted; see the base class.
+
+        Pages that nobody else shares are not kept for later prompts: without the dense pages, which
+        were freed long before, they would only take room from others.
+        """
+        blocks = super().pop_blocks_for_free(request_id)
+        self.block_pool.evict_blocks(
+            {block.block_id for block in blocks if block.block_hash and block.ref_cnt == 1}
+        )
+        return blocks
+
+
+class WindowManager(LeanKManager):
+    """Frees the dense middle of a request: where prompts are read exactly, once its prompt is
+    done.
+    """
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free the blocks that no later query reads.
+
+        Args:
+            request_id: the request.
+            processed_computed_tokens: tokens whose step has finished.
+            num_prompt_tokens: prompt length; nothing is freed while it is unknown.
+        """
+        if num_prompt_tokens is None:
+            return
+        exact_until = self._window.exact_until(num_prompt_tokens)
+        free = self._window.free_tokens(processed_computed_tokens, exact_until)
+        self._remove_blocks_in_range(
+            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK
+        )
+
+
+class ExactWindowManager(WindowManager):
+    """Lets others share the dense pages of a request's prompt.
+
+    Pages of generated tokens are never offered to the prefix cache: their K and V were computed
+    with the pruned archive, so a prompt that contains the same text must compute its own. A hit
+    therefore never changes an answer.
+    """
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Offer the full blocks of the request's prompt, less its last token, to the prefix cache.
+
+        Should the request be preempted and start again, it finds no more there than that, even if
+        somebody else's prompt begins with its prompt and its answer: the step that completes the
+        prompt fills the archive and is never skipped.
+        """
+        tokens = request.num_prompt_tokens - 1
+        limit_block_hashes(request, tokens // self.block_pool.hash_block_size)
+        super().cache_blocks(request, min(num_tokens, tokens), retention_interval, **kwargs)

@@ -1,0 +1,152 @@
+"""Who holds and shares which blocks where prompts are read as answers are.
+
+K and V of a token then depend on the tokens before it and on nothing else, whether it stands in a
+prompt or in an answer. So pages of both can be shared, and a prefix can be taken up without its
+dense middle: archive pages, the sink and the window before its end are all that is read again.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
+from vllm.v1.request import Request
+
+from vllm_leank.core.layout import WINDOW_BLOCK
+from vllm_leank.core.window import GRANULE, Window
+from vllm_leank.serving.scheduler.managers import ArchiveManager, WindowManager
+from vllm_leank.serving.scheduler.specs import LeanKSpec, PrunedWindowSpec
+
+
+class PrunedArchiveManager(ArchiveManager):
+    """Offers archive pages to the prefix cache as soon as they are full.
+
+    A prefix that is taken up has whole archive pages. What follows is compacted into pages of the
+    request's own; shared ones are never written again.
+    """
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: LeanKSpec,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """The longest prefix whose archive is there; see the base class."""
+        window, block = kv_cache_spec.window, kv_cache_spec.block_size
+        blocks, found = super().find_longest_cache_hit(
+            block_hashes,
+            window.archived(max_length),
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec,
+            *args,
+            **kwargs,
+        )
+        # What comes after these pages, as far as it needs no other.
+        longest = max(found, window.sink) + window.recent + GRANULE - 1
+        length = window.prefix(min(longest, max_length), block)
+        for pages in blocks:
+            del pages[window.archived(length) // block :]
+        return blocks, length
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        **kwargs: Any,
+    ) -> int:
+        """Blocks that `num_tokens` tokens need beyond those held; see the base class."""
+        pages = self._taken_up(new_computed_blocks, num_local_computed_tokens)
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            pages,
+            total_computed_tokens,
+            len(pages) * self.block_size,
+            num_tokens_main_model,
+            **kwargs,
+        )
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Take up the pages of a prefix; see the base class."""
+        pages = self._taken_up(new_computed_blocks, num_local_computed_tokens)
+        super().add_local_computed_blocks(
+            request_id, pages, len(pages) * self.block_size, num_external_computed_tokens
+        )
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Offer the pages that compaction of the request's first `num_tokens` tokens fills."""
+        self._offer(request, self._window.archived(num_tokens))
+
+    def _taken_up(self, blocks: Sequence[KVCacheBlock], length: int) -> Sequence[KVCacheBlock]:
+        """Of the pages found, those of a prefix of `length` tokens: less window may be there."""
+        return blocks[: self._window.archived(length) // self.block_size]
+
+
+class PrunedWindowManager(WindowManager):
+    """Offers window pages to the prefix cache, and finds prefixes by those at their ends."""
+
+    def __init__(self, kv_cache_spec: PrunedWindowSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        # vLLM asks specs of its own sliding windows alone.
+        self.max_admission_blocks_per_request = kv_cache_spec.most_blocks(sys.maxsize)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: PrunedWindowSpec,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """The longest prefix whose sink and whose last tokens, from its boundary on, are there;
+        null blocks stand for what is archived.
+        """
+        window = kv_cache_spec.window
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, WINDOW_BLOCK)
+
+        @cache
+        def find(page: int) -> list[KVCacheBlock] | None:
+            return block_pool.get_cached_block(hashes[page], kv_cache_group_ids)
+
+        length = min(max_length, len(hashes) * WINDOW_BLOCK)
+        while length := window.prefix(length, kv_cache_spec.archive_block):
+            dense = _dense_pages(window, length)
+            missing = next((page for page in dense if find(page) is None), None)
+            if missing is None:
+                break
+            # Shorter prefixes need that page, too, unless they end before it.
+            length = missing * WINDOW_BLOCK
+        blocks = tuple(
+            [block_pool.null_block] * (length // WINDOW_BLOCK) for _ in kv_cache_group_ids
+        )
+        for page in _dense_pages(window, length):
+            for table, block in zip(blocks, find(page) or (), strict=True):
+                table[page] = block
+        return blocks, length
+
+
+def _dense_pages(window: Window, length: int) -> list[int]:
+    """Window pages that are read behind a prefix of whole pages: its last ones, and its sink."""
+    last = range(min(window.boundary(length), length) // WINDOW_BLOCK, length // WINDOW_BLOCK)
+    return [*reversed(last), *range(min(window.sink, length) // WINDOW_BLOCK)]

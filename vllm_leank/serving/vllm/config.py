@@ -1,0 +1,34 @@
+"""What vLLM's config says where it does not say it plainly. For vLLM 0.32 and 0.33."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+
+
+def cache_dtype(vllm_config: "VllmConfig") -> "torch.dtype":
+    """Dtype that vLLM would give the KV cache, by its flag or by the checkpoint's own scheme.
+
+    An attention layer turns `auto` to fp8 where a quantised checkpoint brings KV scales.
+    """
+    import torch
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+    model, flag = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    quantization = getattr(model.hf_config, "quantization_config", None) or {}
+    if flag == "auto" and quantization.get("kv_cache_scheme"):
+        return torch.float8_e4m3fn
+    return kv_cache_dtype_str_to_dtype(flag, model)
+
+
+def layer_index(layer_name: str) -> int:
+    """Decoder layer of an attention layer, from its name."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return int(extract_layer_index(layer_name))
+
+
+def in_flight_tokens(vllm_config: "VllmConfig") -> int:
+    """Tokens of a request that are scheduled and not yet computed, at most."""
+    return int(vllm_config.max_in_flight_tokens + vllm_config.num_lookahead_tokens)
