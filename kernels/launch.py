@@ -13,7 +13,7 @@ from heapq import heapify, heapreplace
 import torch
 from vllm_leank.kernels.batch import MAX_DECODE_QUERIES
 
-from vllm_leank.core.layout import CacheLayout
+from vllm_leank.core.pages import CacheLayout
 
 TILE_BYTES = 128
 """Bytes of a row of a V tile, which sets the tokens of a tile: 64 in 16 bits, 128 in 8."""

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from vllm_leank.core.formats import find_format
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.core.layout import plan_cache
 from vllm_leank.core.options import OptionError, Options, given_options, parse_options, read_options
+from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.mask.file import Mask
-from vllm_leank.mask.settings import Settings
+from vllm_leank.mask.settings import Settings, _window
 from vllm_leank.serving.report import report
-from vllm_leank.serving.settings import _window
 
 
 @pytest.mark.parametrize(
@@ -50,13 +50,13 @@ def test_options_are_read(given, options):
         ({"mask": ""}, "leank option mask = '': string should have at least 1 character"),
         (
             {"archive_dtype": "int4"},
-            "leank option archive_dtype = 'int4': input should be 'auto' or 'fp8'",
+            "leank option archive_dtype is 'int4', but must be one of: auto, fp8",
         ),
         (
             {"prefill": "dense"},
             "leank option prefill = 'dense': input should be 'exact' or 'pruned'",
         ),
-        ({"archive_dtype": 8}, "leank option archive_dtype = 8: input should be 'auto' or 'fp8'"),
+        ({"archive_dtype": 8}, "leank option archive_dtype = 8: input should be a valid string"),
         ([], 'additional_config["leank"] is [], but must be a mapping of options'),
         ("m.yaml", "additional_config[\"leank\"] is 'm.yaml', but must be a mapping of options"),
         (None, 'additional_config["leank"] is None, but must be a mapping of options'),
@@ -121,8 +121,8 @@ def test_window_comes_from_options_then_from_the_mask(options, made_for, window)
     assert _window(options, hand_made_mask(*made_for)) == window
 
 
-def settings(window, mask, archive_itemsize=None):
-    plan = plan_cache(mask.kept_counts.tolist(), 64, 2, archive_itemsize=archive_itemsize)
+def settings(window, mask, archive_dtype="auto"):
+    plan = plan_cache(mask.kept_counts.tolist(), 64, 2, archive_format=find_format(archive_dtype))
     return Settings(mask, window, replace(plan, archive_block=64))
 
 
@@ -142,7 +142,7 @@ def test_report_of_a_hand_made_mask():
 
 def test_report_of_an_fp8_archive():
     """240 bytes per far token in both layers, padding and scales included."""
-    fp8 = settings(Window(64, 256), hand_made_mask(), archive_itemsize=1)
+    fp8 = settings(Window(64, 256), hand_made_mask(), archive_dtype="fp8")
     lines = report(fp8, num_blocks=1000, length=8192)
     assert lines[-2:] == [
         "leank cache: 480 bytes per far token against 1,024 dense (46.9%); fp8 archive pages of "

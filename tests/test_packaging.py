@@ -148,7 +148,7 @@ def top_level(modules: set[str]) -> set[str]:
         ("vllm_leank.serving.plugin", {"vllm", "triton", "torch", "transformers", "numpy"}),
         ("vllm_leank.mask.file", {"vllm", "triton", "torch", "transformers"}),
         ("vllm_leank.core.window", {"vllm", "triton", "torch", "transformers"}),
-        ("vllm_leank.core.layout", {"vllm", "triton", "torch", "transformers"}),
+        ("vllm_leank.core.plan", {"vllm", "triton", "torch", "transformers"}),
         ("vllm_leank.cli", {"vllm", "triton", "torch", "transformers"}),
     ],
 )

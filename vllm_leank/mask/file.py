@@ -19,7 +19,7 @@ import yaml
 
 from vllm_leank.core.atomic import write_atomically
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.core.layout import MAX_HEAD_DIM
+from vllm_leank.core.pages import MAX_HEAD_DIM
 from vllm_leank.core.window import GRANULE
 from vllm_leank.errors import UserError
 from vllm_leank.mask.strict_yaml import Loc, YamlError, read_strict_yaml

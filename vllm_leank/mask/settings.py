@@ -1,9 +1,11 @@
 """What a mask and the options decide together: the dense window and the page sizes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_leank.core.layout import CachePlan, plan_cache
+from vllm_leank.core.formats import find_format
 from vllm_leank.core.options import Options
+from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.window import Window, whole_pages
 from vllm_leank.mask.file import Mask
 
@@ -24,7 +26,12 @@ class Settings:
 
 
 def plan_settings(
-    mask: Mask, options: Options, itemsize: int, tp_size: int = 1, draft_items: int = 0
+    mask: Mask,
+    options: Options,
+    itemsize: int,
+    tp_size: int = 1,
+    draft_items: int = 0,
+    stages: Sequence[int] | None = None,
 ) -> Settings:
     """The settings of a mask and options; see `plan_cache` for the rest."""
     plan = plan_cache(
@@ -32,8 +39,9 @@ def plan_settings(
         mask.geometry.head_dim,
         itemsize,
         tp_size,
-        archive_itemsize=1 if options.archive_dtype == "fp8" else None,
+        archive_format=find_format(options.archive_dtype),
         draft_items=draft_items,
+        stages=stages,
     )
     return Settings(mask, _window(options, mask), plan)
 
