@@ -9,7 +9,7 @@ import typer
 from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import load_mask, save_mask
-from vllm_leank.mask.lookup import find_masks
+from vllm_leank.mask.lookup import broken_masks, find_masks
 from vllm_leank.mask.mask import Mask
 
 app = typer.Typer(help="Look at masks and make them.", no_args_is_help=True)
@@ -131,4 +131,5 @@ def find(name: str) -> Mask:
     if masks:
         files = ", ".join(str(mask.path) for mask in masks)
         raise UserError(f"{name} has several masks, name one of the files: {files}")
-    raise UserError(f"{name}: neither a mask file nor a model that a bundled mask is for")
+    unread = "".join(f"\n  not looked at: {error}" for error in broken_masks())
+    raise UserError(f"{name}: neither a mask file nor a model that a bundled mask is for{unread}")

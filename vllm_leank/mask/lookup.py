@@ -25,7 +25,7 @@ def resolve_mask(
     searched for one with this model id and geometry.
 
     Raises:
-        MaskError: no mask fits, more than one fits, or a file is not a valid mask.
+        MaskError: no mask fits, more than one fits, or the file of `option` is not a valid mask.
     """
     if option is not None:
         mask = load_mask(Path(option).expanduser())

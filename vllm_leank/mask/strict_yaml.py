@@ -13,7 +13,7 @@ import yaml
 _BaseLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 MAX_DEPTH = 32
-MAX_VALUES = 200_000
+MAX_VALUES = 100_000
 MAX_NUMBER = 100
 """Characters of a number. Longer ones are slow to read, and no number that anybody means."""
 
