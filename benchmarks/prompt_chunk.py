@@ -38,7 +38,8 @@ from vllm_leank.core.pages import WINDOW_BLOCK, pages
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.window import Window, whole_pages
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import Mask, load_mask
+from vllm_leank.mask.file import load_mask
+from vllm_leank.mask.mask import Mask
 from vllm_leank.serving.step import attend_exact
 
 CHECKED_QUERIES = 64

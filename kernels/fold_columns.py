@@ -6,7 +6,7 @@ fewest that tensor cores have, and tiles of pages go to them as they lie.
 
 import triton
 import triton.language as tl
-from vllm_leank.kernels.pages import WIDTHS, chunk_channels, key_tile, value_tile
+from vllm_leank.kernels.pages import chunk_channels, key_tile, value_tile
 
 
 @triton.jit
@@ -82,12 +82,14 @@ def fold_archive(
     if TILES.SCALED:
         # In units of its largest channel, a query fits fp16, to which 8-bit numbers convert fast.
         q_max = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 0), 1e-30)
+    # Chunks have the widths of KEPT's binary digits, widest first: `CHUNK_WIDTHS`.
     queries = ()
-    for i in tl.static_range(len(WIDTHS)):
-        if KEPT & WIDTHS[i]:
-            queries += (_kept_query(p_q, m_q, p_channels, q_max, KEPT, WIDTHS[i], TILES),)
+    for c in tl.static_range(5):
+        if KEPT & (256 >> c):
+            part = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 256 >> c, TILES)
+            queries = queries + (part,)  # noqa: RUF005
         else:
-            queries += (None,)
+            queries = queries + (0,)  # noqa: RUF005
     DOT: tl.constexpr = tl.float16 if TILES.SCALED else q.dtype
     if TILES.SCALED:
         # Weights times scales, of the order of V over UNIT, would leave the range of fp16.
@@ -102,10 +104,10 @@ def fold_archive(
         next_page = tl.load(p_table + tl.minimum(i + 1, last - 1) * TILE // BLOCK)
         slot = token % BLOCK
         s = tl.zeros([TILE, m.shape[0]], tl.float32)
-        for c in tl.static_range(len(WIDTHS)):
-            if KEPT & WIDTHS[c]:
+        for c in tl.static_range(5):
+            if KEPT & (256 >> c):
                 s = _add_scores(s, queries[c], k_descs[c], archive_ptr, page, k_offset, slot,
-                                stride_page, KEPT, WIDTHS[c], TILE, BLOCK, TMA)  # fmt: skip
+                                stride_page, KEPT, 256 >> c, TILE, BLOCK, TMA)  # fmt: skip
         v = value_tile(v_desc, archive_ptr, page, v_offset, slot, stride_page, D, D_PAD, TILE,
                        BLOCK, TMA).to(DOT)  # fmt: skip
         o_token = token + tl.arange(0, TILE)

@@ -6,7 +6,7 @@ queries, whose weights go from one product to the next without leaving the regis
 
 import triton
 import triton.language as tl
-from vllm_leank.kernels.pages import WIDTHS, chunk_channels, key_tile, value_tile
+from vllm_leank.kernels.pages import chunk_channels, key_tile, value_tile
 
 
 @triton.jit
@@ -87,12 +87,14 @@ def fold_archive(
         factor *= q_max
         # Weights times scales, of the order of V over UNIT, would leave the range of fp16.
         acc *= TILES.UNIT
+    # Chunks have the widths of KEPT's binary digits, widest first: `CHUNK_WIDTHS`.
     queries = ()
-    for i in tl.static_range(len(WIDTHS)):
-        if KEPT & WIDTHS[i]:
-            queries += (_kept_query(p_q, m_q, p_channels, q_max, KEPT, WIDTHS[i], TILES),)
+    for c in tl.static_range(5):
+        if KEPT & (256 >> c):
+            part = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 256 >> c, TILES)
+            queries = queries + (part,)  # noqa: RUF005
         else:
-            queries += (None,)
+            queries = queries + (0,)  # noqa: RUF005
     DOT: tl.constexpr = tl.float16 if TILES.SCALED else p_q.dtype.element_ty
     # One tile ahead, so that the pipeline of tiles does not wait for the block table.
     next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
@@ -102,10 +104,10 @@ def fold_archive(
         next_page = tl.load(p_table + tl.minimum(i + 1, last - 1) * TILE // BLOCK)
         slot = token % BLOCK
         s = tl.zeros([m.shape[0], TILE], tl.float32)
-        for c in tl.static_range(len(WIDTHS)):
-            if KEPT & WIDTHS[c]:
+        for c in tl.static_range(5):
+            if KEPT & (256 >> c):
                 s = _add_scores(s, queries[c], k_descs[c], archive_ptr, page, k_offset, slot,
-                                stride_page, KEPT, WIDTHS[c], TILE, BLOCK, TMA)  # fmt: skip
+                                stride_page, KEPT, 256 >> c, TILE, BLOCK, TMA)  # fmt: skip
         v = value_tile(v_desc, archive_ptr, page, v_offset, slot, stride_page, D, D_PAD, TILE,
                        BLOCK, TMA).to(DOT)  # fmt: skip
         o_token = token + tl.arange(0, TILE)

@@ -3,11 +3,6 @@
 import triton
 import triton.language as tl
 
-from vllm_leank.core.pages import CHUNK_WIDTHS
-
-WIDTHS = tl.constexpr(CHUNK_WIDTHS)
-"""Widths of K chunks, widest first. A head has those of the binary digits of what it keeps."""
-
 
 @triton.jit
 def load_tile(

@@ -36,26 +36,34 @@ TYPES = {
 }
 
 
+def type_of(value: Any) -> Any:
+    """Triton's name of an argument's type; of a tuple, those of its parts."""
+    if isinstance(value, tuple):
+        return tuple(map(type_of, value))
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
 def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict, dict]:
     """Types, constants and attributes of a launch, as Triton's own launcher finds them."""
     types, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
-        aligned = not parameter.do_not_specialize_on_alignment
         if parameter.is_constexpr:
             types[name], constants[index,] = "constexpr", value
             continue
-        if isinstance(value, TensorDescriptor):
-            types[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
-            continue
-        if isinstance(value, torch.Tensor):
-            types[name] = "*" + TYPES[value.dtype]
-        else:
-            types[name] = "fp32" if isinstance(value, float) else "i32"
-            aligned &= isinstance(value, int) and value % 16 == 0
-            aligned &= not parameter.do_not_specialize
-        if aligned:
-            attributes[index,] = [["tt.divisibility", 16]]
+        types[name] = type_of(value)
+        for i, one in enumerate(value if isinstance(value, tuple) else (value,)):
+            aligned = not parameter.do_not_specialize_on_alignment
+            if not isinstance(one, torch.Tensor):
+                aligned &= isinstance(one, int) and one % 16 == 0
+                aligned &= not parameter.do_not_specialize
+            if aligned:
+                path = (index, i) if isinstance(value, tuple) else (index,)
+                attributes[path] = [["tt.divisibility", 16]]
     return types, constants, attributes
 
 

@@ -12,16 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_leank.mask.file import (
-    MAX_BYTES,
-    Geometry,
-    Mask,
-    MaskError,
-    dump_mask,
-    load_mask,
-    parse_mask,
-    save_mask,
-)
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.mask.errors import MaskError
+from vllm_leank.mask.file import MAX_BYTES, load_mask, save_mask
+from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.text import dump_mask, parse_mask
 
 GOOD = """\
 format: leank-mask/1
@@ -102,7 +97,7 @@ MALFORMED = {
     "only a comment": (GOOD, "# nothing\n", None, "", "empty"),
     "a list": (GOOD, "- format: leank-mask/1\n", 1, "", "not a mask file"),
     "text": (GOOD, "leank\n", 1, "", "not a mask file"),
-    "other format": ("leank-mask/1", "leank-mask/2", 1, "format", "leank-mask/1"),
+    "other format": ("leank-mask/1", "leank-mask/3", 1, "format", "leank-mask/1"),
     "no format": ("format: leank-mask/1\n", "", 1, "format", "missing"),
     "unknown key": ("align: 16", "algin: 16", 4, "algin", "allowed here: format, model"),
     "unknown geometry key": ("num_layers: 2", "layers: 2", 3, "geometry.layers", "num_layers"),
@@ -136,8 +131,13 @@ MALFORMED = {
     "float is text": ("500000.0", "5e5", 3, "geometry.rope_theta", "valid number"),
     "float is infinite": ("500000.0", ".inf", 3, "geometry.rope_theta", "finite"),
     "float is NaN": ("steps: 200", "steps: .nan", 8, "provenance.steps", "finite"),
-    "int out of range": ("500000.0", "9" * 400, 3, "geometry.rope_theta", "valid number"),
-    "int too long": ("align: 16", "align: " + "9" * 9999, 4, "align", "not a number"),
+    "int out of range": ("500000.0", "9" * 400, 3, "geometry.rope_theta", "400 characters"),
+    "int too long": ("align: 16", "align: " + "9" * 9999, 4, "align", "9,999 characters"),
+    "hex too long": ("align: 16", "align: 0x" + "9" * 9999, 4, "align", "at most 100"),
+    "base 60": ("200", "1:20:30", 8, "provenance.steps", "base 60"),
+    "base 60 too long": ("200", "1" + ":2" * 60_000, 8, "provenance.steps", "120,001 char"),
+    "base 60 float": ("200", "1:20.5", 8, "provenance.steps", "base 60"),
+    "too many values": ("200", f"[{'1, ' * 100_000}]", 8, "provenance", "100,000 values"),
     "malformed number": ("align: 16", "align: 0x_", 4, "align", "not a number"),
     "theta not positive": ("500000.0", "-1.0", 3, "geometry.rope_theta", "positive"),
     "scaling is text": ("scaling: null", "scaling: yarn", 3, "geometry.rope_scaling", "mapping"),

@@ -93,14 +93,13 @@ def hand_made_mask(sink=64, recent=256):
     """Two layers, two heads of 64 channels, which keep 0, 32, 32 and 64."""
     keep = np.zeros((2, 2, 64), bool)
     keep[0, 1, :32] = keep[1, 0, 16:48] = keep[1, 1] = True
-    return Mask(
-        "org/tiny",
-        Geometry(2, 2, 64, 10000.0, None),
-        32,
-        sink,
-        recent,
-        {"method": "by hand"},
+    return Mask.from_keep(
         keep,
+        Geometry(2, 2, 64, 10000.0, None),
+        model="org/tiny",
+        provenance={"method": "by hand"},
+        sink=sink,
+        recent=recent,
         path="tiny.yaml",
         sha256="0123456789abcdef",
     )

@@ -7,7 +7,8 @@ from vllm_leank.core.formats import find_format
 from vllm_leank.core.options import Options
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.window import Window, whole_pages
-from vllm_leank.mask.file import Mask
+from vllm_leank.errors import UserError
+from vllm_leank.mask.mask import Mask
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,16 @@ def plan_settings(
     draft_items: int = 0,
     stages: Sequence[int] | None = None,
 ) -> Settings:
-    """The settings of a mask and options; see `plan_cache` for the rest."""
+    """The settings of a mask and options; see `plan_cache` for the rest.
+
+    Raises:
+        UserError: the mask has channels of 2, 4 or 8 bits, for which there are no pages yet.
+    """
+    if mask.is_packed:
+        raise UserError(
+            f"the mask for {mask.model} has channels of 2, 4 or 8 bits, which cannot be served "
+            "yet; take one that keeps channels whole"
+        )
     plan = plan_cache(
         mask.kept_counts.tolist(),
         mask.geometry.head_dim,
