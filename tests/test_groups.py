@@ -7,12 +7,11 @@ from itertools import pairwise
 import pytest
 from vllm.v1.core.kv_cache_utils import (
     generate_scheduler_kv_cache_config,
-    get_kv_cache_configs,
-    get_kv_cache_groups,
     get_max_concurrency_for_kv_cache_config,
 )
 from vllm.v1.kv_cache_interface import iter_layer_specs
 from vllm_cache import cache_configs, cache_specs, vllm_config
+from vllm_planning import get_kv_cache_configs, get_kv_cache_groups
 
 from vllm_leank.core.layout import WINDOW_BLOCK, plan_cache
 from vllm_leank.core.window import Window
