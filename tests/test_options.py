@@ -10,9 +10,8 @@ from vllm_leank.core.layout import plan_cache
 from vllm_leank.core.options import OptionError, Options, given_options, parse_options, read_options
 from vllm_leank.core.window import Window
 from vllm_leank.mask.file import Mask
-from vllm_leank.mask.settings import Settings
+from vllm_leank.mask.settings import Settings, _window
 from vllm_leank.serving.report import report
-from vllm_leank.serving.settings import _window
 
 
 @pytest.mark.parametrize(
