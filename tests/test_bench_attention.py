@@ -50,7 +50,7 @@ def test_bytes_that_decode_must_read():
     assert case.read_bytes(bf16) == 64 * (896 * dense + 31872 * pruned * 2) == 5_326_241_792
     fp8 = plan_cache(kept, 128, 2, archive_format=find_format("fp8")).layer(0)
     # Scales: 2 floats a head and 32 tokens, of 7 heads.
-    assert case.read_bytes(fp8) == 64 * (896 * dense + 31872 * (pruned + 2))
+    assert case.read_bytes(fp8) == 64 * (896 * dense + 31872 * pruned + 31872 * 7 // 4)
     assert case.dense_bytes(8, 128, 2) == 64 * 32768 * 4096
 
 
@@ -215,7 +215,10 @@ def test_options_are_checked_before_the_gpu(leank, mask_file, tmp_path):
         (["--mask", tmp_path / "none"], "cannot be read"),
         (["--out", mask_file], "exists already"),
         (["--out", tmp_path / "no" / "r.json"], "no such directory"),
-        (["--archive-dtype", "int4"], "archive-dtype"),
+        (
+            ["--archive-dtype", "int4"],
+            "--archive-dtype: archive_dtype is 'int4', but must be one of",
+        ),
     ]:
         arguments = ["--mask", mask_file, "--query-heads", 4, *options]
         code, _, err = leank("bench", "attention", *arguments)

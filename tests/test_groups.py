@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 from vllm.v1.core.kv_cache_utils import (
     generate_scheduler_kv_cache_config,
-    get_kv_cache_groups,
     get_max_concurrency_for_kv_cache_config,
 )
 from vllm.v1.kv_cache_interface import iter_layer_specs
 from vllm_cache import cache_configs, cache_specs, vllm_config
+from vllm_planning import get_kv_cache_groups
 
 from vllm_leank.core.formats import known_formats
 from vllm_leank.core.pages import WINDOW_BLOCK

@@ -126,25 +126,25 @@ def settings(window, mask, archive_dtype="auto"):
 
 
 def test_report_of_a_hand_made_mask():
-    """Padding makes both layers' far tokens 448 bytes; 134 blocks of 56 KiB hold a request."""
+    """A far token has 192 and 448 bytes in the two layers; 134 blocks of 40 KiB hold a request."""
     lines = report(settings(Window(64, 256), hand_made_mask()), num_blocks=1000, length=8192)
     assert lines == [
         "leank mask: org/tiny, by hand, sha256 0123456789ab, tiny.yaml",
         "leank mask: 50.0% of K and 75.0% of V kept; of 4 heads of 64 channels in 2 layers "
         "1 keep 0, 2 keep 32, 1 keep 64",
         "leank window: sink 64, recent 256 tokens dense",
-        "leank cache: 896 bytes per far token against 1,024 dense (87.5%); archive pages of 64 "
+        "leank cache: 640 bytes per far token against 1,024 dense (62.5%); archive pages of 64 "
         "tokens",
-        "leank capacity: 7.5 requests of 8,192 tokens in decode, 6.8 dense (1.09x), in 0.05 GiB",
+        "leank capacity: 7.5 requests of 8,192 tokens in decode, 4.9 dense (1.53x), in 0.04 GiB",
     ]
 
 
 def test_report_of_an_fp8_archive():
-    """240 bytes per far token in both layers, padding and scales included."""
+    """112 and 240 bytes per far token in the two layers, scales included."""
     fp8 = settings(Window(64, 256), hand_made_mask(), archive_dtype="fp8")
     lines = report(fp8, num_blocks=1000, length=8192)
     assert lines[-2:] == [
-        "leank cache: 480 bytes per far token against 1,024 dense (46.9%); fp8 archive pages of "
+        "leank cache: 352 bytes per far token against 1,024 dense (34.4%); fp8 archive pages of "
         "64 tokens",
         "leank capacity: 7.5 requests of 8,192 tokens in decode, 3.9 dense (1.91x), in 0.03 GiB",
     ]

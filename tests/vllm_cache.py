@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheLayout, KVCacheSpec
+from vllm_planning import MODEL_CONFIG, get_kv_cache_configs
 
 from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.window import Window
@@ -22,7 +22,7 @@ def vllm_config(max_model_len: int) -> VllmConfig:
     config = VllmConfig()
     config.cache_config.kv_cache_layout = KVCacheLayout.BLHNC.name
     config.model_config = SimpleNamespace(
-        max_model_len=max_model_len, original_max_model_len=max_model_len
+        max_model_len=max_model_len, original_max_model_len=max_model_len, **MODEL_CONFIG
     )
     return config
 

@@ -76,10 +76,6 @@ def attention(
     cases = [parse_case(text, sink, recent) for text in case or [f"{batch},{length}"]]
     chosen = parse_layers(layers, loaded.geometry.num_layers)
 
-    require_gpu("leank bench attention")
-    from vllm_leank.bench.attention import DTYPES, Shape, measure
-    from vllm_leank.bench.report_attention import print_attention
-
     archive_dtypes = [archive_dtype]
     if archive_dtype == "both":
         archive_dtypes = [one.name for one in known_formats()]
@@ -87,6 +83,11 @@ def attention(
         [find_format(name) for name in archive_dtypes]
     except ValueError as error:
         raise UserError(f"--archive-dtype: {error}") from error
+
+    require_gpu("leank bench attention")
+    from vllm_leank.bench.attention import DTYPES, Shape, measure
+    from vllm_leank.bench.report_attention import print_attention
+
     shape = Shape(loaded, chosen, query_heads, DTYPES[dtype], archive_dtypes)
     results = header(ATTENTION, commit) | {"mask": describe_mask(loaded)}
     for measured in measure(

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.core.layout import MAX_HEAD_DIM
+from vllm_leank.core.pages import MAX_HEAD_DIM
 from vllm_leank.core.window import GRANULE
 from vllm_leank.mask.errors import MaskError, shortened
 from vllm_leank.mask.strict_yaml import Loc

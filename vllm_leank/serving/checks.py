@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from vllm_leank.mask.settings import Settings
 
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU, whatever the archive holds: Ampere."""
+
 DRAFTERS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 """Speculative methods that take their drafts from text, or from a model of its own."""
 
@@ -115,13 +118,14 @@ def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
 
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         yield f"it runs on NVIDIA GPUs and on CPU, not on {current_platform.device_name}"
-    if current_platform.is_cuda() and not current_platform.has_device_capability((8, 0)):
+    if current_platform.is_cuda() and not current_platform.has_device_capability(LEAST_CAPABILITY):
         yield "it needs a GPU of compute capability 8.0 or newer (Ampere)"
     if current_platform.is_cuda() and config.model_config.dtype.itemsize == 4:
         yield "on a GPU it computes in 16 bits: use --dtype bfloat16 or --dtype float16"
     name = options.archive_dtype
     major, minor = find_format(name).capability
-    if current_platform.is_cuda() and not current_platform.has_device_capability((major, minor)):
+    needs = (major, minor) > LEAST_CAPABILITY and current_platform.is_cuda()
+    if needs and not current_platform.has_device_capability((major, minor)):
         yield (
             f'the option archive_dtype "{name}" needs a GPU of compute capability {major}.{minor} '
             "or newer: remove it from --additional-config"
