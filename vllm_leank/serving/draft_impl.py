@@ -35,7 +35,7 @@ class DraftImpl(LeanKImpl):
             itemsize=self._vllm_config.model_config.dtype.itemsize,
             archive_block=WINDOW_BLOCK,
         )
-        self._take_pages(layer, [])
+        self._take_pages(layer, [], self._layout)
 
     def _archive_metadata(self, window: PagesMetadata) -> PagesMetadata:
         return window

@@ -6,6 +6,7 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
@@ -18,7 +19,9 @@ from vllm_leank.serving.metadata import PagesMetadata
 from vllm_leank.serving.page_backends import window_backend
 from vllm_leank.serving.settings import load_settings
 from vllm_leank.serving.step import attend_layer
-from vllm_leank.serving.vllm.config import layer_index
+from vllm_leank.serving.vllm.config import layer_index, most_decode_rows
+
+logger = init_logger("vllm.leank.impl")
 
 
 class LeanKImpl(AttentionImpl[PagesMetadata]):
@@ -92,7 +95,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             for head in settings.plan.rank_heads(rank)
             for channel in settings.mask.kept_channels(index, head)
         ]
-        self._take_pages(layer, kept)
+        self._take_pages(layer, kept, settings.plan.layer(0, rank))
 
     def _find_layer(self) -> tuple[str, Any]:
         """The attention layer that this is the implementation of, and its name."""
@@ -102,15 +105,32 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             if getattr(layer, "impl", 0) is self
         )
 
-    def _take_pages(self, layer: Any, kept: list[int]) -> None:
+    def _take_pages(self, layer: Any, kept: list[int], like: CacheLayout) -> None:
         """Have the layer ask vLLM for window pages, and give it the kept channels of its heads, one
-        head after the other.
+        head after the other. `like` is the layout that kernels are compiled with: of a layer that
+        stands for all.
         """
         device = self._vllm_config.device_config.device
         channels = torch.tensor(kept, dtype=torch.long, device=device)
         # A buffer, so that it moves, sleeps and wakes with the layer.
         layer.register_buffer("leank_channels", channels, persistent=False)
         layer.attn_backend = window_backend(layer.attn_backend, self._vllm_config)
+        if channels.is_cuda:
+            self._compile_kernels(like, channels.device)
+
+    def _compile_kernels(self, layout: CacheLayout, device: torch.device) -> None:
+        """Compile now what the layer would else compile while a request waits."""
+        # Imported here: on CPU there is nothing that Triton could compile for.
+        from vllm_leank.kernels.warmup import Attention, compile_kernels
+
+        attention = Attention(
+            layout,
+            self._window,
+            self.num_heads,
+            self._vllm_config.model_config.dtype,
+            most_decode_rows(self._vllm_config),
+        )
+        compile_kernels(attention, device, logger.info)
 
     def forward(
         self,
