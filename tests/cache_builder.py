@@ -1,8 +1,8 @@
 """A layer's cache as vLLM would hand it to kernels, made to hurt whoever reads what it must not.
 
 Blocks are handed out in random order, and their pages lie apart. Whatever was not written is NaN,
-scales included: fresh pages, page tails, block 0 and the pages of freed blocks. Block tables only
-ever grow, so rows keep the ids of freed blocks.
+what formats keep beside K and V included: fresh pages, page tails, block 0 and the pages of freed
+blocks. Block tables only ever grow, so rows keep the ids of freed blocks.
 """
 
 import random
@@ -15,10 +15,11 @@ from torch import Tensor
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.codecs import codec_of
+from vllm_leank.kernels.codecs.codec import Stored
 
 from vllm_leank.core.formats import NATIVE, ArchiveFormat, find_format
 from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
-from vllm_leank.core.window import Window
+from vllm_leank.core.window import GRANULE, Window
 
 FP8 = find_format("fp8")
 
@@ -235,11 +236,13 @@ class CacheBuilder:
             scores = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device)
             scores = torch.where(dense, q @ k.T, scores)
             far_v = v
-            if len(kept):
-                k, k_scale = self._archived(request.key[:, kv_head, kept])
-                far_v, v_scale = self._archived(request.value[:, kv_head])
-                scores = torch.where(far, q[:, kept] @ (k.double() * k_scale).T, scores)
-                far_v = far_v.double() * v_scale
+            if len(kept) and length > sink:
+                rounded = self.cache.codec.round(
+                    request.key[sink:, kv_head, kept], request.value[sink:, kv_head]
+                )
+                k, far_v = k[:, kept].clone(), v.clone()
+                k[sink:], far_v[sink:] = (part.double() for part in rounded)
+                scores = torch.where(far, q[:, kept] @ k.T, scores)
             weights = scores.softmax(-1)
             output[:, head] = (weights * dense) @ v + (weights * far) @ far_v
         return output
@@ -249,9 +252,10 @@ class CacheBuilder:
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """What belongs into archive slots: page, byte positions, and bytes, uint8.
 
-        Of a token: K, V and the scales of its step. Of an empty slot: V, all 0, and scales of 1.
+        Of a token: K, V and what the format keeps beside them for its granule. Of an empty slot:
+        V, all 0, and the same of zeros.
         """
-        layout = self.cache.layout
+        layout, sink = self.cache.layout, self.cache.window.sink
         block = layout.archive_block
 
         def run(position: int, stride: int, content: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -260,34 +264,33 @@ class CacheBuilder:
             positions = first[:, None] * item + torch.arange(item)
             return page, positions.flatten().to(self._device), content.view(torch.uint8)
 
+        slots = list(slots)
         for head, part in enumerate(layout.heads):
             if part is None:
                 continue
-            key, k_scale = self._archived(request.key[:, head, self.cache.channels[head]])
-            value, v_scale = self._archived(request.value[:, head])
+            stored = self._stored(request, head)
+            nothing = self.cache.codec.empty_side(1, request.key.device)[0]
             for t in slots:
                 page, slot = request.archive_row[t // block], t % block
-                scales = torch.cat((k_scale[t], v_scale[t]))
+                granule, row = divmod(t - sink, GRANULE)
                 for chunk in part.k_chunks if not empty else ():
-                    columns = key[t, chunk.first : chunk.first + chunk.width]
+                    columns = stored.key[granule, row, chunk.first : chunk.first + chunk.width]
                     yield run(chunk.offset + slot * chunk.width, 1, columns)
-                v = torch.zeros_like(value[t]) if empty else value[t]
+                v = torch.zeros_like(stored.value[0, 0]) if empty else stored.value[granule, row]
                 yield run(part.v_offset + slot, block, v)
-                if layout.archive_format == FP8:
-                    scales = torch.ones_like(scales) if empty else scales
-                    yield run(part.side_offset // 4 + slot // 32 * 2, 1, scales)
+                side = nothing if empty else stored.side[granule]
+                if len(side):
+                    yield run(part.side_offset + slot // GRANULE * len(side), 1, side)
 
-    def _archived(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What the archive stores of `[length, width]`, and each token's scale, fp32 `[length, 1]`.
-
-        With fp8, the largest value of each 32 tokens from the sink on becomes 448.
-        """
-        scale = torch.ones(len(values), 1, device=self._device)
-        if self.cache.layout.archive_format == FP8:
-            for start in range(self.cache.window.sink, len(values) - 31, 32):
-                largest = values[start : start + 32].float().abs().max()
-                scale[start : start + 32] = largest * (1 / 448) if largest else 1
-        return (values.float() / scale).to(self.cache.archive_pages.dtype), scale
+    def _stored(self, request: Request, head: int) -> Stored:
+        """Whole granules of one head, from the sink on, as the format stores them."""
+        sink = self.cache.window.sink
+        whole = slice(sink, sink + (len(request) - sink) // GRANULE * GRANULE)
+        key = request.key[whole, head, self.cache.channels[head]]
+        value = request.value[whole, head]
+        return self.cache.codec.encode(
+            key.unflatten(0, (-1, GRANULE)), value.unflatten(0, (-1, GRANULE))
+        )
 
     def _reclaim(self, request: Request) -> None:
         """Free what no later query reads, poison it, and let others have it."""

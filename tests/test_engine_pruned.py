@@ -8,6 +8,8 @@ from mask_samples import full_mask, random_mask
 from oracle import Oracle
 from test_engine_answers import KEPT, LENGTHS, all_logprobs, assert_same, prompts_of
 
+from vllm_leank.core.formats import NATIVE, known_formats
+
 pytestmark = pytest.mark.engine
 
 SINK, RECENT = 32, 64
@@ -26,24 +28,24 @@ def test_a_full_mask_gives_the_answers_of_plain_vllm(tiny_llama_dir):
         assert_same(leank.generate(prompts, 64), expected)
 
 
-@pytest.mark.parametrize("archive_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
 @pytest.mark.parametrize("chunk", [100, 8192])
-def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_dtype):
+def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_format):
     """Of the prompt and of 200 decode steps, in memory that is NaN where nothing was written."""
     mask = random_mask(tiny_llama_dir, KEPT)
     (prompt,) = prompts_of([700], seed=7)
     with engine(
-        tiny_llama_dir, mask, prefill="pruned", archive_dtype=archive_dtype, max_logprobs=512,
+        tiny_llama_dir, mask, prefill="pruned", archive_dtype=archive_format.name, max_logprobs=512,
         max_num_batched_tokens=chunk,
     ) as leank:  # fmt: skip
         leank.memory.fill_(torch.nan)
         tokens, logprobs, prompt_logprobs = all_logprobs(leank.llm, prompt, 200)
-        oracle = oracle_of(leank, tiny_llama_dir, mask, fp8=archive_dtype == "fp8")
+        oracle = oracle_of(leank, tiny_llama_dir, mask, archive_format=archive_format)
     found = torch.cat((prompt_logprobs, logprobs))
     expected = oracle.logits(prompt + tokens[:-1], exact_until=0).log_softmax(-1)
-    # Sums in another order may round a number of an fp8 archive to the other neighbour.
+    # Sums in another order may round an archived number to the other neighbour.
     assert (found - expected).square().mean().sqrt() < 1e-3
-    if archive_dtype == "auto":
+    if archive_format == NATIVE:
         assert torch.allclose(found, expected, atol=1e-3)
     # It matters that prompts are read pruned.
     exact = oracle.logits(prompt + tokens[:-1], exact_until=700).log_softmax(-1)

@@ -5,7 +5,7 @@ from cache_builder import FP8
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_leank.core.formats import NATIVE
+from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.core.pages import CHUNK_WIDTHS, CacheLayout, archive_token_bytes
 
 counts = st.integers(0, 16).map(lambda n: n * 16)
@@ -17,7 +17,7 @@ layouts = st.builds(
     st.sampled_from([64, 96, 128, 256]),
     st.sampled_from([2, 4]),
     st.sampled_from([32, 64, 96, 256]),
-    st.sampled_from([NATIVE, FP8]),
+    st.sampled_from(known_formats()),
 )
 
 

@@ -23,7 +23,12 @@ class Stored(NamedTuple):
 
 
 class Codec(ABC):
-    """Writes and reads the numbers of an archive format in plain PyTorch."""
+    """Writes and reads the numbers of an archive format.
+
+    A format's author writes `dtype`, `encode` and `decode` in plain PyTorch, which is all that a
+    CPU needs, and `tiles`, the same two for Triton kernels. Pages, places and zeros in empty slots
+    are the kernels' work.
+    """
 
     @abstractmethod
     def dtype(self, model: torch.dtype) -> torch.dtype:
@@ -45,18 +50,33 @@ class Codec(ABC):
     @property
     @abstractmethod
     def tiles(self) -> Any:
-        """The format's device functions, a `tiles.Tiles`. Asked for where Triton is used alone."""
+        """The same for Triton kernels: a `tiles.Tiles`, made once per class.
+
+        Its device functions must write the bytes that `encode` writes, and read what `decode`
+        reads. Only Triton kernels ask for it; on a CPU it may raise `NotImplementedError`.
+        """
 
     def round(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What an archive gives back of K `[tokens, kept]` and V `[tokens, head_dim]` of one head,
-        fp32. Tokens begin at a granule; a last one that is not full counts as filled with zeros.
+        """What queries read of far tokens of one head: K and V once encoded and decoded, fp32.
+
+        Tests and offline measures use it as the format's definition; servers never call it. The
+        first token must begin a granule, as the sink's end does. If the last granule is not full,
+        zeros fill it, so what comes back of its tokens may differ from what a full one gives.
+
+        Args:
+            key: `[tokens, kept]`, the kept channels, at least one, of the model's dtype.
+            value: `[tokens, head_dim]`.
+
+        Returns:
+            K and V in the same shapes.
         """
         tokens = len(key)
+        granules = -(-tokens // GRANULE)
         parts = []
         for part in (key, value):
-            padded = part.new_zeros((-(-tokens // GRANULE) * GRANULE, part.shape[-1]))
+            padded = part.new_zeros((granules * GRANULE, part.shape[-1]))
             padded[:tokens] = part
-            parts.append(padded.unflatten(0, (-1, GRANULE)))
+            parts.append(padded.view(granules, GRANULE, part.shape[-1]))
         rounded = self.decode(self.encode(*parts))
         key, value = (part.flatten(0, 1)[:tokens] for part in rounded)
         return key, value
