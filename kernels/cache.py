@@ -5,7 +5,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm_leank.kernels.channels import HeadChannels
 from vllm_leank.kernels.codecs import Codec, codec_of
+from vllm_leank.kernels.head_pages import HeadPages
 
 from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.window import Window
@@ -23,20 +25,34 @@ class LayerCache:
         archive_pages: `[num_blocks, page_items]`, described by `layout`; rows may lie apart. Of the
             codec's dtype.
         layout: where heads and chunks lie within an archive page.
-        channels: per KV head, int64 `[kept]`: the kept K channels, ascending.
+        heads: per KV head, what is known of its channels.
         window: the dense window.
     """
 
     window_pages: torch.Tensor
     archive_pages: torch.Tensor
     layout: CacheLayout
-    channels: tuple[torch.Tensor, ...]
+    heads: tuple[HeadChannels, ...]
     window: Window
 
     @cached_property
     def codec(self) -> Codec:
         """What writes and reads the archive's numbers."""
         return codec_of(self.layout.archive_format)
+
+    @property
+    def channels(self) -> tuple[torch.Tensor, ...]:
+        """Per KV head, int64 `[kept]`: the stored K channels, in the order of the pages."""
+        return tuple(head.k.stored for head in self.heads)
+
+    @cached_property
+    def head_pages(self) -> tuple[HeadPages | None, ...]:
+        """Per KV head, its part of the archive's pages; None for one that stores nothing."""
+        layout, side_bytes = self.layout, self.layout.archive_format.side_bytes
+        return tuple(
+            part and HeadPages(self.archive_pages, part, layout.archive_block, side_bytes)
+            for part in layout.heads
+        )
 
     @cached_property
     def side(self) -> torch.Tensor:

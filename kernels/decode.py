@@ -221,7 +221,7 @@ def decode(
     """
     layout, window, tables = cache.layout, cache.window, cache.tables
     num_reqs, num_heads, head_dim = query.shape
-    num_kv_heads = len(layout.kept)
+    num_kv_heads = len(layout.profiles)
     group = num_heads // num_kv_heads
     launch = choose_decode(num_reqs, layout, tables.device)
     work = tables.work(launch.programs)
@@ -253,7 +253,7 @@ def decode(
         cache.window_pages.stride(0), archive.stride(0), side.stride(0),
         batch.window_table.stride(0), batch.archive_table.stride(0),
         **shared,
-        COUNTS=layout.counts,
+        COUNTS=tuple(profile.kept for profile in layout.variants),
         G_PAD=max(triton.next_power_of_2(group), 8),
         BLOCK=layout.archive_block,
         TILES=cache.codec.tiles,

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm_leank.core.pages import CHUNK_WIDTHS, WINDOW_BLOCK, CacheLayout
+from vllm_leank.core.formats.whole import CHUNK_WIDTHS
+from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
 
 
 def describe_pages(
@@ -32,7 +33,7 @@ def describe_pages(
     value = _describe(archive_pages, layout.archive_block, [1, padded, tile])
     keys = tuple(
         _describe(archive_pages, width, [1, tile, width])
-        if any(kept & width for kept in layout.counts)
+        if any(profile.kept & width for profile in layout.variants)
         else value
         for width in CHUNK_WIDTHS
     )

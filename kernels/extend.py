@@ -126,7 +126,7 @@ def extend(
     """
     layout, window, tables = cache.layout, cache.window, cache.tables
     _, num_heads, head_dim = query.shape
-    num_kv_heads = len(layout.kept)
+    num_kv_heads = len(layout.profiles)
     group = num_heads // num_kv_heads
     launch = choose_extend(group, layout, tables.device)
     archive, side = cache.archive_pages, cache.side
@@ -140,7 +140,7 @@ def extend(
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),
         cache.window_pages.stride(0), archive.stride(0), side.stride(0),
         batch.window_table.stride(0), batch.archive_table.stride(0),
-        COUNTS=layout.counts,
+        COUNTS=tuple(profile.kept for profile in layout.variants),
         SINK=window.sink,
         RECENT=window.recent,
         G=group,

@@ -133,9 +133,9 @@ def decode_programs_of_all(num_kv_heads: int) -> set[int]:
 def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeLaunch:
     """Launch for a batch of `num_reqs` rows, padding included."""
     few, many = SPLIT_BYTES
-    is_few = num_reqs * len(layout.kept) <= FEW_HEADS
+    is_few = num_reqs * len(layout.profiles) <= FEW_HEADS
     return DecodeLaunch(
-        programs=decode_programs(num_reqs, len(layout.kept)),
+        programs=decode_programs(num_reqs, len(layout.profiles)),
         tile=tile_tokens(layout),
         tma=device.tma,
         split_bytes=few if is_few else many,

@@ -169,7 +169,7 @@ def _launch(
     compact: bool,
 ) -> None:
     layout, tables, window = cache.layout, cache.tables, cache.window
-    heads = len(layout.kept)
+    heads = len(layout.profiles)
     programs = compact_programs(batch.num_reqs, heads, batch.max_query_len) if compact else 0
     _update_kernel[(rows, store + heads * programs)](
         key, value, cache.window_pages, cache.archive_pages, cache.side, batch.slots,
@@ -184,7 +184,7 @@ def _launch(
         H_PAD=triton.next_power_of_2(heads),
         D=layout.head_dim,
         D_PAD=triton.next_power_of_2(layout.head_dim),
-        KEPT_PAD=triton.next_power_of_2(max(layout.counts, default=1)),
+        KEPT_PAD=triton.next_power_of_2(max((profile.kept for profile in layout.variants), default=1)),
         BLOCK=layout.archive_block,
         TILES=cache.codec.tiles,
         STORE=store,

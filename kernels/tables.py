@@ -86,22 +86,21 @@ class Tables:
         self.columns = torch.cat((self.channels[:, None], places), dim=1)
         self.device = Device.of(device)
         self.archive_units = sum(
-            (kept + layout.head_dim) * tile_tokens(layout) * layout.archive_itemsize // 256
-            for kept in layout.kept
-            if kept
+            layout.archive_format.head_bytes(profile, layout.itemsize) * tile_tokens(layout) // 256
+            for profile in layout.profiles
         )
         dense = (window.sink + window.recent) * 2 * layout.head_dim * layout.itemsize
         far = NOMINAL_LENGTH - window.sink - window.recent
         costs: list[float] = [
-            dense + far * (kept and kept + layout.head_dim) * layout.archive_itemsize
-            for kept in layout.kept
+            dense + far * layout.archive_format.head_bytes(profile, layout.itemsize)
+            for profile in layout.profiles
         ]
         # Half of an even share on top: in short requests all heads read the same.
         costs = [cost + sum(costs) / len(costs) / 2 for cost in costs]
         # All of them now: while a CUDA graph is captured no tensor may come from the host.
         self._work = {
             programs: _share_work(heads, costs, programs).to(device)
-            for programs in decode_programs_of_all(len(layout.kept))
+            for programs in decode_programs_of_all(len(layout.profiles))
         }
 
     def work(self, programs: int) -> Work:

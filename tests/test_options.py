@@ -121,7 +121,7 @@ def test_window_comes_from_options_then_from_the_mask(options, made_for, window)
 
 
 def settings(window, mask, archive_dtype="auto"):
-    plan = plan_cache(mask.kept_counts.tolist(), 64, 2, archive_format=find_format(archive_dtype))
+    plan = plan_cache(mask.profiles, 64, 2, archive_format=find_format(archive_dtype))
     return Settings(mask, window, replace(plan, archive_block=64))
 
 

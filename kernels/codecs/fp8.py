@@ -7,6 +7,7 @@ need calibration, and finer ones should gain little, since e4m3 has an exponent 
 import torch
 import triton
 import triton.language as tl
+from vllm_leank.kernels.channels import HeadChannels
 from vllm_leank.kernels.codecs.codec import Codec, Stored
 from vllm_leank.kernels.codecs.tiles import Tiles
 
@@ -30,13 +31,17 @@ class Fp8Codec(Codec):
     def dtype(self, model: torch.dtype) -> torch.dtype:
         return torch.float8_e4m3fn
 
-    def encode(self, key: torch.Tensor, value: torch.Tensor) -> Stored:
-        (key, k_scale), (value, v_scale) = self._scaled(key), self._scaled(value)
+    @property
+    def empty_side(self) -> torch.Tensor:
+        return torch.ones(2).view(torch.uint8)
+
+    def encode(self, key: torch.Tensor, value: torch.Tensor, head: HeadChannels) -> Stored:
+        (key, k_scale), (value, v_scale) = self._scaled(key[..., head.k.stored]), self._scaled(value)
         return Stored(key, value, torch.stack((k_scale, v_scale), dim=-1).view(torch.uint8))
 
-    def decode(self, stored: Stored) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, stored: Stored, head: HeadChannels) -> tuple[torch.Tensor, torch.Tensor]:
         k_scale, v_scale = stored.side.view(torch.float32)[..., None, None].unbind(-3)
-        return stored.key.float() * k_scale, stored.value.float() * v_scale
+        return head.k.complete(stored.key.float() * k_scale), stored.value.float() * v_scale
 
     def _scaled(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values `[n, 32, width]` in e4m3, and their scales `[n]`."""

@@ -1,6 +1,7 @@
 """The archive in the model's own dtype."""
 
 import torch
+from vllm_leank.kernels.channels import HeadChannels
 from vllm_leank.kernels.codecs.codec import Codec, Stored
 from vllm_leank.kernels.codecs.tiles import Tiles
 
@@ -13,8 +14,9 @@ class NativeCodec(Codec):
     def dtype(self, model: torch.dtype) -> torch.dtype:
         return model
 
-    def encode(self, key: torch.Tensor, value: torch.Tensor) -> Stored:
-        return Stored(key, value, key.new_empty((len(key), 0), dtype=torch.uint8))
+    def encode(self, key: torch.Tensor, value: torch.Tensor, head: HeadChannels) -> Stored:
+        side = key.new_empty((len(key), 0), dtype=torch.uint8)
+        return Stored(key[..., head.k.stored], value, side)
 
-    def decode(self, stored: Stored) -> tuple[torch.Tensor, torch.Tensor]:
-        return stored.key.float(), stored.value.float()
+    def decode(self, stored: Stored, head: HeadChannels) -> tuple[torch.Tensor, torch.Tensor]:
+        return head.k.complete(stored.key.float()), stored.value.float()

@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm_leank.core.options import OptionError
 from vllm_leank.core.pages import CacheLayout
 from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.channels import LayerChannels, layer_channels
 from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.serving.archive import Archive, stage_archive
 from vllm_leank.serving.metadata import PagesMetadata
@@ -87,12 +88,8 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         _check_layer(name, layer, self._layout)
         if index in settings.plan.first_layers:
             check_all_layers(self._context)
-        kept = [
-            channel
-            for head in settings.plan.rank_heads(rank)
-            for channel in settings.mask.kept_channels(index, head)
-        ]
-        self._take_pages(layer, kept)
+        heads = settings.plan.rank_heads(rank)
+        self._take_pages(layer, layer_channels(*settings.mask.layer(index, heads)))
 
     def _find_layer(self) -> tuple[str, Any]:
         """The attention layer that this is the implementation of, and its name."""
@@ -102,14 +99,14 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             if getattr(layer, "impl", 0) is self
         )
 
-    def _take_pages(self, layer: Any, kept: list[int]) -> None:
-        """Have the layer ask vLLM for window pages, and give it the kept channels of its heads, one
-        head after the other.
+    def _take_pages(self, layer: Any, channels: LayerChannels) -> None:
+        """Have the layer ask vLLM for window pages, and give it what the mask says of its heads'
+        channels.
         """
-        device = self._vllm_config.device_config.device
-        channels = torch.tensor(kept, dtype=torch.long, device=device)
-        # A buffer, so that it moves, sleeps and wakes with the layer.
-        layer.register_buffer("leank_channels", channels, persistent=False)
+        channels = channels.to(self._vllm_config.device_config.device)
+        # Buffers, so that they move, sleep and wake with the layer.
+        layer.register_buffer("leank_channels", channels.order, persistent=False)
+        layer.register_buffer("leank_statistics", channels.numbers, persistent=False)
         layer.attn_backend = window_backend(layer.attn_backend, self._vllm_config)
 
     def forward(
@@ -157,11 +154,14 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         archive = None if self._archive is None else self._archive.kv_cache
         if self._bound[0] is not layer.kv_cache or self._bound[1] is not archive:
             self._bound = layer.kv_cache, archive
+            channels = LayerChannels(
+                self._layout.profiles, layer.leank_channels, layer.leank_statistics
+            )
             self._cache = LayerCache(
                 window_pages=layer.kv_cache,
                 archive_pages=self._archive_pages(layer.kv_cache.dtype),
                 layout=self._layout,
-                channels=layer.leank_channels.split(self._layout.kept),
+                heads=channels.heads,
                 window=self._window,
             )
         assert self._cache is not None
@@ -195,7 +195,7 @@ def check_all_layers(context: dict[str, Any]) -> None:
 
 def _check_layer(name: str, layer: Any, layout: CacheLayout) -> None:
     """Refuse a layer that is not what the model's config, and so the mask, says."""
-    expected = (len(layout.kept), layout.head_dim, layout.head_dim)
+    expected = (len(layout.profiles), layout.head_dim, layout.head_dim)
     found = (layer.num_kv_heads, layer.head_size, layer.head_size_v)
     if found != expected:
         raise OptionError(
