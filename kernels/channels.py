@@ -122,9 +122,7 @@ def layer_channels(
         inverse = np.divide(np.float32(1), factor, out=np.zeros_like(factor), where=factor > 0)
         numbers = np.stack((mean, factor, inverse))
         numbers = np.take_along_axis(numbers, order[None], axis=-1)
-    profiles = tuple(
-        Profile(*_counts(k), *_counts(v)) for k, v in zip(k_bits, v_bits, strict=True)
-    )
+    profiles = tuple(Profile(*_counts(k), *_counts(v)) for k, v in zip(k_bits, v_bits, strict=True))
     return LayerChannels(profiles, torch.from_numpy(order), torch.from_numpy(numbers))
 
 

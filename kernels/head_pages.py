@@ -42,8 +42,8 @@ class HeadPages:
         self._side[pages, granules] = stored.side
 
     def clear(self, pages: torch.Tensor, granules: torch.Tensor, codec: Codec) -> None:
-        """Make granules without a token readable: V is 0, whatever K may be."""
-        for values in self._values:
+        """Make granules without a token readable: V is finite, whatever K may be."""
+        for values in () if codec.any_codes else self._values:
             values[pages, :, granules] = 0
         self._side[pages, granules] = codec.empty_side.to(self._side.device)
 

@@ -184,7 +184,7 @@ def _launch(
         H_PAD=triton.next_power_of_2(heads),
         D=layout.head_dim,
         D_PAD=triton.next_power_of_2(layout.head_dim),
-        KEPT_PAD=triton.next_power_of_2(max((profile.kept for profile in layout.variants), default=1)),
+        KEPT_PAD=triton.next_power_of_2(max((one.kept for one in layout.variants), default=1)),
         BLOCK=layout.archive_block,
         TILES=cache.codec.tiles,
         STORE=store,

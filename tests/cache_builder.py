@@ -10,17 +10,28 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 
+import numpy as np
 import torch
+from archive_definition import (
+    FP8,
+    PACKED,
+    codes_of,
+    field_bytes,
+    profiles_for,
+    read_codes,
+    rounded_steps,
+    token_scale,
+)
 from torch import Tensor
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.channels import layer_channels
 from vllm_leank.kernels.codecs import codec_of
 
-from vllm_leank.core.formats import NATIVE, ArchiveFormat, find_format
+from vllm_leank.core.formats import NATIVE, ArchiveFormat
 from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
+from vllm_leank.core.profile import CLASSES, Profile
 from vllm_leank.core.window import Window
-
-FP8 = find_format("fp8")
 
 
 @dataclass(eq=False)
@@ -69,7 +80,8 @@ class CacheBuilder:
     """Pools, requests and steps of one layer.
 
     Args:
-        kept: kept K channels of each KV head; which ones is random.
+        kept: stored K channels of each KV head, from which `profiles_for` makes profiles, or the
+            profile; which channels is random.
         head_dim: channels of a head.
         group: query heads of each KV head.
         window: the dense window.
@@ -79,13 +91,15 @@ class CacheBuilder:
         num_blocks: blocks of each pool.
         spare_bytes: bytes per token by which an archive page exceeds the layer's part; half of them
             lie before it.
+        means: whether there are statistics, so that what is not stored is read as its mean; codes
+            need them.
         seed: of everything random.
         device: of all tensors.
     """
 
     def __init__(
         self,
-        kept: tuple[int, ...],
+        kept: tuple[int | Profile, ...],
         head_dim: int,
         group: int,
         window: Window,
@@ -94,6 +108,7 @@ class CacheBuilder:
         archive_format: ArchiveFormat = NATIVE,
         num_blocks: int = 160,
         spare_bytes: int = 64,
+        means: bool = False,
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
@@ -101,7 +116,16 @@ class CacheBuilder:
         self._generator = torch.Generator().manual_seed(seed)
         self._group, self._dtype, self._device = group, dtype, device
         self.scale = head_dim**-0.5
-        layout = CacheLayout(tuple(kept), head_dim, dtype.itemsize, archive_block, archive_format)
+        profiles = tuple(
+            one
+            if isinstance(one, Profile)
+            else profiles_for(archive_format, [[one]], head_dim)[0][0]
+            for one in kept
+        )
+        layout = CacheLayout(profiles, head_dim, dtype.itemsize, archive_block, archive_format)
+        self.bits, self.statistics = self._channels(layout, means or archive_format == PACKED)
+        numbers = {f"{kind}_{name}": values for (kind, name), values in self.statistics.items()}
+        channels = layer_channels(self.bits["k"], self.bits["v"], numbers or None).to(device)
         offset = spare_bytes // 2 * archive_block
 
         def pages(offset: int, num_bytes: int, dtype: torch.dtype) -> Tensor:
@@ -116,21 +140,30 @@ class CacheBuilder:
             window_pages=window_pages.unflatten(1, (len(kept), WINDOW_BLOCK, 2 * head_dim)),
             archive_pages=pages(offset, layout.archive_page_bytes, codec.dtype(dtype)),
             layout=layout,
-            channels=tuple(
-                torch.tensor(
-                    sorted(self._random.sample(range(head_dim), count)),
-                    dtype=torch.int64,
-                    device=device,
-                )
-                for count in kept
-            ),
+            heads=channels.heads,
             window=window,
         )
         self._free = list(range(1, num_blocks))
 
+    def _channels(self, layout: CacheLayout, statistics: bool) -> tuple[dict, dict]:
+        """Bits of each channel, and means and scales, of K and V, `[num_kv_heads, head_dim]`."""
+        shape = len(layout.profiles), layout.head_dim
+        bits = {kind: np.zeros(shape, np.uint8) for kind in "kv"}
+        for head, profile in enumerate(layout.profiles):
+            for kind, counts in (("k", profile.k), ("v", profile.v)):
+                stored = [one for one, n in zip(CLASSES, counts, strict=True) for _ in range(n)]
+                chosen = self._random.sample(range(layout.head_dim), len(stored))
+                bits[kind][head, chosen] = stored
+        rng = np.random.default_rng(len(stored))
+        numbers = {}
+        for kind in "kv" if statistics else ():
+            numbers[kind, "mean"] = rng.normal(0, 0.3, shape).astype(np.float16)
+            numbers[kind, "scale"] = rng.uniform(0.5, 1.5, shape).astype(np.float16)
+        return bits, numbers
+
     def add(self, prompt: int, length: int) -> Request:
         """A request with a prompt of `prompt` tokens, `length` tokens in all."""
-        heads, head_dim = len(self.cache.channels), self.cache.layout.head_dim
+        heads, head_dim = len(self.cache.heads), self.cache.layout.head_dim
 
         def draw(num_heads: int) -> Tensor:
             tokens = torch.randn(length, num_heads, head_dim, generator=self._generator)
@@ -229,27 +262,41 @@ class CacheBuilder:
         output = torch.empty_like(request.query, dtype=torch.float64)
         for head in range(output.shape[1]):
             kv_head = head // self._group
-            kept = self.cache.channels[kv_head]
             q = request.query[:, head].double() * self.scale
             k, v = request.key[:, kv_head].double(), request.value[:, kv_head].double()
             scores = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device)
             scores = torch.where(dense, q @ k.T, scores)
             far_v = v
-            if len(kept):
-                k, k_scale = self._archived(request.key[:, kv_head, kept])
-                far_v, v_scale = self._archived(request.value[:, kv_head])
-                scores = torch.where(far, q[:, kept] @ (k.double() * k_scale).T, scores)
-                far_v = far_v.double() * v_scale
+            if self.cache.layout.profiles[kv_head].stores:
+                far_k, far_v = self.archived(request, kv_head)
+                scores = torch.where(far, q @ far_k.T, scores)
             weights = scores.softmax(-1)
             output[:, head] = (weights * dense) @ v + (weights * far) @ far_v
         return output
+
+    def archived(self, request: Request, head: int) -> tuple[Tensor, Tensor]:
+        """K and V of a head as the archive gives them back, fp64 `[length, head_dim]` each."""
+        if self.cache.layout.archive_format == PACKED:
+            return tuple(
+                read_codes(codes, *self._numbers(kind, head), of_token)
+                for kind, (codes, of_token) in self._codes(request, head).items()
+            )
+        bits, mean, _ = self._numbers("k", head)
+        key, value = request.key[:, head], request.value[:, head]
+        kept, far_v = key[:, bits > 0].double(), value.double()
+        if self.cache.layout.archive_format == FP8:
+            kept, far_v = (self._rounded(part) for part in (key[:, bits > 0], value))
+        far_k = mean.double().expand(key.shape).clone()
+        far_k[:, bits > 0] = kept
+        return far_k, far_v
 
     def archive_bytes(
         self, request: Request, slots: Iterable[int], empty: bool = False
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """What belongs into archive slots: page, byte positions, and bytes, uint8.
 
-        Of a token: K, V and the scales of its step. Of an empty slot: V, all 0, and scales of 1.
+        Of a token: K, V and the scales of its step, or its own. Of an empty slot what keeps the
+        product with V finite: V of 0 and scales of 1, or, of codes, a scale of 0.
         """
         layout = self.cache.layout
         block = layout.archive_block
@@ -263,31 +310,77 @@ class CacheBuilder:
         for head, part in enumerate(layout.heads):
             if part is None:
                 continue
-            key, k_scale = self._archived(request.key[:, head, self.cache.channels[head]])
-            value, v_scale = self._archived(request.value[:, head])
+            fields, scales, per_token = self._stored(request, head)
             for t in slots:
                 page, slot = request.archive_row[t // block], t % block
-                scales = torch.cat((k_scale[t], v_scale[t]))
                 for chunk in part.k_chunks if not empty else ():
-                    columns = key[t, chunk.first : chunk.first + chunk.width]
+                    columns = fields[0][t, chunk.first : chunk.first + chunk.width]
                     yield run(chunk.offset + slot * chunk.width, 1, columns)
-                v = torch.zeros_like(value[t]) if empty else value[t]
-                yield run(part.v_offset + slot, block, v)
-                if layout.archive_format == FP8:
-                    scales = torch.ones_like(scales) if empty else scales
-                    yield run(part.side_offset // 4 + slot // 32 * 2, 1, scales)
+                for chunk in part.v_chunks if not (empty and per_token) else ():
+                    v = fields[1][t, chunk.first : chunk.first + chunk.width]
+                    v = torch.zeros_like(v) if empty else v
+                    yield run(chunk.offset + slot, block, v)
+                if scales is None:
+                    continue
+                item = scales.element_size()
+                content, place = scales[t], slot if per_token else slot // 32 * 2
+                if empty:
+                    content = torch.full_like(content, 0 if per_token else 1)
+                yield run(part.side_offset // item + place, 1, content)
 
-    def _archived(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What the archive stores of `[length, width]`, and each token's scale, fp32 `[length, 1]`.
-
-        With fp8, the largest value of each 32 tokens from the sink on becomes 448.
+    def _stored(
+        self, request: Request, head: int
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None, bool]:
+        """K and V of each token `[length, elements]` as they are stored, what scales there are, and
+        whether each token has its own.
         """
-        scale = torch.ones(len(values), 1, device=self._device)
-        if self.cache.layout.archive_format == FP8:
-            for start in range(self.cache.window.sink, len(values) - 31, 32):
-                largest = values[start : start + 32].float().abs().max()
-                scale[start : start + 32] = largest * (1 / 448) if largest else 1
-        return (values.float() / scale).to(self.cache.archive_pages.dtype), scale
+        dtype = self.cache.archive_pages.dtype
+        if self.cache.layout.archive_format == PACKED:
+            codes = self._codes(request, head)
+            fields = tuple(
+                torch.cat(
+                    [
+                        field_bytes(codes[kind][0], self._numbers(kind, head)[0], bits)
+                        for bits in (8, 4, 2)
+                    ],
+                    dim=1,
+                )
+                for kind in "kv"
+            )
+            return fields, codes["v"][1], True
+        bits, *_ = self._numbers("k", head)
+        key, value = request.key[:, head][:, bits > 0], request.value[:, head]
+        if self.cache.layout.archive_format != FP8:
+            return (key.to(dtype), value.to(dtype)), None, False
+        (key, k_scale), (value, v_scale) = (
+            rounded_steps(part, self.cache.window.sink) for part in (key, value)
+        )
+        return (key, value), torch.cat((k_scale, v_scale), dim=1), False
+
+    def _codes(self, request: Request, head: int) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Codes of K and of V, and the scales of tokens, which V alone has."""
+        key, value = request.key[:, head], request.value[:, head]
+        of_token = token_scale(value, *self._numbers("v", head))
+        return {
+            "k": (codes_of(key, *self._numbers("k", head)), None),
+            "v": (codes_of(value, *self._numbers("v", head), of_token), of_token),
+        }
+
+    def _numbers(self, kind: str, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Bits, means and scales of a head's channels; without statistics 0 and 1."""
+        bits = torch.from_numpy(self.bits[kind][head]).to(self._device)
+        mean, scale = torch.zeros(len(bits)), torch.ones(len(bits))
+        if self.statistics:
+            mean, scale = (
+                torch.from_numpy(self.statistics[kind, name][head]).float()
+                for name in ("mean", "scale")
+            )
+        return bits, mean.to(self._device), scale.to(self._device)
+
+    def _rounded(self, values: Tensor) -> Tensor:
+        """What an fp8 archive gives back of `[length, width]`, fp64."""
+        stored, scale = rounded_steps(values, self.cache.window.sink)
+        return stored.double() * scale
 
     def _reclaim(self, request: Request) -> None:
         """Free what no later query reads, poison it, and let others have it."""

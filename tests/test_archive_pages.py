@@ -1,16 +1,19 @@
 """What compaction leaves in archive pages: tokens, zeros where there are none, and scales."""
 
+import numpy as np
 import pytest
 import torch
-from cache_builder import FP8, CacheBuilder
+from archive_definition import FP8, PACKED
+from cache_builder import CacheBuilder
 from vllm_leank.kernels import reference
+from vllm_leank.kernels.channels import layer_channels
 from vllm_leank.kernels.codecs import codec_of
 
 from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.window import Window
 
 
-@pytest.mark.parametrize("archive_format", [NATIVE, FP8], ids=str)
+@pytest.mark.parametrize("archive_format", [NATIVE, FP8, PACKED], ids=str)
 @pytest.mark.parametrize(
     ("window", "archive_block"),
     [
@@ -45,7 +48,8 @@ def test_pages_hold_tokens_and_zeros_for_the_rest(window, archive_block, archive
 
 def quantize(values):
     """K `[n, 32, channels]` as an fp8 archive stores it, and the scales `[n]`."""
-    stored = codec_of(FP8).encode(values, values)
+    (head,) = layer_channels(*np.full((2, 1, values.shape[-1]), 16, np.uint8)).heads
+    stored = codec_of(FP8).encode(values, values, head)
     return stored.key, stored.side.view(torch.float32)[:, 0]
 
 

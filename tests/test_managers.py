@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from archive_definition import plan_of
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -15,7 +16,6 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.request import Request
 from vllm_cache import cache_configs, vllm_config
 
-from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import WindowSpec
 
@@ -35,7 +35,7 @@ class Server:
 
     def __init__(self, window, block=64, num_blocks=2048, caching=True, max_length=MAX_LENGTH):
         self.window, self.block = window, block
-        self.plan = replace(plan_cache([[64, 0], [64, 32]], 128, 2), archive_block=block)
+        self.plan = replace(plan_of([[64, 0], [64, 32]], 128, 2), archive_block=block)
         memory = self.plan.block_bytes * num_blocks
         config = generate_scheduler_kv_cache_config(
             cache_configs(self.plan, window, memory, max_length)

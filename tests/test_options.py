@@ -50,7 +50,7 @@ def test_options_are_read(given, options):
         ({"mask": ""}, "leank option mask = '': string should have at least 1 character"),
         (
             {"archive_dtype": "int4"},
-            "leank option archive_dtype is 'int4', but must be one of: auto, fp8",
+            "leank option archive_dtype is 'int4', but must be one of: auto, fp8, packed",
         ),
         (
             {"prefill": "dense"},

@@ -29,9 +29,11 @@ class Codec(ABC):
 
     Attributes:
         side_dtype: of the numbers that are kept beside K and V.
+        any_codes: whether V is finite whatever bytes there are, if its side bytes are.
     """
 
     side_dtype: torch.dtype = torch.float32
+    any_codes: bool = False
 
     @abstractmethod
     def dtype(self, model: torch.dtype) -> torch.dtype:
@@ -60,9 +62,7 @@ class Codec(ABC):
 
     @property
     def empty_side(self) -> torch.Tensor:
-        """Side bytes of a granule without a token, `[side_bytes]`: such that what is read of it is
-        finite, whatever codes there are.
-        """
+        """Side bytes of a granule without a token, `[side_bytes]`: such that its V is finite."""
         return torch.empty(0, dtype=torch.uint8)
 
     def round(

@@ -36,7 +36,10 @@ class Fp8Codec(Codec):
         return torch.ones(2).view(torch.uint8)
 
     def encode(self, key: torch.Tensor, value: torch.Tensor, head: HeadChannels) -> Stored:
-        (key, k_scale), (value, v_scale) = self._scaled(key[..., head.k.stored]), self._scaled(value)
+        (key, k_scale), (value, v_scale) = (
+            self._scaled(key[..., head.k.stored]),
+            self._scaled(value),
+        )
         return Stored(key, value, torch.stack((k_scale, v_scale), dim=-1).view(torch.uint8))
 
     def decode(self, stored: Stored, head: HeadChannels) -> tuple[torch.Tensor, torch.Tensor]:

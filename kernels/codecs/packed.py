@@ -27,6 +27,7 @@ class PackedCodec(Codec):
     """Codes as bytes; beside them the scales of V, fp16 `[32]` for each granule."""
 
     side_dtype = torch.float16
+    any_codes = True
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
         return torch.uint8

@@ -76,7 +76,8 @@ def compare(
     plan: CachePlan, window: Window, pool_bytes: int, length: int, in_flight: int
 ) -> dict[str, Capacity]:
     """Capacity of dense caches and of leank's in every format that takes the
-    plan's heads, by name; see `leank_capacity`."""
+    plan's heads, by name; see `leank_capacity`.
+    """
 
     def leank(archive_format: ArchiveFormat) -> Capacity:
         variant = plan_cache(

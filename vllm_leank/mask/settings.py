@@ -70,7 +70,7 @@ def choose_format(name: str, mask: Mask) -> ArchiveFormat:
         return fitting[0]
     kind = "2, 4 or 8 bits" if mask.is_packed else "16 bits"
     raise UserError(
-        f'the mask for {mask.model} has channels of {kind}, which no {asked.archive} can hold: '
+        f"the mask for {mask.model} has channels of {kind}, which no {asked.archive} can hold: "
         f'remove archive_dtype "{asked.name}"'
     )
 
