@@ -50,7 +50,9 @@ class LayerCache:
         """Per KV head, its part of the archive's pages; None for one that stores nothing."""
         layout, side_bytes = self.layout, self.layout.archive_format.side_bytes
         return tuple(
-            part and HeadPages(self.archive_pages, part, layout.archive_block, side_bytes)
+            None
+            if part is None
+            else HeadPages(self.archive_pages, part, layout.archive_block, side_bytes)
             for part in layout.heads
         )
 

@@ -255,9 +255,9 @@ class Mask:
         scales by the names that they have in files.
         """
         rows = index, list(heads)
-        statistics = self.statistics and {
-            name: getattr(self.statistics, name)[rows] for name in STATISTICS
-        }
+        statistics = None
+        if self.statistics is not None:
+            statistics = {name: getattr(self.statistics, name)[rows] for name in STATISTICS}
         return self.k_bits[rows], self.v_bits[rows], statistics
 
     @property
