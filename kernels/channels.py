@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_leank.core.formats.packed import STEPS
+from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.profile import CLASSES, Profile
 
 KINDS = "k", "v"
@@ -126,10 +127,11 @@ def layer_channels(
     return LayerChannels(profiles, torch.from_numpy(order), torch.from_numpy(numbers))
 
 
-def blind_heads(num_kv_heads: int, head_dim: int) -> LayerChannels:
-    """Heads that store nothing."""
-    nothing = np.zeros((num_kv_heads, head_dim), np.uint8)
-    return layer_channels(nothing, nothing)
+def first_channels(layout: CacheLayout) -> LayerChannels:
+    """Channels of heads of which nothing but the layout is known: the first ones are stored."""
+    shape = 2, len(layout.profiles), layout.head_dim
+    order = torch.arange(layout.head_dim).expand(shape).contiguous()
+    return LayerChannels(layout.profiles, order, torch.zeros((3, *shape)))
 
 
 def _counts(bits: npt.NDArray[np.uint8]) -> Sequence[int]:

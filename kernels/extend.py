@@ -14,15 +14,17 @@ from vllm_leank.kernels.common import boundary_of, dense_pages, skip_archived
 from vllm_leank.kernels.decode import LOG2_E
 from vllm_leank.kernels.fold_rows import fold_archive, fold_window
 from vllm_leank.kernels.launch import choose_extend
+from vllm_leank.kernels.launcher import launch
 from vllm_leank.kernels.pages import window_tile
 
 
 # Rows of a part of the batch begin anywhere: their addresses must not choose another compilation.
 @triton.jit(
+    do_not_specialize=["stride_window_table", "stride_archive_table"],
     do_not_specialize_on_alignment=[
         "window_table_ptr", "archive_table_ptr", "query_start_ptr", "seq_lens_ptr",
         "exact_until_ptr",
-    ]
+    ],
 )  # fmt: skip
 def _extend_kernel(
     q_ptr, output_ptr, window_ptr, archive_ptr, side_ptr,
@@ -128,13 +130,14 @@ def extend(
     _, num_heads, head_dim = query.shape
     num_kv_heads = len(layout.profiles)
     group = num_heads // num_kv_heads
-    launch = choose_extend(group, layout, tables.device)
+    shape = choose_extend(group, layout, tables.device)
     archive, side = cache.archive_pages, cache.side
-    queries = launch.rows // group
+    queries = shape.rows // group
     grid = (triton.cdiv(batch.max_query_len, queries), num_kv_heads, batch.num_reqs)
-    _extend_kernel[grid](
+    launch(
+        _extend_kernel, grid,
         query, output, cache.window_pages, archive, side,
-        *cache.descriptor_arguments(launch.tile, launch.tma),
+        *cache.descriptor_arguments(shape.tile, shape.tma),
         batch.window_table, batch.archive_table, batch.query_start_loc, batch.seq_lens,
         batch.exact_until, tables.heads, tables.channels, scale * LOG2_E,
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),
@@ -144,13 +147,13 @@ def extend(
         SINK=window.sink,
         RECENT=window.recent,
         G=group,
-        M=launch.rows,
+        M=shape.rows,
         D=head_dim,
         D_PAD=triton.next_power_of_2(head_dim),
         BLOCK=layout.archive_block,
-        TILE=launch.tile,
+        TILE=shape.tile,
         TILES=cache.codec.tiles,
-        TMA=launch.tma,
-        STAGES=launch.stages,
-        num_warps=launch.warps,
+        TMA=shape.tma,
+        STAGES=shape.stages,
+        num_warps=shape.warps,
     )  # fmt: skip

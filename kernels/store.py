@@ -7,6 +7,7 @@ from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.common import boundary_of
 from vllm_leank.kernels.launch import compact_programs
+from vllm_leank.kernels.launcher import launch
 
 
 @triton.jit
@@ -99,7 +100,7 @@ def _compact_head(
                         tl.store(p_scale - (slot - i) // 32 * 2 + 1, 1.0)
 
 
-@triton.jit(do_not_specialize=["programs_per_head"])
+@triton.jit(do_not_specialize=["programs_per_head", "stride_window_table", "stride_archive_table"])
 def _update_kernel(
     key_ptr, value_ptr, window_ptr, archive_ptr, side_ptr, slots_ptr,
     window_table_ptr, archive_table_ptr, query_start_ptr, seq_lens_ptr, exact_until_ptr,
@@ -171,7 +172,8 @@ def _launch(
     layout, tables, window = cache.layout, cache.tables, cache.window
     heads = len(layout.profiles)
     programs = compact_programs(batch.num_reqs, heads, batch.max_query_len) if compact else 0
-    _update_kernel[(rows, store + heads * programs)](
+    launch(
+        _update_kernel, (rows, store + heads * programs),
         key, value, cache.window_pages, cache.archive_pages, cache.side, batch.slots,
         batch.window_table, batch.archive_table, batch.query_start_loc, batch.seq_lens,
         batch.exact_until, tables.heads, tables.columns, programs,

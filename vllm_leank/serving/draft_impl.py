@@ -10,7 +10,7 @@ import torch
 
 from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
 from vllm_leank.core.profile import Profile
-from vllm_leank.kernels.channels import blind_heads
+from vllm_leank.kernels.channels import first_channels
 from vllm_leank.serving.impl import LeanKImpl
 from vllm_leank.serving.metadata import PagesMetadata
 from vllm_leank.serving.settings import load_settings
@@ -37,7 +37,7 @@ class DraftImpl(LeanKImpl):
             itemsize=self._vllm_config.model_config.dtype.itemsize,
             archive_block=WINDOW_BLOCK,
         )
-        self._take_pages(layer, blind_heads(layer.num_kv_heads, layer.head_size))
+        self._take_pages(layer, first_channels(self._layout), self._layout)
 
     def _archive_metadata(self, window: PagesMetadata) -> PagesMetadata:
         return window

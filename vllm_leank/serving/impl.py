@@ -6,6 +6,7 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
@@ -19,7 +20,9 @@ from vllm_leank.serving.metadata import PagesMetadata
 from vllm_leank.serving.page_backends import window_backend
 from vllm_leank.serving.settings import load_settings
 from vllm_leank.serving.step import attend_layer
-from vllm_leank.serving.vllm.config import layer_index
+from vllm_leank.serving.vllm.config import layer_index, most_decode_rows
+
+logger = init_logger("vllm.leank.impl")
 
 
 class LeanKImpl(AttentionImpl[PagesMetadata]):
@@ -89,7 +92,8 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         if index in settings.plan.first_layers:
             check_all_layers(self._context)
         heads = settings.plan.rank_heads(rank)
-        self._take_pages(layer, layer_channels(*settings.mask.layer(index, heads)))
+        channels = layer_channels(*settings.mask.layer(index, heads))
+        self._take_pages(layer, channels, settings.plan.layer(0, rank))
 
     def _find_layer(self) -> tuple[str, Any]:
         """The attention layer that this is the implementation of, and its name."""
@@ -99,15 +103,32 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             if getattr(layer, "impl", 0) is self
         )
 
-    def _take_pages(self, layer: Any, channels: LayerChannels) -> None:
+    def _take_pages(self, layer: Any, channels: LayerChannels, like: CacheLayout) -> None:
         """Have the layer ask vLLM for window pages, and give it what the mask says of its heads'
-        channels.
+        channels. `like` is the layout that kernels are compiled with: of a layer that stands for
+        all.
         """
         channels = channels.to(self._vllm_config.device_config.device)
         # Buffers, so that they move, sleep and wake with the layer.
         layer.register_buffer("leank_channels", channels.order, persistent=False)
         layer.register_buffer("leank_statistics", channels.numbers, persistent=False)
         layer.attn_backend = window_backend(layer.attn_backend, self._vllm_config)
+        if channels.order.is_cuda:
+            self._compile_kernels(like, channels.order.device)
+
+    def _compile_kernels(self, layout: CacheLayout, device: torch.device) -> None:
+        """Compile now what the layer would else compile while a request waits."""
+        # Imported here: on CPU there is nothing that Triton could compile for.
+        from vllm_leank.kernels.warmup import Attention, compile_kernels
+
+        attention = Attention(
+            layout,
+            self._window,
+            self.num_heads,
+            self._vllm_config.model_config.dtype,
+            most_decode_rows(self._vllm_config),
+        )
+        compile_kernels(attention, device, logger.info)
 
     def forward(
         self,

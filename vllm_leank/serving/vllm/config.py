@@ -42,3 +42,10 @@ def stage_layers(vllm_config: "VllmConfig") -> tuple[int, ...]:
     size = vllm_config.parallel_config.pipeline_parallel_size
     bounds = [get_pp_indices(layers, rank, size) for rank in range(size)]
     return tuple(end - first for first, end in bounds)
+
+
+def most_decode_rows(vllm_config: "VllmConfig") -> int:
+    """Most queries of a step that are decoded, each as a request, padding included."""
+    requests = vllm_config.scheduler_config.max_num_seqs
+    padded = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return int(max(requests * (1 + vllm_config.num_speculative_tokens), padded))
