@@ -1,5 +1,8 @@
 """What archives give back and the bytes of a packed one, from the definitions alone."""
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -7,6 +10,7 @@ from vllm_leank.core.formats import NATIVE, ArchiveFormat, find_format
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.profile import Profile, Profiles, whole_heads
 from vllm_leank.core.window import GRANULE
+from vllm_leank.mask.mask import Mask
 
 FP8, PACKED = find_format("fp8"), find_format("packed")
 
@@ -100,3 +104,22 @@ def field_bytes(codes: Tensor, bits: Tensor, kind: int) -> Tensor:
     for channel in range(of_class.shape[1]):
         field[:, channel % width] += of_class[:, channel] * 2 ** (kind * (channel // width))
     return field.to(torch.uint8)
+
+
+def archive_of(mask: Mask) -> Callable[[int, int, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What a packed archive gives back of K and V `[tokens, head_dim]` of a layer's KV head."""
+
+    def read_back(layer: int, head: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        def numbers(kind: str) -> tuple[Tensor, Tensor, Tensor]:
+            bits = getattr(mask, f"{kind}_bits")[layer, head].copy()
+            found = (getattr(mask.statistics, f"{kind}_{name}") for name in ("mean", "scale"))
+            mean, scale = (part[layer, head].astype(np.float32) for part in found)
+            return tuple(torch.from_numpy(part).to(key.device) for part in (bits, mean, scale))
+
+        of_token = token_scale(value, *numbers("v"))
+        return (
+            read_codes(codes_of(key, *numbers("k")), *numbers("k")),
+            read_codes(codes_of(value, *numbers("v"), of_token), *numbers("v"), of_token),
+        )
+
+    return read_back

@@ -6,13 +6,14 @@ Written from the definition alone and sharing no code with the package, the boun
 * any other query reads keys `[0, sink)` and `[boundary(t + 1), t]` as they are, and the far keys
   between them only in the channels that the mask keeps, at unchanged scale. A KV head that keeps no
   channel does not see far keys at all: neither their score nor their V;
-* with an fp8 archive, what is read of far keys and their V was rounded to 8-bit floats.
+* with an fp8 archive, what is read of far keys and their V was rounded to 8-bit floats;
+* any other archive gives back what its own definition says, token by token.
 
 Nothing is evicted and nothing is packed. All K and V stay dense, and what a query may read is
 decided by its position each time it asks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 
 GRANULE = 32
 """Tokens by which the boundary moves."""
+
+Archive = Callable[[int, int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 QUERY_CHUNK = 256
 """Queries scored at once: bounds the memory of a long sequence."""
@@ -43,13 +46,18 @@ def boundary(length: int, sink: int, recent: int) -> int:
 
 @dataclass(frozen=True)
 class Rule:
-    """What decides which keys a query reads: `keep` is `[layers, KV heads, head_dim]`, bool."""
+    """What decides which keys a query reads: `keep` is `[layers, KV heads, head_dim]`, bool.
+
+    `archive` gives, of a layer's KV head and its K and V `[tokens, head_dim]`, what far tokens have
+    of them; without one that is K's kept channels and V.
+    """
 
     keep: Tensor
     sink: int
     recent: int
     exact_until: int
     fp8: bool = False
+    archive: Archive | None = None
 
 
 def visibility(queries: range, num_keys: int, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -101,6 +109,9 @@ def masked_attention(
             v = v_far = value[kv_head].to(dtype)
             if rule.fp8:
                 k_pruned, v_far = rounded(k_pruned, rule.sink), rounded(v, rule.sink)
+            if rule.archive is not None:
+                far_pair = rule.archive(layer, kv_head, k, v)
+                k_pruned, v_far = (part.to(dtype) for part in far_pair)
             hidden = ~dense if not keep.any() else ~(dense | far)
             for head in range(kv_head * group, (kv_head + 1) * group):
                 q = query[head, rows.start : rows.stop].to(dtype)
@@ -144,6 +155,7 @@ class Oracle:
         recent: least number of last tokens that stay dense.
         dtype: of weights, activations and cache.
         fp8: whether far tokens are stored in 8-bit floats.
+        archive: what far tokens are read as otherwise; see `Rule`.
         device: where it computes; results are on the host.
 
     Raises:
@@ -158,6 +170,7 @@ class Oracle:
         recent: int,
         dtype: torch.dtype = torch.float32,
         fp8: bool = False,
+        archive: Archive | None = None,
         device: str = "cpu",
     ) -> None:
         if isinstance(model, (str, Path)):
@@ -174,6 +187,7 @@ class Oracle:
         self.sink = sink
         self.recent = recent
         self.fp8 = fp8
+        self.archive = archive
 
     def logits(self, token_ids: Sequence[int], exact_until: int) -> Tensor:
         """Next-token logits at every position, `[T, vocabulary]` in float32 (one forward)."""
@@ -204,7 +218,7 @@ class Oracle:
         return tokens, torch.stack(rows)
 
     def _rule(self, exact_until: int) -> Rule:
-        return Rule(self.keep, self.sink, self.recent, exact_until, self.fp8)
+        return Rule(self.keep, self.sink, self.recent, exact_until, self.fp8, self.archive)
 
     @torch.inference_mode()
     def _forward(self, token_ids: Sequence[int], rule: Rule, cache: Any = None) -> Tensor:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from archive_definition import PACKED, archive_of
 from engines import engine, planned_ahead
-from mask_samples import full_mask, random_mask
+from mask_samples import coded_mask, full_mask, random_mask
 from oracle import Oracle
 
 pytestmark = pytest.mark.engine
@@ -73,6 +74,26 @@ def test_an_fp8_archive_rounds_as_defined_and_changes_little(tiny_llama_dir, mas
     # Sums in another order may round a number to the other neighbour; that is all.
     assert error(fp8=True) < 1e-3
     assert 1e-2 < error() < 0.1
+
+
+def test_codes_are_read_as_defined(tiny_llama_dir):
+    """A packed archive, in memory that is NaN where nothing was written."""
+    mask = coded_mask(tiny_llama_dir)
+    (prompt,) = prompts_of([600])
+    with engine(tiny_llama_dir, mask, max_logprobs=512) as leank:
+        assert leank.plan.archive_format == PACKED
+        leank.memory.fill_(torch.nan)
+        tokens, logprobs, _ = all_logprobs(leank.llm, prompt, 200)
+
+    def error(**kind):
+        stores = (mask.k_bits | mask.v_bits) > 0
+        oracle = Oracle(tiny_llama_dir, stores, SINK, RECENT, **kind)
+        expected = oracle.logits(prompt + tokens[:-1], exact_until=600).log_softmax(-1)[599:]
+        return (logprobs - expected).square().mean().sqrt()
+
+    # Sums in another order may make another code of a number at the edge of two.
+    assert error(archive=archive_of(mask)) < 1e-3
+    assert error() > 0.1
 
 
 def all_logprobs(llm, prompt, max_tokens):
