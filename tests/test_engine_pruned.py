@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from archive_definition import archive_of
 from engines import engine
-from mask_samples import full_mask, random_mask
+from mask_samples import coded_mask, full_mask, random_mask
 from oracle import Oracle
-from test_engine_answers import KEPT, LENGTHS, all_logprobs, assert_same, prompts_of
+from test_engine_answers import KEPT, LENGTHS, all_logprobs, assert_same, each_mask, prompts_of
 
 pytestmark = pytest.mark.engine
 
@@ -15,7 +16,8 @@ SINK, RECENT = 32, 64
 
 def oracle_of(running, model, mask, **kind):
     assert not running.window.exact
-    return Oracle(model, mask.keep, SINK, running.window.recent, **kind)
+    stores = (mask.k_bits | mask.v_bits) > 0 if "archive" in kind else mask.keep
+    return Oracle(model, stores, SINK, running.window.recent, **kind)
 
 
 def test_a_full_mask_gives_the_answers_of_plain_vllm(tiny_llama_dir):
@@ -26,11 +28,12 @@ def test_a_full_mask_gives_the_answers_of_plain_vllm(tiny_llama_dir):
         assert_same(leank.generate(prompts, 64), expected)
 
 
-@pytest.mark.parametrize("archive_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("archive_dtype", ["auto", "fp8", "packed"])
 @pytest.mark.parametrize("chunk", [100, 8192])
 def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_dtype):
     """Of the prompt and of 200 decode steps, in memory that is NaN where nothing was written."""
-    mask = random_mask(tiny_llama_dir, KEPT)
+    packed = archive_dtype == "packed"
+    mask = coded_mask(tiny_llama_dir) if packed else random_mask(tiny_llama_dir, KEPT)
     (prompt,) = prompts_of([700], seed=7)
     with engine(
         tiny_llama_dir, mask, prefill="pruned", archive_dtype=archive_dtype, max_logprobs=512,
@@ -38,10 +41,11 @@ def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_dtype
     ) as leank:  # fmt: skip
         leank.memory.fill_(torch.nan)
         tokens, logprobs, prompt_logprobs = all_logprobs(leank.llm, prompt, 200)
-        oracle = oracle_of(leank, tiny_llama_dir, mask, fp8=archive_dtype == "fp8")
+        kind = {"archive": archive_of(mask)} if packed else {"fp8": archive_dtype == "fp8"}
+        oracle = oracle_of(leank, tiny_llama_dir, mask, **kind)
     found = torch.cat((prompt_logprobs, logprobs))
     expected = oracle.logits(prompt + tokens[:-1], exact_until=0).log_softmax(-1)
-    # Sums in another order may round a number of an fp8 archive to the other neighbour.
+    # Sums in another order may round a number of another archive to the other neighbour.
     assert (found - expected).square().mean().sqrt() < 1e-3
     if archive_dtype == "auto":
         assert torch.allclose(found, expected, atol=1e-3)
@@ -50,10 +54,11 @@ def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_dtype
     assert not torch.allclose(found, exact, atol=1e-1)
 
 
-def test_history_does_not_matter(tiny_llama_dir):
+@each_mask
+def test_history_does_not_matter(tiny_llama_dir, mask_of):
     """Whole, chunked, and in batches of any size: equal tokens."""
     prompts = prompts_of([1500, 700, 33, 400, 96, 1000, 257, 640])
-    mask = random_mask(tiny_llama_dir, KEPT)
+    mask = mask_of(tiny_llama_dir)
     limits = {"max_model_len": 2048, "prefill": "pruned"}
     with engine(tiny_llama_dir, mask, max_num_batched_tokens=8192, **limits) as leank:
         whole = leank.generate(prompts, 100)
@@ -63,11 +68,12 @@ def test_history_does_not_matter(tiny_llama_dir):
             assert_same(leank.generate(prompts, 100), whole)
 
 
-def test_preemption_does_not_matter(tiny_llama_dir):
+@each_mask
+def test_preemption_does_not_matter(tiny_llama_dir, mask_of):
     """Requests go on from pages of their own prompts and answers, and from each other's."""
     prompts = prompts_of([30, 300, 33, 200, 96, 250, 128, 64])
     prompts += [[*prompt, 1] for prompt in prompts]
-    mask = random_mask(tiny_llama_dir, KEPT)
+    mask = mask_of(tiny_llama_dir)
     limits = {"max_model_len": 1024, "prefill": "pruned", "max_num_batched_tokens": 64}
     with engine(tiny_llama_dir, mask, **limits) as leank:
         unpressed = leank.generate(prompts, 400)
@@ -85,9 +91,10 @@ def test_preemption_does_not_matter(tiny_llama_dir):
     assert sum(hit > 0 for hit in hits) >= 3, hits
 
 
-def test_answers_are_found_as_well(tiny_llama_dir):
+@each_mask
+def test_answers_are_found_as_well(tiny_llama_dir, mask_of):
     """A conversation: each turn's prompt holds the answer before it."""
-    mask = random_mask(tiny_llama_dir, KEPT)
+    mask = mask_of(tiny_llama_dir)
     turns = prompts_of([500, 40, 150, 3, 333], seed=5)
 
     def talk(leank):
@@ -109,10 +116,11 @@ def test_answers_are_found_as_well(tiny_llama_dir):
     assert hits == [0, *(window.prefix(length // page * page, page) for length in told)]
 
 
+@each_mask
 @pytest.mark.parametrize("chunk", [64, 1024])
-def test_a_prompt_holds_no_dense_middle(tiny_llama_dir, chunk):
+def test_a_prompt_holds_no_dense_middle(tiny_llama_dir, mask_of, chunk):
     """What a long prompt holds at most is what vLLM was told when it looked at its memory."""
-    mask = random_mask(tiny_llama_dir, KEPT)
+    mask = mask_of(tiny_llama_dir)
     (prompt,) = prompts_of([4000])
     with engine(
         tiny_llama_dir, mask, prefill="pruned", max_num_batched_tokens=chunk, max_model_len=4096
