@@ -58,10 +58,8 @@ class LayerCache:
 
     @cached_property
     def side(self) -> torch.Tensor:
-        """The archive's pages as fp32 `[num_blocks, page_bytes / 4]`, for what formats keep beside
-        K and V.
-        """
-        return self.archive_pages.view(torch.uint8).view(torch.float32)
+        """The archive's pages in the dtype of what the format keeps beside K and V."""
+        return self.archive_pages.view(torch.uint8).view(self.codec.side_dtype)
 
     @cached_property
     def tables(self) -> "Tables":
@@ -70,7 +68,7 @@ class LayerCache:
         """
         from vllm_leank.kernels.tables import Tables
 
-        return Tables(self.layout, self.channels, self.window, self.window_pages.device)
+        return Tables(self.layout, self.heads, self.window, self.window_pages.device)
 
     def descriptor_arguments(self, tile: int, tma: bool) -> tuple[Any, ...]:
         """What kernels take as tensor descriptors of the pages, for archive tiles of `tile` tokens:

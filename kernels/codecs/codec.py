@@ -30,10 +30,14 @@ class Codec(ABC):
     Attributes:
         side_dtype: of the numbers that are kept beside K and V.
         any_codes: whether V is finite whatever bytes there are, if its side bytes are.
+        tile_tokens: most tokens of a tile of decode, a power of two.
+        whole_channels: whether each stored channel has elements of its own.
     """
 
     side_dtype: torch.dtype = torch.float32
     any_codes: bool = False
+    tile_tokens: int = 64
+    whole_channels: bool = True
 
     @abstractmethod
     def dtype(self, model: torch.dtype) -> torch.dtype:

@@ -4,6 +4,8 @@ Divided by its scale, a granule's largest number is 448, e4m3's own. Scales fixe
 need calibration, and finer ones should gain little, since e4m3 has an exponent of its own.
 """
 
+from functools import cached_property
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +28,14 @@ def encode(x):
 class Fp8Codec(Codec):
     """Numbers in e4m3; beside them the scales of K and of V, fp32 each."""
 
-    tiles = Tiles(encode, unit=E4M3_MAX.value)
+    tile_tokens = 128
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        from vllm_leank.kernels import fold_columns, fold_rows, whole_store
+
+        folds = fold_columns.fold_archive, fold_rows.fold_archive
+        return Tiles(*folds, whole_store.compact, encode, E4M3_MAX.value)
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
         return torch.float8_e4m3fn

@@ -1,5 +1,7 @@
 """The archive in the model's own dtype."""
 
+from functools import cached_property
+
 import torch
 from vllm_leank.kernels.channels import HeadChannels
 from vllm_leank.kernels.codecs.codec import Codec, Stored
@@ -9,7 +11,12 @@ from vllm_leank.kernels.codecs.tiles import Tiles
 class NativeCodec(Codec):
     """Numbers as they are in window pages."""
 
-    tiles = Tiles()
+    @cached_property
+    def tiles(self) -> Tiles:
+        from vllm_leank.kernels import fold_columns, fold_rows, whole_store
+
+        folds = fold_columns.fold_archive, fold_rows.fold_archive
+        return Tiles(*folds, whole_store.compact)
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
         return model

@@ -7,20 +7,15 @@ own units. Mean and scale of a channel are the mask's.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from vllm_leank.kernels.channels import Channels, HeadChannels
 from vllm_leank.kernels.codecs.codec import Codec, Stored
 from vllm_leank.kernels.codecs.tiles import Tiles
 
-from vllm_leank.core.formats.packed import CODE_CLASSES, STEPS
+from vllm_leank.core.formats.packed import CODE_CLASSES, LARGEST_SCALE, LEAST_SCALE, STEPS
 from vllm_leank.core.window import GRANULE
-
-LEAST_SCALE = 2.0**-14
-"""Of a token: the smallest number that fp16 holds with all its digits."""
-
-LARGEST_SCALE = 65504.0
-"""The largest number of fp16."""
 
 
 class PackedCodec(Codec):
@@ -28,13 +23,18 @@ class PackedCodec(Codec):
 
     side_dtype = torch.float16
     any_codes = True
+    whole_channels = False
+    tile_tokens = 128
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
         return torch.uint8
 
-    @property
+    @cached_property
     def tiles(self) -> Tiles:
-        raise NotImplementedError("there are no kernels for packed archives yet")
+        from vllm_leank.kernels import packed_columns, packed_rows, packed_store
+
+        folds = packed_columns.fold_archive, packed_rows.fold_archive
+        return Tiles(*folds, packed_store.compact)
 
     @property
     def empty_side(self) -> torch.Tensor:

@@ -1,32 +1,50 @@
 """What of a format kernels are compiled for, as one constant that they take."""
 
+import os
 from typing import Any
 
 
 class Tiles:
-    """The device's side of a format, used in kernels as `TILES.encode` and so on.
+    """The device's side of a format: functions that kernels call as `TILES.fold_columns` and so on,
+    and constants.
 
     Kernels for other formats are other kernels to Triton's caches: they tell them apart by `repr`
     in memory and by `cache_key` on disk.
 
     Args:
-        encode: device function from a granule `[32, channels]`, fp32, to what is stored and the
-            scale, a number, that this has to be multiplied by. None: numbers are stored as they
-            are, in the model's dtype.
+        fold_columns: takes archive tiles into a running softmax with queries in columns.
+        fold_rows: the same with queries in rows.
+        compact: encodes a head's granules into its pages.
+        encode: for formats of whole channels, from a granule `[32, channels]`, fp32, to what is
+            stored and the scale, a number, that this has to be multiplied by. None: numbers are
+            stored as they are, in the model's dtype.
         unit: by how much stored numbers may exceed the model's. The sum of weights times scales
             times V is kept in units of it, within fp16.
 
     Attributes:
         SCALED: whether there are scales, two fp32 numbers per granule, of K and then of V.
+        ASM: whether PTX may be used, which Triton's interpreter does not know.
     """
 
-    def __init__(self, encode: Any = None, unit: float = 1.0) -> None:
+    def __init__(
+        self,
+        fold_columns: Any,
+        fold_rows: Any,
+        compact: Any,
+        encode: Any = None,
+        unit: float = 1.0,
+    ) -> None:
+        self.fold_columns, self.fold_rows, self.compact = fold_columns, fold_rows, compact
         self.encode, self.UNIT, self.SCALED = encode, unit, encode is not None
+        self.ASM = os.environ.get("TRITON_INTERPRET") != "1"
 
     @property
     def cache_key(self) -> str:
-        """Changes with the function's code."""
-        return f"{getattr(self.encode, 'cache_key', None)}, {self.UNIT}"
+        """Changes with the functions' code."""
+        functions = (self.fold_columns, self.fold_rows, self.compact, self.encode)
+        return f"{[getattr(one, 'cache_key', None) for one in functions]}, {self.UNIT}"
 
     def __repr__(self) -> str:
-        return f"Tiles({getattr(self.encode, '__qualname__', None)}, {self.UNIT})"
+        functions = (self.fold_columns, self.fold_rows, self.compact, self.encode)
+        names = [f"{one.__module__}.{one.__name__}" for one in functions if one is not None]
+        return f"Tiles({names}, {self.UNIT})"

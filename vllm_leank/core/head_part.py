@@ -44,6 +44,11 @@ class HeadPart:
         return self.profile.kept
 
     @property
+    def offset(self) -> int:
+        """First element."""
+        return (*self.k_chunks, *self.v_chunks)[0].offset
+
+    @property
     def k_offset(self) -> int:
         """First element of K."""
         return self.k_chunks[0].offset

@@ -62,6 +62,10 @@ class ArchiveFormat(ABC):
             side_offset: byte where its share of what lies behind all heads begins.
         """
 
+    @abstractmethod
+    def variant(self, profile: Profile) -> int:
+        """A number above 0 that tells kernels all of a profile that stores anything."""
+
     def token_bytes(self, profile: Profile, model: int) -> float:
         """Bytes of one token of a head, its share of all side bytes included."""
         behind = self.behind_bytes / GRANULE if profile.stores else 0

@@ -17,8 +17,15 @@ STEPS = {8: 1 / 24, 4: 0.335, 2: 0.996}
 """Distance of two codes, in standard deviations of a channel: what codes of so many bits, evenly
 spaced, lose least with where numbers are normally distributed."""
 
-WIDTH_UNITS = {8: 16, 4: 32, 2: 64}
-"""A head has multiples of so many channels of a class, so that rows of codes fill 16 bytes."""
+ROW_BYTES = frozenset((0, 16, 32, 64, 128, 256))
+"""Bytes that a token may have in a class: tiles have powers of two for sides, and loads 16 bytes.
+So a head has 0, 16, 32, ... channels of 8 bits, twice as many of 4, or four times as many of 2."""
+
+LEAST_SCALE = 2.0**-14
+"""Of a token: the smallest number that fp16 holds with all its digits."""
+
+LARGEST_SCALE = 65504.0
+"""The largest number of fp16."""
 
 TILE_TOKENS = 128
 """Tokens of a tile, which kernels read at once: pages have whole tiles."""
@@ -42,12 +49,8 @@ class Packed(ArchiveFormat):
     side_bytes: ClassVar[int] = 2 * GRANULE
 
     def takes(self, profile: Profile) -> bool:
-        whole = profile.k16 or profile.v16
-        return not whole and not any(
-            count % WIDTH_UNITS[bits]
-            for counts in (profile.k, profile.v)
-            for bits, count in zip(CODE_CLASSES, counts[1:], strict=True)
-        )
+        widths = [*_row_bytes(profile.k), *_row_bytes(profile.v)]
+        return not (profile.k16 or profile.v16) and ROW_BYTES.issuperset(widths)
 
     def itemsize(self, model: int) -> int:
         return 1
@@ -55,6 +58,11 @@ class Packed(ArchiveFormat):
     def head_bytes(self, profile: Profile, model: int) -> int:
         codes = sum(_row_bytes(profile.k)) + sum(_row_bytes(profile.v))
         return codes + 2 * profile.stores
+
+    def variant(self, profile: Profile) -> int:
+        """Widths of rows in units of 16 bytes, five bits each: K of 8, 4 and 2 bits, then V."""
+        widths = [*_row_bytes(profile.k), *_row_bytes(profile.v)]
+        return sum(width // 16 << (5 * i) for i, width in enumerate(widths))
 
     def head_part(
         self, profile: Profile, block: int, model: int, offset: int, side_offset: int

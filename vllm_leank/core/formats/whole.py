@@ -26,6 +26,9 @@ class WholeChannels(ArchiveFormat):
     def head_bytes(self, profile: Profile, model: int) -> int:
         return (profile.kept + profile.v_kept) * self.itemsize(model)
 
+    def variant(self, profile: Profile) -> int:
+        return profile.kept
+
     def head_part(
         self, profile: Profile, block: int, model: int, offset: int, side_offset: int
     ) -> HeadPart:
