@@ -26,6 +26,11 @@ def kept_mask(model):
 each_mask = pytest.mark.parametrize("mask_of", [kept_mask, coded_mask])
 
 
+def tolerance_of(mask):
+    """Where order of summation may make another code of a number at the edge of two, more."""
+    return 5e-3 if mask.is_packed else LOGPROB_TOLERANCE
+
+
 def prompts_of(lengths, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 512, length).tolist() for length in lengths]
@@ -138,10 +143,10 @@ def test_history_does_not_matter(tiny_llama_dir, mask_of):
         for batch in (1, 2):
             for start in range(0, len(prompts), batch):
                 part = slice(start, start + batch)
-                assert_same(leank.generate(prompts[part], 100), whole[part])
+                assert_same(leank.generate(prompts[part], 100), whole[part], tolerance_of(mask))
     for chunk in (32, 33, 100, 512):
         with engine(tiny_llama_dir, mask, max_num_batched_tokens=chunk) as leank:
-            assert_same(leank.generate(prompts, 100), whole)
+            assert_same(leank.generate(prompts, 100), whole, tolerance_of(mask))
 
 
 @each_mask
@@ -155,13 +160,13 @@ def test_preemption_does_not_matter(tiny_llama_dir, mask_of):
         one_request = leank.plan.blocks_in_prefill(leank.window, 1024)
     with engine(tiny_llama_dir, mask, num_gpu_blocks_override=one_request + 2, **limits) as leank:
         outputs_lost = leank.watch_preemptions()
-        assert_same(leank.generate(prompts, 400), unpressed)
+        assert_same(leank.generate(prompts, 400), unpressed, tolerance_of(mask))
     replayed_across_a_boundary = [lost for lost in outputs_lost if lost > 64]
     assert len(replayed_across_a_boundary) >= 3, f"preempted after outputs: {outputs_lost}"
     pressed = limits | {"num_gpu_blocks_override": one_request + 2}
     with planned_ahead(), engine(tiny_llama_dir, mask, **pressed) as leank:
         outputs_lost, in_flight = leank.watch_preemptions(), leank.watch_steps_in_flight()
-        assert_same(leank.generate(prompts, 400), unpressed)
+        assert_same(leank.generate(prompts, 400), unpressed, tolerance_of(mask))
     assert sum(lost > 64 for lost in outputs_lost) >= 3, outputs_lost
     assert sum(tokens > 0 for tokens in in_flight) > len(in_flight) / 2
 
@@ -182,7 +187,7 @@ def test_a_prefix_hit_does_not_change_the_answer(tiny_llama_dir, mask_of):
         hits = leank.watch_hits()
         answers = [leank.generate([prompt], 100)[0] for prompt in first]
         answers += [leank.generate([prompt], 50)[0] for prompt in second]
-        assert_same(answers, expected)
+        assert_same(answers, expected, tolerance_of(mask))
         page = leank.plan.archive_block
     assert sum(hit >= 1024 // page * page for hit in hits) >= 5, hits
 

@@ -2,7 +2,7 @@
 
 import pytest
 from engines import engine
-from test_engine_answers import assert_same, each_mask, prompts_of
+from test_engine_answers import assert_same, each_mask, prompts_of, tolerance_of
 
 pytestmark = pytest.mark.engine
 
@@ -20,7 +20,7 @@ def test_a_hundred_preemptions(tiny_llama_dir, mask_of):
         num_gpu_blocks_override=blocks + 2,
     ) as leank:  # fmt: skip
         outputs_lost = leank.watch_preemptions()
-        assert_same(leank.generate(prompts, 350), unpressed)
+        assert_same(leank.generate(prompts, 350), unpressed, tolerance_of(mask))
         assert leank.block_pool.get_num_free_blocks() == leank.block_pool.num_gpu_blocks - 1
     assert len(outputs_lost) >= 100
     assert sum(lost > 64 for lost in outputs_lost) >= 20, "replays do not cross boundaries"
@@ -45,6 +45,6 @@ def test_two_hundred_prefix_hits(tiny_llama_dir, mask_of):
     with engine(tiny_llama_dir, mask, enable_prefix_caching=True, **limits) as leank:
         leank.generate([document], 1)
         hits = leank.watch_hits()
-        assert_same(leank.generate(prompts, 40), expected)
+        assert_same(leank.generate(prompts, 40), expected, tolerance_of(mask))
     assert sum(hit > 0 for hit in hits) >= 180
     assert len(set(hits)) >= 8
