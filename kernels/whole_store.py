@@ -13,7 +13,7 @@ def compact(
     VARIANTS: tl.constexpr, SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, KEPT_PAD: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Every `step`-th token's granule from `start` to `stop`, of a head that keeps `kept` channels."""
+    """Every `step`-th granule from `start` to `stop`, of a head that keeps `kept` channels."""
     v_offset = tl.load(p_head + 2) + kept * BLOCK
     side_offset = tl.load(p_head + 4)
     o_c = tl.arange(0, KEPT_PAD)
