@@ -27,13 +27,14 @@ from triton.testing import do_bench
 from vllm_leank.kernels import extend, reference
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.channels import layer_channels
 
 from vllm_leank.bench.cases import Case, parse_layers
 from vllm_leank.bench.correctness import check_output
 from vllm_leank.bench.machine import head_commit, machine, require_gpu
-from vllm_leank.bench.pools import Tables, layer_cache, layer_channels
+from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.results import describe_mask
-from vllm_leank.core.formats import known_formats
+from vllm_leank.core.formats import formats_for
 from vllm_leank.core.pages import WINDOW_BLOCK, pages
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.window import Window, whole_pages
@@ -112,14 +113,14 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
     def cache_of(plan: CachePlan, layer: int) -> tuple[LayerCache, Batch]:
         layout = plan.layer(layer)
         tables = last_chunk(args.prompt, args.chunk, layout.archive_block)
-        channels = layer_channels(mask, layer, query.device)
+        channels = layer_channels(*mask.layer(layer, range(geometry.num_kv_heads)))
         cache = layer_cache(layout, channels, case, tables, query.dtype)
         return cache, tables.batches[0]
 
     cells: list[dict[str, Any]] = []
     result: dict[str, Any] = {"cells": cells}
-    for one in known_formats():
-        plan = plan_cache(mask.kept_counts.tolist(), geometry.head_dim, 2, archive_format=one)
+    for one in formats_for(mask.profiles):
+        plan = plan_cache(mask.profiles, geometry.head_dim, 2, archive_format=one)
         for layer in args.layers:
             cache, batch = cache_of(plan, layer)
             if "flash_ms" not in result:

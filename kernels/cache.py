@@ -5,7 +5,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm_leank.kernels.channels import HeadChannels
 from vllm_leank.kernels.codecs import Codec, codec_of
+from vllm_leank.kernels.head_pages import HeadPages
 
 from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.window import Window
@@ -23,14 +25,14 @@ class LayerCache:
         archive_pages: `[num_blocks, page_items]`, described by `layout`; rows may lie apart. Of the
             codec's dtype.
         layout: where heads and chunks lie within an archive page.
-        channels: per KV head, int64 `[kept]`: the kept K channels, ascending.
+        heads: per KV head, what is known of its channels.
         window: the dense window.
     """
 
     window_pages: torch.Tensor
     archive_pages: torch.Tensor
     layout: CacheLayout
-    channels: tuple[torch.Tensor, ...]
+    heads: tuple[HeadChannels, ...]
     window: Window
 
     @cached_property
@@ -38,12 +40,26 @@ class LayerCache:
         """What writes and reads the archive's numbers."""
         return codec_of(self.layout.archive_format)
 
+    @property
+    def channels(self) -> tuple[torch.Tensor, ...]:
+        """Per KV head, int64 `[kept]`: the stored K channels, in the order of the pages."""
+        return tuple(head.k.stored for head in self.heads)
+
+    @cached_property
+    def head_pages(self) -> tuple[HeadPages | None, ...]:
+        """Per KV head, its part of the archive's pages; None for one that stores nothing."""
+        layout, side_bytes = self.layout, self.layout.archive_format.side_bytes
+        return tuple(
+            None
+            if part is None
+            else HeadPages(self.archive_pages, part, layout.archive_block, side_bytes)
+            for part in layout.heads
+        )
+
     @cached_property
     def side(self) -> torch.Tensor:
-        """The archive's pages as fp32 `[num_blocks, page_bytes / 4]`, for what formats keep beside
-        K and V.
-        """
-        return self.archive_pages.view(torch.uint8).view(torch.float32)
+        """The archive's pages in the dtype of what the format keeps beside K and V."""
+        return self.archive_pages.view(torch.uint8).view(self.codec.side_dtype)
 
     @cached_property
     def tables(self) -> "Tables":
@@ -52,7 +68,7 @@ class LayerCache:
         """
         from vllm_leank.kernels.tables import Tables
 
-        return Tables(self.layout, self.channels, self.window, self.window_pages.device)
+        return Tables(self.layout, self.heads, self.window, self.window_pages.device)
 
     def descriptor_arguments(self, tile: int, tma: bool) -> tuple[Any, ...]:
         """What kernels take as tensor descriptors of the pages, for archive tiles of `tile` tokens:

@@ -10,7 +10,7 @@ import triton.language as tl
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.common import boundary_of, dense_pages, skip_archived
-from vllm_leank.kernels.fold_columns import fold_archive, fold_window
+from vllm_leank.kernels.fold_columns import fold_window
 from vllm_leank.kernels.launch import ONE_WAVE, choose_decode
 from vllm_leank.kernels.launcher import launch
 from vllm_leank.kernels.pages import window_tile
@@ -31,15 +31,16 @@ def _span(length, exact_until, SINK: tl.constexpr, RECENT: tl.constexpr, TILE: t
 
 @triton.jit
 def _share(
-    seq_lens_ptr, exact_until_ptr, i_req, splits, kept, archive_units, split_units,
+    seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr, ARCHIVE_BYTES: tl.constexpr,
-    ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
+    TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr, ROWS: tl.constexpr,
+    ONE_WAVE: tl.constexpr,
 ):  # fmt: skip
     """What one KV head of a request reads, and over how many of its programs: no more than give
     each `split_units` to read, and, in a batch of at most `ROWS` requests, together one wave.
 
-    Units are 256 bytes; `archive_units` are those of one tile of all heads.
+    Units are 256 bytes; `head_units` are those of one tile of the head, `archive_units` of all
+    heads.
     """
     DENSE_UNITS: tl.constexpr = 32 * 2 * D * WINDOW_BYTES // 256
     if ROWS > 0:
@@ -53,8 +54,8 @@ def _share(
     length = tl.load(seq_lens_ptr + i_req)
     exact_until = tl.load(exact_until_ptr + i_req)
     boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE)
-    n_archive = tl.where(kept > 0, n_archive, 0)
-    units = n_dense * DENSE_UNITS + n_archive * ((kept + D) * (TILE * ARCHIVE_BYTES // 16) // 16)
+    n_archive = tl.where(head_units > 0, n_archive, 0)
+    units = n_dense * DENSE_UNITS + n_archive * head_units
     splits = tl.minimum(splits, tl.cdiv(units, split_units))
     # Each split has a tile; a padded row has no split.
     splits = tl.minimum(splits, tl.maximum(n_dense, n_archive))
@@ -71,16 +72,16 @@ def _share(
 )
 def _decode_kernel(
     q_ptr, output_ptr, partial_ptr, lse_ptr, window_ptr, archive_ptr, side_ptr,
-    window_desc, v_desc, k256, k128, k64, k32, k16,
+    window_desc, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9,
     window_table_ptr, archive_table_ptr, seq_lens_ptr, exact_until_ptr,
-    work_ptr, channels_ptr, scale_log2, archive_units, split_units,
+    work_ptr, order_ptr, numbers_ptr, scale_log2, archive_units, split_units,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_window_page, stride_archive_page, stride_side,
     stride_window_table, stride_archive_table,
-    COUNTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
+    VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
-    ARCHIVE_BYTES: tl.constexpr, ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
+    ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
     TILES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
     STAGES: tl.constexpr, WINDOW_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -92,10 +93,11 @@ def _decode_kernel(
     split = tl.load(p_work + 1)
     splits = tl.load(p_work + 2)
     p_head = p_work + 3
-    kept = tl.load(p_head)
+    variant = tl.load(p_head)
+    head_units = tl.load(p_head + 3)
     length, boundary, n_dense, n_archive, splits = _share(
-        seq_lens_ptr, exact_until_ptr, i_req, splits, kept, archive_units, split_units,
-        SINK, RECENT, H, D, TILE, WINDOW_BYTES, ARCHIVE_BYTES, ROWS, ONE_WAVE,
+        seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
+        SINK, RECENT, H, D, TILE, WINDOW_BYTES, ROWS, ONE_WAVE,
     )  # fmt: skip
     if split < splits:
         o_g = tl.arange(0, G_PAD)
@@ -115,13 +117,14 @@ def _decode_kernel(
             first = SINK // TILE + n_archive * split // splits
             last = SINK // TILE + n_archive * (split + 1) // splits
             p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table
-            for c in tl.static_range(len(COUNTS)):
-                if kept == COUNTS[c]:
-                    m, l, acc = fold_archive(
+            descs = (d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
+            for c in tl.static_range(len(VARIANTS)):
+                if variant == VARIANTS[c]:
+                    m, l, acc = TILES.fold_columns(
                         m, l, acc, first, last, boundary, q, p_q, o_g < G, scale_log2,
-                        p_head, channels_ptr, p_table, (k256, k128, k64, k32, k16), v_desc,
-                        archive_ptr, side_ptr, stride_archive_page, stride_side,
-                        SINK, D, D_PAD, COUNTS[c], TILE, BLOCK, TILES, TMA, STAGES,
+                        head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr,
+                        side_ptr, stride_archive_page, stride_side,
+                        SINK, H, D, D_PAD, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,
                     )  # fmt: skip
 
         first = n_dense * split // splits
@@ -171,17 +174,17 @@ def _combine_kernel(
     programs, archive_units, split_units, stride_o_token, stride_o_head,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
-    ARCHIVE_BYTES: tl.constexpr, ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
+    ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     i_head, i_req = tl.program_id(0), tl.program_id(1)
     head, g = i_head // G, i_head % G
     first = tl.load(heads_ptr + 3 * head)
     splits = tl.load(heads_ptr + 3 * head + 1)
-    kept = tl.load(heads_ptr + 3 * head + 2)
+    head_units = tl.load(heads_ptr + 3 * head + 2)
     _, _, _, _, splits = _share(
-        seq_lens_ptr, exact_until_ptr, i_req, splits, kept, archive_units, split_units,
-        SINK, RECENT, H, D, TILE, WINDOW_BYTES, ARCHIVE_BYTES, ROWS, ONE_WAVE,
+        seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
+        SINK, RECENT, H, D, TILE, WINDOW_BYTES, ROWS, ONE_WAVE,
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -226,7 +229,7 @@ def decode(
     """
     layout, window, tables = cache.layout, cache.window, cache.tables
     num_reqs, num_heads, head_dim = query.shape
-    num_kv_heads = len(layout.kept)
+    num_kv_heads = len(layout.profiles)
     group = num_heads // num_kv_heads
     shape = choose_decode(num_reqs, layout, tables.device)
     work = tables.work(shape.programs)
@@ -242,7 +245,6 @@ def decode(
         "D_PAD": triton.next_power_of_2(head_dim),
         "TILE": shape.tile,
         "WINDOW_BYTES": layout.itemsize,
-        "ARCHIVE_BYTES": layout.archive_itemsize,
         "ROWS": shape.rows,
         "ONE_WAVE": ONE_WAVE,
         "PDL": shape.tma,
@@ -253,13 +255,13 @@ def decode(
         query, output, partial, lse, cache.window_pages, archive, side,
         *cache.descriptor_arguments(shape.tile, shape.tma),
         batch.window_table, batch.archive_table, batch.seq_lens, batch.exact_until,
-        work.programs, tables.channels, scale * LOG2_E, tables.archive_units,
+        work.programs, tables.order, tables.numbers, scale * LOG2_E, tables.archive_units,
         shape.split_bytes // 256,
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),
         cache.window_pages.stride(0), archive.stride(0), side.stride(0),
         batch.window_table.stride(0), batch.archive_table.stride(0),
         **shared,
-        COUNTS=layout.counts,
+        VARIANTS=tables.variants,
         G_PAD=max(triton.next_power_of_2(group), 8),
         BLOCK=layout.archive_block,
         TILES=cache.codec.tiles,

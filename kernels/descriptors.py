@@ -4,13 +4,21 @@ from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
+from vllm_leank.kernels.codecs import codec_of
 
-from vllm_leank.core.pages import CHUNK_WIDTHS, WINDOW_BLOCK, CacheLayout
+from vllm_leank.core.formats.whole import CHUNK_WIDTHS
+from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
+
+PARTS = 10
+"""Descriptors of archive pages that kernels take."""
+
+ROW_WIDTHS = (16, 32, 64, 128, 256)
+"""Of the fields of packed pages, in bytes of a token."""
 
 
 def describe_pages(
     window_pages: torch.Tensor, archive_pages: torch.Tensor, layout: CacheLayout, tile: int
-) -> tuple[TensorDescriptor, ...]:
+) -> tuple[Any, ...]:
     """Views of the pages as `[page, row, column]`, each with rows of one length.
 
     A third dimension for the page keeps coordinates small and addresses beyond 2^31 elements safe.
@@ -23,25 +31,49 @@ def describe_pages(
         tile: tokens of an archive tile.
 
     Returns:
-        Rows of K and V of one token and head in window pages, tiles `[1, 32, head_dim]`; rows of
-        one V channel's tokens, tiles `[1, head_dim, tile]`; and for each of `CHUNK_WIDTHS` rows of
-        a K chunk, tiles `[1, tile, width]`; for a width that no layer has, the pages alone.
+        Rows of K and V of one token and head in window pages, tiles `[1, 32, head_dim]`; then
+        `PARTS` of the archive, as the format's folds take them: see `_whole` and `_packed`. What no
+        layer has stands for the pages alone.
     """
     padded = 1 << (layout.head_dim - 1).bit_length()
     window = _describe(window_pages.flatten(1, 2), 2 * layout.head_dim, [1, WINDOW_BLOCK, padded])
-    value = _describe(archive_pages, layout.archive_block, [1, padded, tile])
-    keys = tuple(
-        _describe(archive_pages, width, [1, tile, width])
-        if any(kept & width for kept in layout.counts)
-        else archive_pages
-        for width in CHUNK_WIDTHS
-    )
-    return window, value, *keys
+    whole = codec_of(layout.archive_format).whole_channels
+    parts = (_whole if whole else _packed)(archive_pages, layout, tile)
+    return window, *(archive_pages if one is None else one for one in parts)
+
+
+def _whole(pages: torch.Tensor, layout: CacheLayout, tile: int) -> list[Any]:
+    """Rows of one V channel's tokens, tiles `[1, head_dim, tile]`; and for each of `CHUNK_WIDTHS`
+    rows of a K chunk, tiles `[1, tile, width]`.
+    """
+    padded = 1 << (layout.head_dim - 1).bit_length()
+    parts = [_describe(pages, layout.archive_block, [1, padded, tile])]
+    for width in CHUNK_WIDTHS:
+        used = any(profile.kept & width for profile in layout.variants)
+        parts.append(_describe(pages, width, [1, tile, width]) if used else None)
+    return parts + [None] * (PARTS - len(parts))
+
+
+def _packed(pages: torch.Tensor, layout: CacheLayout, tile: int) -> list[Any]:
+    """For each of `ROW_WIDTHS` bytes, rows of one K field, tiles `[1, tile, width]`; then for as
+    many rows of one V field, each a dimension's tokens, tiles `[1, width, tile]`.
+    """
+    keys, values = set(), set()
+    for profile in layout.variants:
+        part = layout.archive_format.head_part(profile, tile, 1, 0, 0)
+        keys |= {chunk.width for chunk in part.k_chunks}
+        values |= {chunk.width for chunk in part.v_chunks}
+    return [
+        _describe(pages, width, [1, tile, width]) if width in keys else None for width in ROW_WIDTHS
+    ] + [
+        _describe(pages, layout.archive_block, [1, width, tile]) if width in values else None
+        for width in ROW_WIDTHS
+    ]
 
 
 def stand_ins(pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What kernels that load through pointers take instead of descriptors."""
-    return (pages,) * (2 + len(CHUNK_WIDTHS))
+    return (pages,) * (1 + PARTS)
 
 
 def _describe(pages: torch.Tensor, row: int, tile: list[int]) -> Any:

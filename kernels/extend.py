@@ -12,7 +12,7 @@ from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.common import boundary_of, dense_pages, skip_archived
 from vllm_leank.kernels.decode import LOG2_E
-from vllm_leank.kernels.fold_rows import fold_archive, fold_window
+from vllm_leank.kernels.fold_rows import fold_window
 from vllm_leank.kernels.launch import choose_extend
 from vllm_leank.kernels.launcher import launch
 from vllm_leank.kernels.pages import window_tile
@@ -28,14 +28,14 @@ from vllm_leank.kernels.pages import window_tile
 )  # fmt: skip
 def _extend_kernel(
     q_ptr, output_ptr, window_ptr, archive_ptr, side_ptr,
-    window_desc, v_desc, k256, k128, k64, k32, k16,
+    window_desc, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9,
     window_table_ptr, archive_table_ptr, query_start_ptr, seq_lens_ptr, exact_until_ptr,
-    heads_ptr, channels_ptr, scale_log2,
+    heads_ptr, order_ptr, numbers_ptr, scale_log2,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_window_page, stride_archive_page, stride_side,
     stride_window_table, stride_archive_table,
-    COUNTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr,
-    M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = M // G
@@ -67,30 +67,20 @@ def _extend_kernel(
         # What is archived for the oldest query is archived for all.
         first_boundary = boundary_of(oldest + 1, SINK, RECENT)
 
-        kept = tl.load(heads_ptr + 5 * head)
+        p_head = heads_ptr + 5 * head
+        variant = tl.load(p_head)
         stop = boundary_of(newest + 1, SINK, RECENT)
-        if (kept > 0) & (stop > SINK):
+        if (variant > 0) & (stop > SINK):
             p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table
-            # Tiles of which every query sees every token lie between those where sink tokens end
-            # and where boundaries lie.
-            full = tl.cdiv(SINK, TILE)
-            full_stop = tl.maximum(first_boundary // TILE, full)
-            for c in tl.static_range(len(COUNTS)):
-                if kept == COUNTS[c]:
-                    for part in tl.static_range(1 if SINK % TILE == 0 else 0, 3):
-                        if part == 0:
-                            first, last = full - 1, full
-                        elif part == 1:
-                            first, last = full, full_stop
-                        else:
-                            first, last = full_stop, tl.cdiv(stop, TILE)
-                        m, l, acc = fold_archive(
-                            m, l, acc, first, last, boundary, p_q, m_m, q_max, scale_log2,
-                            heads_ptr + 5 * head, channels_ptr, p_table,
-                            (k256, k128, k64, k32, k16),
-                            v_desc, archive_ptr, side_ptr, stride_archive_page, stride_side,
-                            part != 1, SINK, D, D_PAD, COUNTS[c], TILE, BLOCK, TILES, TMA, STAGES,
-                        )  # fmt: skip
+            descs = (d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
+            for c in tl.static_range(len(VARIANTS)):
+                if variant == VARIANTS[c]:
+                    m, l, acc = TILES.fold_rows(
+                        m, l, acc, first_boundary, stop, boundary, p_q, m_m, q_max, scale_log2,
+                        head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr,
+                        side_ptr, stride_archive_page, stride_side,
+                        SINK, H, D, D_PAD, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,
+                    )  # fmt: skip
 
         p_table = window_table_ptr + i_req.to(tl.int64) * stride_window_table
         o_token = tl.arange(0, 32)
@@ -129,7 +119,7 @@ def extend(
     """
     layout, window, tables = cache.layout, cache.window, cache.tables
     _, num_heads, head_dim = query.shape
-    num_kv_heads = len(layout.kept)
+    num_kv_heads = len(layout.profiles)
     group = num_heads // num_kv_heads
     shape = choose_extend(group, layout, tables.device)
     archive, side = cache.archive_pages, cache.side
@@ -140,11 +130,12 @@ def extend(
         query, output, cache.window_pages, archive, side,
         *cache.descriptor_arguments(shape.tile, shape.tma),
         batch.window_table, batch.archive_table, batch.query_start_loc, batch.seq_lens,
-        batch.exact_until, tables.heads, tables.channels, scale * LOG2_E,
+        batch.exact_until, tables.heads, tables.order, tables.numbers, scale * LOG2_E,
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),
         cache.window_pages.stride(0), archive.stride(0), side.stride(0),
         batch.window_table.stride(0), batch.archive_table.stride(0),
-        COUNTS=layout.counts,
+        VARIANTS=tables.variants,
+        H=num_kv_heads,
         SINK=window.sink,
         RECENT=window.recent,
         G=group,

@@ -49,6 +49,17 @@ def _kept_query(
 
 
 @triton.jit
+def mean_scores(p_q, m_q, p_order, p_mean, D: tl.constexpr, D_PAD: tl.constexpr):
+    """What the means of channels that are not stored add to each query's scores, `[N]`."""
+    o_d = tl.arange(0, D_PAD)
+    m_d = o_d < D
+    channel = tl.load(p_order + o_d, mask=m_d, other=0)
+    q = tl.load(p_q[None, :] + channel[:, None], mask=m_d[:, None] & m_q[None, :], other=0.0)
+    mean = tl.load(p_mean + o_d, mask=m_d, other=0.0)
+    return tl.sum(q.to(tl.float32) * mean[:, None], 0)
+
+
+@triton.jit
 def _add_scores(
     s, q, k_desc, archive_ptr, page, k_offset, slot, stride_page,
     KEPT: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -63,20 +74,21 @@ def _add_scores(
 @triton.jit
 def fold_archive(
     m, l, acc, first, last, boundary, q, p_q, m_q, scale_log2,
-    p_head, channels_ptr, p_table, k_descs, v_desc, archive_ptr, side_ptr,
+    head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
     stride_page, stride_side,
-    SINK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, KEPT: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr,
+    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Take archive tiles `first` to `last` of a head that keeps `KEPT` channels into the running
     softmax of `N` columns of queries, which see the tokens from `SINK` to `boundary`.
 
     m, l: `[N]`; acc: `[D_PAD, N]`; q: `[D_PAD, N]`; p_q, m_q: `[N]`, the queries and which exist.
     """
-    p_channels = channels_ptr + tl.load(p_head + 1)
+    p_channels = order_ptr + head * D
     k_offset = tl.load(p_head + 2)
-    v_offset = tl.load(p_head + 3)
+    v_offset = k_offset + KEPT * BLOCK
+    added = mean_scores(p_q, m_q, p_channels, numbers_ptr + head * D, D, D_PAD) * scale_log2
     side_offset = tl.load(p_head + 4)
     q_max = scale_log2  # not used without scales
     if TILES.SCALED:
@@ -106,9 +118,9 @@ def fold_archive(
         s = tl.zeros([TILE, m.shape[0]], tl.float32)
         for c in tl.static_range(5):
             if KEPT & (256 >> c):
-                s = _add_scores(s, queries[c], k_descs[c], archive_ptr, page, k_offset, slot,
+                s = _add_scores(s, queries[c], descs[1 + c], archive_ptr, page, k_offset, slot,
                                 stride_page, KEPT, 256 >> c, TILE, BLOCK, TMA)  # fmt: skip
-        v = value_tile(v_desc, archive_ptr, page, v_offset, slot, stride_page, D, D_PAD, TILE,
+        v = value_tile(descs[0], archive_ptr, page, v_offset, slot, stride_page, D, D_PAD, TILE,
                        BLOCK, TMA).to(DOT)  # fmt: skip
         o_token = token + tl.arange(0, TILE)
         seen = (o_token >= SINK) & (o_token < boundary)
@@ -121,6 +133,7 @@ def fold_archive(
             s *= q_max[None, :] * k_scale[:, None]
         else:
             s *= scale_log2
+        s += added[None, :]
         m, alpha, p = _rescale(tl.where(seen[:, None], s, float("-inf")), m)
         l *= alpha
         l_rows = l_rows * alpha[None, :] + p

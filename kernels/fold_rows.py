@@ -10,17 +10,17 @@ from vllm_leank.kernels.pages import chunk_channels, key_tile, value_tile
 
 
 @triton.jit
-def _rescale(s, m, factor):
+def _rescale(s, m, factor, added):
     """One step of the online softmax over scores `[M, tokens]`, fp32.
 
     m: the rows' maxima so far, in units of log2; `-inf` for a row that has seen nothing yet.
-    factor: `[M]`, of the scores, into these units.
+    factor: `[M]`, of the scores, into these units; added: `[M]`, to them, in these units.
 
     Returns the new maxima, the factor of what was summed before, and the new weights.
     """
-    m_new = tl.maximum(m, tl.max(s, 1) * factor)
+    m_new = tl.maximum(m, tl.max(s, 1) * factor + added)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    return m_new, tl.exp2(m - m_safe), tl.exp2(s * factor[:, None] - m_safe[:, None])
+    return m_new, tl.exp2(m - m_safe), tl.exp2(s * factor[:, None] + (added - m_safe)[:, None])
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def fold_window(m, l, acc, k, v, q, seen, scale_log2):
     m, l: `[M]`; acc: `[M, D_PAD]`; k, v: `[32, D_PAD]`; q: `[M, D_PAD]`; seen: `[M, 32]`.
     """
     s = tl.where(seen, tl.dot(q, tl.trans(k)), float("-inf"))
-    m, alpha, p = _rescale(s, m, tl.full([m.shape[0]], scale_log2, tl.float32))
+    m, alpha, p = _rescale(s, m, tl.full([m.shape[0]], scale_log2, tl.float32), tl.zeros_like(m))
     l = l * alpha + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc=acc * alpha[:, None])
     return m, l, acc
@@ -51,6 +51,17 @@ def _kept_query(
 
 
 @triton.jit
+def mean_scores(p_q, m_q, p_order, p_mean, D: tl.constexpr, D_PAD: tl.constexpr):
+    """What the means of channels that are not stored add to each query's scores, `[M]`."""
+    o_d = tl.arange(0, D_PAD)
+    m_d = o_d < D
+    channel = tl.load(p_order + o_d, mask=m_d, other=0)
+    q = tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None] & m_d[None, :], other=0.0)
+    mean = tl.load(p_mean + o_d, mask=m_d, other=0.0)
+    return tl.sum(q.to(tl.float32) * mean[None, :], 1)
+
+
+@triton.jit
 def _add_scores(
     s, q, k_desc, archive_ptr, page, k_offset, slot, stride_page,
     KEPT: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -63,9 +74,9 @@ def _add_scores(
 
 
 @triton.jit
-def fold_archive(
+def _fold_tiles(
     m, l, acc, first, last, boundary, p_q, m_q, q_max, scale_log2,
-    p_head, channels_ptr, p_table, k_descs, v_desc, archive_ptr, side_ptr,
+    added, p_channels, k_offset, side_offset, p_table, descs, archive_ptr, side_ptr,
     stride_page, stride_side,
     MASKED: tl.constexpr, SINK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
@@ -78,10 +89,7 @@ def fold_archive(
     m, l, boundary: `[M]`; acc: `[M, D_PAD]`; p_q, m_q: `[M]`, the queries and which exist; q_max:
     `[M]`, used with scales, their largest absolute values.
     """
-    p_channels = channels_ptr + tl.load(p_head + 1)
-    k_offset = tl.load(p_head + 2)
-    v_offset = tl.load(p_head + 3)
-    side_offset = tl.load(p_head + 4)
+    v_offset = k_offset + KEPT * BLOCK
     factor = tl.full([m.shape[0]], scale_log2, tl.float32)
     if TILES.SCALED:
         factor *= q_max
@@ -106,9 +114,9 @@ def fold_archive(
         s = tl.zeros([m.shape[0], TILE], tl.float32)
         for c in tl.static_range(5):
             if KEPT & (256 >> c):
-                s = _add_scores(s, queries[c], k_descs[c], archive_ptr, page, k_offset, slot,
+                s = _add_scores(s, queries[c], descs[1 + c], archive_ptr, page, k_offset, slot,
                                 stride_page, KEPT, 256 >> c, TILE, BLOCK, TMA)  # fmt: skip
-        v = value_tile(v_desc, archive_ptr, page, v_offset, slot, stride_page, D, D_PAD, TILE,
+        v = value_tile(descs[0], archive_ptr, page, v_offset, slot, stride_page, D, D_PAD, TILE,
                        BLOCK, TMA).to(DOT)  # fmt: skip
         o_token = token + tl.arange(0, TILE)
         seen = (o_token[None, :] >= SINK) & (o_token[None, :] < boundary[:, None])
@@ -119,7 +127,7 @@ def fold_archive(
             v_scale = tl.load(p_scale + 1) * TILES.UNIT
         if MASKED:
             s = tl.where(seen, s, float("-inf"))
-        m, alpha, p = _rescale(s, m, factor)
+        m, alpha, p = _rescale(s, m, factor, added)
         l = l * alpha + tl.sum(p, 1)
         if TILES.SCALED:
             p *= v_scale[None, :]
@@ -129,4 +137,41 @@ def fold_archive(
         acc = tl.dot(p.to(DOT), tl.trans(v), acc=acc * alpha[:, None])
     if TILES.SCALED:
         acc *= 1 / TILES.UNIT
+    return m, l, acc
+
+
+@triton.jit
+def fold_archive(
+    m, l, acc, first_boundary, stop, boundary, p_q, m_q, q_max, scale_log2,
+    head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
+    stride_page, stride_side,
+    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Take the tokens from `SINK` to `stop` of a head that keeps `KEPT` channels into the running
+    softmax of `M` rows of queries, each of which sees those to its `boundary`, of which
+    `first_boundary` is the least.
+    """
+    p_channels = order_ptr + head * D
+    added = mean_scores(p_q, m_q, p_channels, numbers_ptr + head * D, D, D_PAD) * scale_log2
+    k_offset = tl.load(p_head + 2)
+    side_offset = tl.load(p_head + 4)
+    # Tiles of which every query sees every token lie between those where sink tokens end and where
+    # boundaries lie.
+    full = tl.cdiv(SINK, TILE)
+    full_stop = tl.maximum(first_boundary // TILE, full)
+    for part in tl.static_range(1 if SINK % TILE == 0 else 0, 3):
+        if part == 0:
+            first, last = full - 1, full
+        elif part == 1:
+            first, last = full, full_stop
+        else:
+            first, last = full_stop, tl.cdiv(stop, TILE)
+        m, l, acc = _fold_tiles(
+            m, l, acc, first, last, boundary, p_q, m_q, q_max, scale_log2,
+            added, p_channels, k_offset, side_offset, p_table, descs, archive_ptr, side_ptr,
+            stride_page, stride_side,
+            part != 1, SINK, D, D_PAD, KEPT, TILE, BLOCK, TILES, TMA, STAGES,
+        )  # fmt: skip
     return m, l, acc

@@ -12,11 +12,9 @@ from heapq import heapify, heapreplace
 
 import torch
 from vllm_leank.kernels.batch import MAX_DECODE_QUERIES
+from vllm_leank.kernels.codecs import codec_of
 
 from vllm_leank.core.pages import CacheLayout
-
-TILE_BYTES = 128
-"""Bytes of a row of a V tile, which sets the tokens of a tile: 64 in 16 bits, 128 in 8."""
 
 ONE_WAVE = 256
 """Programs that run at the same time: two on each multiprocessor of a large GPU."""
@@ -118,7 +116,7 @@ class ExtendLaunch:
 def tile_tokens(layout: CacheLayout) -> int:
     """Tokens of an archive tile: a power of two that divides the page."""
     block = layout.archive_block
-    return min(block & -block, TILE_BYTES // layout.archive_itemsize)
+    return min(block & -block, codec_of(layout.archive_format).tile_tokens)
 
 
 def decode_programs(num_reqs: int, num_kv_heads: int) -> int:
@@ -138,8 +136,8 @@ def decode_programs_of_all(num_kv_heads: int) -> set[int]:
 def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeLaunch:
     """Launch for a batch of `num_reqs` rows, padding included."""
     few, many = SPLIT_BYTES
-    is_few = num_reqs * len(layout.kept) <= FEW_HEADS
-    programs = decode_programs(num_reqs, len(layout.kept))
+    is_few = num_reqs * len(layout.profiles) <= FEW_HEADS
+    programs = decode_programs(num_reqs, len(layout.profiles))
     return DecodeLaunch(
         programs=programs,
         tile=tile_tokens(layout),

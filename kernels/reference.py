@@ -12,7 +12,7 @@ from vllm_leank.kernels.batch import Batch, Row
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.codecs.codec import Stored
 
-from vllm_leank.core.pages import WINDOW_BLOCK, HeadPart
+from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.core.window import GRANULE
 
 MAX_SCORES = 1 << 24
@@ -31,9 +31,9 @@ def store(key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: Batc
 
 
 def compact(cache: LayerCache, batch: Batch) -> None:
-    """Copy what left the dense window in this step to the archive: kept K channels, and V of
-    heads that keep any. V of slots without a token becomes 0 in the pages that were written, so
-    that whole pages can be multiplied by weights that are 0 there.
+    """Copy what left the dense window in this step to the archive, as its format stores it. V of
+    slots without a token becomes finite in the pages that were written, so that whole pages can be
+    multiplied by weights that are 0 there.
     """
     moved, empty = [], []
     block = cache.layout.archive_block
@@ -43,27 +43,16 @@ def compact(cache: LayerCache, batch: Batch) -> None:
         empty += [(row.table_row, slot) for slot in _empty_slots(tokens, cache.window.sink, block)]
     if not moved:
         return
-    device = cache.window_pages.device
-    table_row, token = torch.tensor(moved, device=device).unbind(1)
+    table_row, token = torch.tensor(moved, device=cache.window_pages.device).unbind(1)
     source = cache.window_pages[batch.window_table[table_row, token // WINDOW_BLOCK].long()]
     pages, granules = _places(cache, batch, moved)
     empty_pages, empty_granules = _places(cache, batch, empty)
 
-    for head, part in enumerate(cache.layout.heads):
-        if part is None:
-            continue
-        key, value = source[:, head].split(cache.layout.head_dim, dim=-1)
-        stored = cache.codec.encode(key[..., cache.channels[head]], value)
-        side = _side(cache, part)
-        side[pages, granules] = stored.side
-        side[empty_pages, empty_granules] = cache.codec.empty_side(len(empty), device)
-        for chunk in part.k_chunks:
-            columns = stored.key[..., chunk.first : chunk.first + chunk.width]
-            rows = _rows(cache, chunk.offset, block, chunk.width)
-            rows.unflatten(1, (-1, GRANULE))[pages, granules] = columns
-        values = _values(cache, part).unflatten(2, (-1, GRANULE))
-        values[pages, :, granules] = stored.value.transpose(1, 2)
-        values[empty_pages, :, empty_granules] = 0
+    for head, (channels, part) in enumerate(zip(cache.heads, cache.head_pages, strict=True)):
+        if part is not None:
+            key, value = source[:, head].split(cache.layout.head_dim, dim=-1)
+            part.write(pages, granules, cache.codec.encode(key, value, channels))
+            part.clear(empty_pages, empty_granules, cache.codec)
 
 
 def attend(
@@ -101,7 +90,7 @@ def _attend(
     scale: float,
 ) -> torch.Tensor:
     """Apply one rule to queries `[n, num_heads, head_dim]` of a request, some at a time."""
-    group = query.shape[1] // len(cache.channels)
+    group = query.shape[1] // len(cache.heads)
     at_once = max(MAX_SCORES // (group * (start + len(query))), 1)
     parts = [
         rule(part, start + i * at_once, row, cache, batch, scale)
@@ -152,18 +141,18 @@ def _attend_pruned(
     sees_dense = (dense_at <= position) & ((dense_at < window.sink) | (dense_at >= boundary))
     sees_archive = torch.arange(window.sink, newest, device=device) < boundary
 
-    heads = query.float().transpose(0, 1).unflatten(0, (len(cache.channels), -1))
+    heads = query.float().transpose(0, 1).unflatten(0, (len(cache.heads), -1))
     attended = torch.empty_like(heads)
-    for head, (channels, part) in enumerate(zip(cache.channels, cache.layout.heads, strict=True)):
+    for head, part in enumerate(cache.head_pages):
         q = heads[head] * scale
         scores = (q @ key[head].T).masked_fill(~sees_dense, -torch.inf)
         if part is None or newest == window.sink:
             attended[head] = scores.softmax(-1) @ value[head]
             continue
         archived_key, archived_value = _archived_tokens(
-            cache, batch.archive_table[row.table_row], part, newest
+            cache, batch.archive_table[row.table_row], head, newest
         )
-        pruned = (q[..., channels] @ archived_key.T).masked_fill(~sees_archive, -torch.inf)
+        pruned = (q @ archived_key.T).masked_fill(~sees_archive, -torch.inf)
         weights = torch.cat((scores, pruned), dim=-1).softmax(-1)
         dense = scores.shape[-1]
         attended[head] = weights[..., :dense] @ value[head] + weights[..., dense:] @ archived_value
@@ -183,23 +172,19 @@ def _dense_tokens(
 
 
 def _archived_tokens(
-    cache: LayerCache, table: torch.Tensor, part: HeadPart, end: int
+    cache: LayerCache, table: torch.Tensor, head: int, end: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept K channels `[end - sink, kept]` and V `[end - sink, head_dim]` of one head, fp32, of
-    the tokens from the sink to `end`.
+    """K and V of one head, which stores anything, as the archive gives them back: fp32
+    `[end - sink, head_dim]` each, of the tokens from the sink to `end`.
     """
-    block = cache.layout.archive_block
+    block, part = cache.layout.archive_block, cache.head_pages[head]
+    assert part is not None
     first = cache.window.sink // block
-    pages = table[first : -(-end // block)].long()
-    chunks = [_rows(cache, c.offset, block, c.width)[pages] for c in part.k_chunks]
-    stored = Stored(
-        key=torch.cat(chunks, dim=-1).flatten(0, 1).unflatten(0, (-1, GRANULE)),
-        value=_values(cache, part)[pages].transpose(1, 2).flatten(0, 1).unflatten(0, (-1, GRANULE)),
-        side=_side(cache, part)[pages].flatten(0, 1),
-    )
+    stored = part.read(table[first : -(-end // block)].long())
     begin = cache.window.sink - first * block
     granules = slice(begin // GRANULE, (end - first * block) // GRANULE)
-    key, value = cache.codec.decode(Stored(*(field[granules] for field in stored)))
+    within = Stored(*(field[granules] for field in stored))
+    key, value = cache.codec.decode(within, cache.heads[head])
     return key.flatten(0, 1), value.flatten(0, 1)
 
 
@@ -222,23 +207,3 @@ def _places(
     device, block = cache.window_pages.device, cache.layout.archive_block
     row, slot = torch.tensor(slots, dtype=torch.long, device=device).view(-1, 2).unbind(1)
     return batch.archive_table[row, slot // block].long(), slot % block // GRANULE
-
-
-def _rows(cache: LayerCache, offset: int, rows: int, width: int) -> torch.Tensor:
-    """View of one part of every archive page, `[num_blocks, rows, width]`."""
-    part = cache.archive_pages[:, offset : offset + rows * width]
-    return part.unflatten(1, (rows, width))
-
-
-def _values(cache: LayerCache, part: HeadPart) -> torch.Tensor:
-    """View of a head's V in every archive page, `[num_blocks, head_dim, archive_block]`."""
-    return _rows(cache, part.v_offset, cache.layout.head_dim, cache.layout.archive_block)
-
-
-def _side(cache: LayerCache, part: HeadPart) -> torch.Tensor:
-    """View of what the format keeps beside a head's K and V in every archive page, bytes
-    `[num_blocks, archive_block // 32, side_bytes]`.
-    """
-    count, size = cache.layout.archive_block // GRANULE, cache.layout.archive_format.side_bytes
-    pages = cache.archive_pages.view(torch.uint8)
-    return pages[:, part.side_offset : part.side_offset + count * size].unflatten(1, (count, size))

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from vllm_leank.kernels.channels import HeadChannels
+from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.kernels.launch import (
     Device,
     decode_programs_of_all,
@@ -25,7 +27,8 @@ class Work:
     Attributes:
         programs: int32 `[programs, 8]`: KV head, which of its splits, number of its splits, and the
             head's row of `Tables.heads`.
-        heads: int32 `[num_kv_heads, 3]`: first program, number of programs, kept channels.
+        heads: int32 `[num_kv_heads, 3]`: first program, number of programs, units of 256
+            bytes of one tile.
         largest: most programs that a head has.
     """
 
@@ -43,17 +46,22 @@ class Tables:
 
     Args:
         layout: the layer's pages.
-        channels: per KV head, the kept K channels, ascending.
+        channels: what is known of each KV head's channels.
         window: the dense window.
         device: where the kernels run.
 
     Attributes:
-        heads: int32 `[num_kv_heads, 5]`: kept channels, the first of them in `channels`, and where
-            K, V (in elements) and side data (in floats) begin within the layer's part of an
-            archive page.
-        channels: int32 `[total kept]`.
-        columns: int32 `[total kept, 3]`: K channel, the element of an archive page where its
-            column begins, and the elements from one token to the next.
+        heads: int32 `[num_kv_heads, 5]`: variant, first row in `columns`, and where the head begins
+            within the layer's part of an archive page (in elements), units of 256 bytes of one
+            tile of it, and where its side data begins (in numbers of the codec's dtype).
+        variants: numbers that stand for the profiles that kernels are compiled for.
+        order: int32 `[2, num_kv_heads, head_dim]`, channels of K and of V as they are stored.
+        numbers: fp32 `[6, num_kv_heads, head_dim]`: 0 means of K that scores are made with, in
+            stored order; 1 factors of K, in stored order; 2 means of V by channel; 3 factors of V,
+            in stored order; 4 and 5 means of K and of V in stored order, which codes are made with.
+        columns: int32 `[stored K channels, 3]`, for formats of whole channels: K channel, the
+            element of an archive page where its column begins, and the elements from one token to
+            the next.
         archive_units: units of 256 bytes of one archive tile of all heads.
         device: what launches depend on.
     """
@@ -61,20 +69,31 @@ class Tables:
     def __init__(
         self,
         layout: CacheLayout,
-        channels: Sequence[torch.Tensor],
+        channels: Sequence[HeadChannels],
         window: Window,
         device: torch.device,
     ) -> None:
+        codec = codec_of(layout.archive_format)
+        tile, itemsize = tile_tokens(layout), layout.itemsize
+        units = [
+            int(layout.archive_format.token_bytes(profile, itemsize) * tile) // 256
+            for profile in layout.profiles
+        ]
         rows, start = [], 0
-        for head in layout.heads:
+        for head, unit in zip(layout.heads, units, strict=True):
             if head is None:
                 rows.append((0, start, 0, 0, 0))
                 continue
-            rows.append((head.kept, start, head.k_offset, head.v_offset, head.side_offset // 4))
+            variant = layout.archive_format.variant(head.profile)
+            side = head.side_offset // codec.side_dtype.itemsize
+            rows.append((variant, start, head.offset, max(unit, 1), side))
             start += head.kept
         heads = torch.tensor(rows, dtype=torch.int32)
         self.heads = heads.to(device)
-        self.channels = torch.cat(tuple(channels)).to(device=device, dtype=torch.int32)
+        self.variants = tuple(map(layout.archive_format.variant, layout.variants))
+        orders = [[one.k.order for one in channels], [one.v.order for one in channels]]
+        self.order = torch.stack([torch.stack(kind) for kind in orders]).to(device, torch.int32)
+        self.numbers = torch.stack([_numbers(one) for one in channels], dim=1).to(device)
         columns = [
             (chunk.offset + i, chunk.width)
             for head in layout.heads
@@ -82,26 +101,26 @@ class Tables:
             for chunk in head.k_chunks
             for i in range(chunk.width)
         ]
-        places = torch.tensor(columns, dtype=torch.int32, device=device).view(-1, 2)
-        self.columns = torch.cat((self.channels[:, None], places), dim=1)
+        if codec.whole_channels:
+            stored = torch.cat([one.k.stored for one in channels]).to(device, torch.int32)
+            places = torch.tensor(columns, dtype=torch.int32, device=device).view(-1, 2)
+            self.columns = torch.cat((stored[:, None], places), dim=1)
+        else:
+            self.columns = self.order
         self.device = Device.of(device)
-        self.archive_units = sum(
-            (kept + layout.head_dim) * tile_tokens(layout) * layout.archive_itemsize // 256
-            for kept in layout.kept
-            if kept
-        )
+        self.archive_units = sum(units)
         dense = (window.sink + window.recent) * 2 * layout.head_dim * layout.itemsize
         far = NOMINAL_LENGTH - window.sink - window.recent
         costs: list[float] = [
-            dense + far * (kept and kept + layout.head_dim) * layout.archive_itemsize
-            for kept in layout.kept
+            dense + far * layout.archive_format.head_bytes(profile, layout.itemsize)
+            for profile in layout.profiles
         ]
         # Half of an even share on top: in short requests all heads read the same.
         costs = [cost + sum(costs) / len(costs) / 2 for cost in costs]
         # All of them now: while a CUDA graph is captured no tensor may come from the host.
         self._work = {
             programs: _share_work(heads, costs, programs).to(device)
-            for programs in decode_programs_of_all(len(layout.kept))
+            for programs in decode_programs_of_all(len(layout.profiles))
         }
 
     def work(self, programs: int) -> Work:
@@ -118,9 +137,19 @@ def _share_work(heads: torch.Tensor, costs: Sequence[float], programs: int) -> W
         for head, count in enumerate(counts)
         for i in range(count)
     ]
-    of_heads = list(zip(firsts, counts, heads[:, 0].tolist(), strict=True))
+    of_heads = list(zip(firsts, counts, heads[:, 3].tolist(), strict=True))
     return Work(
         programs=torch.tensor(rows, dtype=torch.int32),
         heads=torch.tensor(of_heads, dtype=torch.int32),
         largest=max(counts),
     )
+
+
+def _numbers(head: HeadChannels) -> torch.Tensor:
+    """One head's part of `Tables.numbers`, fp32 `[6, head_dim]`."""
+    k_mean = head.k.mean.clone()
+    # What is stored as it is has no use for its mean.
+    k_mean[: head.k.counts[0]] = 0
+    v_mean = torch.empty_like(head.v.mean)
+    v_mean[head.v.order] = head.v.mean
+    return torch.stack((k_mean, head.k.factor, v_mean, head.v.factor, head.k.mean, head.v.mean))

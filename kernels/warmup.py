@@ -2,7 +2,7 @@
 
 Which kernels these are follows from the layers' shapes, the window and the largest batch; lengths
 and the numbers of requests beyond that choose none. A layer stands for all, since layers share
-kernels (`CacheLayout.counts`).
+kernels (`CacheLayout.variants`).
 """
 
 import os
@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from vllm_leank.kernels.batch import MAX_DECODE_QUERIES, Batch
 from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.channels import first_channels
 from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.kernels.decode import decode
 from vllm_leank.kernels.extend import extend
@@ -66,7 +67,7 @@ def _dry_run(attention: Attention, cache: LayerCache) -> None:
     def tokens(count: int, heads: int) -> torch.Tensor:
         return torch.empty((count, heads, layout.head_dim), dtype=attention.dtype, device=device)
 
-    heads, query_heads = len(layout.kept), attention.query_heads
+    heads, query_heads = len(layout.profiles), attention.query_heads
     most = max(attention.max_reqs, 1)
     for num_reqs in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}):
         query, batch = tokens(num_reqs, query_heads), _batch(num_reqs, 1, device)
@@ -84,14 +85,14 @@ def _dry_run(attention: Attention, cache: LayerCache) -> None:
 def _layer_cache(attention: Attention, device: torch.device) -> LayerCache:
     """A layer with one page of each kind, as large as the real ones."""
     layout, codec = attention.layout, codec_of(attention.layout.archive_format)
-    heads, head_dim = len(layout.kept), layout.head_dim
+    heads, head_dim = len(layout.profiles), layout.head_dim
     window_shape = (1, heads, WINDOW_BLOCK, 2 * head_dim)
     archive = torch.empty((1, max(layout.archive_page_bytes, 512)), dtype=torch.uint8)
     return LayerCache(
         window_pages=torch.empty(window_shape, dtype=attention.dtype, device=device),
         archive_pages=archive.to(device).view(codec.dtype(attention.dtype)),
         layout=layout,
-        channels=tuple(torch.arange(kept, device=device) for kept in layout.kept),
+        heads=first_channels(layout).to(device).heads,
         window=attention.window,
     )
 

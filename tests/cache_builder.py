@@ -10,18 +10,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 
+import numpy as np
 import torch
+from archive_definition import PACKED, profiles_for
 from torch import Tensor
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.channels import layer_channels
 from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.kernels.codecs.codec import Stored
 
-from vllm_leank.core.formats import NATIVE, ArchiveFormat, find_format
+from vllm_leank.core.formats import NATIVE, ArchiveFormat
 from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
+from vllm_leank.core.profile import CLASSES, Profile
 from vllm_leank.core.window import GRANULE, Window
-
-FP8 = find_format("fp8")
 
 
 @dataclass(eq=False)
@@ -70,7 +72,8 @@ class CacheBuilder:
     """Pools, requests and steps of one layer.
 
     Args:
-        kept: kept K channels of each KV head; which ones is random.
+        kept: stored K channels of each KV head, from which `profiles_for` makes profiles, or the
+            profile; which channels is random.
         head_dim: channels of a head.
         group: query heads of each KV head.
         window: the dense window.
@@ -80,13 +83,15 @@ class CacheBuilder:
         num_blocks: blocks of each pool.
         spare_bytes: bytes per token by which an archive page exceeds the layer's part; half of them
             lie before it.
+        means: whether there are statistics, so that what is not stored is read as its mean; codes
+            need them.
         seed: of everything random.
         device: of all tensors.
     """
 
     def __init__(
         self,
-        kept: tuple[int, ...],
+        kept: tuple[int | Profile, ...],
         head_dim: int,
         group: int,
         window: Window,
@@ -95,6 +100,7 @@ class CacheBuilder:
         archive_format: ArchiveFormat = NATIVE,
         num_blocks: int = 160,
         spare_bytes: int = 64,
+        means: bool = False,
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
@@ -102,7 +108,15 @@ class CacheBuilder:
         self._generator = torch.Generator().manual_seed(seed)
         self._group, self._dtype, self._device = group, dtype, device
         self.scale = head_dim**-0.5
-        layout = CacheLayout(tuple(kept), head_dim, dtype.itemsize, archive_block, archive_format)
+        profiles = tuple(
+            one
+            if isinstance(one, Profile)
+            else profiles_for(archive_format, [[one]], head_dim)[0][0]
+            for one in kept
+        )
+        layout = CacheLayout(profiles, head_dim, dtype.itemsize, archive_block, archive_format)
+        bits, numbers = self._channels(layout, means or archive_format == PACKED)
+        channels = layer_channels(bits["k"], bits["v"], numbers or None).to(device)
         offset = spare_bytes // 2 * archive_block
 
         def pages(offset: int, num_bytes: int, dtype: torch.dtype) -> Tensor:
@@ -117,21 +131,30 @@ class CacheBuilder:
             window_pages=window_pages.unflatten(1, (len(kept), WINDOW_BLOCK, 2 * head_dim)),
             archive_pages=pages(offset, layout.archive_page_bytes, codec.dtype(dtype)),
             layout=layout,
-            channels=tuple(
-                torch.tensor(
-                    sorted(self._random.sample(range(head_dim), count)),
-                    dtype=torch.int64,
-                    device=device,
-                )
-                for count in kept
-            ),
+            heads=channels.heads,
             window=window,
         )
         self._free = list(range(1, num_blocks))
 
+    def _channels(self, layout: CacheLayout, statistics: bool) -> tuple[dict, dict]:
+        """Bits of each channel, and means and scales, of K and V, `[num_kv_heads, head_dim]`."""
+        shape = len(layout.profiles), layout.head_dim
+        bits = {kind: np.zeros(shape, np.uint8) for kind in "kv"}
+        for head, profile in enumerate(layout.profiles):
+            for kind, counts in (("k", profile.k), ("v", profile.v)):
+                stored = [one for one, n in zip(CLASSES, counts, strict=True) for _ in range(n)]
+                chosen = self._random.sample(range(layout.head_dim), len(stored))
+                bits[kind][head, chosen] = stored
+        rng = np.random.default_rng(len(stored))
+        numbers = {}
+        for kind in "kv" if statistics else ():
+            numbers[f"{kind}_mean"] = rng.normal(0, 0.3, shape).astype(np.float16)
+            numbers[f"{kind}_scale"] = rng.uniform(0.5, 1.5, shape).astype(np.float16)
+        return bits, numbers
+
     def add(self, prompt: int, length: int) -> Request:
         """A request with a prompt of `prompt` tokens, `length` tokens in all."""
-        heads, head_dim = len(self.cache.channels), self.cache.layout.head_dim
+        heads, head_dim = len(self.cache.heads), self.cache.layout.head_dim
 
         def draw(num_heads: int) -> Tensor:
             tokens = torch.randn(length, num_heads, head_dim, generator=self._generator)
@@ -230,30 +253,40 @@ class CacheBuilder:
         output = torch.empty_like(request.query, dtype=torch.float64)
         for head in range(output.shape[1]):
             kv_head = head // self._group
-            kept = self.cache.channels[kv_head]
             q = request.query[:, head].double() * self.scale
             k, v = request.key[:, kv_head].double(), request.value[:, kv_head].double()
             scores = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device)
             scores = torch.where(dense, q @ k.T, scores)
             far_v = v
-            if len(kept) and length > sink:
-                rounded = self.cache.codec.round(
-                    request.key[sink:, kv_head, kept], request.value[sink:, kv_head]
-                )
-                k, far_v = k[:, kept].clone(), v.clone()
-                k[sink:], far_v[sink:] = (part.double() for part in rounded)
-                scores = torch.where(far, q[:, kept] @ k.T, scores)
+            if self.cache.layout.profiles[kv_head].stores:
+                far_k, far_v = self.archived(request, kv_head)
+                scores = torch.where(far, q @ far_k.T, scores)
             weights = scores.softmax(-1)
             output[:, head] = (weights * dense) @ v + (weights * far) @ far_v
         return output
+
+    def archived(self, request: Request, head: int) -> tuple[Tensor, Tensor]:
+        """K and V of a head, fp64 `[length, head_dim]` each, as the archive's codec gives them back
+        from the sink on.
+        """
+        sink = self.cache.window.sink
+        far = [part[:, head].double().clone() for part in (request.key, request.value)]
+        if len(request) > sink:
+            rounded = self.cache.codec.round(
+                request.key[sink:, head], request.value[sink:, head], self.cache.heads[head]
+            )
+            for whole, part in zip(far, rounded, strict=True):
+                whole[sink:] = part.double()
+        return far[0], far[1]
 
     def archive_bytes(
         self, request: Request, slots: Iterable[int], empty: bool = False
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """What belongs into archive slots: page, byte positions, and bytes, uint8.
 
-        Of a token: K, V and what the format keeps beside them for its granule. Of an empty slot:
-        V, all 0, and the same of zeros.
+        Of a token: K, V and what the format keeps beside them for its granule. Of an empty slot,
+        what keeps the product with V finite: V of 0, unless any codes do, and the side bytes of a
+        granule without a token.
         """
         layout, sink = self.cache.layout, self.cache.window.sink
         block = layout.archive_block
@@ -269,16 +302,20 @@ class CacheBuilder:
             if part is None:
                 continue
             stored = self._stored(request, head)
-            nothing = self.cache.codec.empty_side(1, request.key.device)[0]
+            codec = self.cache.codec
             for t in slots:
                 page, slot = request.archive_row[t // block], t % block
                 granule, row = divmod(t - sink, GRANULE)
                 for chunk in part.k_chunks if not empty else ():
                     columns = stored.key[granule, row, chunk.first : chunk.first + chunk.width]
                     yield run(chunk.offset + slot * chunk.width, 1, columns)
-                v = torch.zeros_like(stored.value[0, 0]) if empty else stored.value[granule, row]
-                yield run(part.v_offset + slot, block, v)
-                side = nothing if empty else stored.side[granule]
+                for chunk in part.v_chunks if not (empty and codec.any_codes) else ():
+                    if empty:
+                        v = stored.value.new_zeros(chunk.width)
+                    else:
+                        v = stored.value[granule, row, chunk.first : chunk.first + chunk.width]
+                    yield run(chunk.offset + slot, block, v)
+                side = codec.empty_side if empty else stored.side[granule]
                 if len(side):
                     yield run(part.side_offset + slot // GRANULE * len(side), 1, side)
 
@@ -286,11 +323,10 @@ class CacheBuilder:
         """Whole granules of one head, from the sink on, as the format stores them."""
         sink = self.cache.window.sink
         whole = slice(sink, sink + (len(request) - sink) // GRANULE * GRANULE)
-        key = request.key[whole, head, self.cache.channels[head]]
-        value = request.value[whole, head]
-        return self.cache.codec.encode(
-            key.unflatten(0, (-1, GRANULE)), value.unflatten(0, (-1, GRANULE))
+        key, value = (
+            part[whole, head].unflatten(0, (-1, GRANULE)) for part in (request.key, request.value)
         )
+        return self.cache.codec.encode(key, value, self.cache.heads[head])
 
     def _reclaim(self, request: Request) -> None:
         """Free what no later query reads, poison it, and let others have it."""

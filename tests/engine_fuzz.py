@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from engines import engine
-from format_samples import format_of, rounds
-from mask_samples import random_mask
+from format_samples import format_of, mask_for, rounds
 from oracle import Oracle
 from speculation import watch
 from vllm import SamplingParams
@@ -195,7 +194,8 @@ class Arena:
 def arena(seed, model, speculation=None):
     """An engine drawn from a seed, with vLLM's `speculative_config` if given."""
     chance = random.Random(seed)
-    mask = random_mask(model, list(chance.choice(KEPT)), seed=seed)
+    chosen = format_of(seed)
+    mask = mask_for(chosen, model, chance.choice(KEPT), seed)
     chunk = chance.choice((32, 50, 128, 512))
     options = {
         "max_model_len": MAX_LENGTH,
@@ -207,12 +207,11 @@ def arena(seed, model, speculation=None):
     # Room for one request of full length, for a little more, or for all.
     options["num_gpu_blocks_override"] = chance.choice((26, 32, 250))
     options["prefill"] = "pruned" if seed % 2 else "exact"
-    chosen = format_of(seed)
     options["archive_dtype"] = chosen.name
     with engine(model, mask, sink=SINK, recent=RECENT, **options) as running:
         running.poison_freed_blocks()
         recent = running.window.recent
-        oracle = Oracle(model, mask.keep, SINK, recent, archive_format=chosen)
+        oracle = Oracle(model, mask, SINK, recent, archive_format=chosen)
         yield Arena(seed, running, oracle)
 
 

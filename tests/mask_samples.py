@@ -43,6 +43,31 @@ def statistics_of(shape: tuple[int, int, int], seed: int = 0) -> Statistics:
     return Statistics(means(), scales(), means(), scales())
 
 
+def coded_mask(model: Path, seed: int = 0) -> Mask:
+    """Heads of 8, 4 and 2 bits, of V alone and of none in turn; 64 channels or a multiple."""
+    heads = [
+        ([8] * 16 + [4] * 32 + [0] * 16, [4] * 32 + [0] * 32),
+        ([2] * 64, [2] * 64),
+        ([0] * 64, [0] * 64),
+        ([4] * 64, [8] * 32 + [4] * 32),
+    ]
+    geometry = geometry_of(model)
+    rng = np.random.default_rng(seed)
+    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    bits = np.zeros((2, *shape), np.uint8)
+    rows = bits.reshape(2, -1, geometry.head_dim)
+    for index in range(rows.shape[1]):
+        for row, classes in zip(rows[:, index], heads[(index + seed) % len(heads)], strict=True):
+            row[:] = rng.permutation(np.repeat(classes, geometry.head_dim // 64))
+    means = (rng.normal(0, 0.3, (2, *shape))).astype(np.float16)
+    scales = (rng.uniform(0.5, 1.5, (2, *shape))).astype(np.float16)
+    statistics = Statistics(means[0], scales[0], means[1], scales[1])
+    provenance = {"method": "random"}
+    return Mask.from_bits(
+        *bits, geometry, model=MODEL, provenance=provenance, statistics=statistics
+    )
+
+
 def packed_mask(geometry: Geometry, seed: int = 0, **options: object) -> Mask:
     """Heads of 2, 4 and 8 bits, of 16 bits and of none in turn, their channels in random order.
 

@@ -9,14 +9,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from archive_definition import plan_of
 from cache_builder import relative_rms
 from vllm_leank.kernels import reference
+from vllm_leank.kernels.channels import layer_channels
 
 from vllm_leank.bench import pools, results
 from vllm_leank.bench.cases import Case, parse_case, parse_layers
 from vllm_leank.core.formats import find_format
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import save_mask
@@ -27,7 +28,7 @@ WINDOW = Window(32, 64)
 
 
 def layout(archive_dtype="auto", itemsize=2):
-    return plan_cache(KEPT, 64, itemsize, archive_format=find_format(archive_dtype)).layer(1)
+    return plan_of(KEPT, 64, itemsize, archive_format=find_format(archive_dtype)).layer(1)
 
 
 @pytest.fixture
@@ -46,9 +47,9 @@ def test_bytes_that_decode_must_read():
     # boundary(32768) = 128 + 31872 // 32 * 32 = 32000: 31872 archived and 896 dense tokens.
     pruned = 352 + 7 * 128
     dense = 8 * 2 * 128 * 2
-    bf16 = plan_cache(kept, 128, 2).layer(0)
+    bf16 = plan_of(kept, 128, 2).layer(0)
     assert case.read_bytes(bf16) == 64 * (896 * dense + 31872 * pruned * 2) == 5_326_241_792
-    fp8 = plan_cache(kept, 128, 2, archive_format=find_format("fp8")).layer(0)
+    fp8 = plan_of(kept, 128, 2, archive_format=find_format("fp8")).layer(0)
     # Scales: 2 floats a head and 32 tokens, of 7 heads.
     assert case.read_bytes(fp8) == 64 * (896 * dense + 31872 * pruned + 31872 * 7 // 4)
     assert case.dense_bytes(8, 128, 2) == 64 * 32768 * 4096
@@ -81,11 +82,11 @@ def test_cases_of_the_command_line():
 
 @pytest.mark.parametrize("archive_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("length", [1, 96, 127, 128, 500])
-def test_pages_hold_what_a_query_reads_and_no_page_is_shared(archive_dtype, length):
+def test_pages_hold_what_a_query_reads_and_no_page_is_shared(mask, archive_dtype, length):
     case = Case(3, length, WINDOW)
     pages = layout(archive_dtype)
     tables = pools.Tables.shuffled(case, pages.archive_block, 2, torch.device("cpu"))
-    channels = tuple(torch.arange(count) for count in pages.kept)
+    channels = layer_channels(*mask.layer(1, range(2)))
     cache = pools.layer_cache(pages, channels, case, tables, torch.bfloat16)
     for name, count in (
         ("window_table", tables.window_pages),

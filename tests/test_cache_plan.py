@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_builder import FP8
+from archive_definition import FP8, plan_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity
 from vllm_leank.core.formats import NATIVE, find_format, known_formats
-from vllm_leank.core.plan import ARCHIVE_BLOCKS, ARCHIVE_WASTE, plan_cache, rank_heads
+from vllm_leank.core.plan import ARCHIVE_WASTE, rank_heads
 from vllm_leank.core.window import Window
 
 OFFICIAL_MASKS = Path(__file__).parents[2] / "shared" / "official-masks"
@@ -34,7 +34,7 @@ HAND_WRITTEN = ((32, 64, 0, 96), (0, 0, 0, 0), (32, 32, 32, 32), (128, 128, 128,
 def test_plan_of_a_hand_written_mask(
     tp_size, itemsize, archive, token_bytes, archive_block, block_bytes, dense
 ):
-    plan = plan_cache(HAND_WRITTEN, 128, itemsize, tp_size, archive)
+    plan = plan_of(HAND_WRITTEN, 128, itemsize, tp_size, archive)
     assert plan.archive_token_bytes == token_bytes
     assert plan.archive_block == archive_block
     assert plan.block_bytes == block_bytes
@@ -42,7 +42,7 @@ def test_plan_of_a_hand_written_mask(
 
 
 def test_layers_of_a_stage_lie_one_behind_the_other():
-    plan = plan_cache(HAND_WRITTEN, 128, 2)
+    plan = plan_of(HAND_WRITTEN, 128, 2)
     assert [plan.archive_offset(index) for index in range(4)] == [
         0, 64 * 1152, 64 * 1152, 64 * 2432
     ]  # fmt: skip
@@ -50,7 +50,7 @@ def test_layers_of_a_stage_lie_one_behind_the_other():
 
 
 def test_every_stage_has_the_page_of_the_largest():
-    plan = plan_cache(HAND_WRITTEN, 128, 2, stages=(1, 3))
+    plan = plan_of(HAND_WRITTEN, 128, 2, stages=(1, 3))
     assert plan.first_layers == (0, 1)
     assert [plan.archive_offset(index) for index in range(4)] == [0, 0, 0, 64 * 1280]
     assert plan.stage_token_bytes == 1280 + 2048
@@ -60,7 +60,7 @@ def test_every_stage_has_the_page_of_the_largest():
 
 def test_an_archive_page_is_never_as_large_as_a_window_page():
     """vLLM would take archive and layer for layers of one kind."""
-    plan = plan_cache([[128, 128]], 128, 2)
+    plan = plan_of([[128, 128]], 128, 2)
     assert plan.archive_block == 32
     assert plan.archive_page_bytes == 32 * 1024 + 512
 
@@ -86,7 +86,7 @@ def official(name):
 def test_plan_of_the_official_masks(
     name, tp_size, archive, token, dense, archive_block, block_bytes
 ):
-    plan = plan_cache(official(name), 128, 2, tp_size, archive)
+    plan = plan_of(official(name), 128, 2, tp_size, archive)
     window = Window(64, 256)
     assert plan.archive_block == archive_block
     assert plan.archive_token_bytes == token
@@ -115,14 +115,14 @@ LEAST = {
 )
 def test_requests_that_fit_against_dense(name, archive, tp_size, least):
     """Of 32K tokens: what one page for all layers of a stage brought."""
-    plan = plan_cache(official(name), 128, 2, tp_size, find_format(archive))
+    plan = plan_of(official(name), 128, 2, tp_size, find_format(archive))
     pool = 64 << 30
     fit = leank_capacity(plan, Window(64, 256), pool, 32768).in_decode
     assert fit / dense_capacity(plan, pool, 32768).in_decode >= least
 
 
 def test_blocks_of_short_requests():
-    plan = plan_cache(HAND_WRITTEN, 128, 2)
+    plan = plan_of(HAND_WRITTEN, 128, 2)
     window = Window(64, 256)
     assert [plan.blocks_in_prefill(window, n) for n in (1, 320, 351, 352)] == [1, 10, 11, 2 + 11]
     assert [plan.blocks_in_decode(window, n) for n in (1, 320, 351, 352)] == [1, 10, 11, 2 + 10]
@@ -152,8 +152,8 @@ def test_layers_of_every_rank_and_stage_share_a_page_without_overlap(
     num_stages = min(num_stages, len(mask))
     stages = [len(mask) // num_stages] * num_stages
     stages[-1] += len(mask) - sum(stages)
-    plan = plan_cache(mask, 128, 4, tp_size, archive_format, stages=stages)
-    assert plan.archive_block in ARCHIVE_BLOCKS
+    plan = plan_of(mask, 128, 4, tp_size, archive_format, stages=stages)
+    assert plan.archive_block in archive_format.blocks
     for rank in range(tp_size):
         for first, count in zip(plan.first_layers, plan.stages, strict=True):
             end = 0
@@ -168,11 +168,12 @@ def test_layers_of_every_rank_and_stage_share_a_page_without_overlap(
 @settings(max_examples=200, deadline=None)
 @given(masks, st.sampled_from([1, 2, 4]), st.sampled_from(known_formats()))
 def test_far_tokens_leave_little_of_a_block_empty(mask, tp_size, archive_format):
-    plan = plan_cache(mask, 128, 2, tp_size, archive_format)
+    plan = plan_of(mask, 128, 2, tp_size, archive_format)
     used = plan.archive_token_bytes * plan.archive_block / plan.block_bytes
-    assert used >= 1 - ARCHIVE_WASTE or plan.archive_block == max(ARCHIVE_BLOCKS)
-    if plan.archive_block > min(ARCHIVE_BLOCKS):
-        smaller = plan.archive_token_bytes * (plan.archive_block - 32)
+    assert used >= 1 - ARCHIVE_WASTE or plan.archive_block == archive_format.blocks[-1]
+    step = archive_format.blocks[0]
+    if plan.archive_block > step:
+        smaller = plan.archive_token_bytes * (plan.archive_block - step)
         assert smaller <= (1 - ARCHIVE_WASTE) * plan.dense_token_bytes * 32
 
 

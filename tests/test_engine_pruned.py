@@ -4,9 +4,18 @@ import numpy as np
 import pytest
 import torch
 from engines import engine
-from mask_samples import full_mask, random_mask
+from format_samples import mask_for
+from mask_samples import full_mask
 from oracle import Oracle
-from test_engine_answers import KEPT, LENGTHS, all_logprobs, assert_same, prompts_of
+from test_engine_answers import (
+    KEPT,
+    LENGTHS,
+    all_logprobs,
+    assert_same,
+    each_mask,
+    prompts_of,
+    tolerance_of,
+)
 
 from vllm_leank.core.formats import NATIVE, known_formats
 
@@ -17,7 +26,7 @@ SINK, RECENT = 32, 64
 
 def oracle_of(running, model, mask, **kind):
     assert not running.window.exact
-    return Oracle(model, mask.keep, SINK, running.window.recent, **kind)
+    return Oracle(model, mask, SINK, running.window.recent, **kind)
 
 
 def test_a_full_mask_gives_the_answers_of_plain_vllm(tiny_llama_dir):
@@ -32,7 +41,7 @@ def test_a_full_mask_gives_the_answers_of_plain_vllm(tiny_llama_dir):
 @pytest.mark.parametrize("chunk", [100, 8192])
 def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_format):
     """Of the prompt and of 200 decode steps, in memory that is NaN where nothing was written."""
-    mask = random_mask(tiny_llama_dir, KEPT)
+    mask = mask_for(archive_format, tiny_llama_dir, KEPT)
     (prompt,) = prompts_of([700], seed=7)
     with engine(
         tiny_llama_dir, mask, prefill="pruned", archive_dtype=archive_format.name, max_logprobs=512,
@@ -43,7 +52,7 @@ def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_forma
         oracle = oracle_of(leank, tiny_llama_dir, mask, archive_format=archive_format)
     found = torch.cat((prompt_logprobs, logprobs))
     expected = oracle.logits(prompt + tokens[:-1], exact_until=0).log_softmax(-1)
-    # Sums in another order may round an archived number to the other neighbour.
+    # Sums in another order may round a number of another archive to the other neighbour.
     assert (found - expected).square().mean().sqrt() < 1e-3
     if archive_format == NATIVE:
         assert torch.allclose(found, expected, atol=1e-3)
@@ -52,24 +61,28 @@ def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_forma
     assert not torch.allclose(found, exact, atol=1e-1)
 
 
-def test_history_does_not_matter(tiny_llama_dir):
+@each_mask
+def test_history_does_not_matter(tiny_llama_dir, mask_of):
     """Whole, chunked, and in batches of any size: equal tokens."""
     prompts = prompts_of([1500, 700, 33, 400, 96, 1000, 257, 640])
-    mask = random_mask(tiny_llama_dir, KEPT)
+    mask = mask_of(tiny_llama_dir)
     limits = {"max_model_len": 2048, "prefill": "pruned"}
     with engine(tiny_llama_dir, mask, max_num_batched_tokens=8192, **limits) as leank:
         whole = leank.generate(prompts, 100)
-        assert_same([leank.generate([prompt], 100)[0] for prompt in prompts], whole)
+        assert_same(
+            [leank.generate([prompt], 100)[0] for prompt in prompts], whole, tolerance_of(mask)
+        )
     for chunk in (33, 512):
         with engine(tiny_llama_dir, mask, max_num_batched_tokens=chunk, **limits) as leank:
-            assert_same(leank.generate(prompts, 100), whole)
+            assert_same(leank.generate(prompts, 100), whole, tolerance_of(mask))
 
 
-def test_preemption_does_not_matter(tiny_llama_dir):
+@each_mask
+def test_preemption_does_not_matter(tiny_llama_dir, mask_of):
     """Requests go on from pages of their own prompts and answers, and from each other's."""
     prompts = prompts_of([30, 300, 33, 200, 96, 250, 128, 64])
     prompts += [[*prompt, 1] for prompt in prompts]
-    mask = random_mask(tiny_llama_dir, KEPT)
+    mask = mask_of(tiny_llama_dir)
     limits = {"max_model_len": 1024, "prefill": "pruned", "max_num_batched_tokens": 64}
     with engine(tiny_llama_dir, mask, **limits) as leank:
         unpressed = leank.generate(prompts, 400)
@@ -80,16 +93,17 @@ def test_preemption_does_not_matter(tiny_llama_dir):
         **limits,
     ) as leank:  # fmt: skip
         outputs_lost, hits = leank.watch_preemptions(), leank.watch_hits()
-        assert_same(leank.generate(prompts, 400), unpressed)
+        assert_same(leank.generate(prompts, 400), unpressed, tolerance_of(mask))
         pool = leank.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     assert sum(lost > 64 for lost in outputs_lost) >= 3, outputs_lost
     assert sum(hit > 0 for hit in hits) >= 3, hits
 
 
-def test_answers_are_found_as_well(tiny_llama_dir):
+@each_mask
+def test_answers_are_found_as_well(tiny_llama_dir, mask_of):
     """A conversation: each turn's prompt holds the answer before it."""
-    mask = random_mask(tiny_llama_dir, KEPT)
+    mask = mask_of(tiny_llama_dir)
     turns = prompts_of([500, 40, 150, 3, 333], seed=5)
 
     def talk(leank):
@@ -104,17 +118,18 @@ def test_answers_are_found_as_well(tiny_llama_dir):
         expected = talk(leank)
     with engine(tiny_llama_dir, mask, prefill="pruned", enable_prefix_caching=True) as leank:
         hits = leank.watch_hits()
-        assert_same(talk(leank), expected)
+        assert_same(talk(leank), expected, tolerance_of(mask))
         page, window = leank.plan.archive_block, leank.window
     # All that was computed, in whole pages; an answer's last token was not.
     told = [int(told) - 1 for told in np.cumsum([len(turn) + 150 for turn in turns])[:-1]]
     assert hits == [0, *(window.prefix(length // page * page, page) for length in told)]
 
 
+@each_mask
 @pytest.mark.parametrize("chunk", [64, 1024])
-def test_a_prompt_holds_no_dense_middle(tiny_llama_dir, chunk):
+def test_a_prompt_holds_no_dense_middle(tiny_llama_dir, mask_of, chunk):
     """What a long prompt holds at most is what vLLM was told when it looked at its memory."""
-    mask = random_mask(tiny_llama_dir, KEPT)
+    mask = mask_of(tiny_llama_dir)
     (prompt,) = prompts_of([4000])
     with engine(
         tiny_llama_dir, mask, prefill="pruned", max_num_batched_tokens=chunk, max_model_len=4096
@@ -128,5 +143,5 @@ def test_a_prompt_holds_no_dense_middle(tiny_llama_dir, chunk):
         num_gpu_blocks_override=most + 1,
     ) as leank:  # fmt: skip
         preempted = leank.watch_preemptions()
-        assert_same(leank.generate([prompt], 60), expected)
+        assert_same(leank.generate([prompt], 60), expected, tolerance_of(mask))
         assert not preempted

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from archive_definition import plan_of
 from vllm.v1.core.kv_cache_utils import (
     generate_scheduler_kv_cache_config,
     get_max_concurrency_for_kv_cache_config,
@@ -16,7 +17,6 @@ from vllm_planning import get_kv_cache_groups
 
 from vllm_leank.core.formats import known_formats
 from vllm_leank.core.pages import WINDOW_BLOCK
-from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import ArchiveSpec, WindowSpec
 
@@ -123,7 +123,7 @@ def test_any_mask_gives_two_groups_that_fill_the_memory_without_overlap(make):
         heads = rng.choice([1, 2, 4, 8])
         tp_size = rng.choice([1, 1, 2, 4, 8])
         mask = make(rng, rng.choice([1, 2, 3, 4, 6, 8, 16]), heads)
-        plan = plan_cache(
+        plan = plan_of(
             mask,
             HEAD_DIM,
             rng.choice([2, 4]),
@@ -157,13 +157,13 @@ def test_any_mask_gives_two_groups_that_fill_the_memory_without_overlap(make):
 @pytest.mark.parametrize("make", [random_mask, all_sizes_differ, sizes_in_equal_counts])
 def test_large_models_give_two_groups(make, layers, archive_format):
     mask = make(random.Random(layers), layers, 8)
-    plan = plan_cache(mask, HEAD_DIM, 2, archive_format=archive_format)
+    plan = plan_of(mask, HEAD_DIM, 2, archive_format=archive_format)
     assert len(get_kv_cache_groups(vllm_config(LENGTH), cache_specs(plan, WINDOW))) == 2
 
 
 @pytest.mark.parametrize("draft_heads", [1, 2, 4])
 def test_layers_of_a_draft_model_lie_in_the_window_group(draft_heads):
-    plan = plan_cache(random_mask(random.Random(0), 4, 2), HEAD_DIM, 2)
+    plan = plan_of(random_mask(random.Random(0), 4, 2), HEAD_DIM, 2)
     specs = cache_specs(plan, WINDOW)
     window = next(spec for spec in specs.values() if isinstance(spec, WindowSpec))
     for layer in range(4, 8):
@@ -173,7 +173,7 @@ def test_layers_of_a_draft_model_lie_in_the_window_group(draft_heads):
 
 
 def test_vllm_counts_a_request_of_full_length_as_it_is_in_prefill():
-    plan = plan_cache(random_mask(random.Random(1), 6, 4), HEAD_DIM, 2)
+    plan = plan_of(random_mask(random.Random(1), 6, 4), HEAD_DIM, 2)
     blocks = plan.blocks_in_prefill(WINDOW, LENGTH)
     # One more block: vLLM keeps one for itself.
     config = cache_configs(plan, WINDOW, plan.block_bytes * (blocks + 1), LENGTH)[0]
@@ -184,7 +184,7 @@ def test_vllm_counts_a_request_of_full_length_as_it_is_in_prefill():
 
 
 def test_the_scheduler_sees_one_spec_per_group():
-    plan = plan_cache(random_mask(random.Random(2), 6, 4), HEAD_DIM, 2)
+    plan = plan_of(random_mask(random.Random(2), 6, 4), HEAD_DIM, 2)
     config = generate_scheduler_kv_cache_config(cache_configs(plan, WINDOW, 10**9, LENGTH))
     archive, window = (group.kv_cache_spec for group in config.kv_cache_groups)
     assert isinstance(archive, ArchiveSpec)

@@ -348,7 +348,7 @@ def copy_of(cache):
         cache.window_pages.clone(),
         raw(cache.archive_pages).clone().view(cache.archive_pages.dtype),
         cache.layout,
-        cache.channels,
+        cache.heads,
         cache.window,
     )
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from archive_definition import profiles_for
 from vllm_leank.kernels.launch import (
     FEW_HEADS,
     ONE_WAVE,
@@ -20,14 +21,15 @@ from vllm_leank.kernels.tables import Tables
 
 from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.core.pages import CacheLayout
-from vllm_leank.core.plan import ARCHIVE_BLOCKS
+from vllm_leank.core.profile import whole_heads
 from vllm_leank.core.window import Window
 
 HOPPER, AMPERE = Device(tma=True), Device(tma=False)
 
 
 def layout(kept=(32, 64, 0, 96), block=64, archive_format=NATIVE):
-    return CacheLayout(tuple(kept), 128, 2, block, archive_format)
+    (profiles,) = profiles_for(archive_format, [kept], 128)
+    return CacheLayout(profiles, 128, 2, block, archive_format)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8, 32, 96])
@@ -45,7 +47,7 @@ def test_programs_of_a_launch_fill_the_gpu_and_do_not_flood_it():
         assert ONE_WAVE <= rows * decode_programs(rows, 8) <= 8192
 
 
-@pytest.mark.parametrize("block", ARCHIVE_BLOCKS)
+@pytest.mark.parametrize("block", NATIVE.blocks)
 @pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
 def test_tiles_divide_pages(block, archive_format):
     tile = tile_tokens(layout(block=block, archive_format=archive_format))
@@ -54,7 +56,7 @@ def test_tiles_divide_pages(block, archive_format):
     assert 32 <= tile <= 128
 
 
-@pytest.mark.parametrize("block", ARCHIVE_BLOCKS)
+@pytest.mark.parametrize("block", NATIVE.blocks)
 @pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
 @pytest.mark.parametrize("device", [HOPPER, AMPERE])
 @pytest.mark.parametrize("group", [1, 7, 200])
@@ -69,7 +71,7 @@ def test_programs_of_extend_hold_whole_groups_and_tiles_divide_pages(
 
 def test_heads_of_many_channels_get_programs_that_fit():
     """Into the shared memory of Hopper, which the queries, K and V of 256 channels would fill."""
-    wide = CacheLayout((240,), 256, 2, 64)
+    wide = CacheLayout(*whole_heads([[240]], 256), 256, 2, 64)
     assert replace(choose_extend(4, wide, AMPERE), tma=True) == choose_extend(4, wide, HOPPER)
     assert choose_extend(4, wide, HOPPER) != choose_extend(4, layout(), HOPPER)
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from archive_definition import plan_of
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -16,7 +17,6 @@ from vllm.v1.request import Request
 from vllm_cache import cache_configs, vllm_config
 
 from vllm_leank.core.formats import NATIVE
-from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import WindowSpec
 
@@ -39,7 +39,7 @@ class Server:
         archive_format=NATIVE,
     ):  # fmt: skip
         self.window, self.block = window, block
-        plan = plan_cache([[64, 0], [64, 32]], 128, 2, archive_format=archive_format)
+        plan = plan_of([[64, 0], [64, 32]], 128, 2, archive_format=archive_format)
         self.plan = replace(plan, archive_block=block)
         memory = self.plan.block_bytes * num_blocks
         config = generate_scheduler_kv_cache_config(

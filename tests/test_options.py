@@ -50,7 +50,7 @@ def test_options_are_read(given, options):
         ({"mask": ""}, "leank option mask = '': string should have at least 1 character"),
         (
             {"archive_dtype": "int4"},
-            "leank option archive_dtype is 'int4', but must be one of: auto, fp8",
+            "leank option archive_dtype is 'int4', but must be one of: auto, fp8, packed",
         ),
         (
             {"prefill": "dense"},
@@ -121,7 +121,7 @@ def test_window_comes_from_options_then_from_the_mask(options, made_for, window)
 
 
 def settings(window, mask, archive_dtype="auto"):
-    plan = plan_cache(mask.kept_counts.tolist(), 64, 2, archive_format=find_format(archive_dtype))
+    plan = plan_cache(mask.profiles, 64, 2, archive_format=find_format(archive_dtype))
     return Settings(mask, window, replace(plan, archive_block=64))
 
 

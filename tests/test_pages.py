@@ -1,18 +1,24 @@
 """Where every byte of a layer's pages is."""
 
 import pytest
-from cache_builder import FP8
+from archive_definition import FP8, profiles_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_leank.core.formats import NATIVE, known_formats
-from vllm_leank.core.pages import CHUNK_WIDTHS, CacheLayout, archive_token_bytes
+from vllm_leank.core.formats.whole import CHUNK_WIDTHS
+from vllm_leank.core.pages import CacheLayout, archive_token_bytes
+from vllm_leank.core.profile import whole_heads
+
+
+def layout_of(kept, head_dim, itemsize, block, archive_format=NATIVE, **options):
+    (profiles,) = profiles_for(archive_format, [kept], head_dim)
+    return CacheLayout(profiles, head_dim, itemsize, block, archive_format, **options)
+
 
 counts = st.integers(0, 16).map(lambda n: n * 16)
 layouts = st.builds(
-    lambda kept, head_dim, itemsize, block, archive_format: CacheLayout(
-        tuple(kept), head_dim, itemsize, block, archive_format
-    ),
+    layout_of,
     st.lists(counts, min_size=1, max_size=8),
     st.sampled_from([64, 96, 128, 256]),
     st.sampled_from([2, 4]),
@@ -69,12 +75,12 @@ def test_chunks_values_and_side_data_tile_the_page(layout):
     ],
 )
 def test_chunks_have_binary_widths_widest_first(kept, widths):
-    head = CacheLayout((kept,), 256, 2, 64).heads[0]
+    head = layout_of((kept,), 256, 2, 64).heads[0]
     assert [chunk.width for chunk in head.k_chunks] == widths
 
 
 def test_offsets_of_a_page_in_literal_numbers():
-    layout = CacheLayout((48, 0, 16), 128, 2, 64)
+    layout = layout_of((48, 0, 16), 128, 2, 64)
     first, second, third = layout.heads
     assert [(c.offset, c.width, c.first) for c in first.k_chunks] == [(0, 32, 0), (2048, 16, 32)]
     assert first.v_offset == 3072
@@ -87,7 +93,7 @@ def test_offsets_of_a_page_in_literal_numbers():
 
 def test_offsets_of_an_fp8_page_in_literal_numbers():
     """Beside K and V of a head: for each of 2 granules a scale of K and one of V."""
-    layout = CacheLayout((112, 0, 16), 128, 2, 64, FP8)
+    layout = layout_of((112, 0, 16), 128, 2, 64, FP8)
     first, second, third = layout.heads
     assert [(c.offset, c.width, c.first) for c in first.k_chunks] == [
         (0, 64, 0), (4096, 32, 64), (6144, 16, 96)
@@ -110,16 +116,19 @@ def test_offsets_of_an_fp8_page_in_literal_numbers():
     ],
 )
 def test_bytes_of_a_token_come_in_units_and_include_side_data(kept, archive_format, token_bytes):
-    assert archive_token_bytes(kept, 128, 2, archive_format) == token_bytes
+    (profiles,) = profiles_for(archive_format, [kept], 128)
+    assert archive_token_bytes(profiles, 2, archive_format) == token_bytes
 
 
-def test_layers_compile_kernels_for_the_counts_of_all_layers():
-    assert CacheLayout((64, 0, 32, 64), 128, 2, 64).counts == (32, 64)
-    assert CacheLayout((64,), 128, 2, 64, counts=(32, 64, 96)).counts == (32, 64, 96)
-    with pytest.raises(ValueError, match=r"heads keep \[48\] channels, not only \(32, 64\)"):
-        CacheLayout((48,), 128, 2, 64, counts=(32, 64))
+def test_layers_compile_kernels_for_the_profiles_of_all_layers():
+    (some,) = whole_heads([[32, 64]], 128)
+    assert layout_of((64, 0, 32, 64), 128, 2, 64).variants == some
+    assert layout_of((64,), 128, 2, 64, variants=some).variants == some
+    wrong = "heads store K 48 x 16, V 128 x 16, not only K 32 x 16, V 128 x 16; K 64 x 16"
+    with pytest.raises(ValueError, match=wrong):
+        layout_of((48,), 128, 2, 64, variants=some)
 
 
 def test_a_head_with_too_many_channels_is_refused():
     with pytest.raises(ValueError, match="288 channels of a head are more than 256"):
-        CacheLayout((32,), 288, 2, 64)
+        layout_of((32,), 288, 2, 64)

@@ -3,13 +3,13 @@
 import os
 
 import pytest
+from archive_definition import plan_of
 from engines import engine
 from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
 from test_engine_answers import assert_same
 
 from vllm_leank.core.formats import find_format
-from vllm_leank.core.plan import plan_cache
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.lookup import find_masks
 
@@ -89,7 +89,9 @@ def test_equal_pages_leave_little_empty(leank, repo, tmp_path, archive_dtype, tp
     assert leank("mask", "import", source, "--model", model, "--out", tmp_path / "m.yaml")[0] == 0
     kept = load_mask(tmp_path / "m.yaml").kept_counts.tolist()
     archive_format = find_format(archive_dtype)
-    plan = plan_cache(kept, 128, 2, tp_size, archive_format)
-    needed = sum(archive_format.token_bytes(count, 128, 2) for layer in kept for count in layer)
+    plan = plan_of(kept, 128, 2, tp_size, archive_format)
+    needed = sum(
+        archive_format.token_bytes(profile, 2) for layer in plan.profiles for profile in layer
+    )
     assert 1 - needed / (plan.archive_token_bytes * tp_size) == pytest.approx(empty, abs=1e-3)
     assert tp_size != 2 or empty <= 0.04

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import typer
+from archive_definition import plan_of
 from mask_samples import random_mask
 from rich.console import Console
 
@@ -18,7 +19,6 @@ from vllm_leank.core.capacity import (
     leank_capacity,
 )
 from vllm_leank.core.formats import find_format
-from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
@@ -110,7 +110,7 @@ def test_prompts_read_pruned_hold_what_the_steps_in_flight_write(recall):
         for more in ([], ["--max-num-batched-tokens", 1024])
     )
     assert [one["max_num_batched_tokens"] for one in (usual, small)] == [8192, 1024]
-    plan, window = plan_cache(BUNDLED.kept_counts.tolist(), 128, 2), Window(64, 256, exact=False)
+    plan, window = plan_of(BUNDLED.kept_counts.tolist(), 128, 2), Window(64, 256, exact=False)
     for planned, in_flight in ((usual, 16384), (small, 2048)):
         fits = leank_capacity(plan, window, 2**30, 16384, in_flight).in_prefill
         assert planned["engines"][2]["in_prefill"] == fits
@@ -226,7 +226,7 @@ def test_capacity_is_that_of_a_server_on_an_h200():
     Its far tokens have 73,984 bytes, as those of this mask.
     """
     layers = [[64] * 8] * 23 + [[64] * 6 + [128] * 2] + [[0] * 8] * 8
-    plan = plan_cache(layers, 128, 2)
+    plan = plan_of(layers, 128, 2)
     assert (plan.archive_token_bytes, plan.archive_block) == (73_984, 64)
     pool = parse_size("110.61GiB")
     assert round(leank_capacity(plan, Window(128, 768), pool, 32_768).in_decode, 1) == 47.5
@@ -235,7 +235,7 @@ def test_capacity_is_that_of_a_server_on_an_h200():
 
 def test_short_requests_gain_nothing():
     """Within sink and recent every token is dense; only what blocks leave empty is lost."""
-    plan = plan_cache([[32, 0], [64, 32]], 64, 2)
+    plan = plan_of([[32, 0], [64, 32]], 64, 2)
     both = compare(plan, Window(64, 256), 2**30, 256, in_flight=1)
     share = plan.dense_token_bytes * 32 / plan.block_bytes
     assert both["leank"].in_decode == pytest.approx(both["vLLM"].in_decode * share, rel=1e-3)
@@ -243,8 +243,8 @@ def test_short_requests_gain_nothing():
 
 
 def test_the_variant_in_use_does_not_matter():
-    fp8 = plan_cache([[32, 0], [64, 32]], 64, 2, archive_format=find_format("fp8"))
-    bf16 = plan_cache([[32, 0], [64, 32]], 64, 2)
+    fp8 = plan_of([[32, 0], [64, 32]], 64, 2, archive_format=find_format("fp8"))
+    bf16 = plan_of([[32, 0], [64, 32]], 64, 2)
     window = Window(64, 256)
     assert compare(fp8, window, 2**30, 8192, 1) == compare(bf16, window, 2**30, 8192, 1)
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from archive_definition import FP8, PACKED
 from cache_builder import CacheBuilder, relative_rms
 from vllm_leank.kernels import reference
 
-from vllm_leank.core.formats import known_formats
+from vllm_leank.core.formats import NATIVE, known_formats
+from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import Window
 
 COUNTS = (0, 16, 32, 48, 64, 96, 112, 128, 256)
@@ -77,6 +79,36 @@ def test_other_archive_formats(
         assert relative_rms(output, step.expected) < tolerance
 
 
+@pytest.mark.parametrize("window", [Window(0, 32), Window(64, 100)], ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "group", "archive_block", "dtype", "tolerance"),
+    [
+        (64, 2, 128, *FP32),
+        (96, 1, 256, *FP16),
+        (128, 4, 128, *BF16),
+        (256, 1, 384, torch.float32, 2e-6),
+    ],
+)
+def test_a_packed_archive(head_dim, group, archive_block, dtype, tolerance, window):
+    """Heads of all classes, of K or V alone, and of none."""
+    heads = (*mixed(head_dim), Profile(k4=32), Profile(v2=64), Profile(k2=64, v8=16))
+    builder = CacheBuilder(heads, head_dim, group, window, archive_block, dtype, PACKED)
+    for step in serve(builder):
+        output = builder.run(step, reference)
+        assert output.isfinite().all()
+        assert relative_rms(output, step.expected) < tolerance
+
+
+@pytest.mark.parametrize("archive_format", [NATIVE, FP8], ids=str)
+def test_channels_that_are_not_kept_are_read_as_their_means(archive_format):
+    """Where the mask says them."""
+    builder = CacheBuilder(
+        mixed(128), 128, 2, Window(32, 64), archive_format=archive_format, means=True
+    )
+    for step in serve(builder):
+        assert relative_rms(builder.run(step, reference), step.expected) < 1e-6
+
+
 @pytest.mark.parametrize("kept", [(0, 0), (32, 32), (128, 128)])
 def test_masks_with_equal_heads(kept):
     builder = CacheBuilder(kept, 128, 2, Window(32, 64))
@@ -108,8 +140,11 @@ def test_long_replays_are_computed_in_parts(window, max_scores, monkeypatch):
     ],
     ids=lambda chunks: f"{len(chunks)} steps from {chunks[0]}",
 )
-def test_chunks_do_not_change_the_result(chunks):
-    builder = CacheBuilder((16, 0, 96), 128, 2, Window(32, 64), num_blocks=40)
+@pytest.mark.parametrize("archive_format", [NATIVE, PACKED], ids=str)
+def test_chunks_do_not_change_the_result(chunks, archive_format):
+    builder = CacheBuilder(
+        (16, 0, 96), 128, 2, Window(32, 64), archive_format=archive_format, num_blocks=40
+    )
     request = builder.add(150, 400)
     output = torch.cat([builder.run(builder.step([(request, n)]), reference) for n in chunks])
     assert relative_rms(output, request.expected) < 1e-6

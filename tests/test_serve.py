@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from archive_definition import plan_of
 from malformed import requests
 from openai import OpenAI
 from recall import evaluate_engine
@@ -17,7 +18,6 @@ from recall.demo import MODEL, server
 from recall.tasks import make_sample
 from transformers import AutoTokenizer
 
-from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.lookup import find_masks
@@ -81,7 +81,7 @@ def test_metrics_tell_the_mask_and_what_it_saves(url):
     assert info.endswith(" 1.0")
     (shipped,) = find_masks(str(MODEL))
     kept = load_mask(shipped.path).kept_counts.tolist()
-    far = float(plan_cache(kept, 128, 2).archive_token_bytes)
+    far = float(plan_of(kept, 128, 2).archive_token_bytes)
     assert f'vllm:leank_far_token_bytes{{cache="leank",model_name="recall"}} {far}' in metrics
     assert 'vllm:leank_far_token_bytes{cache="dense",model_name="recall"} 6144.0' in metrics
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from archive_definition import plan_of
 from cache_builder import CacheBuilder, relative_rms
 from engines import engine
+from format_samples import head_for
 from mask_samples import random_mask
 from oracle import Oracle
 from prometheus_client import REGISTRY
@@ -20,15 +22,16 @@ from test_engine_answers import KEPT, SINK, all_logprobs, prompts_of
 from test_kernels import KERNELS, serve
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
-from vllm_leank.kernels import reference
+from vllm_leank.kernels import fold_columns, fold_rows, reference, whole_store
+from vllm_leank.kernels.channels import HeadChannels
 from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.kernels.codecs.codec import Codec, Stored
 from vllm_leank.kernels.codecs.tiles import Tiles
 
 from vllm_leank.core import formats
-from vllm_leank.core.formats import NATIVE, ArchiveFormat, find_format, register_format
+from vllm_leank.core.formats import NATIVE, find_format, register_format
+from vllm_leank.core.formats.whole import WholeChannels
 from vllm_leank.core.options import OptionError, parse_options
-from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.serving.report import report
 from vllm_leank.serving.settings import load_settings
@@ -38,19 +41,17 @@ STEP = tl.constexpr(1 / 16)
 
 
 @dataclass(frozen=True)
-class Toy(ArchiveFormat):
+class Toy(WholeChannels):
     """A byte for each number; beside them the step, which is the same everywhere."""
 
     name: ClassVar[str] = "toy"
     archive: ClassVar[str] = "toy archive"
     codec: ClassVar[str] = f"{__name__}:ToyCodec"
+    side_bytes: ClassVar[int] = 8
+    behind_bytes: ClassVar[int] = 8
 
     def itemsize(self, model: int) -> int:
         return 1
-
-    @property
-    def side_bytes(self) -> int:
-        return 8
 
 
 @triton.jit
@@ -62,21 +63,32 @@ def encode_tile(x):
 class ToyCodec(Codec):
     """Rounds to the nearest step."""
 
-    tiles = Tiles(encode_tile, unit=1 / STEP.value)
+    tiles = Tiles(
+        fold_columns.fold_archive,
+        fold_rows.fold_archive,
+        whole_store.compact,
+        encode_tile,
+        unit=1 / STEP.value,
+    )
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
         return torch.int8
 
-    def encode(self, key: torch.Tensor, value: torch.Tensor) -> Stored:
+    @property
+    def empty_side(self) -> torch.Tensor:
+        return torch.ones(2).view(torch.uint8)
+
+    def encode(self, key: torch.Tensor, value: torch.Tensor, head: HeadChannels) -> Stored:
         step = torch.full((len(key), 2), STEP.value, device=key.device)
         stored = (
             (part.float() / STEP.value + 0.5).floor().clamp(-128, 127).to(torch.int8)
-            for part in (key, value)
+            for part in (key[..., head.k.stored], value)
         )
         return Stored(*stored, side=step.view(torch.uint8))
 
-    def decode(self, stored: Stored) -> tuple[torch.Tensor, torch.Tensor]:
-        return stored.key.float() * STEP.value, stored.value.float() * STEP.value
+    def decode(self, stored: Stored, head: HeadChannels) -> tuple[torch.Tensor, torch.Tensor]:
+        key = head.k.complete(stored.key.float() * STEP.value)
+        return key, stored.value.float() * STEP.value
 
 
 @pytest.fixture
@@ -95,7 +107,7 @@ def test_it_is_unknown_without_its_file():
 def test_options_and_plans_know_it(toy):
     assert parse_options({"leank": {"archive_dtype": "toy"}}).archive_dtype == "toy"
     # 48 + 128 numbers of a byte, and 8 bytes for each 32 tokens, in units of 16 bytes.
-    assert plan_cache([[48, 0]], 128, 2, archive_format=toy).archive_token_bytes == 192
+    assert plan_of([[48, 0]], 128, 2, archive_format=toy).archive_token_bytes == 192
 
 
 def test_leank_plan_has_a_row_for_it(toy, leank, repo):
@@ -171,7 +183,7 @@ def info_labels(config):
 
 def test_its_rounding_by_hand(toy):
     given = torch.tensor([[0.03, 0.04, -0.1, 1.0, 9.0, -9.0]])
-    rounded, _ = codec_of(toy).round(given, given)
+    rounded, _ = codec_of(toy).round(given, given, head_for(toy, 6, 6))
     assert rounded.tolist() == [[0, 1 / 16, -2 / 16, 1, 127 / 16, -8]]
 
 

@@ -156,7 +156,7 @@ def cache_line(length: int) -> str:
     config = AutoConfig.from_pretrained(MODEL)
     mask = resolve_mask(None, str(MODEL), Geometry.from_hf_config(config))
     window = Window(mask.sink, mask.recent)
-    plan = plan_cache(mask.kept_counts.tolist(), mask.geometry.head_dim, config.dtype.itemsize)
+    plan = plan_cache(mask.profiles, mask.geometry.head_dim, config.dtype.itemsize)
     held = plan.blocks_in_decode(window, length) * plan.block_bytes
     dense = length * plan.dense_token_bytes
     return f"{held / 2**20:.1f} MiB against {dense / 2**20:.1f} MiB dense ({held / dense:.0%})"

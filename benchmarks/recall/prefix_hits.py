@@ -90,7 +90,7 @@ def measure(workload: str, name: str, pool_tokens: int, seqs: int) -> dict[str, 
     """One engine through one workload."""
     leank = ENGINES[name]
     mask = load_mask(find_masks(MODEL)[0].path)
-    plan = plan_cache(mask.kept_counts.tolist(), mask.geometry.head_dim, itemsize=4)
+    plan = plan_cache(mask.profiles, mask.geometry.head_dim, itemsize=4)
     dense = plan.dense_token_bytes * DENSE_BLOCK
     size = dense if leank is None else plan.block_bytes
     arguments: dict[str, Any] = {"block_size": DENSE_BLOCK} if leank is None else {}

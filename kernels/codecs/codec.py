@@ -4,16 +4,18 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
+from vllm_leank.kernels.channels import HeadChannels
 
 from vllm_leank.core.window import GRANULE
 
 
 class Stored(NamedTuple):
-    """A head's granules as pages hold them.
+    """A head's granules as pages hold them: the elements of each token, all chunks of K, or of V,
+    one behind the other.
 
     Attributes:
-        key: `[n, 32, kept]`, of the archive's dtype.
-        value: `[n, 32, head_dim]`, of the archive's dtype.
+        key: `[n, 32, k elements]`, of the archive's dtype.
+        value: `[n, 32, v elements]`, of the archive's dtype.
         side: what is kept beside them, `[n, side_bytes]` as bytes.
     """
 
@@ -26,26 +28,39 @@ class Codec(ABC):
     """Writes and reads the numbers of an archive format.
 
     A format's author writes `dtype`, `encode` and `decode` in plain PyTorch, which is all that a
-    CPU needs, and `tiles`, the same two for Triton kernels. Pages, places and zeros in empty slots
-    are the kernels' work.
+    CPU needs, and `tiles`, the same for Triton kernels. Pages and places are the kernels' work.
+
+    Attributes:
+        side_dtype: of the numbers that are kept beside K and V.
+        any_codes: whether V is finite whatever bytes there are, if its side bytes are.
+        tile_tokens: most tokens of a tile of decode, a power of two.
+        whole_channels: whether each stored channel has elements of its own.
     """
+
+    side_dtype: torch.dtype = torch.float32
+    any_codes: bool = False
+    tile_tokens: int = 64
+    whole_channels: bool = True
 
     @abstractmethod
     def dtype(self, model: torch.dtype) -> torch.dtype:
         """Dtype of archive pages of a model of this dtype."""
 
     @abstractmethod
-    def encode(self, key: torch.Tensor, value: torch.Tensor) -> Stored:
+    def encode(self, key: torch.Tensor, value: torch.Tensor, head: HeadChannels) -> Stored:
         """Granules of one head as they are stored.
 
         Args:
-            key: `[n, 32, kept]`, the kept channels, of the model's dtype.
-            value: `[n, 32, head_dim]`.
+            key: `[n, 32, head_dim]`, all channels, of the model's dtype.
+            value: like `key`.
+            head: the head's channels.
         """
 
     @abstractmethod
-    def decode(self, stored: Stored) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of stored granules, fp32, in the shapes of `encode`."""
+    def decode(self, stored: Stored, head: HeadChannels) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of stored granules, fp32, in the shapes of `encode`. Channels that are not stored
+        are their means.
+        """
 
     @property
     @abstractmethod
@@ -56,7 +71,14 @@ class Codec(ABC):
         reads. Only Triton kernels ask for it; on a CPU it may raise `NotImplementedError`.
         """
 
-    def round(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def empty_side(self) -> torch.Tensor:
+        """Side bytes of a granule without a token, `[side_bytes]`: such that its V is finite."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    def round(
+        self, key: torch.Tensor, value: torch.Tensor, head: HeadChannels
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What queries read of far tokens of one head: K and V once encoded and decoded, fp32.
 
         Tests and offline measures use it as the format's definition; servers never call it. The
@@ -64,11 +86,12 @@ class Codec(ABC):
         zeros fill it, so what comes back of its tokens may differ from what a full one gives.
 
         Args:
-            key: `[tokens, kept]`, the kept channels, at least one, of the model's dtype.
-            value: `[tokens, head_dim]`.
+            key: `[tokens, head_dim]`, all channels, of the model's dtype.
+            value: like `key`.
+            head: the head's channels.
 
         Returns:
-            K and V in the same shapes.
+            K and V in the same shapes; channels that are not stored are their means.
         """
         tokens = len(key)
         granules = -(-tokens // GRANULE)
@@ -77,13 +100,7 @@ class Codec(ABC):
             padded = part.new_zeros((granules * GRANULE, part.shape[-1]))
             padded[:tokens] = part
             parts.append(padded.view(granules, GRANULE, part.shape[-1]))
-        rounded = self.decode(self.encode(*parts))
+        key, value = parts
+        rounded = self.decode(self.encode(key, value, head), head)
         key, value = (part.flatten(0, 1)[:tokens] for part in rounded)
         return key, value
-
-    def empty_side(self, count: int, device: torch.device) -> torch.Tensor:
-        """Side bytes of granules without a token, `[count, side_bytes]`: such that zeros are read
-        from zeros.
-        """
-        zeros = torch.zeros((count, GRANULE, 1), device=device)
-        return self.encode(zeros, zeros).side

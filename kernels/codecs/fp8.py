@@ -4,9 +4,12 @@ Divided by its scale, a granule's largest number is 448, e4m3's own. Scales fixe
 need calibration, and finer ones should gain little, since e4m3 has an exponent of its own.
 """
 
+from functools import cached_property
+
 import torch
 import triton
 import triton.language as tl
+from vllm_leank.kernels.channels import HeadChannels
 from vllm_leank.kernels.codecs.codec import Codec, Stored
 from vllm_leank.kernels.codecs.tiles import Tiles
 
@@ -25,18 +28,32 @@ def encode(x):
 class Fp8Codec(Codec):
     """Numbers in e4m3; beside them the scales of K and of V, fp32 each."""
 
-    tiles = Tiles(encode, unit=E4M3_MAX.value)
+    tile_tokens = 128
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        from vllm_leank.kernels import fold_columns, fold_rows, whole_store
+
+        folds = fold_columns.fold_archive, fold_rows.fold_archive
+        return Tiles(*folds, whole_store.compact, encode, E4M3_MAX.value)
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
         return torch.float8_e4m3fn
 
-    def encode(self, key: torch.Tensor, value: torch.Tensor) -> Stored:
-        (key, k_scale), (value, v_scale) = self._scaled(key), self._scaled(value)
+    @property
+    def empty_side(self) -> torch.Tensor:
+        return torch.ones(2).view(torch.uint8)
+
+    def encode(self, key: torch.Tensor, value: torch.Tensor, head: HeadChannels) -> Stored:
+        (key, k_scale), (value, v_scale) = (
+            self._scaled(key[..., head.k.stored]),
+            self._scaled(value),
+        )
         return Stored(key, value, torch.stack((k_scale, v_scale), dim=-1).view(torch.uint8))
 
-    def decode(self, stored: Stored) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, stored: Stored, head: HeadChannels) -> tuple[torch.Tensor, torch.Tensor]:
         k_scale, v_scale = stored.side.view(torch.float32)[..., None, None].unbind(-3)
-        return stored.key.float() * k_scale, stored.value.float() * v_scale
+        return head.k.complete(stored.key.float() * k_scale), stored.value.float() * v_scale
 
     def _scaled(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values `[n, 32, width]` in e4m3, and their scales `[n]`."""

@@ -1,6 +1,9 @@
 """The archive in the model's own dtype."""
 
+from functools import cached_property
+
 import torch
+from vllm_leank.kernels.channels import HeadChannels
 from vllm_leank.kernels.codecs.codec import Codec, Stored
 from vllm_leank.kernels.codecs.tiles import Tiles
 
@@ -8,13 +11,19 @@ from vllm_leank.kernels.codecs.tiles import Tiles
 class NativeCodec(Codec):
     """Numbers as they are in window pages."""
 
-    tiles = Tiles()
+    @cached_property
+    def tiles(self) -> Tiles:
+        from vllm_leank.kernels import fold_columns, fold_rows, whole_store
+
+        folds = fold_columns.fold_archive, fold_rows.fold_archive
+        return Tiles(*folds, whole_store.compact)
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
         return model
 
-    def encode(self, key: torch.Tensor, value: torch.Tensor) -> Stored:
-        return Stored(key, value, key.new_empty((len(key), 0), dtype=torch.uint8))
+    def encode(self, key: torch.Tensor, value: torch.Tensor, head: HeadChannels) -> Stored:
+        side = key.new_empty((len(key), 0), dtype=torch.uint8)
+        return Stored(key[..., head.k.stored], value, side)
 
-    def decode(self, stored: Stored) -> tuple[torch.Tensor, torch.Tensor]:
-        return stored.key.float(), stored.value.float()
+    def decode(self, stored: Stored, head: HeadChannels) -> tuple[torch.Tensor, torch.Tensor]:
+        return head.k.complete(stored.key.float()), stored.value.float()

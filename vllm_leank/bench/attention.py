@@ -19,16 +19,17 @@ import torch
 from vllm_leank.bench.cases import Case
 from vllm_leank.bench.correctness import check_output
 from vllm_leank.bench.flash import FLASH, FLASH_EIGHT_BIT, FlashDecode
-from vllm_leank.bench.pools import Tables, layer_cache, layer_channels
+from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.timing import copies_needed, eager_ms, graph_ms, read_limit, release
-from vllm_leank.core.formats import find_format
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.errors import UserError
 from vllm_leank.kernels import reference
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.channels import layer_channels
 from vllm_leank.kernels.decode import decode
 from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.settings import choose_format
 
 CHECKED_ROWS = 2
 """Requests whose outputs are compared, at most."""
@@ -79,10 +80,10 @@ class Shape:
     def plan(self, archive_dtype: str) -> CachePlan:
         """Page sizes."""
         return plan_cache(
-            self.mask.kept_counts.tolist(),
+            self.mask.profiles,
             self.head_dim,
             self.dtype.itemsize,
-            archive_format=find_format(archive_dtype),
+            archive_format=choose_format(archive_dtype, self.mask),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -187,9 +188,8 @@ def _time_layer(
     read = case.read_bytes(layout)
     device = query.device
     tables = Tables.shuffled(case, layout.archive_block, copies_needed(read, device), device)
-    cache = layer_cache(
-        layout, layer_channels(shape.mask, layer, device), case, tables, shape.dtype
-    )
+    channels = layer_channels(*shape.mask.layer(layer, range(shape.kv_heads)))
+    cache = layer_cache(layout, channels, case, tables, shape.dtype)
     output = torch.full_like(query, float("nan"))
     calls = [decode_call(query, output, cache, batch, shape.scale) for batch in tables.batches]
     figures = {

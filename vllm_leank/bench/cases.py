@@ -34,11 +34,11 @@ class Case:
         """Bytes of K and V (and scales) that a layer's queries have to read, without padding."""
         boundary = self.window.boundary(self.length)
         archived = max(boundary - self.window.sink, 0)
-        heads, head_dim = len(layout.kept), layout.head_dim
+        heads, head_dim = len(layout.profiles), layout.head_dim
         dense = window_token_bytes(heads, head_dim, layout.itemsize)
         pruned = sum(
-            layout.archive_format.token_bytes(kept, head_dim, layout.itemsize)
-            for kept in layout.kept
+            layout.archive_format.token_bytes(profile, layout.itemsize)
+            for profile in layout.profiles
         )
         return self.batch * ((self.length - archived) * dense + int(archived * pruned))
 

@@ -9,8 +9,8 @@ from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout, pages
 from vllm_leank.core.window import GRANULE
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.channels import LayerChannels
 from vllm_leank.kernels.codecs import codec_of
-from vllm_leank.mask.mask import Mask
 
 FILL_ITEMS = 1 << 26
 """Random numbers that are drawn at once."""
@@ -21,6 +21,11 @@ def fill_normal(tensor: torch.Tensor) -> torch.Tensor:
     for part in tensor.view(-1).split(FILL_ITEMS):
         part.copy_(torch.randn(part.numel(), dtype=torch.bfloat16, device=part.device))
     return tensor
+
+
+def _random(pages: torch.Tensor) -> torch.Tensor:
+    """Fill a contiguous tensor of numbers, or of codes."""
+    return pages.random_() if pages.dtype == torch.uint8 else fill_normal(pages)
 
 
 @dataclass(frozen=True)
@@ -62,39 +67,33 @@ class Tables:
         return cls(batches, num_window, num_archive)
 
 
-def layer_channels(mask: Mask, layer: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Per KV head of a layer, int64 `[kept]`: the kept K channels."""
-    return tuple(
-        torch.tensor(mask.kept_channels(layer, head), dtype=torch.int64, device=device)
-        for head in range(mask.geometry.num_kv_heads)
-    )
-
-
 def layer_cache(
     layout: CacheLayout,
-    channels: tuple[torch.Tensor, ...],
+    channels: LayerChannels,
     case: Case,
     tables: Tables,
     dtype: torch.dtype,
 ) -> LayerCache:
     """A layer's pages, random where a table points and NaN in page 0."""
     device = tables.batches[0].seq_lens.device
-    window_shape = (tables.window_pages, len(layout.kept), WINDOW_BLOCK, 2 * layout.head_dim)
+    window_shape = (tables.window_pages, len(layout.profiles), WINDOW_BLOCK, 2 * layout.head_dim)
     archive_shape = (tables.archive_pages, layout.archive_page_bytes // layout.archive_itemsize)
-    archive_dtype = codec_of(layout.archive_format).dtype(dtype)
+    codec = codec_of(layout.archive_format)
     cache = LayerCache(
         window_pages=fill_normal(torch.empty(window_shape, dtype=dtype, device=device)),
-        archive_pages=fill_normal(torch.empty(archive_shape, dtype=archive_dtype, device=device)),
+        archive_pages=_random(torch.empty(archive_shape, dtype=codec.dtype(dtype), device=device)),
         layout=layout,
-        channels=channels,
+        heads=channels.to(device).heads,
         window=case.window,
     )
-    count = layout.archive_format.side_bytes // 4 * layout.archive_block // GRANULE
-    for head in layout.heads if count else ():
+    side_bytes = layout.archive_format.side_bytes * layout.archive_block // GRANULE
+    for head in layout.heads if side_bytes else ():
         if head is not None:
-            first = head.side_offset // 4
+            count = side_bytes // codec.side_dtype.itemsize
             exponents = torch.randint(-1, 2, (tables.archive_pages, count), device=device)
-            cache.side[:, first : first + count] = exponents.float().exp2()
+            numbers = exponents.float().exp2().to(codec.side_dtype).view(torch.uint8)
+            pages = cache.archive_pages.view(torch.uint8)
+            pages[:, head.side_offset : head.side_offset + side_bytes] = numbers
     for pool in (cache.window_pages, cache.archive_pages):
         pool[0].view(torch.uint8).fill_(0xFF)  # NaN in every dtype
     return cache

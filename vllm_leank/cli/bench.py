@@ -9,7 +9,7 @@ import typer
 
 from vllm_leank.bench.serve import DEFAULT_VARIANTS, VARIANTS
 from vllm_leank.cli.outputs import check_new
-from vllm_leank.core.formats import NATIVE, find_format, known_formats
+from vllm_leank.core.formats import NATIVE, find_format, formats_for
 from vllm_leank.errors import UserError
 
 app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True)
@@ -78,7 +78,7 @@ def attention(
 
     archive_dtypes = [archive_dtype]
     if archive_dtype == "both":
-        archive_dtypes = [one.name for one in known_formats()]
+        archive_dtypes = [one.name for one in formats_for(loaded.profiles)]
     try:
         [find_format(name) for name in archive_dtypes]
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from vllm_leank.core.formats import NATIVE, ArchiveFormat, known_formats
+from vllm_leank.core.formats import NATIVE, ArchiveFormat, formats_for
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
@@ -75,11 +75,13 @@ def dense_capacity(
 def compare(
     plan: CachePlan, window: Window, pool_bytes: int, length: int, in_flight: int
 ) -> dict[str, Capacity]:
-    """Capacity of dense caches and of leank's in every format, by name; see `leank_capacity`."""
+    """Capacity of dense caches and of leank's in every format that takes the
+    plan's heads, by name; see `leank_capacity`.
+    """
 
     def leank(archive_format: ArchiveFormat) -> Capacity:
         variant = plan_cache(
-            plan.kept,
+            plan.profiles,
             plan.head_dim,
             plan.itemsize,
             plan.tp_size,
@@ -94,7 +96,7 @@ def compare(
         f"vLLM, {EIGHT_BIT_CACHE} cache": dense_capacity(plan, pool_bytes, length, itemsize=1),
         **{
             "leank" if one == NATIVE else f"leank, {one.archive}": leank(one)
-            for one in known_formats()
+            for one in formats_for(plan.profiles)
         },
     }
 

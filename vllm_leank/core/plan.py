@@ -18,10 +18,8 @@ from vllm_leank.core.pages import (
     pages,
     window_token_bytes,
 )
-from vllm_leank.core.window import GRANULE, Window
-
-ARCHIVE_BLOCKS = tuple(range(GRANULE, 257, GRANULE))
-"""Page sizes, in tokens, to choose the archive block from."""
+from vllm_leank.core.profile import Profile, Profiles
+from vllm_leank.core.window import Window
 
 ARCHIVE_WASTE = 0.05
 """Share of a pool block that an archive page may leave empty."""
@@ -43,7 +41,7 @@ class CachePlan:
     """Page sizes of a whole model.
 
     Attributes:
-        kept: kept K channels, `[num_layers][num_kv_heads]`.
+        profiles: class widths of every head, `[num_layers][num_kv_heads]`.
         head_dim: channels of a head.
         itemsize: bytes of an element of a window page.
         archive_format: how far tokens are stored.
@@ -54,7 +52,7 @@ class CachePlan:
             window pages lie beside those of the last stage.
     """
 
-    kept: tuple[tuple[int, ...], ...]
+    profiles: Profiles
     head_dim: int
     itemsize: int
     archive_format: ArchiveFormat
@@ -66,22 +64,23 @@ class CachePlan:
     def layer(self, index: int, rank: int = 0) -> CacheLayout:
         """Layout of layer `index` on tensor-parallel rank `rank`."""
         return CacheLayout(
-            kept=self._kept(index, rank),
+            profiles=self._profiles(index, rank),
             head_dim=self.head_dim,
             itemsize=self.itemsize,
             archive_block=self.archive_block,
             archive_format=self.archive_format,
-            counts=self.counts,
+            variants=self.variants,
         )
 
     @cached_property
-    def counts(self) -> tuple[int, ...]:
-        """Numbers of kept channels, without 0, that heads of any layer have, ascending."""
-        return tuple(sorted({count for layer in self.kept for count in layer} - {0}))
+    def variants(self) -> tuple[Profile, ...]:
+        """Profiles of the heads of any layer that store anything, ascending."""
+        found = {profile for layer in self.profiles for profile in layer if profile.stores}
+        return tuple(sorted(found))
 
     def rank_heads(self, rank: int = 0) -> range:
         """KV heads of tensor-parallel rank `rank`."""
-        return rank_heads(len(self.kept[0]), self.tp_size, rank)
+        return rank_heads(len(self.profiles[0]), self.tp_size, rank)
 
     def archive_offset(self, index: int, rank: int = 0) -> int:
         """First byte of layer `index` within its stage's archive page."""
@@ -122,7 +121,7 @@ class CachePlan:
     @property
     def dense_token_bytes(self) -> int:
         """Bytes of one dense token over all layers of a rank, a draft model's included."""
-        return len(self.kept) * self._window_bytes + self.draft_items * self.itemsize
+        return len(self.profiles) * self._window_bytes + self.draft_items * self.itemsize
 
     @property
     def block_bytes(self) -> int:
@@ -142,15 +141,13 @@ class CachePlan:
         """Bytes of one dense token of one layer."""
         return window_token_bytes(len(self.rank_heads()), self.head_dim, self.itemsize)
 
-    def _kept(self, index: int, rank: int) -> tuple[int, ...]:
-        return tuple(self.kept[index][head] for head in self.rank_heads(rank))
+    def _profiles(self, index: int, rank: int) -> tuple[Profile, ...]:
+        return tuple(self.profiles[index][head] for head in self.rank_heads(rank))
 
     def _archive_bytes(self, layers: range, rank: int) -> int:
         """Bytes of one archived token over some layers of a rank."""
         return sum(
-            archive_token_bytes(
-                self._kept(layer, rank), self.head_dim, self.itemsize, self.archive_format
-            )
+            archive_token_bytes(self._profiles(layer, rank), self.itemsize, self.archive_format)
             for layer in layers
         )
 
@@ -174,7 +171,7 @@ class CachePlan:
 
 
 def plan_cache(
-    kept: Sequence[Sequence[int]],
+    profiles: Sequence[Sequence[Profile]],
     head_dim: int,
     itemsize: int,
     tp_size: int = 1,
@@ -185,7 +182,8 @@ def plan_cache(
     """Choose the page sizes for a mask.
 
     Args:
-        kept: kept K channels, `[num_layers][num_kv_heads]`.
+        profiles: class widths of every head, `[num_layers][num_kv_heads]`; for heads that keep
+            channels whole, `profile.whole_heads` makes them from the numbers of channels.
         head_dim: channels of a head.
         itemsize: bytes of an element of a window page.
         tp_size: tensor-parallel ranks.
@@ -197,17 +195,18 @@ def plan_cache(
         The plan. Its pages always give vLLM two cache groups.
     """
     plan = CachePlan(
-        kept=tuple(tuple(int(count) for count in layer) for layer in kept),
+        profiles=tuple(map(tuple, profiles)),
         head_dim=head_dim,
         itemsize=itemsize,
         archive_format=archive_format,
         tp_size=tp_size,
-        stages=tuple(stages or (len(kept),)),
-        archive_block=ARCHIVE_BLOCKS[-1],
+        stages=tuple(stages or (len(profiles),)),
+        archive_block=archive_format.blocks[-1],
         draft_items=draft_items,
     )
     # A pool block is as large as the larger group's pages, and far tokens are most of what a long
     # request holds: so their pages fill a block, but for `ARCHIVE_WASTE` of it.
     least = (1 - ARCHIVE_WASTE) * plan._stage_window_bytes
-    fitting = (block for block in ARCHIVE_BLOCKS if plan.stage_token_bytes * block >= least)
-    return replace(plan, archive_block=next(fitting, ARCHIVE_BLOCKS[-1]))
+    blocks = archive_format.blocks
+    fitting = (block for block in blocks if plan.stage_token_bytes * block >= least)
+    return replace(plan, archive_block=next(fitting, blocks[-1]))

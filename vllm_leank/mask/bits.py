@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from vllm_leank.core.profile import Profile, Profiles
 from vllm_leank.mask.errors import MaskError
 
 BitsArray = npt.NDArray[np.uint8]
-Profile = dict[str, dict[str, int]]
+ProfileEntry = dict[str, dict[str, int]]
 
 CLASSES = (16, 8, 4, 2, 0)
 
@@ -35,7 +36,7 @@ def has_codes(k_bits: BitsArray, v_bits: BitsArray) -> bool:
     return any(bool((bits % 16).any()) for bits in (k_bits, v_bits))
 
 
-def profiles_of(k_bits: BitsArray, v_bits: BitsArray) -> list[Profile]:
+def profiles_of(k_bits: BitsArray, v_bits: BitsArray) -> list[ProfileEntry]:
     """The different class widths of heads, as `{"k": {"8": 32, "4": 96}, "v": {"4": 128}}`.
 
     Those with most channels of many bits come first. Classes that a head has no channel of are
@@ -50,6 +51,12 @@ def profiles_of(k_bits: BitsArray, v_bits: BitsArray) -> list[Profile]:
         }
         for rows_of_head in rows
     ]
+
+
+def head_profiles(k_bits: BitsArray, v_bits: BitsArray) -> Profiles:
+    """Class widths of every head, `[num_layers][num_kv_heads]`."""
+    counts = np.concatenate([_counts(bits)[..., :-1] for bits in (k_bits, v_bits)], axis=-1)
+    return tuple(tuple(Profile(*head) for head in layer) for layer in counts.tolist())
 
 
 def check_bits(k_bits: BitsArray, v_bits: BitsArray, shape: tuple[int, int, int]) -> None:
@@ -90,7 +97,7 @@ def check_profiles(
         MaskError: a profile is missing, given twice, or no head has it.
     """
     wanted = profiles_of(k_bits, v_bits)
-    seen: list[Profile] = []
+    seen: list[ProfileEntry] = []
     for index, profile in enumerate(given):
         found = {name: {kind: n for kind, n in profile[name].items() if n} for name in "kv"}
         if found not in wanted:

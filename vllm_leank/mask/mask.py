@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.mask.bits import BitsArray, bits_of_keep, check_bits, has_codes, profiles_of
+from vllm_leank.core.profile import Profiles
+from vllm_leank.mask.bits import (
+    BitsArray,
+    bits_of_keep,
+    check_bits,
+    has_codes,
+    head_profiles,
+    profiles_of,
+)
 from vllm_leank.mask.checks import (
     check_align,
     check_counts,
@@ -25,7 +34,7 @@ from vllm_leank.mask.dump import dump_document
 from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.head_records import records_of
 from vllm_leank.mask.hex_digits import hex_of_keep
-from vllm_leank.mask.statistics import Statistics
+from vllm_leank.mask.statistics import STATISTICS, HalfArray, Statistics
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -225,6 +234,11 @@ class Mask:
         keep.setflags(write=False)
         return keep
 
+    @functools.cached_property
+    def profiles(self) -> Profiles:
+        """Class widths of every head, `[num_layers][num_kv_heads]`."""
+        return head_profiles(self.k_bits, self.v_bits)
+
     @property
     def kept_counts(self) -> npt.NDArray[np.int64]:
         """Kept K channels of each head, int64 `[num_layers, num_kv_heads]`."""
@@ -233,6 +247,18 @@ class Mask:
     def kept_channels(self, layer: int, head: int) -> tuple[int, ...]:
         """Indices of the K channels that KV head `head` of `layer` keeps, ascending."""
         return tuple(int(channel) for channel in np.flatnonzero(self.keep[layer, head]))
+
+    def layer(
+        self, index: int, heads: Sequence[int]
+    ) -> tuple[BitsArray, BitsArray, dict[str, HalfArray] | None]:
+        """Bits of K and of V, `[heads, head_dim]`, of some KV heads of a layer, and their means and
+        scales by the names that they have in files.
+        """
+        rows = index, list(heads)
+        statistics = None
+        if self.statistics is not None:
+            statistics = {name: getattr(self.statistics, name)[rows] for name in STATISTICS}
+        return self.k_bits[rows], self.v_bits[rows], statistics
 
     @property
     def k_kept(self) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_leank.core.formats import find_format
+from vllm_leank.core.formats import NATIVE, ArchiveFormat, find_format, formats_for
 from vllm_leank.core.options import Options
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.window import Window, whole_pages
@@ -37,23 +37,42 @@ def plan_settings(
     """The settings of a mask and options; see `plan_cache` for the rest.
 
     Raises:
-        UserError: the mask has channels of 2, 4 or 8 bits, for which there are no pages yet.
+        UserError: no archive format, or not the one that is asked for, can store what the mask
+            keeps.
     """
-    if mask.is_packed:
-        raise UserError(
-            f"the mask for {mask.model} has channels of 2, 4 or 8 bits, which cannot be served "
-            "yet; take one that keeps channels whole"
-        )
     plan = plan_cache(
-        mask.kept_counts.tolist(),
+        mask.profiles,
         mask.geometry.head_dim,
         itemsize,
         tp_size,
-        archive_format=find_format(options.archive_dtype),
+        archive_format=choose_format(options.archive_dtype, mask),
         draft_items=draft_items,
         stages=stages,
     )
     return Settings(mask, _window(options, mask), plan)
+
+
+def choose_format(name: str, mask: Mask) -> ArchiveFormat:
+    """The format that is asked for; by default the first that takes the mask's heads.
+
+    Raises:
+        UserError: it cannot store what the mask keeps.
+    """
+    fitting, asked = formats_for(mask.profiles), find_format(name)
+    if asked in fitting:
+        return asked
+    if not fitting:
+        raise UserError(
+            f"the mask for {mask.model} has heads with channels of 16 bits beside heads with "
+            "fewer, which no archive can hold; take a mask with one of both"
+        )
+    if asked == NATIVE:
+        return fitting[0]
+    kind = "2, 4 or 8 bits" if mask.is_packed else "16 bits"
+    raise UserError(
+        f"the mask for {mask.model} has channels of {kind}, which no {asked.archive} can hold: "
+        f'remove archive_dtype "{asked.name}"'
+    )
 
 
 def _window(options: Options, mask: Mask) -> Window:

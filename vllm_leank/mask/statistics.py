@@ -14,8 +14,9 @@ HalfArray = npt.NDArray[np.float16]
 class Statistics:
     """Mean and scale of each channel over far tokens, float16 `[L, H, D]`, read-only.
 
-    `k_mean` is the mean of K before RoPE, that is of K rotated back to position 0. A scale is the
-    standard deviation of what is left when the mean is taken off, and positive.
+    K is meant as attention reads it, after RoPE: one mean for all positions, which is small where
+    a channel turns fast. A scale is the standard deviation of what is left when the mean is taken
+    off, and positive.
 
     Raises:
         MaskError: other types or shapes, or values that are not finite or no scale.

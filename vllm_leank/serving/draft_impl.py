@@ -9,6 +9,8 @@ from dataclasses import replace
 import torch
 
 from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
+from vllm_leank.core.profile import Profile
+from vllm_leank.kernels.channels import first_channels
 from vllm_leank.serving.impl import LeanKImpl
 from vllm_leank.serving.metadata import PagesMetadata
 from vllm_leank.serving.settings import load_settings
@@ -30,12 +32,12 @@ class DraftImpl(LeanKImpl):
         _, layer = self._find_layer()
         self._window = replace(load_settings(self._vllm_config).window, exact=False)
         self._layout = CacheLayout(
-            kept=(0,) * layer.num_kv_heads,
+            profiles=(Profile(),) * layer.num_kv_heads,
             head_dim=layer.head_size,
             itemsize=self._vllm_config.model_config.dtype.itemsize,
             archive_block=WINDOW_BLOCK,
         )
-        self._take_pages(layer, [], self._layout)
+        self._take_pages(layer, first_channels(self._layout), self._layout)
 
     def _archive_metadata(self, window: PagesMetadata) -> PagesMetadata:
         return window

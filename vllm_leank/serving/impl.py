@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm_leank.core.options import OptionError
 from vllm_leank.core.pages import CacheLayout
 from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.channels import LayerChannels, layer_channels
 from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.serving.archive import Archive, stage_archive
 from vllm_leank.serving.metadata import PagesMetadata
@@ -90,12 +91,9 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         _check_layer(name, layer, self._layout)
         if index in settings.plan.first_layers:
             check_all_layers(self._context)
-        kept = [
-            channel
-            for head in settings.plan.rank_heads(rank)
-            for channel in settings.mask.kept_channels(index, head)
-        ]
-        self._take_pages(layer, kept, settings.plan.layer(0, rank))
+        heads = settings.plan.rank_heads(rank)
+        channels = layer_channels(*settings.mask.layer(index, heads))
+        self._take_pages(layer, channels, settings.plan.layer(0, rank))
 
     def _find_layer(self) -> tuple[str, Any]:
         """The attention layer that this is the implementation of, and its name."""
@@ -105,18 +103,18 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             if getattr(layer, "impl", 0) is self
         )
 
-    def _take_pages(self, layer: Any, kept: list[int], like: CacheLayout) -> None:
-        """Have the layer ask vLLM for window pages, and give it the kept channels of its heads, one
-        head after the other. `like` is the layout that kernels are compiled with: of a layer that
-        stands for all.
+    def _take_pages(self, layer: Any, channels: LayerChannels, like: CacheLayout) -> None:
+        """Have the layer ask vLLM for window pages, and give it what the mask says of its heads'
+        channels. `like` is the layout that kernels are compiled with: of a layer that stands for
+        all.
         """
-        device = self._vllm_config.device_config.device
-        channels = torch.tensor(kept, dtype=torch.long, device=device)
-        # A buffer, so that it moves, sleeps and wakes with the layer.
-        layer.register_buffer("leank_channels", channels, persistent=False)
+        channels = channels.to(self._vllm_config.device_config.device)
+        # Buffers, so that they move, sleep and wake with the layer.
+        layer.register_buffer("leank_channels", channels.order, persistent=False)
+        layer.register_buffer("leank_statistics", channels.numbers, persistent=False)
         layer.attn_backend = window_backend(layer.attn_backend, self._vllm_config)
-        if channels.is_cuda:
-            self._compile_kernels(like, channels.device)
+        if channels.order.is_cuda:
+            self._compile_kernels(like, channels.order.device)
 
     def _compile_kernels(self, layout: CacheLayout, device: torch.device) -> None:
         """Compile now what the layer would else compile while a request waits."""
@@ -177,11 +175,14 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         archive = None if self._archive is None else self._archive.kv_cache
         if self._bound[0] is not layer.kv_cache or self._bound[1] is not archive:
             self._bound = layer.kv_cache, archive
+            channels = LayerChannels(
+                self._layout.profiles, layer.leank_channels, layer.leank_statistics
+            )
             self._cache = LayerCache(
                 window_pages=layer.kv_cache,
                 archive_pages=self._archive_pages(layer.kv_cache.dtype),
                 layout=self._layout,
-                channels=layer.leank_channels.split(self._layout.kept),
+                heads=channels.heads,
                 window=self._window,
             )
         assert self._cache is not None
@@ -215,7 +216,7 @@ def check_all_layers(context: dict[str, Any]) -> None:
 
 def _check_layer(name: str, layer: Any, layout: CacheLayout) -> None:
     """Refuse a layer that is not what the model's config, and so the mask, says."""
-    expected = (len(layout.kept), layout.head_dim, layout.head_dim)
+    expected = (len(layout.profiles), layout.head_dim, layout.head_dim)
     found = (layer.num_kv_heads, layer.head_size, layer.head_size_v)
     if found != expected:
         raise OptionError(

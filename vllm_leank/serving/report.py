@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity
+from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.settings import Settings
 from vllm_leank.serving.settings import load_settings
 from vllm_leank.serving.vllm.config import in_flight_tokens
@@ -55,8 +56,6 @@ def report(settings: Settings, num_blocks: int, length: int) -> list[str]:
 def describe(settings: Settings) -> list[str]:
     """The lines that need no pool: mask, window and pages."""
     mask, window, plan = settings.mask, settings.window, settings.plan
-    heads = Counter(int(count) for count in mask.kept_counts.flat)
-    per_count = ", ".join(f"{heads[count]} keep {count}" for count in sorted(heads))
     made_for = ""
     if (mask.sink, mask.recent) != (window.sink, window.recent):
         made_for = f" (the mask was made for {mask.sink} and {mask.recent})"
@@ -65,11 +64,25 @@ def describe(settings: Settings) -> list[str]:
     return [
         f"leank mask: {mask.model}, {mask.provenance['method']}, sha256 {mask.sha256[:12]}, "
         f"{mask.path}",
-        f"leank mask: {mask.k_kept:.1%} of K and {mask.v_kept:.1%} of V kept; of "
-        f"{mask.kept_counts.size} heads of {mask.geometry.head_dim} channels in "
-        f"{mask.geometry.num_layers} layers {per_count}",
+        f"leank mask: {_kept(mask)}",
         f"leank window: sink {window.sink}, recent {window.recent} tokens dense{made_for}"
         + ("" if window.exact else "; prompts are read pruned"),
         f"leank cache: {archive:,} bytes per far token against {full:,} dense "
         f"({archive / full:.1%}); {kind} pages of {plan.archive_block} tokens",
     ]
+
+
+def _kept(mask: Mask) -> str:
+    """What far tokens keep, over all and by head."""
+    counts = mask.kept_counts
+    heads = (
+        f"of {counts.size:,} heads of {mask.geometry.head_dim} channels in "
+        f"{mask.geometry.num_layers} layers"
+    )
+    if mask.is_packed:
+        profiles = Counter(profile for layer in mask.profiles for profile in layer)
+        each = "; ".join(f"{profiles[one]} store {one}" for one in sorted(profiles))
+        return f"{mask.bits:.1f} bits per number ({16 / mask.bits:.1f}x), {heads} {each}"
+    kept = Counter(int(count) for count in counts.flat)
+    each = ", ".join(f"{kept[count]} keep {count}" for count in sorted(kept))
+    return f"{mask.k_kept:.1%} of K and {mask.v_kept:.1%} of V kept; {heads} {each}"

@@ -5,15 +5,18 @@ Every file of this folder that has a `FORMAT` is a format.
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 
 from vllm_leank.core.formats.format import ArchiveFormat
 from vllm_leank.core.formats.native import Native
+from vllm_leank.core.profile import Profile
 
 __all__ = [
     "NATIVE",
     "ArchiveFormat",
     "check_format",
     "find_format",
+    "formats_for",
     "known_formats",
     "register_format",
 ]
@@ -43,6 +46,12 @@ def find_format(name: str) -> ArchiveFormat:
     if name not in _FORMATS:
         raise ValueError(f"archive_dtype is {name!r}, but must be one of: {', '.join(_FORMATS)}")
     return _FORMATS[name]
+
+
+def formats_for(profiles: Iterable[Iterable[Profile]]) -> tuple[ArchiveFormat, ...]:
+    """Formats that can store all heads of a model, the one to take by default first."""
+    heads = {profile for layer in profiles for profile in layer}
+    return tuple(one for one in known_formats() if all(map(one.takes, heads)))
 
 
 def check_format(name: str) -> str:

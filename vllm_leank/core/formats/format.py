@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vllm_leank.core.head_part import HeadPart
+from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import GRANULE
 
 
@@ -20,28 +22,51 @@ class ArchiveFormat(ABC):
         capability: least compute capability of a GPU that can read it.
         codec: `module:class` of its `kernels.codec.Codec`, imported where it is used, since plans
             are made without torch.
+        blocks: numbers of tokens that an archive page may have, ascending.
+        side_bytes: bytes beside K and V for each head that stores anything and each granule; a
+            multiple of 4.
+        behind_bytes: as many of these as lie behind all heads of a layer, and not with the head.
     """
 
     name: ClassVar[str]
     archive: ClassVar[str]
     capability: ClassVar[tuple[int, int]] = (8, 0)
     codec: ClassVar[str]
+    blocks: ClassVar[tuple[int, ...]] = tuple(range(GRANULE, 257, GRANULE))
+    side_bytes: ClassVar[int] = 0
+    behind_bytes: ClassVar[int] = 0
+
+    @abstractmethod
+    def takes(self, profile: Profile) -> bool:
+        """Whether a head of this profile can be stored."""
 
     @abstractmethod
     def itemsize(self, model: int) -> int:
         """Bytes of a stored element of K or V, where the model's have `model`."""
 
-    @property
-    def side_bytes(self) -> int:
-        """Bytes beside K and V for each head that keeps any channel and each granule; a multiple
-        of 4.
-        """
-        return 0
+    @abstractmethod
+    def head_bytes(self, profile: Profile, model: int) -> int:
+        """Bytes of one token within its head's part of a page."""
 
-    def token_bytes(self, kept: int, head_dim: int, model: int) -> float:
-        """Bytes of one token of a head that keeps `kept` channels, its share of the side bytes
-        included. A head that keeps none has neither K nor V.
+    @abstractmethod
+    def head_part(
+        self, profile: Profile, block: int, model: int, offset: int, side_offset: int
+    ) -> HeadPart:
+        """Where the fields of a head that stores anything lie.
+
+        Args:
+            profile: the head's.
+            block: tokens of an archive page.
+            model: bytes of an element of the model's dtype.
+            offset: byte of the page where the head begins.
+            side_offset: byte where its share of what lies behind all heads begins.
         """
-        if not kept:
-            return 0
-        return (kept + head_dim) * self.itemsize(model) + self.side_bytes / GRANULE
+
+    @abstractmethod
+    def variant(self, profile: Profile) -> int:
+        """A number above 0 that tells kernels all of a profile that stores anything."""
+
+    def token_bytes(self, profile: Profile, model: int) -> float:
+        """Bytes of one token of a head, its share of all side bytes included."""
+        behind = self.behind_bytes / GRANULE if profile.stores else 0
+        return self.head_bytes(profile, model) + behind

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vllm_leank.core.formats.format import ArchiveFormat
+from vllm_leank.core.formats.whole import WholeChannels
 
 
 @dataclass(frozen=True)
-class Native(ArchiveFormat):
+class Native(WholeChannels):
     """Kept channels as they are in window pages."""
 
     name: ClassVar[str] = "auto"

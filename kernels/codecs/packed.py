@@ -1,0 +1,114 @@
+"""The archive in codes of 8, 4 and 2 bits; see `core.formats.packed` for the fields of a page.
+
+Code `c` of `b` bits stands for `mean + (c - (2^b - 1) / 2) * factor`, where `factor` is the step of
+the class times the channel's scale: an even number of steps, with none at the mean itself. V's are
+multiplied by one more scale for each token, the root mean square of what it has in its channels'
+own units. Mean and scale of a channel are the mask's.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from vllm_leank.kernels.channels import Channels, HeadChannels
+from vllm_leank.kernels.codecs.codec import Codec, Stored
+from vllm_leank.kernels.codecs.tiles import Tiles
+
+from vllm_leank.core.formats.packed import CODE_CLASSES, LARGEST_SCALE, LEAST_SCALE, STEPS
+from vllm_leank.core.window import GRANULE
+
+
+class PackedCodec(Codec):
+    """Codes as bytes; beside them the scales of V, fp16 `[32]` for each granule."""
+
+    side_dtype = torch.float16
+    any_codes = True
+    whole_channels = False
+    tile_tokens = 128
+
+    def dtype(self, model: torch.dtype) -> torch.dtype:
+        return torch.uint8
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        from vllm_leank.kernels import packed_columns, packed_rows, packed_store
+
+        folds = packed_columns.fold_archive, packed_rows.fold_archive
+        return Tiles(*folds, packed_store.compact)
+
+    @property
+    def empty_side(self) -> torch.Tensor:
+        return torch.zeros(2 * GRANULE, dtype=torch.uint8)
+
+    def encode(self, key: torch.Tensor, value: torch.Tensor, head: HeadChannels) -> Stored:
+        keys = [_pack(_codes(steps, bits), bits) for bits, steps in _steps(key, head.k)]
+        values = list(_steps(value, head.v))
+        scale = _token_scale(values, value)
+        inverse = 1 / scale.float()[..., None]
+        values = [(bits, _pack(_codes(steps * inverse, bits), bits)) for bits, steps in values]
+        return Stored(
+            torch.cat(keys, dim=-1),
+            torch.cat([codes for _, codes in values], dim=-1),
+            scale.contiguous().view(torch.uint8),
+        )
+
+    def decode(self, stored: Stored, head: HeadChannels) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = stored.side.contiguous().view(torch.float16).float()[..., None]
+        keys = _centred(stored.key, head.k)
+        values = _centred(stored.value, head.v) * scale
+        return (
+            head.k.complete(keys + head.k.mean[: keys.shape[-1]]),
+            head.v.complete(values + head.v.mean[: values.shape[-1]]),
+        )
+
+
+def _steps(values: torch.Tensor, channels: Channels) -> Iterator[tuple[int, torch.Tensor]]:
+    """Bits and distance from the mean in steps, fp32 `[..., count]`, of each class."""
+    first = 0
+    for bits, count in zip(CODE_CLASSES, channels.counts[1:], strict=True):
+        part = slice(first, first + count)
+        values_of_class = values[..., channels.order[part]].float()
+        yield bits, (values_of_class - channels.mean[part]) * channels.inverse[part]
+        first += count
+
+
+def _codes(steps: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes, uint8. The floor comes before the sum: no device can then fuse product and sum."""
+    return (steps.floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def _token_scale(values: list[tuple[int, torch.Tensor]], like: torch.Tensor) -> torch.Tensor:
+    """Root mean square of each token in its channels' scales, fp16 `[n, 32]`."""
+    total = torch.zeros(like.shape[:-1], device=like.device)
+    for bits, steps in values:
+        total = total + steps.square().sum(-1) * STEPS[bits] ** 2
+    count = sum(steps.shape[-1] for _, steps in values)
+    root = (total / max(count, 1)).sqrt()
+    return root.clamp(LEAST_SCALE, LARGEST_SCALE).half()
+
+
+def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes `[..., count]` in bytes `[..., count * bits / 8]`."""
+    fields = codes.unflatten(-1, (8 // bits, codes.shape[-1] * bits // 8))
+    packed = torch.zeros_like(fields[..., 0, :])
+    for i, field in enumerate(fields.unbind(-2)):
+        packed |= field << (bits * i)
+    return packed
+
+
+def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes `[..., count]` of bytes."""
+    fields = [(packed >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)]
+    return torch.cat(fields, dim=-1)
+
+
+def _centred(rows: torch.Tensor, channels: Channels) -> torch.Tensor:
+    """What the codes of tokens stand for, less the means, fp32 `[..., stored]`."""
+    parts, first = [], 0
+    for bits, count in zip(CODE_CLASSES, channels.counts[1:], strict=True):
+        width = count * bits // 8
+        codes = _unpack(rows[..., first : first + width], bits)
+        parts.append(codes.float() - (2**bits - 1) / 2)
+        first += width
+    centred = torch.cat(parts, dim=-1)
+    return centred * channels.factor[: centred.shape[-1]]

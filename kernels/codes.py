@@ -1,0 +1,145 @@
+"""Device functions that read codes of 8, 4 or 2 bits out of bytes.
+
+A code becomes an fp16 number without any arithmetic: its bits are those of the number. Codes are
+below 1,024, so these numbers are subnormal, `code * 2^-24`, and exact; a code that lies `s` bits up
+in its byte is read as it lies, as `code * 2^(s - 24)`. The powers of two go into what the codes are
+multiplied by. That takes one AND and two byte permutations for four codes.
+"""
+
+import triton
+import triton.language as tl
+
+CODE_UNIT = tl.constexpr(2.0**24)
+"""What products of codes, read as fp16, have to be multiplied by."""
+
+
+@triton.constexpr_function
+def row_bytes(variant, field):
+    """Bytes of a row of one field of a head, by `variant_of`: K of 8, 4 and 2 bits, then V."""
+    return (variant >> (5 * field) & 31) * 16
+
+
+@triton.constexpr_function
+def first_channel(variant, field):
+    """Channels of K, or of V, in the fields before this one."""
+    return sum(row_bytes(variant, f) << (f % 3) for f in range(field // 3 * 3, field))
+
+
+@triton.constexpr_function
+def first_part(variant, field):
+    """Parts of bytes, one code of each, in the fields of K, or of V, before this one."""
+    return sum(1 << (f % 3) for f in range(field // 3 * 3, field) if row_bytes(variant, f))
+
+
+@triton.constexpr_function
+def field_offset(variant, field, block):
+    """Bytes of a head's fields before this one, in pages of `block` tokens."""
+    return block * sum(row_bytes(variant, f) for f in range(field))
+
+
+@triton.constexpr_function
+def width_index(width):
+    """Of a width among 16, 32, 64, 128 and 256."""
+    return max(width, 16).bit_length() - 5
+
+
+@triton.constexpr_function
+def power(exponent):
+    """A power of two, as a float."""
+    return 2.0**exponent
+
+
+@triton.jit
+def read_codes(x, BITS: tl.constexpr, PART: tl.constexpr, ASM: tl.constexpr):
+    """Part `PART` of bytes `x` of `8 / BITS` codes each, as fp16 numbers: the code times
+    `2^(BITS * PART - 24)`.
+    """
+    MASK: tl.constexpr = ((1 << BITS) - 1) << (BITS * PART)
+    if not ASM:
+        y = ((x & MASK).to(tl.float32) * (2.0**-24)).to(tl.float16)
+    elif BITS == 8:
+        y = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;",
+            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif MASK == 0x0F:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; and.b32 t, $2, 0x0f0f0f0f;"
+            " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }",
+            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif MASK == 0xF0:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; and.b32 t, $2, 0xf0f0f0f0;"
+            " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }",
+            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif MASK == 0x03:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; and.b32 t, $2, 0x03030303;"
+            " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }",
+            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif MASK == 0x0C:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; and.b32 t, $2, 0x0c0c0c0c;"
+            " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }",
+            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif MASK == 0x30:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; and.b32 t, $2, 0x30303030;"
+            " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }",
+            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; and.b32 t, $2, 0xc0c0c0c0;"
+            " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }",
+            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    return y
+
+
+@triton.jit
+def turn(acc, places, y, ASM: tl.constexpr):
+    """Add rows `y` `[R, N]` to rows of `acc` `[D, N]`, each to the one that `places` `[R]` names.
+
+    A product with a matrix of ones and zeros, so that nothing leaves the registers. On a GPU three
+    products in bf16 carry the 24 bits of fp32.
+    """
+    o_d = tl.arange(0, acc.shape[0])
+    if ASM:
+        P = (o_d[:, None] == places[None, :]).to(tl.bfloat16)
+        high = y.to(tl.bfloat16)
+        rest = y - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(P, high, acc=acc)
+        acc = tl.dot(P, middle, acc=acc)
+        acc = tl.dot(P, low, acc=acc)
+    else:
+        P = (o_d[:, None] == places[None, :]).to(tl.float32)
+        acc = tl.dot(P, y, acc=acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def turn_rows(acc, places, y, ASM: tl.constexpr):
+    """Add columns `y` `[M, R]` to columns of `acc` `[M, D]`, each to the one that `places` `[R]`
+    names; see `turn`.
+    """
+    o_d = tl.arange(0, acc.shape[1])
+    if ASM:
+        P = (places[:, None] == o_d[None, :]).to(tl.bfloat16)
+        high = y.to(tl.bfloat16)
+        rest = y - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(high, P, acc=acc)
+        acc = tl.dot(middle, P, acc=acc)
+        acc = tl.dot(low, P, acc=acc)
+    else:
+        P = (places[:, None] == o_d[None, :]).to(tl.float32)
+        acc = tl.dot(y, P, acc=acc, input_precision="ieee")
+    return acc

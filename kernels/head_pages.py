@@ -1,0 +1,61 @@
+"""One head's part of all archive pages: writes and reads granules in their fields."""
+
+import torch
+from vllm_leank.kernels.codecs.codec import Codec, Stored
+
+from vllm_leank.core.head_part import Chunk, HeadPart
+from vllm_leank.core.window import GRANULE
+
+
+class HeadPages:
+    """Views of a head's fields in every archive page.
+
+    A granule is named by its page and its index among the page's granules.
+
+    Args:
+        pages: `[num_blocks, page_items]`, see `LayerCache.archive_pages`.
+        part: where the head's fields lie.
+        block: tokens of an archive page.
+        side_bytes: see `ArchiveFormat`.
+    """
+
+    def __init__(self, pages: torch.Tensor, part: HeadPart, block: int, side_bytes: int) -> None:
+        def field(chunk: Chunk) -> torch.Tensor:
+            return pages[:, chunk.offset : chunk.offset + chunk.width * block]
+
+        # [num_blocks, granules, 32, width] each
+        self._keys = [field(c).unflatten(1, (-1, GRANULE, c.width)) for c in part.k_chunks]
+        # [num_blocks, width, granules, 32] each
+        self._values = [field(c).unflatten(1, (c.width, -1, GRANULE)) for c in part.v_chunks]
+        granules = block // GRANULE
+        side = pages.view(torch.uint8)[:, part.side_offset :]
+        # [num_blocks, granules, side_bytes]
+        self._side = side[:, : granules * side_bytes].unflatten(1, (granules, side_bytes))
+        self._k_chunks, self._v_chunks = part.k_chunks, part.v_chunks
+
+    def write(self, pages: torch.Tensor, granules: torch.Tensor, stored: Stored) -> None:
+        """Write granules, `[n]` of each."""
+        for chunk, keys in zip(self._k_chunks, self._keys, strict=True):
+            keys[pages, granules] = stored.key[..., _columns(chunk)]
+        for chunk, values in zip(self._v_chunks, self._values, strict=True):
+            values[pages, :, granules] = stored.value[..., _columns(chunk)].transpose(1, 2)
+        self._side[pages, granules] = stored.side
+
+    def clear(self, pages: torch.Tensor, granules: torch.Tensor, codec: Codec) -> None:
+        """Make granules without a token readable: V is finite, whatever K may be."""
+        for values in () if codec.any_codes else self._values:
+            values[pages, :, granules] = 0
+        self._side[pages, granules] = codec.empty_side.to(self._side.device)
+
+    def read(self, pages: torch.Tensor) -> Stored:
+        """All granules of these pages, in their order."""
+        side = self._side[pages]
+        nothing = side.new_empty((*side.shape[:2], GRANULE, 0))
+        keys = [keys[pages] for keys in self._keys] or [nothing]
+        values = [values[pages].permute(0, 2, 3, 1) for values in self._values] or [nothing]
+        parts = torch.cat(keys, dim=-1), torch.cat(values, dim=-1), side
+        return Stored(*(part.flatten(0, 1) for part in parts))
+
+
+def _columns(chunk: Chunk) -> slice:
+    return slice(chunk.first, chunk.first + chunk.width)

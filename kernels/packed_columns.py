@@ -1,0 +1,168 @@
+"""A running softmax over packed pages with queries in columns, for the few queries of a decode
+step; `fold_columns` has the same for pages that keep channels whole.
+
+The sum of q times K is one of products of codes: steps and scales are in the query, and a number
+per query stands for what lies between codes and K. V is the sum of codes times the token's scale;
+its steps, scales and means come in at the end.
+"""
+
+import triton
+import triton.language as tl
+from vllm_leank.kernels.codes import (
+    CODE_UNIT,
+    field_offset,
+    first_channel,
+    first_part,
+    power,
+    read_codes,
+    row_bytes,
+    turn,
+    width_index,
+)
+from vllm_leank.kernels.pages import load_tile
+
+
+@triton.jit
+def _query_part(
+    p_q, m_q, p_order, p_factor, unit, first, W: tl.constexpr, BITS: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """What a part of the bytes of one K field is multiplied by, fp16 `[W, N]` in units of `unit`;
+    and what half of the largest code gives, to be taken off, `[N]`.
+    """
+    o_w = first + PART * W + tl.arange(0, W)
+    channel = tl.load(p_order + o_w)
+    q = tl.load(p_q[None, :] + channel[:, None], mask=m_q[None, :], other=0.0).to(tl.float32)
+    q = q * tl.load(p_factor + o_w)[:, None] / unit[None, :]
+    # Codes are read as they lie in their bytes.
+    q = (q * power(-BITS * PART)).to(tl.float16)
+    half = tl.sum(q.to(tl.float32), 0) * (power(BITS * PART) * (power(BITS) - 1) / 2)
+    return q, half
+
+
+@triton.jit
+def _query(
+    p_q, m_q, p_order, p_mean, p_factor, D: tl.constexpr, D_PAD: tl.constexpr,
+    VARIANT: tl.constexpr,
+):  # fmt: skip
+    """The queries as codes of K are multiplied by them, a tuple of parts; the unit that they are
+    in; and what has to be added to each query's scores.
+    """
+    o_d = tl.arange(0, D_PAD)
+    m_d = o_d < D
+    channel = tl.load(p_order + o_d, mask=m_d, other=0)
+    q = tl.load(p_q[None, :] + channel[:, None], mask=m_d[:, None] & m_q[None, :], other=0.0)
+    q = q.to(tl.float32)
+    # In units of the largest, they fit into fp16.
+    factor = tl.load(p_factor + o_d, mask=m_d, other=0.0)
+    unit = tl.maximum(tl.max(tl.abs(q * factor[:, None]), 0), 1e-30)
+    offset = tl.sum(q * tl.load(p_mean + o_d, mask=m_d, other=0.0)[:, None], 0)
+    parts = ()
+    for c in tl.static_range(3):
+        if row_bytes(VARIANT, c) > 0:
+            for i in tl.static_range(1 << c):
+                part, half = _query_part(
+                    p_q, m_q, p_order, p_factor, unit, first_channel(VARIANT, c),
+                    row_bytes(VARIANT, c), 8 >> c, i,
+                )  # fmt: skip
+                parts = parts + (part,)  # noqa: RUF005
+                offset -= half * unit
+    return parts, unit, offset
+
+
+@triton.jit
+def _add_scores(s, x, parts, FIRST: tl.constexpr, C: tl.constexpr, ASM: tl.constexpr):
+    """Add to scores `[TILE, N]` what bytes `x` `[TILE, W]` of one K field give."""
+    for i in tl.static_range(1 << C):
+        s = tl.dot(read_codes(x, 8 >> C, i, ASM), parts[FIRST + i], acc=s)
+    return s
+
+
+@triton.jit
+def fold_archive(
+    m, l, acc, first, last, boundary, q, p_q, m_q, scale_log2,
+    head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
+    stride_page, stride_side,
+    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    VARIANT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """As `fold_columns.fold_archive`, for a head whose fields `VARIANT` describes. It comes first:
+    `m`, `l` and `acc` have taken nothing in yet.
+    """
+    ASM: tl.constexpr = TILES.ASM
+    N: tl.constexpr = m.shape[0]
+    offset = tl.load(p_head + 2)
+    side_offset = tl.load(p_head + 4)
+    parts, unit, added = _query(
+        p_q, m_q, order_ptr + head * D, numbers_ptr + head * D, numbers_ptr + (H + head) * D,
+        D, D_PAD, VARIANT,
+    )  # fmt: skip
+    unit *= CODE_UNIT * scale_log2
+    added *= scale_log2
+    sums = ()
+    for c in tl.static_range(3):
+        if row_bytes(VARIANT, 3 + c) > 0:
+            for _ in tl.static_range(1 << c):
+                sums = sums + (tl.zeros([row_bytes(VARIANT, 3 + c), N], tl.float32),)  # noqa: RUF005
+    # Each row keeps sums of its own until the end: a sum over rows would make all warps wait.
+    l_rows = tl.zeros([TILE, N], tl.float32)
+    s_rows = tl.zeros([TILE, N], tl.float32)
+    # One tile ahead, so that the pipeline of tiles does not wait for the block table.
+    next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
+    for i in tl.range(first, last, num_stages=STAGES):
+        token = i * TILE
+        page = next_page
+        next_page = tl.load(p_table + tl.minimum(i + 1, last - 1) * TILE // BLOCK)
+        slot = token % BLOCK
+        s = tl.zeros([TILE, N], tl.float32)
+        for c in tl.static_range(3):
+            if row_bytes(VARIANT, c) > 0:
+                x = load_tile(
+                    descs[width_index(row_bytes(VARIANT, c))], archive_ptr, page,
+                    offset + field_offset(VARIANT, c, BLOCK), slot, 0, stride_page,
+                    row_bytes(VARIANT, c), TILE, row_bytes(VARIANT, c), TILE,
+                    row_bytes(VARIANT, c), TMA,
+                )  # fmt: skip
+                s = _add_scores(s, x, parts, first_part(VARIANT, c), c, ASM)
+        o_token = token + tl.arange(0, TILE)
+        seen = (o_token >= SINK) & (o_token < boundary)
+        p_scale = side_ptr + page.to(tl.int64) * stride_side + side_offset
+        # Scales of slots that hold no token may hold anything.
+        v_scale = tl.where(seen, tl.load(p_scale + slot + tl.arange(0, TILE)).to(tl.float32), 0.0)
+        s = tl.where(seen[:, None], s * unit[None, :] + added[None, :], float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 0))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[None, :])
+        m = m_new
+        l_rows = l_rows * alpha[None, :] + p
+        p = (p * v_scale[:, None]).to(tl.float16)
+        s_rows = s_rows * alpha[None, :] + p.to(tl.float32)
+        new_sums = ()
+        for c in tl.static_range(3):
+            if row_bytes(VARIANT, 3 + c) > 0:
+                x = load_tile(
+                    descs[5 + width_index(row_bytes(VARIANT, 3 + c))], archive_ptr, page,
+                    offset + field_offset(VARIANT, 3 + c, BLOCK), 0, slot, stride_page, BLOCK,
+                    row_bytes(VARIANT, 3 + c), TILE, row_bytes(VARIANT, 3 + c), TILE, TMA,
+                )  # fmt: skip
+                for part in tl.static_range(1 << c):
+                    total = sums[first_part(VARIANT, 3 + c) + part] * alpha[None, :]
+                    total = tl.dot(read_codes(x, 8 >> c, part, ASM), p, acc=total)
+                    new_sums = new_sums + (total,)  # noqa: RUF005
+        sums = new_sums
+
+    far, scaled = tl.sum(l_rows, 0), tl.sum(s_rows, 0)
+    o_d = tl.arange(0, D_PAD)
+    mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=o_d < D, other=0.0)
+    acc += mean[:, None] * far[None, :]
+    for c in tl.static_range(3):
+        if row_bytes(VARIANT, 3 + c) > 0:
+            for part in tl.static_range(1 << c):
+                o_r = first_channel(VARIANT, 3 + c) + part * row_bytes(VARIANT, 3 + c)
+                o_r += tl.arange(0, row_bytes(VARIANT, 3 + c))
+                y = sums[first_part(VARIANT, 3 + c) + part] * power(24 - (8 >> c) * part)
+                y -= scaled[None, :] * ((power(8 >> c) - 1) / 2)
+                y *= tl.load(numbers_ptr + (3 * H + head) * D + o_r)[:, None]
+                acc = turn(acc, tl.load(order_ptr + (H + head) * D + o_r), y, ASM)
+    return m, l + far, acc

@@ -1,0 +1,153 @@
+"""A running softmax over packed pages with queries in rows, for many queries of a request; see
+`packed_columns` for the sums.
+"""
+
+import triton
+import triton.language as tl
+from vllm_leank.kernels.codes import (
+    CODE_UNIT,
+    field_offset,
+    first_channel,
+    first_part,
+    power,
+    read_codes,
+    row_bytes,
+    turn_rows,
+    width_index,
+)
+from vllm_leank.kernels.pages import load_tile
+
+
+@triton.jit
+def _query_part(
+    p_q, m_q, p_order, p_factor, unit, first, W: tl.constexpr, BITS: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """As in `packed_columns`, `[M, W]` and `[M]`."""
+    o_w = first + PART * W + tl.arange(0, W)
+    channel = tl.load(p_order + o_w)
+    q = tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None], other=0.0).to(tl.float32)
+    q = q * tl.load(p_factor + o_w)[None, :] / unit[:, None]
+    q = (q * power(-BITS * PART)).to(tl.float16)
+    half = tl.sum(q.to(tl.float32), 1) * (power(BITS * PART) * (power(BITS) - 1) / 2)
+    return q, half
+
+
+@triton.jit
+def _query(
+    p_q, m_q, p_order, p_mean, p_factor, D: tl.constexpr, D_PAD: tl.constexpr,
+    VARIANT: tl.constexpr,
+):  # fmt: skip
+    """As in `packed_columns`."""
+    o_d = tl.arange(0, D_PAD)
+    m_d = o_d < D
+    channel = tl.load(p_order + o_d, mask=m_d, other=0)
+    q = tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None] & m_d[None, :], other=0.0)
+    q = q.to(tl.float32)
+    factor = tl.load(p_factor + o_d, mask=m_d, other=0.0)
+    unit = tl.maximum(tl.max(tl.abs(q * factor[None, :]), 1), 1e-30)
+    offset = tl.sum(q * tl.load(p_mean + o_d, mask=m_d, other=0.0)[None, :], 1)
+    parts = ()
+    for c in tl.static_range(3):
+        if row_bytes(VARIANT, c) > 0:
+            for i in tl.static_range(1 << c):
+                part, half = _query_part(
+                    p_q, m_q, p_order, p_factor, unit, first_channel(VARIANT, c),
+                    row_bytes(VARIANT, c), 8 >> c, i,
+                )  # fmt: skip
+                parts = parts + (part,)  # noqa: RUF005
+                offset -= half * unit
+    return parts, unit, offset
+
+
+@triton.jit
+def fold_archive(
+    m, l, acc, first_boundary, stop, boundary, p_q, m_q, q_max, scale_log2,
+    head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
+    stride_page, stride_side,
+    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    VARIANT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """As `fold_rows.fold_archive`, for a head whose fields `VARIANT` describes. It comes first:
+    `m`, `l` and `acc` have taken nothing in yet.
+    """
+    ASM: tl.constexpr = TILES.ASM
+    M: tl.constexpr = m.shape[0]
+    offset = tl.load(p_head + 2)
+    side_offset = tl.load(p_head + 4)
+    parts, unit, added = _query(
+        p_q, m_q, order_ptr + head * D, numbers_ptr + head * D, numbers_ptr + (H + head) * D,
+        D, D_PAD, VARIANT,
+    )  # fmt: skip
+    unit *= CODE_UNIT * scale_log2
+    added *= scale_log2
+    sums = ()
+    for c in tl.static_range(3):
+        if row_bytes(VARIANT, 3 + c) > 0:
+            for _ in tl.static_range(1 << c):
+                sums = sums + (tl.zeros([M, row_bytes(VARIANT, 3 + c)], tl.float32),)  # noqa: RUF005
+    scaled = tl.zeros([M], tl.float32)
+    first, last = SINK // TILE, tl.cdiv(stop, TILE)
+    next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
+    for i in tl.range(first, last, num_stages=STAGES):
+        token = i * TILE
+        page = next_page
+        next_page = tl.load(p_table + tl.minimum(i + 1, last - 1) * TILE // BLOCK)
+        slot = token % BLOCK
+        s = tl.zeros([M, TILE], tl.float32)
+        for c in tl.static_range(3):
+            if row_bytes(VARIANT, c) > 0:
+                x = load_tile(
+                    descs[width_index(row_bytes(VARIANT, c))], archive_ptr, page,
+                    offset + field_offset(VARIANT, c, BLOCK), slot, 0, stride_page,
+                    row_bytes(VARIANT, c), TILE, row_bytes(VARIANT, c), TILE,
+                    row_bytes(VARIANT, c), TMA,
+                )  # fmt: skip
+                for part in tl.static_range(1 << c):
+                    codes = read_codes(x, 8 >> c, part, ASM)
+                    s = tl.dot(parts[first_part(VARIANT, c) + part], tl.trans(codes), acc=s)
+        o_token = token + tl.arange(0, TILE)
+        seen = (o_token[None, :] >= SINK) & (o_token[None, :] < boundary[:, None])
+        p_scale = side_ptr + page.to(tl.int64) * stride_side + side_offset
+        # Scales of slots that hold no token may hold anything.
+        stored = (o_token >= SINK) & (o_token < stop)
+        v_scale = tl.load(p_scale + slot + tl.arange(0, TILE)).to(tl.float32)
+        v_scale = tl.where(stored, v_scale, 0.0)
+        s = tl.where(seen, s * unit[:, None] + added[:, None], float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m - m_safe)
+        p = tl.exp2(s - m_safe[:, None])
+        m = m_new
+        l = l * alpha + tl.sum(p, 1)
+        p = (p * v_scale[None, :]).to(tl.float16)
+        scaled = scaled * alpha + tl.sum(p.to(tl.float32), 1)
+        new_sums = ()
+        for c in tl.static_range(3):
+            if row_bytes(VARIANT, 3 + c) > 0:
+                x = load_tile(
+                    descs[5 + width_index(row_bytes(VARIANT, 3 + c))], archive_ptr, page,
+                    offset + field_offset(VARIANT, 3 + c, BLOCK), 0, slot, stride_page, BLOCK,
+                    row_bytes(VARIANT, 3 + c), TILE, row_bytes(VARIANT, 3 + c), TILE, TMA,
+                )  # fmt: skip
+                for part in tl.static_range(1 << c):
+                    total = sums[first_part(VARIANT, 3 + c) + part] * alpha[:, None]
+                    codes = read_codes(x, 8 >> c, part, ASM)
+                    total = tl.dot(p, tl.trans(codes), acc=total)
+                    new_sums = new_sums + (total,)  # noqa: RUF005
+        sums = new_sums
+
+    o_d = tl.arange(0, D_PAD)
+    mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=o_d < D, other=0.0)
+    acc += mean[None, :] * l[:, None]
+    for c in tl.static_range(3):
+        if row_bytes(VARIANT, 3 + c) > 0:
+            for part in tl.static_range(1 << c):
+                o_r = first_channel(VARIANT, 3 + c) + part * row_bytes(VARIANT, 3 + c)
+                o_r += tl.arange(0, row_bytes(VARIANT, 3 + c))
+                y = sums[first_part(VARIANT, 3 + c) + part] * power(24 - (8 >> c) * part)
+                y -= scaled[:, None] * ((power(8 >> c) - 1) / 2)
+                y *= tl.load(numbers_ptr + (3 * H + head) * D + o_r)[None, :]
+                acc = turn_rows(acc, tl.load(order_ptr + (H + head) * D + o_r), y, ASM)
+    return m, l, acc
