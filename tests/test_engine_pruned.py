@@ -122,7 +122,14 @@ def test_answers_are_found_as_well(tiny_llama_dir, mask_of):
         page, window = leank.plan.archive_block, leank.window
     # All that was computed, in whole pages; an answer's last token was not.
     told = [int(told) - 1 for told in np.cumsum([len(turn) + 150 for turn in turns])[:-1]]
-    assert hits == [0, *(window.prefix(length // page * page, page) for length in told)]
+    whole = [0, *(window.prefix(length // page * page, page) for length in told)]
+    if mask.is_packed:
+        # vLLM offers pages once they end a whole archive page. Where those are long, window pages
+        # may be freed before.
+        assert all(hit <= most for hit, most in zip(hits, whole, strict=True))
+        assert hits[-1] >= page
+    else:
+        assert hits == whole
 
 
 @each_mask

@@ -14,6 +14,7 @@ from mask_samples import packed_mask, statistics_of
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.options import Options
+from vllm_leank.core.profile import Profile
 from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import MAX_PROFILES, profiles_of
 from vllm_leank.mask.errors import MaskError
@@ -339,9 +340,41 @@ def test_the_largest_masks_fit_and_are_read_soon(tmp_path):
     assert len(dump_mask(packed_mask(Geometry(80, 64, 128, 5e5, None)))) < MAX_BYTES
 
 
-def test_masks_of_bits_are_not_served_as_if_they_were_whole():
-    with pytest.raises(UserError, match="cannot be served yet"):
-        plan_settings(packed_mask(Geometry(2, 2, 128, 1e4, None)), Options(), 2)
+def coded(kind=2):
+    """One head in codes of so many bits."""
+    bits = np.full((1, 1, 64), kind, np.uint8)
+    return Mask.from_bits(
+        bits, bits, Geometry(1, 1, 64, 1e4, None), model="m",
+        provenance={"method": "test"}, statistics=statistics_of((1, 1, 64)),
+    )  # fmt: skip
+
+
+def test_the_mask_decides_the_archive_where_the_options_do_not():
+    assert plan_settings(coded(), Options(), 2).plan.archive_format.name == "packed"
+    assert plan_settings(coded(16), Options(), 2).plan.archive_format.name == "auto"
+    assert (
+        plan_settings(coded(16), Options(archive_dtype="fp8"), 2).plan.archive_format.name == "fp8"
+    )
+    assert plan_settings(coded(), Options(archive_dtype="packed"), 2).plan.profiles == (
+        (Profile(k2=64, v2=64),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("mask", "archive_dtype", "message"),
+    [
+        (
+            coded(),
+            "fp8",
+            '2, 4 or 8 bits, which no fp8 archive can hold: remove archive_dtype "fp8"',
+        ),
+        (coded(16), "packed", "channels of 16 bits, which no packed archive can hold"),
+        (packed_mask(Geometry(2, 2, 128, 1e4, None)), "auto", "beside heads with fewer"),
+    ],
+)
+def test_masks_that_an_archive_cannot_hold_are_refused(mask, archive_dtype, message):
+    with pytest.raises(UserError, match=message):
+        plan_settings(mask, Options(archive_dtype=archive_dtype), 2)
 
 
 @st.composite
