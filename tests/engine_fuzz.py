@@ -26,7 +26,7 @@ SINK, RECENT = 32, 64
 MAX_LENGTH = 512
 TIE = 1e-5
 """Logits that rounding may put in either order: sums in another order differ by some 1e-6."""
-ROUNDED_TIE = 2e-2
+ROUNDED_TIE = 1e-2
 """The same where the archive's format rounds: now and then to the other neighbour."""
 
 KEPT = ([0, 32, 16, 48], [64, 16], [0, 0, 32])
