@@ -36,7 +36,8 @@ from vllm_leank.bench.results import describe_mask
 from vllm_leank.core.layout import WINDOW_BLOCK, CachePlan, pages, plan_cache
 from vllm_leank.core.window import Window, whole_pages
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import Mask, load_mask
+from vllm_leank.mask.file import load_mask
+from vllm_leank.mask.mask import Mask
 from vllm_leank.serving.step import attend_exact
 
 CHECKED_QUERIES = 64

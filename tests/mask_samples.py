@@ -6,7 +6,7 @@ import numpy as np
 from transformers import AutoConfig
 
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.mask.file import Mask
+from vllm_leank.mask.mask import Mask
 
 MODEL = "tests/tiny"
 

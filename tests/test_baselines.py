@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from baselines.global_energy import global_energy
+from baselines.random_channels import random_channels
+from baselines.slow_heads import slow_heads
+from baselines.think import ThinK
+from baselines.uniform_energy import uniform_energy
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from vllm_leank.baselines import global_energy, random_channels, slow_heads, uniform_energy
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.offline.attention_hook import hooked_attention
-from vllm_leank.offline.simulate import SimulatedPruning, ThinK
+from vllm_leank.offline.simulate import SimulatedPruning
 
 WINDOW = Window(32, 32)
 

@@ -18,7 +18,8 @@ from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.layout import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import Mask, save_mask
+from vllm_leank.mask.file import save_mask
+from vllm_leank.mask.mask import Mask
 
 KEPT = ((0, 32), (64, 16))
 WINDOW = Window(32, 64)

@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 
+from vllm_leank.core.geometry import Geometry
 from vllm_leank.mask import lookup as mask_resolver
-from vllm_leank.mask.file import Geometry, Mask, load_mask, save_mask
+from vllm_leank.mask.file import load_mask, save_mask
+from vllm_leank.mask.mask import Mask
 
 
 @pytest.fixture

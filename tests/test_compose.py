@@ -9,7 +9,8 @@ from vllm_leank import cli
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
 from vllm_leank.mask.compose import compose, read_streaming_heads
-from vllm_leank.mask.file import Mask, load_mask, save_mask
+from vllm_leank.mask.file import load_mask, save_mask
+from vllm_leank.mask.mask import Mask
 
 GEOMETRY = Geometry(2, 2, 64, 1e4, None)
 

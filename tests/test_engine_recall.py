@@ -10,8 +10,9 @@ from engines import engine
 from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
 
-from vllm_leank.mask.file import Mask, load_mask, save_mask
+from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.lookup import find_masks
+from vllm_leank.mask.mask import Mask
 
 pytestmark = pytest.mark.engine
 

@@ -9,9 +9,10 @@ from byte_tokenizer import byte_tokenizer
 
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.learn.data import Data, Generated, Shuffled, least_tokens, with_far_tokens
-from vllm_leank.learn.tasks import essay_pieces, multivalue, retrieval
+from vllm_leank.learn.data import Data, Shuffled, with_far_tokens
+from vllm_leank.offline.needles import Generated, least_tokens
 from vllm_leank.offline.prompts import Sample, read_samples
+from vllm_leank.offline.tasks import essay_pieces, multivalue, retrieval
 
 WINDOW = Window(32, 64)
 

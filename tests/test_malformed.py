@@ -8,7 +8,8 @@ import os
 from malformed import masks, options
 
 from vllm_leank.core.options import OptionError, parse_options
-from vllm_leank.mask.file import MaskError, parse_mask
+from vllm_leank.mask.errors import MaskError
+from vllm_leank.mask.text import parse_mask
 
 TIMES = int(os.environ.get("LEANK_MALFORMED", "1"))
 

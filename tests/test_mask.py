@@ -12,16 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_leank.mask.file import (
-    MAX_BYTES,
-    Geometry,
-    Mask,
-    MaskError,
-    dump_mask,
-    load_mask,
-    parse_mask,
-    save_mask,
-)
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.mask.errors import MaskError
+from vllm_leank.mask.file import MAX_BYTES, load_mask, save_mask
+from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.text import dump_mask, parse_mask
 
 GOOD = """\
 format: leank-mask/1

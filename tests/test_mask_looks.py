@@ -10,7 +10,8 @@ from vllm_leank import cli
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
 from vllm_leank.mask.compose import read_streaming_heads
-from vllm_leank.mask.file import Mask, save_mask
+from vllm_leank.mask.file import save_mask
+from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.rope_pairs import (
     channel_pairs,
     high_frequency_share,

@@ -4,8 +4,11 @@ import os
 
 import pytest
 
-from vllm_leank.mask.file import Geometry, Mask, MaskError, save_mask
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.mask.errors import MaskError
+from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.lookup import find_masks, list_masks, resolve_mask
+from vllm_leank.mask.mask import Mask
 
 SHORT = Geometry(2, 2, 64, 1e6, None)
 LONG = Geometry(2, 2, 64, 1e6, {"rope_type": "yarn", "factor": 4.0})

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import Mask, save_mask
+from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.lookup import find_masks
+from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.prompts import Sample
 from vllm_leank.offline.verify import Comparison, Summary, Thresholds, Verifier
 

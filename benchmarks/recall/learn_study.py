@@ -29,6 +29,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from baselines.global_energy import global_energy
+from baselines.random_channels import random_channels
+from baselines.slow_heads import slow_heads
+from baselines.uniform_energy import uniform_energy
 from transformers import LlamaForCausalLM
 
 from recall.evaluate import head_commit, machine
@@ -40,13 +44,13 @@ from recall.pruned_answers import (
     report,
 )
 from recall.tasks import TASKS, make_sample
-from vllm_leank.baselines import global_energy, random_channels, slow_heads, uniform_energy
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.learn.display import Display
 from vllm_leank.learn.distillation import Distiller
 from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, run_stage
-from vllm_leank.mask.file import Mask, save_mask
+from vllm_leank.mask.file import save_mask
+from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.select_channels import select_channels
 from vllm_leank.offline.calibrate import measure_heads
 from vllm_leank.offline.prompts import Sample

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
+from baselines.think import ThinK
 from transformers import DynamicCache, LlamaForCausalLM
 
 from recall.evaluate import BATCH_TOKENS
 from recall.tasks import TASKS, make_sample
 from vllm_leank.core.window import Window
 from vllm_leank.offline.attention_hook import hooked_attention
-from vllm_leank.offline.simulate import SimulatedPruning, ThinK
+from vllm_leank.offline.simulate import SimulatedPruning
 
 SEEDS = {"train": 1000, "eval": 0}
 """First seed of a split: calibration uses the first ones of `train`."""

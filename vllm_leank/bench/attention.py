@@ -27,7 +27,7 @@ from vllm_leank.kernels import reference
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.decode import decode
-from vllm_leank.mask.file import Mask
+from vllm_leank.mask.mask import Mask
 
 CHECKED_ROWS = 2
 """Requests whose outputs are compared, at most."""

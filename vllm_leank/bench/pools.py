@@ -9,7 +9,7 @@ from vllm_leank.core.layout import WINDOW_BLOCK, CacheLayout, pages
 from vllm_leank.core.window import GRANULE
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
-from vllm_leank.mask.file import Mask
+from vllm_leank.mask.mask import Mask
 
 FILL_ITEMS = 1 << 26
 """Random numbers that are drawn at once."""

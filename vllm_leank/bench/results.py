@@ -10,7 +10,7 @@ from typing import Any
 from vllm_leank.bench.machine import head_commit, machine
 from vllm_leank.core.atomic import write_atomically
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import Mask
+from vllm_leank.mask.mask import Mask
 from vllm_leank.version import __version__
 
 ATTENTION = "decode attention"

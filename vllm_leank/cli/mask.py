@@ -9,8 +9,9 @@ import typer
 
 from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import Mask, load_mask, save_mask
+from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.lookup import find_masks
+from vllm_leank.mask.mask import Mask
 
 app = typer.Typer(help="Look at masks and make them.", no_args_is_help=True)
 

@@ -9,7 +9,8 @@ import typer
 
 from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import Mask, load_mask, save_mask
+from vllm_leank.mask.file import load_mask, save_mask
+from vllm_leank.mask.mask import Mask
 
 
 class By(StrEnum):

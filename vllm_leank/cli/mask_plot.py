@@ -8,7 +8,7 @@ import typer
 
 from vllm_leank.cli.mask import find
 from vllm_leank.cli.outputs import check_new
-from vllm_leank.mask.file import Mask
+from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.rope_pairs import outlier_pairs, pair_shares, wavelengths
 
 

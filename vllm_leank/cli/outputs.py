@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import Mask
+from vllm_leank.mask.mask import Mask
 
 
 def check_new(out: Path, overwrite: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where samples come from: the generated tasks over any tokenizer, or a file of the user's.
+"""Where a run's samples come from: generated tasks, or a file of the user's.
 
 A source is called with the number of a sample and gives the same one whenever it is asked, so an
 interrupted run goes on with what it would have seen.
@@ -6,7 +6,6 @@ interrupted run goes on with what it would have seen.
 
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,58 +15,12 @@ import numpy as np
 
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.learn.tasks import Exercise, Task, essay_pieces, multivalue, retrieval
 from vllm_leank.mask.checkpoint import Checkpoint
-from vllm_leank.offline.prompts import Sample, Tokenize, read_samples
+from vllm_leank.offline.needles import Generated, least_tokens
+from vllm_leank.offline.prompts import Sample, read_samples
+from vllm_leank.offline.tasks import Task, essay_pieces, multivalue, retrieval
 
 Source = Callable[[int], Sample]
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Samples of `tasks` in turn, of `min_tokens` to `max_tokens` with their answers.
-
-    Every doubling of the length is equally likely. A sample is as long as its whole pieces of text
-    allow.
-    """
-
-    tasks: Sequence[Task]
-    tokenize: Tokenize
-    tokenize_answer: Tokenize
-    min_tokens: int
-    max_tokens: int
-    seed: int
-
-    def __call__(self, number: int) -> Sample:
-        """Sample `number`.
-
-        Raises:
-            UserError: a length leaves no room for the question.
-        """
-        task = self.tasks[number % len(self.tasks)]
-        rng = np.random.default_rng([self.seed, number])
-        low, high = math.log(self.min_tokens), math.log(self.max_tokens)
-        length = math.floor(math.exp(rng.uniform(low, high)) + 1e-6)
-        seed = int(rng.integers(1 << 62))
-        return self._fitted(lambda size: task(np.random.default_rng(seed), size), length)
-
-    def _fitted(self, make: Callable[[int], Exercise], length: int) -> Sample:
-        """The largest exercise that tokens per piece, as measured on small ones, allow."""
-
-        def sample(size: int) -> Sample:
-            exercise = make(size)
-            return Sample(self.tokenize(exercise.prompt), self.tokenize_answer(exercise.answer))
-
-        small, large = _length(sample(8)), _length(sample(24))
-        per_piece = max(1, (large - small) / 16)
-        size = 8 + math.floor((length - small) / per_piece)
-        while size >= 1:
-            found = sample(size)
-            excess = _length(found) - length
-            if excess <= 0:
-                return found
-            size -= math.ceil(excess / per_piece)
-        raise UserError(f"{length} tokens have no room for a question; samples must be longer")
 
 
 @dataclass(frozen=True)
@@ -170,7 +123,11 @@ def with_far_tokens(samples: Sequence[Sample], window: Window) -> list[Sample]:
     Raises:
         UserError: there is none.
     """
-    found = [sample for sample in samples if window.boundary(_length(sample)) > window.sink]
+    found = [
+        sample
+        for sample in samples
+        if window.boundary(len(sample.prompt) + len(sample.answer)) > window.sink
+    ]
     if not found:
         raise UserError(
             f"no sample has far tokens: with sink {window.sink} and recent {window.recent}, prompt "
@@ -178,15 +135,3 @@ def with_far_tokens(samples: Sequence[Sample], window: Window) -> list[Sample]:
             "sink or recent"
         )
     return found
-
-
-def least_tokens(window: Window) -> int:
-    """Tokens from which a request has far ones."""
-    length = window.sink + window.recent
-    while window.boundary(length) == window.sink:
-        length += 1
-    return length
-
-
-def _length(sample: Sample) -> int:
-    return len(sample.prompt) + len(sample.answer)

@@ -17,7 +17,7 @@ from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, run_stag
 from vllm_leank.learn.state import State
 from vllm_leank.learn.workers import Workers
 from vllm_leank.mask.checkpoint import usable_device
-from vllm_leank.mask.file import Mask
+from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.mask_request import MaskRequest
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import Mask
+from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.tsv import parse_tsv
 from vllm_leank.version import __version__
 

@@ -23,7 +23,8 @@ import torch
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
-from vllm_leank.mask.file import Mask, MaskError
+from vllm_leank.mask.errors import MaskError
+from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.select_channels import round_survivors
 from vllm_leank.mask.tsv import parse_tsv
 from vllm_leank.version import __version__

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.mask.file import Mask, MaskError, load_mask
+from vllm_leank.mask.errors import MaskError
+from vllm_leank.mask.file import load_mask
+from vllm_leank.mask.mask import Mask
 
 # A checkpoint's folder often has a name that says nothing; then the folder above it counts.
 _NAMELESS = {"model", "checkpoint", "hf"}

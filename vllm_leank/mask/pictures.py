@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from vllm_leank.core.atomic import write_atomically
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import Mask
+from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.rope_pairs import outlier_pairs, pair_shares, wavelengths
 
 if TYPE_CHECKING:

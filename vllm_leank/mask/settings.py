@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from vllm_leank.core.layout import CachePlan, plan_cache
 from vllm_leank.core.options import Options
 from vllm_leank.core.window import Window, whole_pages
-from vllm_leank.mask.file import Mask
+from vllm_leank.mask.mask import Mask
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint, usable_device
-from vllm_leank.mask.file import Mask
+from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.attention_hook import hooked_attention
 from vllm_leank.offline.mask_request import MaskRequest
 from vllm_leank.offline.prompts import read_prompts

@@ -12,7 +12,7 @@ import transformers
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
-from vllm_leank.mask.file import Mask
+from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.select_channels import select_channels
 from vllm_leank.version import __version__
 

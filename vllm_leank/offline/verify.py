@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import Mask
+from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.attention_hook import hooked_attention
 from vllm_leank.offline.prompts import Sample
 from vllm_leank.offline.simulate import SimulatedPruning

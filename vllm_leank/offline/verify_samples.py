@@ -8,10 +8,10 @@ from pathlib import Path
 
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.learn.data import Generated, least_tokens
-from vllm_leank.learn.tasks import multivalue, retrieval
 from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.offline.needles import Generated, least_tokens
 from vllm_leank.offline.prompts import Sample, read_samples
+from vllm_leank.offline.tasks import multivalue, retrieval
 
 Named = tuple[str, Sample]
 

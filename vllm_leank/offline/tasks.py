@@ -1,4 +1,4 @@
-"""The two tasks that masks are learned on, as text: dense retrieval and multi-value.
+"""The two tasks that masks are learned and verified on, as text: dense retrieval and multi-value.
 
 Both ask for something that stands once in a long context, so answers depend on far keys. A task is
 a function of a random generator and a size; the same generator state and size give the same text.

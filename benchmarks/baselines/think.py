@@ -1,0 +1,40 @@
+"""ThinK: channels chosen anew for every prompt."""
+
+import torch
+
+
+class ThinK:
+    """An attention hook that chooses channels for each prompt by itself, as ThinK does.
+
+    ThinK (arXiv 2407.21018) scores a channel by the mean square of its last queries times that of
+    its keys, after RoPE, and drops the same number in every head: no training, no mask, but other
+    channels for every request. Here per KV head, with queries averaged over its group.
+
+    Let it watch prompts computed in one pass; then ask for `keep`.
+    """
+
+    QUERIES = 32
+
+    def __init__(self) -> None:
+        self._energy: dict[int, torch.Tensor] = {}
+
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None,
+    ) -> None:
+        """Note the energies of one layer's prompts, q `[B, num_heads, T, D]`, K `[B, H, T, D]`."""
+        last = query[:, :, -self.QUERIES :].unflatten(1, (key.shape[1], -1)).float()
+        q = last.square().mean(dim=(2, 3))
+        self._energy[layer] = q * key.float().square().mean(dim=2)
+
+    def keep(self, ratio: float) -> torch.Tensor:
+        """The channels to keep, bool `[L, B, H, D]`: of each head all but a share of `ratio`."""
+        energy = torch.stack([self._energy[layer] for layer in sorted(self._energy)])
+        count = round((1 - ratio) * energy.shape[-1])
+        keep = torch.zeros_like(energy, dtype=torch.bool)
+        return keep.scatter(-1, energy.topk(count, dim=-1).indices, True)

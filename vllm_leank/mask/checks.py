@@ -1,0 +1,119 @@
+"""What every mask must be like, whether it is read from a file or made in memory.
+
+Each check raises a `MaskError` with the key where the fault would stand in a file.
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.layout import MAX_HEAD_DIM
+from vllm_leank.core.window import GRANULE
+from vllm_leank.mask.errors import MaskError, shortened
+from vllm_leank.mask.strict_yaml import Loc
+
+_MODEL_ID = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})?")
+_UNWRITABLE = re.compile("[\ud800-\udfff]")
+
+
+def check_model_id(model: str) -> None:
+    """A hub id, so that it can be looked up."""
+    if not _MODEL_ID.fullmatch(model):
+        raise MaskError(
+            f"{shortened(model)} is no model id; write `org/name`, of letters, digits and . _ -",
+            loc=("model",),
+        )
+
+
+def check_geometry(geometry: Geometry) -> None:
+    """Shapes that kernels and pages are made for, and RoPE settings that can be written."""
+    for name in ("num_layers", "num_kv_heads"):
+        if getattr(geometry, name) < 1:
+            raise MaskError(
+                f"is {getattr(geometry, name)}; it must be at least 1", loc=("geometry", name)
+            )
+    if geometry.head_dim % 32 or not 32 <= geometry.head_dim <= MAX_HEAD_DIM:
+        raise MaskError(
+            f"is {geometry.head_dim}; it must be a multiple of 32, up to {MAX_HEAD_DIM}",
+            loc=("geometry", "head_dim"),
+        )
+    if geometry.rope_theta is not None and not 0 < geometry.rope_theta < float("inf"):
+        raise MaskError(
+            f"is {geometry.rope_theta}; it must be positive", loc=("geometry", "rope_theta")
+        )
+    if geometry.rope_scaling is not None:
+        check_plain(geometry.rope_scaling, ("geometry", "rope_scaling"))
+        if not isinstance(geometry.rope_scaling["rope_type"], str):
+            raise MaskError("must be text", loc=("geometry", "rope_scaling", "rope_type"))
+
+
+def check_align(align: int, head_dim: int) -> None:
+    """A number of channels by which the heads of this model can be cut."""
+    if align < 16 or align % 16 or head_dim % align:
+        raise MaskError(
+            f"is {align}; it must be a multiple of 16 that divides head_dim {head_dim}",
+            loc=("align",),
+        )
+
+
+def check_window(sink: int, recent: int) -> None:
+    """Dense tokens that the window rule can have."""
+    if sink < 0:
+        raise MaskError(f"is {sink}; it must be at least 0", loc=("window", "sink"))
+    if recent < GRANULE:
+        raise MaskError(
+            f"is {recent}; it must be at least {GRANULE}, the step of compaction",
+            loc=("window", "recent"),
+        )
+
+
+def check_provenance(provenance: dict[str, Any]) -> None:
+    """Plain values, among them how the mask was made."""
+    check_plain(provenance, ("provenance",))
+    method = provenance.get("method")
+    if not isinstance(method, str) or not method:
+        raise MaskError("must name how the mask was made", loc=("provenance", "method"))
+
+
+def check_keep(keep: npt.NDArray[np.bool_], geometry: Geometry, align: int) -> None:
+    """Channels bool `[L, H, D]`, of each head a multiple of `align`."""
+    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    if keep.dtype != np.bool_ or keep.shape != shape:
+        raise MaskError(f"keep must be bool of shape {shape}, not {keep.dtype} {keep.shape}")
+    counts = keep.sum(axis=-1)
+    if (odd := np.argwhere(counts % align)).size:
+        i, j = (int(index) for index in odd[0])
+        raise MaskError(
+            f"keeps {counts[i, j]} channels, which is no multiple of align {align}",
+            loc=("layers", i, j),
+        )
+
+
+def check_plain(value: Any, loc: Loc) -> None:
+    """Refuse what would not read back as it was written."""
+    if len(loc) > 16:
+        raise MaskError("nested too deep", loc=loc[:2])
+    if type(value) is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                raise MaskError(f"key {key!r} must be text", loc=loc)
+            check_plain(key, loc)
+            check_plain(item, (*loc, key))
+    elif type(value) is list:
+        for index, item in enumerate(value):
+            check_plain(item, (*loc, index))
+    elif type(value) is str:
+        if _UNWRITABLE.search(value):
+            raise MaskError(
+                f"{shortened(value)} has characters that text files cannot hold", loc=loc
+            )
+    elif value is not None and type(value) not in (bool, int, float):
+        raise MaskError(f"{type(value).__name__} is not a plain value", loc=loc)
+    elif type(value) is float and not np.isfinite(value):
+        raise MaskError(f"is {value}; numbers must be finite", loc=loc)
+
+
+_UNWRITABLE = re.compile("[\ud800-\udfff]")

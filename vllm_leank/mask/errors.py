@@ -1,0 +1,38 @@
+"""What is wrong with a mask, and where."""
+
+from pathlib import Path
+from typing import Any
+
+from vllm_leank.errors import UserError
+from vllm_leank.mask.strict_yaml import Loc
+
+
+class MaskError(UserError):
+    """A mask that cannot be used: where the fault is, what it is and what is allowed.
+
+    `path`, `line` (from 1) and `key` (dotted, `layers[3][1]`) are None or "" where there is none.
+    """
+
+    def __init__(
+        self, reason: str, *, path: Path | None = None, line: int | None = None, loc: Loc = ()
+    ) -> None:
+        self.reason = reason
+        self.path = path
+        self.line = line
+        self.loc = loc
+        self.key = _dotted(loc)
+        place = "" if path is None else str(path)
+        if line is not None:
+            place = f"{place}, line {line}" if place else f"line {line}"
+        super().__init__(": ".join(part for part in (place, self.key, reason) if part))
+
+
+def shortened(value: Any) -> str:
+    """A value as messages show it, 60 characters at most."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _dotted(loc: Loc) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    return text.removeprefix(".")

@@ -1,0 +1,71 @@
+"""Generated tasks as samples of a wanted number of tokens, over any tokenizer."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_leank.core.window import Window
+from vllm_leank.errors import UserError
+from vllm_leank.offline.prompts import Sample, Tokenize
+from vllm_leank.offline.tasks import Exercise, Task
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Samples of `tasks` in turn, of `min_tokens` to `max_tokens` with their answers.
+
+    Every doubling of the length is equally likely. A sample is as long as its whole pieces of text
+    allow.
+    """
+
+    tasks: Sequence[Task]
+    tokenize: Tokenize
+    tokenize_answer: Tokenize
+    min_tokens: int
+    max_tokens: int
+    seed: int
+
+    def __call__(self, number: int) -> Sample:
+        """Sample `number`.
+
+        Raises:
+            UserError: a length leaves no room for the question.
+        """
+        task = self.tasks[number % len(self.tasks)]
+        rng = np.random.default_rng([self.seed, number])
+        low, high = math.log(self.min_tokens), math.log(self.max_tokens)
+        length = math.floor(math.exp(rng.uniform(low, high)) + 1e-6)
+        seed = int(rng.integers(1 << 62))
+        return self._fitted(lambda size: task(np.random.default_rng(seed), size), length)
+
+    def _fitted(self, make: Callable[[int], Exercise], length: int) -> Sample:
+        """The largest exercise that tokens per piece, as measured on small ones, allow."""
+
+        def sample(size: int) -> Sample:
+            exercise = make(size)
+            return Sample(self.tokenize(exercise.prompt), self.tokenize_answer(exercise.answer))
+
+        small, large = _length(sample(8)), _length(sample(24))
+        per_piece = max(1, (large - small) / 16)
+        size = 8 + math.floor((length - small) / per_piece)
+        while size >= 1:
+            found = sample(size)
+            excess = _length(found) - length
+            if excess <= 0:
+                return found
+            size -= math.ceil(excess / per_piece)
+        raise UserError(f"{length} tokens have no room for a question; samples must be longer")
+
+
+def least_tokens(window: Window) -> int:
+    """Tokens from which a request has far ones."""
+    length = window.sink + window.recent
+    while window.boundary(length) == window.sink:
+        length += 1
+    return length
+
+
+def _length(sample: Sample) -> int:
+    return len(sample.prompt) + len(sample.answer)
