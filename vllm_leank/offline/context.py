@@ -13,7 +13,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
-from vllm_leank.offline.attention_hook import hooked_attention
+from vllm_leank.offline.attention_hook import AttentionHook, hooked_attention
 
 
 @dataclass
@@ -119,3 +119,38 @@ def hidden_states(
     positions = torch.arange(first, first + len(ids), device=model.device)[None]
     output = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
     return output.last_hidden_state
+
+
+@dataclass(frozen=True)
+class AfterContext:
+    """An attention hook that gives `hook` the context's K and V before the new ones."""
+
+    context: Context
+    hook: AttentionHook
+
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None,
+    ) -> torch.Tensor | None:
+        """Attention of tokens that stand right after the context."""
+        keys = torch.cat([self.context.key(layer), key], dim=2)
+        values = torch.cat([self.context.value(layer), value], dim=2)
+        return self.hook(layer, query, keys, values, attention_mask, scaling)
+
+
+def logits_after(
+    model: transformers.PreTrainedModel, context: Context, ids: Sequence[int], hook: AttentionHook
+) -> torch.Tensor:
+    """Logits `[T, vocabulary]` of tokens that stand right after the context, under `hook`.
+
+    `hook` gets K and V of all tokens.
+    """
+    tokens = torch.tensor([list(ids)], device=model.device)
+    positions = torch.arange(context.length, context.length + len(ids), device=model.device)[None]
+    with hooked_attention(model, AfterContext(context, hook), mask=False):
+        return model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0]

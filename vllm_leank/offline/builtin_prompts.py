@@ -1,0 +1,203 @@
+"""Prompts that every machine has: what archives are calibrated on where no data is given.
+
+Four kinds in turn: generated questions about a long context in the model's chat template, source
+code of Python's own library, tables of generated records, and prose (Python's help texts, licences
+and descriptions of installed packages). Calibration must see prompts as long as those that are
+served, so lengths are spread up to the longest; the first prompt has it.
+"""
+
+import importlib.metadata
+import importlib.util
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from vllm_leank.errors import UserError
+from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.offline.needles import Generated
+from vllm_leank.offline.prompts import Sample
+from vllm_leank.offline.tasks import multivalue, retrieval
+
+Named = tuple[str, Sample]
+Document = tuple[str, Callable[[], str]]
+"""A name that is the same whenever it is asked, and how to get the text."""
+
+ANSWER = 64
+"""Tokens at the end of a text that count as its answer."""
+
+_GOLDEN = 0.618034
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
+_LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
+
+
+def builtin_prompts(
+    checkpoint: Checkpoint,
+    count: int,
+    *,
+    min_tokens: int,
+    max_tokens: int,
+    seed: int = 0,
+    held_out: bool = False,
+) -> list[Named]:
+    """`count` samples with the names of their kinds, of `min_tokens` to `max_tokens` at most.
+
+    The texts of `held_out` samples are others, for judging what was calibrated.
+
+    Raises:
+        UserError: lengths leave no room for a question.
+    """
+    if not 0 < min_tokens <= max_tokens:
+        raise UserError(
+            f"the shortest prompt has {min_tokens} tokens; it must have at least 1, and at most "
+            f"the longest's {max_tokens}"
+        )
+    texts = {
+        "python": _Texts(_library(), held_out),
+        "tables": None,
+        "prose": _Texts([*_help_texts(), *_package_texts()], held_out),
+    }
+    kinds = ["questions", *texts]
+    prompts: list[Named] = []
+    for i in range(count):
+        kind = kinds[i % len(kinds)]
+        length = round(max_tokens * (min_tokens / max_tokens) ** (i * _GOLDEN % 1))
+        rng = np.random.default_rng([seed, i, held_out])
+        if kind == "questions":
+            sample = _question(checkpoint, i // len(kinds), length, int(rng.integers(1 << 31)))
+        else:
+            source = texts[kind]
+            pieces = _tables(rng) if source is None else source.pieces(rng)
+            sample = _text_sample(checkpoint, pieces, length)
+        prompts.append((kind, sample))
+    return prompts
+
+
+def _question(checkpoint: Checkpoint, number: int, length: int, seed: int) -> Sample:
+    """A generated task in the chat template, or as plain text where there is none."""
+
+    def chat(text: str) -> list[int]:
+        if not checkpoint.tokenizer.chat_template:
+            return checkpoint.encode(text)
+        messages = [{"role": "user", "content": text}]
+        return checkpoint.encode_rest(
+            checkpoint.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    tasks = (retrieval, multivalue)
+    return Generated(tasks, chat, checkpoint.encode_rest, length, length, seed)(number)
+
+
+def _text_sample(checkpoint: Checkpoint, pieces: Iterator[str], length: int) -> Sample:
+    """A text cut to `length` tokens, of which the last are its answer."""
+    text, ids = "", []
+    while len(ids) < length:
+        before = len(text)
+        while len(text) - before < 8 * (length - len(ids)):
+            text += next(pieces)
+        ids = checkpoint.encode(text)
+    ids = ids[:length]
+    answer = min(ANSWER, length // 2)
+    return Sample(ids[:-answer], ids[-answer:])
+
+
+class _Texts:
+    """Documents one after the other, from any of them on, for ever; a quarter is held out."""
+
+    def __init__(self, documents: list[Document], held_out: bool):
+        self.documents = sorted(
+            (one for one in documents if (zlib.crc32(one[0].encode()) % 4 == 3) == held_out),
+            key=lambda one: one[0],
+        )
+
+    def pieces(self, rng: np.random.Generator) -> Iterator[str]:
+        """Whole documents, in an order of `rng`."""
+        while True:
+            for i in rng.permutation(len(self.documents)):
+                yield self.documents[i][1]() + "\n\n"
+
+
+def _library() -> list[Document]:
+    """The source files of Python's library."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [
+        path
+        for path in root.rglob("*.py")
+        if not _NOT_LIBRARY & set(path.relative_to(root).parts) and path.stat().st_size > 2000
+    ]
+    return [(path.relative_to(root).as_posix(), _reader(path)) for path in files]
+
+
+def _help_texts() -> list[Document]:
+    """What Python's `help()` knows of the language."""
+    if importlib.util.find_spec("pydoc_data") is None:
+        return []
+    from pydoc_data.topics import topics
+
+    return [(f"help/{name}", lambda text=text: text) for name, text in topics.items()]
+
+
+def _package_texts() -> list[Document]:
+    """Licences and descriptions of the packages that are installed."""
+    found: list[Document] = []
+    for package in importlib.metadata.distributions():
+        name = package.name
+        found.append((f"{name}/description", lambda package=package: _description(package)))
+        for file in package.files or []:
+            if file.name.upper().startswith(_LICENCES) and file.suffix in ("", ".txt", ".md"):
+                found.append((f"{name}/{file.name}", _reader(Path(str(file.locate())))))
+    return found
+
+
+def _description(package: importlib.metadata.Distribution) -> str:
+    return (package.read_text("METADATA") or "").partition("\n\n")[2]
+
+
+def _reader(path: Path) -> Callable[[], str]:
+    def read() -> str:
+        try:
+            return path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+
+    return read
+
+
+def _tables(rng: np.random.Generator) -> Iterator[str]:
+    """Tables of made-up records, some as CSV and some with bars."""
+    places = (
+        "Lima",
+        "Oslo",
+        "Quito",
+        "Turin",
+        "Izmir",
+        "Kyoto",
+        "Perth",
+        "Dakar",
+        "Tampa",
+        "Bergen",
+    )
+    goods = ("tea", "salt", "steel", "paper", "glass", "wool", "cocoa", "timber", "copper", "rice")
+    while True:
+        left, right, between = ("| ", " |\n", " | ") if rng.integers(2) else ("", "\n", ",")
+        year = int(rng.integers(1960, 2030))
+        rows = [["order", "date", "from", "to", "goods", "tons", "price"]]
+        for number in range(int(rng.integers(20, 60))):
+            start, end = rng.choice(places, size=2, replace=False)
+            month, day = int(rng.integers(1, 13)), int(rng.integers(1, 29))
+            rows.append(
+                [
+                    f"{int(rng.integers(1000, 9999))}-{number}",
+                    f"{year}-{month:02}-{day:02}",
+                    str(start),
+                    str(end),
+                    str(rng.choice(goods)),
+                    f"{rng.gamma(2, 40):.1f}",
+                    f"{rng.gamma(3, 500):.2f}",
+                ]
+            )
+        yield "".join(left + between.join(row) + right for row in rows) + "\n"
