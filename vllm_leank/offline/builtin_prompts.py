@@ -6,6 +6,7 @@ and descriptions of installed packages). Calibration must see prompts as long as
 served, so lengths are spread up to the longest; the first prompt has it.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import sysconfig
@@ -94,7 +95,8 @@ def _question(checkpoint: Checkpoint, number: int, length: int, seed: int) -> Sa
 
 def _text_sample(checkpoint: Checkpoint, pieces: Iterator[str], length: int) -> Sample:
     """A text cut to `length` tokens, of which the last are its answer."""
-    text, ids = "", []
+    text = ""
+    ids: list[int] = []
     while len(ids) < length:
         before = len(text)
         while len(text) - before < 8 * (length - len(ids)):
@@ -129,7 +131,7 @@ def _library() -> list[Document]:
         for path in root.rglob("*.py")
         if not _NOT_LIBRARY & set(path.relative_to(root).parts) and path.stat().st_size > 2000
     ]
-    return [(path.relative_to(root).as_posix(), _reader(path)) for path in files]
+    return [(path.relative_to(root).as_posix(), functools.partial(_text, path)) for path in files]
 
 
 def _help_texts() -> list[Document]:
@@ -138,7 +140,7 @@ def _help_texts() -> list[Document]:
         return []
     from pydoc_data.topics import topics
 
-    return [(f"help/{name}", lambda text=text: text) for name, text in topics.items()]
+    return [(f"help/{name}", functools.partial(str, text)) for name, text in topics.items()]
 
 
 def _package_texts() -> list[Document]:
@@ -146,10 +148,12 @@ def _package_texts() -> list[Document]:
     found: list[Document] = []
     for package in importlib.metadata.distributions():
         name = package.name
-        found.append((f"{name}/description", lambda package=package: _description(package)))
+        found.append((f"{name}/description", functools.partial(_description, package)))
         for file in package.files or []:
             if file.name.upper().startswith(_LICENCES) and file.suffix in ("", ".txt", ".md"):
-                found.append((f"{name}/{file.name}", _reader(Path(str(file.locate())))))
+                found.append(
+                    (f"{name}/{file.name}", functools.partial(_text, Path(str(file.locate()))))
+                )
     return found
 
 
@@ -157,14 +161,12 @@ def _description(package: importlib.metadata.Distribution) -> str:
     return (package.read_text("METADATA") or "").partition("\n\n")[2]
 
 
-def _reader(path: Path) -> Callable[[], str]:
-    def read() -> str:
-        try:
-            return path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
-
-    return read
+def _text(path: Path) -> str:
+    """The text of a file, empty where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _tables(rng: np.random.Generator) -> Iterator[str]:

@@ -1,8 +1,10 @@
 """What far K and V are like, per channel: means, and what is left when the mean is taken off.
 
-The mean of K is that of K before RoPE. An archive turns it to the middle of each of its pages, so
-what is left of K is measured around the mean as it is turned there. All of it comes from sums over
-tokens, in one pass: the mean need not be known while they are taken.
+An archive knows one value of each K channel per page: the mean of K before RoPE, turned to the
+middle of the page. The best such mean is that of K turned back from the middles of the pages that
+tokens stand in. Where channels turn slowly it is the mean of K before RoPE; where they turn often
+within a page, it is near 0, as any other value would be wrong as often as right. So the mean goes
+with a length of pages. All of it comes from sums over tokens, in one pass.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from vllm_leank.offline.rope import NO_ROTATION, Rotation
 Array = npt.NDArray[np.float64]
 
 PAGE = 128
-"""Tokens for which the mean of K is turned once."""
+"""Tokens for which the mean of K is turned once: what a mean was measured for, it is used with."""
 
 
 def page_middles(positions: Any, page: int) -> Any:
@@ -32,7 +34,8 @@ class ChannelStatistics:
     """Means, scales and mean squares of far tokens, float64 `[L, H, D]`.
 
     A scale is the standard deviation around the mean that an archive uses, a square the second
-    moment around 0. `k_mean` is that of K before RoPE where `before_rope`, else that of K itself.
+    moment around 0. `k_mean` is that of K turned back from the middles of pages where
+    `before_rope`, else that of K itself.
     """
 
     k_mean: Array
@@ -64,7 +67,7 @@ class StatisticsMeter:
         positions = torch.arange(first, first + key.shape[2], device=key.device)
         k, v = key[0].float(), value[0].float()
         cos, sin = self.rotation.tables(page_middles(positions, self.page), k.shape[-1])
-        products = (self.rotation.back(k, positions), k.square(), k * cos, k * sin, v, v.square())
+        products = (k.square(), k * cos, k * sin, v, v.square())
         sums = torch.stack([one.sum(dim=1, dtype=torch.float64) for one in products])
         angles = torch.stack(
             [one.sum(dim=0, dtype=torch.float64) for one in (cos.square(), sin.square(), cos * sin)]
@@ -84,7 +87,8 @@ class StatisticsMeter:
         layers = range(self.geometry.num_layers)
         count = torch.tensor(self._count, dtype=torch.float64)[:, None, None]
         sums = torch.stack([self._sums[layer].cpu() for layer in layers], dim=1) / count
-        k_mean, k_square, k_cos, k_sin, v_mean, v_square = sums  # [L, H, D] each
+        k_square, k_cos, k_sin, v_mean, v_square = sums  # [L, H, D] each
+        k_mean = k_cos - self.rotation.partner(k_sin)
         cos2, sin2, cos_sin = (
             torch.stack([self._angles[layer].cpu() for layer in layers], dim=1)[:, :, None] / count
         )
@@ -94,7 +98,14 @@ class StatisticsMeter:
         turned = k_mean.square() * cos2 + partner.square() * sin2 + 2 * k_mean * partner * cos_sin
         k_rest = (k_square - 2 * crossed + turned).clamp(min=0)
         v_rest = (v_square - v_mean.square()).clamp(min=0)
-        found = [k_mean, k_rest.sqrt(), k_square, v_mean, v_rest.sqrt(), v_square]
-        if not all(bool(one.isfinite().all()) for one in found):
+        if not bool(torch.stack([k_rest, v_rest]).isfinite().all()):
             raise UserError("K or V has values that are not finite; try another dtype")
-        return ChannelStatistics(*(one.numpy() for one in found), before_rope=self.before_rope)
+        return ChannelStatistics(
+            k_mean=k_mean.numpy(),
+            k_scale=k_rest.sqrt().numpy(),
+            k_square=k_square.numpy(),
+            v_mean=v_mean.numpy(),
+            v_scale=v_rest.sqrt().numpy(),
+            v_square=v_square.numpy(),
+            before_rope=self.before_rope,
+        )
