@@ -65,19 +65,6 @@ def pruned(name: str, window: Window, keep: np.ndarray) -> Variant:
     return Variant(name, float(8 * (keep.mean() + of_v)), hook)
 
 
-class OnDevice:
-    """`SimulatedPruning` whose mask follows the layers' devices."""
-
-    def __init__(self, hook: SimulatedPruning):
-        self.hook = hook
-
-    def __call__(self, layer: int, query: torch.Tensor, *rest: Any) -> torch.Tensor | None:
-        """The hook's attention."""
-        assert self.hook.keep is not None
-        self.hook.keep = self.hook.keep.to(query.device)
-        return self.hook(layer, query, *rest)
-
-
 def variants(
     model: transformers.PreTrainedModel,
     window: Window,
@@ -141,8 +128,7 @@ def judge(
         read_prompt(model, context, sample.prompt, 4096)
         expected = logits_after(model, context, sample.answer, dense)
         for one in archives:
-            hook = OnDevice(one.hook) if isinstance(one.hook, SimulatedPruning) else one.hook
-            kl, agree = divergence(expected, logits_after(model, context, sample.answer, hook))
+            kl, agree = divergence(expected, logits_after(model, context, sample.answer, one.hook))
             for name in (kind, "all"):
                 sums[one.name][name] += (kl, agree, len(sample.answer))
     return {

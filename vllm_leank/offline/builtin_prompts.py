@@ -6,32 +6,23 @@ and descriptions of installed packages). Calibration must see prompts as long as
 served, so lengths are spread up to the longest; the first prompt has it.
 """
 
-import functools
-import importlib.metadata
-import importlib.util
-import sysconfig
-import zlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.offline.local_texts import Texts, library_sources, prose
 from vllm_leank.offline.needles import Generated
 from vllm_leank.offline.prompts import Sample
 from vllm_leank.offline.tasks import multivalue, retrieval
 
 Named = tuple[str, Sample]
-Document = tuple[str, Callable[[], str]]
-"""A name that is the same whenever it is asked, and how to get the text."""
 
 ANSWER = 64
 """Tokens at the end of a text that count as its answer."""
 
 _GOLDEN = 0.618034
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
-_LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
 
 
 def builtin_prompts(
@@ -56,11 +47,12 @@ def builtin_prompts(
             f"the longest's {max_tokens}"
         )
     texts = {
-        "python": _Texts(_library(), held_out),
+        "python": Texts(library_sources(), held_out),
         "tables": None,
-        "prose": _Texts([*_help_texts(), *_package_texts()], held_out),
+        "prose": Texts(prose(), held_out),
     }
-    kinds = ["questions", *texts]
+    # A Python without sources, say, has no text of that kind.
+    kinds = ["questions", *(kind for kind, source in texts.items() if source is None or source)]
     prompts: list[Named] = []
     for i in range(count):
         kind = kinds[i % len(kinds)]
@@ -105,68 +97,6 @@ def _text_sample(checkpoint: Checkpoint, pieces: Iterator[str], length: int) -> 
     ids = ids[:length]
     answer = min(ANSWER, length // 2)
     return Sample(ids[:-answer], ids[-answer:])
-
-
-class _Texts:
-    """Documents one after the other, from any of them on, for ever; a quarter is held out."""
-
-    def __init__(self, documents: list[Document], held_out: bool):
-        self.documents = sorted(
-            (one for one in documents if (zlib.crc32(one[0].encode()) % 4 == 3) == held_out),
-            key=lambda one: one[0],
-        )
-
-    def pieces(self, rng: np.random.Generator) -> Iterator[str]:
-        """Whole documents, in an order of `rng`."""
-        while True:
-            for i in rng.permutation(len(self.documents)):
-                yield self.documents[i][1]() + "\n\n"
-
-
-def _library() -> list[Document]:
-    """The source files of Python's library."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [
-        path
-        for path in root.rglob("*.py")
-        if not _NOT_LIBRARY & set(path.relative_to(root).parts) and path.stat().st_size > 2000
-    ]
-    return [(path.relative_to(root).as_posix(), functools.partial(_text, path)) for path in files]
-
-
-def _help_texts() -> list[Document]:
-    """What Python's `help()` knows of the language."""
-    if importlib.util.find_spec("pydoc_data") is None:
-        return []
-    from pydoc_data.topics import topics
-
-    return [(f"help/{name}", functools.partial(str, text)) for name, text in topics.items()]
-
-
-def _package_texts() -> list[Document]:
-    """Licences and descriptions of the packages that are installed."""
-    found: list[Document] = []
-    for package in importlib.metadata.distributions():
-        name = package.name
-        found.append((f"{name}/description", functools.partial(_description, package)))
-        for file in package.files or []:
-            if file.name.upper().startswith(_LICENCES) and file.suffix in ("", ".txt", ".md"):
-                found.append(
-                    (f"{name}/{file.name}", functools.partial(_text, Path(str(file.locate()))))
-                )
-    return found
-
-
-def _description(package: importlib.metadata.Distribution) -> str:
-    return (package.read_text("METADATA") or "").partition("\n\n")[2]
-
-
-def _text(path: Path) -> str:
-    """The text of a file, empty where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _tables(rng: np.random.Generator) -> Iterator[str]:

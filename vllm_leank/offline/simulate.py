@@ -37,7 +37,7 @@ class SimulatedPruning:
         """Attention of `query` `[B, num_heads, T, D]`, in fp32: `[B, T, num_heads, D]`."""
         if self.keep is None:
             return None
-        keep = self.keep[layer]
+        keep = self.keep[layer].to(query.device)
         return far_attention(
             query, [key], [value], self.window, keep.float(), ~keep.any(-1), scaling
         )
