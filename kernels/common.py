@@ -3,9 +3,6 @@
 import triton
 import triton.language as tl
 
-E4M3_MAX = tl.constexpr(448.0)
-"""The largest number of fp8 e4m3."""
-
 
 @triton.jit
 def boundary_of(length, SINK: tl.constexpr, RECENT: tl.constexpr):

@@ -12,12 +12,10 @@ from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.common import boundary_of, dense_pages, skip_archived
 from vllm_leank.kernels.fold_columns import fold_archive, fold_window
 from vllm_leank.kernels.launch import ONE_WAVE, choose_decode
+from vllm_leank.kernels.launcher import launch
 from vllm_leank.kernels.pages import window_tile
 
 LOG2_E = math.log2(math.e)
-
-COMBINED_SPLITS = 32
-"""Splits that are combined at once."""
 
 
 @triton.jit
@@ -63,20 +61,27 @@ def _share(
     return length, boundary, n_dense, n_archive, splits
 
 
-@triton.jit(do_not_specialize=["archive_units", "split_units"])
+@triton.jit(
+    do_not_specialize=[
+        "archive_units",
+        "split_units",
+        "stride_window_table",
+        "stride_archive_table",
+    ]
+)
 def _decode_kernel(
-    q_ptr, output_ptr, partial_ptr, lse_ptr, window_ptr, archive_ptr, scales_ptr,
-    window_desc, v_desc, k16, k32, k64, k128, k256,
+    q_ptr, output_ptr, partial_ptr, lse_ptr, window_ptr, archive_ptr, side_ptr,
+    window_desc, v_desc, k_descs,
     window_table_ptr, archive_table_ptr, seq_lens_ptr, exact_until_ptr,
     work_ptr, channels_ptr, scale_log2, archive_units, split_units,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
-    stride_window_page, stride_archive_page, stride_scales,
+    stride_window_page, stride_archive_page, stride_side,
     stride_window_table, stride_archive_table,
     COUNTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
     ARCHIVE_BYTES: tl.constexpr, ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
-    FP8: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
+    TILES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
     STAGES: tl.constexpr, WINDOW_STAGES: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -114,9 +119,9 @@ def _decode_kernel(
                 if kept == COUNTS[c]:
                     m, l, acc = fold_archive(
                         m, l, acc, first, last, boundary, q, p_q, o_g < G, scale_log2,
-                        p_head, channels_ptr, p_table, k16, k32, k64, k128, k256, v_desc,
-                        archive_ptr, scales_ptr, stride_archive_page, stride_scales,
-                        SINK, D, D_PAD, COUNTS[c], TILE, BLOCK, FP8, TMA, STAGES,
+                        p_head, channels_ptr, p_table, k_descs, v_desc,
+                        archive_ptr, side_ptr, stride_archive_page, stride_side,
+                        SINK, D, D_PAD, COUNTS[c], TILE, BLOCK, TILES, TMA, STAGES,
                     )  # fmt: skip
 
         first = n_dense * split // splits
@@ -223,11 +228,11 @@ def decode(
     num_reqs, num_heads, head_dim = query.shape
     num_kv_heads = len(layout.kept)
     group = num_heads // num_kv_heads
-    launch = choose_decode(num_reqs, layout, tables.device)
-    work = tables.work(launch.programs)
-    partial = query.new_empty((num_reqs, launch.programs, group, head_dim), dtype=torch.float32)
-    lse = query.new_empty((num_reqs, launch.programs, group), dtype=torch.float32)
-    archive, scales = cache.archive_pages, cache.scales
+    shape = choose_decode(num_reqs, layout, tables.device)
+    work = tables.work(shape.programs)
+    partial = query.new_empty((num_reqs, shape.programs, group, head_dim), dtype=torch.float32)
+    lse = query.new_empty((num_reqs, shape.programs, group), dtype=torch.float32)
+    archive, side = cache.archive_pages, cache.side
     shared = {
         "SINK": window.sink,
         "RECENT": window.recent,
@@ -235,38 +240,40 @@ def decode(
         "G": group,
         "D": head_dim,
         "D_PAD": triton.next_power_of_2(head_dim),
-        "TILE": launch.tile,
+        "TILE": shape.tile,
         "WINDOW_BYTES": layout.itemsize,
         "ARCHIVE_BYTES": layout.archive_itemsize,
-        "ROWS": launch.rows,
+        "ROWS": shape.rows,
         "ONE_WAVE": ONE_WAVE,
-        "PDL": launch.tma,
-        "launch_pdl": launch.tma,
+        "PDL": shape.tma,
+        "launch_pdl": shape.tma,
     }
-    _decode_kernel[(launch.programs, num_reqs)](
-        query, output, partial, lse, cache.window_pages, archive, scales,
-        *cache.descriptor_arguments(launch.tile, launch.tma),
+    launch(
+        _decode_kernel, (shape.programs, num_reqs),
+        query, output, partial, lse, cache.window_pages, archive, side,
+        *cache.descriptor_arguments(shape.tile, shape.tma),
         batch.window_table, batch.archive_table, batch.seq_lens, batch.exact_until,
         work.programs, tables.channels, scale * LOG2_E, tables.archive_units,
-        launch.split_bytes // 256,
+        shape.split_bytes // 256,
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),
-        cache.window_pages.stride(0), archive.stride(0), scales.stride(0),
+        cache.window_pages.stride(0), archive.stride(0), side.stride(0),
         batch.window_table.stride(0), batch.archive_table.stride(0),
         **shared,
-        COUNTS=tables.counts,
+        COUNTS=layout.counts,
         G_PAD=max(triton.next_power_of_2(group), 8),
         BLOCK=layout.archive_block,
-        FP8=layout.is_fp8,
-        TMA=launch.tma,
-        STAGES=launch.stages,
-        WINDOW_STAGES=launch.window_stages,
-        num_warps=launch.warps,
+        TILES=cache.codec.tiles,
+        TMA=shape.tma,
+        STAGES=shape.stages,
+        WINDOW_STAGES=shape.window_stages,
+        num_warps=shape.warps,
     )  # fmt: skip
-    _combine_kernel[(num_heads, num_reqs)](
+    launch(
+        _combine_kernel, (num_heads, num_reqs),
         output, partial, lse, batch.seq_lens, batch.exact_until, work.heads,
-        launch.programs, tables.archive_units, launch.split_bytes // 256,
+        shape.programs, tables.archive_units, shape.split_bytes // 256,
         output.stride(0), output.stride(1),
         **shared,
-        SPLITS=min(triton.next_power_of_2(work.largest), COMBINED_SPLITS),
+        SPLITS=shape.combined,
         num_warps=4,
     )  # fmt: skip

@@ -1,66 +1,51 @@
 """Tensor descriptors of one layer's pages, for tiles that the tensor memory accelerator loads."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm_leank.core.layout import WINDOW_BLOCK, CacheLayout
-
-K_WIDTHS = (16, 32, 64, 128, 256)
-"""Widths of K chunks, in the order of the kernels' arguments."""
-
-ARGUMENTS = 2 + len(K_WIDTHS)
-"""Descriptors that a kernel takes."""
+from vllm_leank.core.pages import CHUNK_WIDTHS, WINDOW_BLOCK, CacheLayout
 
 
-@dataclass(frozen=True)
-class Descriptors:
+def describe_pages(
+    window_pages: torch.Tensor, archive_pages: torch.Tensor, layout: CacheLayout, tile: int
+) -> tuple[TensorDescriptor, TensorDescriptor, tuple[TensorDescriptor, ...]]:
     """Views of the pages as `[page, row, column]`, each with rows of one length.
 
     A third dimension for the page keeps coordinates small and addresses beyond 2^31 elements safe.
+    Tiles are padded to a power of two of channels.
 
-    Attributes:
-        window: rows of K and V of one token and head; tiles `[1, 32, head_dim]`.
-        value: rows of one V channel's tokens; tiles `[1, head_dim, tile]`.
-        keys: by width, rows of one K chunk; tiles `[1, tile, width]`.
+    Args:
+        window_pages: see `LayerCache`.
+        archive_pages: see `LayerCache`.
+        layout: the layer's.
+        tile: tokens of an archive tile.
+
+    Returns:
+        Rows of K and V of one token and head in window pages, tiles `[1, 32, head_dim]`; rows of
+        one V channel's tokens, tiles `[1, head_dim, tile]`; and for each of `CHUNK_WIDTHS` rows of
+        a K chunk, tiles `[1, tile, width]`. A width that no layer has stands in as V's.
     """
-
-    window: TensorDescriptor
-    value: TensorDescriptor
-    keys: dict[int, TensorDescriptor]
-
-    @classmethod
-    def of(
-        cls,
-        window_pages: torch.Tensor,
-        archive_pages: torch.Tensor,
-        layout: CacheLayout,
-        tile: int,
-    ) -> "Descriptors":
-        """Descriptors of a layer's pages, with `tile` tokens in a tile of the archive; tiles are
-        padded to a power of two of channels.
-        """
-        head_dim = layout.head_dim
-        padded = 1 << (head_dim - 1).bit_length()
-        window = window_pages.flatten(1, 2)
-        return cls(
-            window=_describe(window, 2 * head_dim, [1, WINDOW_BLOCK, padded]),
-            value=_describe(archive_pages, layout.archive_block, [1, padded, tile]),
-            keys={
-                width: _describe(archive_pages, width, [1, tile, width])
-                for width in {chunk.width for head in layout.heads for chunk in head.k_chunks}
-            },
-        )
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """In the order of the kernels' arguments; a width that no head has stands in as V's."""
-        return (self.window, self.value, *(self.keys.get(width, self.value) for width in K_WIDTHS))
+    padded = 1 << (layout.head_dim - 1).bit_length()
+    window = _describe(window_pages.flatten(1, 2), 2 * layout.head_dim, [1, WINDOW_BLOCK, padded])
+    value = _describe(archive_pages, layout.archive_block, [1, padded, tile])
+    keys = tuple(
+        _describe(archive_pages, width, [1, tile, width])
+        if any(kept & width for kept in layout.counts)
+        else value
+        for width in CHUNK_WIDTHS
+    )
+    return window, value, keys
 
 
-def _describe(pages: torch.Tensor, row: int, tile: list[int]) -> TensorDescriptor:
+def stand_ins(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """What kernels that load through pointers take instead of descriptors."""
+    return pages, pages, (pages,) * len(CHUNK_WIDTHS)
+
+
+def _describe(pages: torch.Tensor, row: int, tile: list[int]) -> Any:
     items = pages[0].numel()
-    shape = [len(pages), items // row, row]
+    # A layer that keeps nothing has no rows; one is described all the same, and never read.
+    shape = [len(pages), max(items // row, 1), row]
     return TensorDescriptor(pages, shape, [pages.stride(0), row, 1], tile)

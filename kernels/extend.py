@@ -14,27 +14,29 @@ from vllm_leank.kernels.common import boundary_of, dense_pages, skip_archived
 from vllm_leank.kernels.decode import LOG2_E
 from vllm_leank.kernels.fold_rows import fold_archive, fold_window
 from vllm_leank.kernels.launch import choose_extend
+from vllm_leank.kernels.launcher import launch
 from vllm_leank.kernels.pages import window_tile
 
 
 # Rows of a part of the batch begin anywhere: their addresses must not choose another compilation.
 @triton.jit(
+    do_not_specialize=["stride_window_table", "stride_archive_table"],
     do_not_specialize_on_alignment=[
         "window_table_ptr", "archive_table_ptr", "query_start_ptr", "seq_lens_ptr",
         "exact_until_ptr",
-    ]
+    ],
 )  # fmt: skip
 def _extend_kernel(
-    q_ptr, output_ptr, window_ptr, archive_ptr, scales_ptr,
-    window_desc, v_desc, k16, k32, k64, k128, k256,
+    q_ptr, output_ptr, window_ptr, archive_ptr, side_ptr,
+    window_desc, v_desc, k_descs,
     window_table_ptr, archive_table_ptr, query_start_ptr, seq_lens_ptr, exact_until_ptr,
     heads_ptr, channels_ptr, scale_log2,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
-    stride_window_page, stride_archive_page, stride_scales,
+    stride_window_page, stride_archive_page, stride_side,
     stride_window_table, stride_archive_table,
     COUNTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = M // G
     # The last queries, which read most, first.
@@ -84,9 +86,9 @@ def _extend_kernel(
                             first, last = full_stop, tl.cdiv(stop, TILE)
                         m, l, acc = fold_archive(
                             m, l, acc, first, last, boundary, p_q, m_m, q_max, scale_log2,
-                            heads_ptr + 5 * head, channels_ptr, p_table, k16, k32, k64, k128, k256,
-                            v_desc, archive_ptr, scales_ptr, stride_archive_page, stride_scales,
-                            part != 1, SINK, D, D_PAD, COUNTS[c], TILE, BLOCK, FP8, TMA, STAGES,
+                            heads_ptr + 5 * head, channels_ptr, p_table, k_descs,
+                            v_desc, archive_ptr, side_ptr, stride_archive_page, stride_side,
+                            part != 1, SINK, D, D_PAD, COUNTS[c], TILE, BLOCK, TILES, TMA, STAGES,
                         )  # fmt: skip
 
         p_table = window_table_ptr + i_req.to(tl.int64) * stride_window_table
@@ -128,29 +130,30 @@ def extend(
     _, num_heads, head_dim = query.shape
     num_kv_heads = len(layout.kept)
     group = num_heads // num_kv_heads
-    launch = choose_extend(group, layout, tables.device)
-    archive, scales = cache.archive_pages, cache.scales
-    queries = launch.rows // group
+    shape = choose_extend(group, layout, tables.device)
+    archive, side = cache.archive_pages, cache.side
+    queries = shape.rows // group
     grid = (triton.cdiv(batch.max_query_len, queries), num_kv_heads, batch.num_reqs)
-    _extend_kernel[grid](
-        query, output, cache.window_pages, archive, scales,
-        *cache.descriptor_arguments(launch.tile, launch.tma),
+    launch(
+        _extend_kernel, grid,
+        query, output, cache.window_pages, archive, side,
+        *cache.descriptor_arguments(shape.tile, shape.tma),
         batch.window_table, batch.archive_table, batch.query_start_loc, batch.seq_lens,
         batch.exact_until, tables.heads, tables.channels, scale * LOG2_E,
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),
-        cache.window_pages.stride(0), archive.stride(0), scales.stride(0),
+        cache.window_pages.stride(0), archive.stride(0), side.stride(0),
         batch.window_table.stride(0), batch.archive_table.stride(0),
-        COUNTS=tables.counts,
+        COUNTS=layout.counts,
         SINK=window.sink,
         RECENT=window.recent,
         G=group,
-        M=launch.rows,
+        M=shape.rows,
         D=head_dim,
         D_PAD=triton.next_power_of_2(head_dim),
         BLOCK=layout.archive_block,
-        TILE=launch.tile,
-        FP8=layout.is_fp8,
-        TMA=launch.tma,
-        STAGES=launch.stages,
-        num_warps=launch.warps,
+        TILE=shape.tile,
+        TILES=cache.codec.tiles,
+        TMA=shape.tma,
+        STAGES=shape.stages,
+        num_warps=shape.warps,
     )  # fmt: skip

@@ -6,7 +6,6 @@ fewest that tensor cores have, and tiles of pages go to them as they lie.
 
 import triton
 import triton.language as tl
-from vllm_leank.kernels.common import E4M3_MAX
 from vllm_leank.kernels.pages import chunk_channels, key_tile, value_tile
 
 
@@ -39,12 +38,12 @@ def fold_window(m, l_rows, acc, k, v, q, seen, scale_log2, MASKED: tl.constexpr)
 
 @triton.jit
 def _kept_query(
-    p_q, m_q, p_channels, q_max, KEPT: tl.constexpr, WIDTH: tl.constexpr, FP8: tl.constexpr
+    p_q, m_q, p_channels, q_max, KEPT: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
     """The queries' channels of the K chunk of `WIDTH`, `[WIDTH, N]`."""
     channel = chunk_channels(p_channels, KEPT, WIDTH)
     q = tl.load(p_q[None, :] + channel[:, None], mask=m_q[None, :], other=0.0)
-    if FP8:
+    if TILES.SCALED:
         q = (q.to(tl.float32) / q_max[None, :]).to(tl.float16)
     return q
 
@@ -64,10 +63,10 @@ def _add_scores(
 @triton.jit
 def fold_archive(
     m, l, acc, first, last, boundary, q, p_q, m_q, scale_log2,
-    p_head, channels_ptr, p_table, k16, k32, k64, k128, k256, v_desc, archive_ptr, scales_ptr,
-    stride_page, stride_scales,
+    p_head, channels_ptr, p_table, k_descs, v_desc, archive_ptr, side_ptr,
+    stride_page, stride_side,
     SINK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, KEPT: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Take archive tiles `first` to `last` of a head that keeps `KEPT` channels into the running
@@ -78,26 +77,23 @@ def fold_archive(
     p_channels = channels_ptr + tl.load(p_head + 1)
     k_offset = tl.load(p_head + 2)
     v_offset = tl.load(p_head + 3)
-    scale_offset = tl.load(p_head + 4)
-    q_max = scale_log2  # not used but with FP8
-    if FP8:
-        # In units of its largest channel, a query fits into fp16, to which e4m3 converts fast.
+    side_offset = tl.load(p_head + 4)
+    q_max = scale_log2  # not used without scales
+    if TILES.SCALED:
+        # In units of its largest channel, a query fits fp16, to which 8-bit numbers convert fast.
         q_max = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 0), 1e-30)
-    # Chunks have the widths of KEPT's binary digits, widest first.
-    if KEPT & 256:
-        q256 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 256, FP8)
-    if KEPT & 128:
-        q128 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 128, FP8)
-    if KEPT & 64:
-        q64 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 64, FP8)
-    if KEPT & 32:
-        q32 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 32, FP8)
-    if KEPT & 16:
-        q16 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 16, FP8)
-    DOT: tl.constexpr = tl.float16 if FP8 else q.dtype
-    if FP8:
-        # Weights times scales, of the order of V over 448, would leave the range of fp16.
-        acc *= E4M3_MAX
+    # Chunks have the widths of KEPT's binary digits, widest first: `CHUNK_WIDTHS`.
+    queries = ()
+    for c in tl.static_range(5):
+        if KEPT & (256 >> c):
+            part = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 256 >> c, TILES)
+            queries = queries + (part,)  # noqa: RUF005
+        else:
+            queries = queries + (0,)  # noqa: RUF005
+    DOT: tl.constexpr = tl.float16 if TILES.SCALED else q.dtype
+    if TILES.SCALED:
+        # Weights times scales, of the order of V over UNIT, would leave the range of fp16.
+        acc *= TILES.UNIT
     # Each row keeps a sum of its own until the end: a sum over rows would make all warps wait.
     l_rows = tl.zeros([TILE, m.shape[0]], tl.float32)
     # One tile ahead, so that the pipeline of tiles does not wait for the block table.
@@ -108,41 +104,30 @@ def fold_archive(
         next_page = tl.load(p_table + tl.minimum(i + 1, last - 1) * TILE // BLOCK)
         slot = token % BLOCK
         s = tl.zeros([TILE, m.shape[0]], tl.float32)
-        if KEPT & 256:
-            s = _add_scores(s, q256, k256, archive_ptr, page, k_offset, slot, stride_page,
-                            KEPT, 256, TILE, BLOCK, TMA)  # fmt: skip
-        if KEPT & 128:
-            s = _add_scores(s, q128, k128, archive_ptr, page, k_offset, slot, stride_page,
-                            KEPT, 128, TILE, BLOCK, TMA)  # fmt: skip
-        if KEPT & 64:
-            s = _add_scores(s, q64, k64, archive_ptr, page, k_offset, slot, stride_page,
-                            KEPT, 64, TILE, BLOCK, TMA)  # fmt: skip
-        if KEPT & 32:
-            s = _add_scores(s, q32, k32, archive_ptr, page, k_offset, slot, stride_page,
-                            KEPT, 32, TILE, BLOCK, TMA)  # fmt: skip
-        if KEPT & 16:
-            s = _add_scores(s, q16, k16, archive_ptr, page, k_offset, slot, stride_page,
-                            KEPT, 16, TILE, BLOCK, TMA)  # fmt: skip
+        for c in tl.static_range(5):
+            if KEPT & (256 >> c):
+                s = _add_scores(s, queries[c], k_descs[c], archive_ptr, page, k_offset, slot,
+                                stride_page, KEPT, 256 >> c, TILE, BLOCK, TMA)  # fmt: skip
         v = value_tile(v_desc, archive_ptr, page, v_offset, slot, stride_page, D, D_PAD, TILE,
                        BLOCK, TMA).to(DOT)  # fmt: skip
         o_token = token + tl.arange(0, TILE)
         seen = (o_token >= SINK) & (o_token < boundary)
-        if FP8:
-            p_scale = scales_ptr + page.to(tl.int64) * stride_scales + scale_offset
-            p_scale += o_token % BLOCK // 32
+        if TILES.SCALED:
+            p_scale = side_ptr + page.to(tl.int64) * stride_side + side_offset
+            p_scale += o_token % BLOCK // 32 * 2
             k_scale = tl.load(p_scale) * scale_log2
             # Scales of steps that hold no token may hold anything.
-            v_scale = tl.where(seen, tl.load(p_scale + BLOCK // 32) * E4M3_MAX, 0.0)
+            v_scale = tl.where(seen, tl.load(p_scale + 1) * TILES.UNIT, 0.0)
             s *= q_max[None, :] * k_scale[:, None]
         else:
             s *= scale_log2
         m, alpha, p = _rescale(tl.where(seen[:, None], s, float("-inf")), m)
         l *= alpha
         l_rows = l_rows * alpha[None, :] + p
-        if FP8:
+        if TILES.SCALED:
             p *= v_scale[:, None]
         acc = tl.dot(v, p.to(DOT), acc=acc * alpha[None, :])
     l += tl.sum(l_rows, 0)
-    if FP8:
-        acc *= 1 / E4M3_MAX
+    if TILES.SCALED:
+        acc *= 1 / TILES.UNIT
     return m, l, acc

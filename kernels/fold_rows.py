@@ -6,7 +6,6 @@ queries, whose weights go from one product to the next without leaving the regis
 
 import triton
 import triton.language as tl
-from vllm_leank.kernels.common import E4M3_MAX
 from vllm_leank.kernels.pages import chunk_channels, key_tile, value_tile
 
 
@@ -39,14 +38,14 @@ def fold_window(m, l, acc, k, v, q, seen, scale_log2):
 
 @triton.jit
 def _kept_query(
-    p_q, m_q, p_channels, q_max, KEPT: tl.constexpr, WIDTH: tl.constexpr, FP8: tl.constexpr
+    p_q, m_q, p_channels, q_max, KEPT: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
-    """The queries' channels of the K chunk of `WIDTH`, `[M, WIDTH]`. With FP8 in units of their
-    largest value: so they fit into fp16, to which e4m3 converts fast.
+    """The queries' channels of the K chunk of `WIDTH`, `[M, WIDTH]`. With scales in units of their
+    largest value: so they fit into fp16, to which 8-bit numbers convert fast.
     """
     channel = chunk_channels(p_channels, KEPT, WIDTH)
     q = tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None], other=0.0)
-    if FP8:
+    if TILES.SCALED:
         q = (q.to(tl.float32) / q_max[:, None]).to(tl.float16)
     return q
 
@@ -66,10 +65,10 @@ def _add_scores(
 @triton.jit
 def fold_archive(
     m, l, acc, first, last, boundary, p_q, m_q, q_max, scale_log2,
-    p_head, channels_ptr, p_table, k16, k32, k64, k128, k256, v_desc, archive_ptr, scales_ptr,
-    stride_page, stride_scales,
+    p_head, channels_ptr, p_table, k_descs, v_desc, archive_ptr, side_ptr,
+    stride_page, stride_side,
     MASKED: tl.constexpr, SINK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
+    KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Take archive tiles `first` to `last` of a head that keeps `KEPT` channels into the running
@@ -77,29 +76,26 @@ def fold_archive(
     Without MASKED these are all the tokens of the tiles.
 
     m, l, boundary: `[M]`; acc: `[M, D_PAD]`; p_q, m_q: `[M]`, the queries and which exist; q_max:
-    `[M]`, used with FP8, their largest absolute values.
+    `[M]`, used with scales, their largest absolute values.
     """
     p_channels = channels_ptr + tl.load(p_head + 1)
     k_offset = tl.load(p_head + 2)
     v_offset = tl.load(p_head + 3)
-    scale_offset = tl.load(p_head + 4)
+    side_offset = tl.load(p_head + 4)
     factor = tl.full([m.shape[0]], scale_log2, tl.float32)
-    if FP8:
+    if TILES.SCALED:
         factor *= q_max
-        # Weights times scales, of the order of V over 448, would leave the range of fp16.
-        acc *= E4M3_MAX
-    # Chunks have the widths of KEPT's binary digits, widest first.
-    if KEPT & 256:
-        q256 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 256, FP8)
-    if KEPT & 128:
-        q128 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 128, FP8)
-    if KEPT & 64:
-        q64 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 64, FP8)
-    if KEPT & 32:
-        q32 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 32, FP8)
-    if KEPT & 16:
-        q16 = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 16, FP8)
-    DOT: tl.constexpr = tl.float16 if FP8 else p_q.dtype.element_ty
+        # Weights times scales, of the order of V over UNIT, would leave the range of fp16.
+        acc *= TILES.UNIT
+    # Chunks have the widths of KEPT's binary digits, widest first: `CHUNK_WIDTHS`.
+    queries = ()
+    for c in tl.static_range(5):
+        if KEPT & (256 >> c):
+            part = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 256 >> c, TILES)
+            queries = queries + (part,)  # noqa: RUF005
+        else:
+            queries = queries + (0,)  # noqa: RUF005
+    DOT: tl.constexpr = tl.float16 if TILES.SCALED else p_q.dtype.element_ty
     # One tile ahead, so that the pipeline of tiles does not wait for the block table.
     next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
     for i in tl.range(first, last, num_stages=STAGES):
@@ -108,40 +104,29 @@ def fold_archive(
         next_page = tl.load(p_table + tl.minimum(i + 1, last - 1) * TILE // BLOCK)
         slot = token % BLOCK
         s = tl.zeros([m.shape[0], TILE], tl.float32)
-        if KEPT & 256:
-            s = _add_scores(s, q256, k256, archive_ptr, page, k_offset, slot, stride_page,
-                            KEPT, 256, TILE, BLOCK, TMA)  # fmt: skip
-        if KEPT & 128:
-            s = _add_scores(s, q128, k128, archive_ptr, page, k_offset, slot, stride_page,
-                            KEPT, 128, TILE, BLOCK, TMA)  # fmt: skip
-        if KEPT & 64:
-            s = _add_scores(s, q64, k64, archive_ptr, page, k_offset, slot, stride_page,
-                            KEPT, 64, TILE, BLOCK, TMA)  # fmt: skip
-        if KEPT & 32:
-            s = _add_scores(s, q32, k32, archive_ptr, page, k_offset, slot, stride_page,
-                            KEPT, 32, TILE, BLOCK, TMA)  # fmt: skip
-        if KEPT & 16:
-            s = _add_scores(s, q16, k16, archive_ptr, page, k_offset, slot, stride_page,
-                            KEPT, 16, TILE, BLOCK, TMA)  # fmt: skip
+        for c in tl.static_range(5):
+            if KEPT & (256 >> c):
+                s = _add_scores(s, queries[c], k_descs[c], archive_ptr, page, k_offset, slot,
+                                stride_page, KEPT, 256 >> c, TILE, BLOCK, TMA)  # fmt: skip
         v = value_tile(v_desc, archive_ptr, page, v_offset, slot, stride_page, D, D_PAD, TILE,
                        BLOCK, TMA).to(DOT)  # fmt: skip
         o_token = token + tl.arange(0, TILE)
         seen = (o_token[None, :] >= SINK) & (o_token[None, :] < boundary[:, None])
-        if FP8:
-            p_scale = scales_ptr + page.to(tl.int64) * stride_scales + scale_offset
-            p_scale += o_token % BLOCK // 32
+        if TILES.SCALED:
+            p_scale = side_ptr + page.to(tl.int64) * stride_side + side_offset
+            p_scale += o_token % BLOCK // 32 * 2
             s *= tl.load(p_scale)[None, :]
-            v_scale = tl.load(p_scale + BLOCK // 32) * E4M3_MAX
+            v_scale = tl.load(p_scale + 1) * TILES.UNIT
         if MASKED:
             s = tl.where(seen, s, float("-inf"))
         m, alpha, p = _rescale(s, m, factor)
         l = l * alpha + tl.sum(p, 1)
-        if FP8:
+        if TILES.SCALED:
             p *= v_scale[None, :]
             if MASKED:
                 # Scales of steps that hold no token may hold anything.
                 p = tl.where(seen, p, 0.0)
         acc = tl.dot(p.to(DOT), tl.trans(v), acc=acc * alpha[:, None])
-    if FP8:
-        acc *= 1 / E4M3_MAX
+    if TILES.SCALED:
+        acc *= 1 / TILES.UNIT
     return m, l, acc

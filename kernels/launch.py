@@ -13,7 +13,7 @@ from heapq import heapify, heapreplace
 import torch
 from vllm_leank.kernels.batch import MAX_DECODE_QUERIES
 
-from vllm_leank.core.layout import CacheLayout
+from vllm_leank.core.pages import CacheLayout
 
 TILE_BYTES = 128
 """Bytes of a row of a V tile, which sets the tokens of a tile: 64 in 16 bits, 128 in 8."""
@@ -30,6 +30,9 @@ PROGRAMS = 512, 4096
 
 REQUEST_PROGRAMS = 16, 64, 256
 """Programs per request: at least; for many requests at most; at most."""
+
+LEAST_COMBINED, MOST_COMBINED = 16, 32
+"""Splits that are combined at once, for few and for many programs of a request."""
 
 SPLIT_BYTES = 1 << 15, 1 << 17
 """Bytes that a program should read at least, for few and for many requests."""
@@ -76,6 +79,7 @@ class DecodeLaunch:
         split_bytes: bytes that a program should read at least.
         rows: power of two up to which a batch's requests are counted, to cut the launch into one
             wave; 0 if it is not.
+        combined: splits of a head that are combined at once; a power of two.
         warps: warps of a program.
         stages: depth of the software pipeline over archive tiles.
         window_stages: the same over window pages.
@@ -86,6 +90,7 @@ class DecodeLaunch:
     tma: bool
     split_bytes: int
     rows: int
+    combined: int
     warps: int = 2
     stages: int = 3
     window_stages: int = 4
@@ -134,12 +139,14 @@ def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeL
     """Launch for a batch of `num_reqs` rows, padding included."""
     few, many = SPLIT_BYTES
     is_few = num_reqs * len(layout.kept) <= FEW_HEADS
+    programs = decode_programs(num_reqs, len(layout.kept))
     return DecodeLaunch(
-        programs=decode_programs(num_reqs, len(layout.kept)),
+        programs=programs,
         tile=tile_tokens(layout),
         tma=device.tma,
         split_bytes=few if is_few else many,
         rows=FEW_HEADS if is_few else 0,
+        combined=MOST_COMBINED if programs > MOST_COMBINED else LEAST_COMBINED,
     )
 
 

@@ -10,18 +10,13 @@ import torch
 import torch.nn.functional as F
 from vllm_leank.kernels.batch import Batch, Row
 from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.codecs.codec import Stored
 
-from vllm_leank.core.layout import SCALE_BYTES, WINDOW_BLOCK, HeadLayout
+from vllm_leank.core.pages import WINDOW_BLOCK, HeadPart
 from vllm_leank.core.window import GRANULE
 
 MAX_SCORES = 1 << 24
 """Scores of one KV head's query group that are held at once (64 MiB in fp32)."""
-
-FP8 = torch.float8_e4m3fn
-"""Dtype of an 8-bit archive."""
-
-FP8_MAX = 448.0
-"""Its largest number."""
 
 
 def store(key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: Batch) -> None:
@@ -51,37 +46,24 @@ def compact(cache: LayerCache, batch: Batch) -> None:
     device = cache.window_pages.device
     table_row, token = torch.tensor(moved, device=device).unbind(1)
     source = cache.window_pages[batch.window_table[table_row, token // WINDOW_BLOCK].long()]
-    pages, steps = _places(cache, batch, moved)
-    empty_pages, empty_steps = _places(cache, batch, empty)
+    pages, granules = _places(cache, batch, moved)
+    empty_pages, empty_granules = _places(cache, batch, empty)
 
     for head, part in enumerate(cache.layout.heads):
-        if part.v_offset is None:
+        if part is None:
             continue
         key, value = source[:, head].split(cache.layout.head_dim, dim=-1)
-        key = key[..., cache.channels[head]]
-        if part.scale_offset is not None:
-            (key, k_scale), (value, v_scale) = quantize(key), quantize(value)
-            scales = _scales(cache, part.scale_offset)
-            scales[pages, :, steps] = torch.stack((k_scale, v_scale), dim=1)
-            scales[empty_pages, :, empty_steps] = 1
+        stored = cache.codec.encode(key[..., cache.channels[head]], value)
+        side = _side(cache, part)
+        side[pages, granules] = stored.side
+        side[empty_pages, empty_granules] = cache.codec.empty_side(len(empty), device)
         for chunk in part.k_chunks:
-            columns = key[..., chunk.first : chunk.first + chunk.width]
+            columns = stored.key[..., chunk.first : chunk.first + chunk.width]
             rows = _rows(cache, chunk.offset, block, chunk.width)
-            rows.unflatten(1, (-1, GRANULE))[pages, steps] = columns
+            rows.unflatten(1, (-1, GRANULE))[pages, granules] = columns
         values = _values(cache, part).unflatten(2, (-1, GRANULE))
-        values[pages, :, steps] = value.transpose(1, 2)
-        values[empty_pages, :, empty_steps] = 0
-
-
-def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values `[n, 32, width]` in fp8, and the scales `[n]`, fp32, that they have to be
-    multiplied by: the largest of a step becomes 448.
-    """
-    values = values.float()
-    # Not divided by 448: a product has the same bits on every device.
-    scale = values.abs().amax((1, 2)) * (1 / FP8_MAX)
-    scale = scale.where(scale > 0, 1.0)
-    return (values / scale[:, None, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+        values[pages, :, granules] = stored.value.transpose(1, 2)
+        values[empty_pages, :, empty_granules] = 0
 
 
 def attend(
@@ -175,11 +157,11 @@ def _attend_pruned(
     for head, (channels, part) in enumerate(zip(cache.channels, cache.layout.heads, strict=True)):
         q = heads[head] * scale
         scores = (q @ key[head].T).masked_fill(~sees_dense, -torch.inf)
-        if part.v_offset is None or newest == window.sink:
+        if part is None or newest == window.sink:
             attended[head] = scores.softmax(-1) @ value[head]
             continue
         archived_key, archived_value = _archived_tokens(
-            cache, batch.archive_table[row.table_row], head, newest
+            cache, batch.archive_table[row.table_row], part, newest
         )
         pruned = (q[..., channels] @ archived_key.T).masked_fill(~sees_archive, -torch.inf)
         weights = torch.cat((scores, pruned), dim=-1).softmax(-1)
@@ -201,23 +183,24 @@ def _dense_tokens(
 
 
 def _archived_tokens(
-    cache: LayerCache, table: torch.Tensor, head: int, end: int
+    cache: LayerCache, table: torch.Tensor, part: HeadPart, end: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Kept K channels `[end - sink, kept]` and V `[end - sink, head_dim]` of one head, fp32, of
     the tokens from the sink to `end`.
     """
-    block, part = cache.layout.archive_block, cache.layout.heads[head]
+    block = cache.layout.archive_block
     first = cache.window.sink // block
     pages = table[first : -(-end // block)].long()
-    tokens = slice(cache.window.sink - first * block, end - first * block)
-    chunks = [_rows(cache, c.offset, block, c.width)[pages].flatten(0, 1) for c in part.k_chunks]
-    key = torch.cat(chunks, dim=-1)[tokens].float()
-    value = _values(cache, part)[pages].transpose(1, 2).flatten(0, 1)[tokens].float()
-    if part.scale_offset is not None:
-        scales = _scales(cache, part.scale_offset)[pages].transpose(0, 1).flatten(1)
-        k_scale, v_scale = scales.repeat_interleave(GRANULE, dim=1)[:, tokens, None]
-        key, value = key * k_scale, value * v_scale
-    return key, value
+    chunks = [_rows(cache, c.offset, block, c.width)[pages] for c in part.k_chunks]
+    stored = Stored(
+        key=torch.cat(chunks, dim=-1).flatten(0, 1).unflatten(0, (-1, GRANULE)),
+        value=_values(cache, part)[pages].transpose(1, 2).flatten(0, 1).unflatten(0, (-1, GRANULE)),
+        side=_side(cache, part)[pages].flatten(0, 1),
+    )
+    begin = cache.window.sink - first * block
+    granules = slice(begin // GRANULE, (end - first * block) // GRANULE)
+    key, value = cache.codec.decode(Stored(*(field[granules] for field in stored)))
+    return key.flatten(0, 1), value.flatten(0, 1)
 
 
 def _empty_slots(tokens: range, sink: int, block: int) -> Iterator[int]:
@@ -247,16 +230,15 @@ def _rows(cache: LayerCache, offset: int, rows: int, width: int) -> torch.Tensor
     return part.unflatten(1, (rows, width))
 
 
-def _values(cache: LayerCache, part: HeadLayout) -> torch.Tensor:
+def _values(cache: LayerCache, part: HeadPart) -> torch.Tensor:
     """View of a head's V in every archive page, `[num_blocks, head_dim, archive_block]`."""
-    assert part.v_offset is not None
     return _rows(cache, part.v_offset, cache.layout.head_dim, cache.layout.archive_block)
 
 
-def _scales(cache: LayerCache, offset: int) -> torch.Tensor:
-    """View of a head's scales in every archive page, fp32 `[num_blocks, 2, archive_block // 32]`,
-    K's and then V's.
+def _side(cache: LayerCache, part: HeadPart) -> torch.Tensor:
+    """View of what the format keeps beside a head's K and V in every archive page, bytes
+    `[num_blocks, archive_block // 32, side_bytes]`.
     """
-    end = offset + 2 * cache.layout.archive_block // GRANULE * SCALE_BYTES
-    part = cache.archive_pages.view(torch.uint8)[:, offset:end]
-    return part.view(torch.float32).unflatten(1, (2, -1))
+    count, size = cache.layout.archive_block // GRANULE, cache.layout.archive_format.side_bytes
+    pages = cache.archive_pages.view(torch.uint8)
+    return pages[:, part.side_offset : part.side_offset + count * size].unflatten(1, (count, size))

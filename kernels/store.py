@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
-from vllm_leank.kernels.common import E4M3_MAX, boundary_of
+from vllm_leank.kernels.common import boundary_of
 from vllm_leank.kernels.launch import compact_programs
+from vllm_leank.kernels.launcher import launch
 
 
 @triton.jit
@@ -30,22 +31,14 @@ def _store_token(
 
 
 @triton.jit
-def _quantise(x):
-    """`x` in units of a scale that brings its largest value to that of e4m3, and the scale."""
-    scale = tl.max(tl.max(tl.abs(x), 0), 0) * (1 / E4M3_MAX)
-    scale = tl.where(scale > 0, scale, 1.0)
-    return tl.clamp(tl.div_rn(x, scale), -E4M3_MAX, E4M3_MAX), scale
-
-
-@triton.jit
 def _compact_head(
     i_row, head, i_program, num_programs,
-    window_ptr, archive_ptr, scales_ptr, window_table_ptr, archive_table_ptr,
+    window_ptr, archive_ptr, side_ptr, window_table_ptr, archive_table_ptr,
     query_start_ptr, seq_lens_ptr, exact_until_ptr, heads_ptr, columns_ptr,
-    stride_window_page, stride_archive_page, stride_scales,
+    stride_window_page, stride_archive_page, stride_side,
     stride_window_table, stride_archive_table,
     SINK: tl.constexpr, RECENT: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    KEPT_PAD: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
+    KEPT_PAD: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """`Window.compaction` of one request and KV head; a program takes every `num_programs`-th
     step of 32 tokens.
@@ -59,7 +52,7 @@ def _compact_head(
     stop = boundary_of(after, SINK, RECENT)
     if (kept > 0) & (after >= exact_until) & (start < stop):
         v_offset = tl.load(p_head + 3)
-        scale_offset = tl.load(p_head + 4)
+        side_offset = tl.load(p_head + 4)
         o_c = tl.arange(0, KEPT_PAD)
         m_c = o_c < kept
         p_column = columns_ptr + 3 * (tl.load(p_head + 1) + o_c)
@@ -78,12 +71,12 @@ def _compact_head(
             p_source = window_ptr + source * stride_window_page + (head * 32 + o_32) * (2 * D)
             k = tl.load(p_source[:, None] + channel[None, :], mask=m_c[None, :], other=0.0)
             v = tl.load(p_source[None, :] + D + o_d[:, None], mask=m_d[:, None], other=0.0)
-            if FP8:
-                k, k_scale = _quantise(k.to(tl.float32))
-                v, v_scale = _quantise(v.to(tl.float32))
-                p_scale = scales_ptr + page * stride_scales + scale_offset + slot // 32
+            if TILES.SCALED:
+                k, k_scale = TILES.encode(k.to(tl.float32))
+                v, v_scale = TILES.encode(v.to(tl.float32))
+                p_scale = side_ptr + page * stride_side + side_offset + slot // 32 * 2
                 tl.store(p_scale, k_scale)
-                tl.store(p_scale + BLOCK // 32, v_scale)
+                tl.store(p_scale + 1, v_scale)
             p_page = archive_ptr + page * stride_archive_page
             dtype: tl.constexpr = archive_ptr.dtype.element_ty
             p_k = p_page + column[None, :] + (slot + o_32)[:, None] * width[None, :]
@@ -96,28 +89,28 @@ def _compact_head(
             if token + 32 == stop:
                 for i in range(slot + 32, BLOCK, 32):
                     tl.store(p_v + i, empty, mask=m_d[:, None])
-                    if FP8:
-                        tl.store(p_scale + (i - slot) // 32, 1.0)
-                        tl.store(p_scale + (BLOCK + i - slot) // 32, 1.0)
+                    if TILES.SCALED:
+                        tl.store(p_scale + (i - slot) // 32 * 2, 1.0)
+                        tl.store(p_scale + (i - slot) // 32 * 2 + 1, 1.0)
             if token == SINK:
                 for i in range(0, slot, 32):
                     tl.store(p_v + i, empty, mask=m_d[:, None])
-                    if FP8:
-                        tl.store(p_scale - (slot - i) // 32, 1.0)
-                        tl.store(p_scale + BLOCK // 32 - (slot - i) // 32, 1.0)
+                    if TILES.SCALED:
+                        tl.store(p_scale - (slot - i) // 32 * 2, 1.0)
+                        tl.store(p_scale - (slot - i) // 32 * 2 + 1, 1.0)
 
 
-@triton.jit(do_not_specialize=["programs_per_head"])
+@triton.jit(do_not_specialize=["programs_per_head", "stride_window_table", "stride_archive_table"])
 def _update_kernel(
-    key_ptr, value_ptr, window_ptr, archive_ptr, scales_ptr, slots_ptr,
+    key_ptr, value_ptr, window_ptr, archive_ptr, side_ptr, slots_ptr,
     window_table_ptr, archive_table_ptr, query_start_ptr, seq_lens_ptr, exact_until_ptr,
     heads_ptr, columns_ptr, programs_per_head,
     stride_k_token, stride_k_head, stride_v_token, stride_v_head,
-    stride_window_page, stride_archive_page, stride_scales,
+    stride_window_page, stride_archive_page, stride_side,
     stride_window_table, stride_archive_table,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, KEPT_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    FP8: tl.constexpr, STORE: tl.constexpr, COMPACT: tl.constexpr,
+    TILES: tl.constexpr, STORE: tl.constexpr, COMPACT: tl.constexpr,
 ):  # fmt: skip
     """Store token `i` and compact request `i`; both at once where each request has one token."""
     i, role = tl.program_id(0), tl.program_id(1)
@@ -132,11 +125,11 @@ def _update_kernel(
     if COMPACT and role >= 0:
         _compact_head(
             i, role % H, role // H, programs_per_head,
-            window_ptr, archive_ptr, scales_ptr, window_table_ptr, archive_table_ptr,
+            window_ptr, archive_ptr, side_ptr, window_table_ptr, archive_table_ptr,
             query_start_ptr, seq_lens_ptr, exact_until_ptr, heads_ptr, columns_ptr,
-            stride_window_page, stride_archive_page, stride_scales,
+            stride_window_page, stride_archive_page, stride_side,
             stride_window_table, stride_archive_table,
-            SINK, RECENT, D, D_PAD, KEPT_PAD, BLOCK, FP8,
+            SINK, RECENT, D, D_PAD, KEPT_PAD, BLOCK, TILES,
         )  # fmt: skip
 
 
@@ -179,12 +172,13 @@ def _launch(
     layout, tables, window = cache.layout, cache.tables, cache.window
     heads = len(layout.kept)
     programs = compact_programs(batch.num_reqs, heads, batch.max_query_len) if compact else 0
-    _update_kernel[(rows, store + heads * programs)](
-        key, value, cache.window_pages, cache.archive_pages, cache.scales, batch.slots,
+    launch(
+        _update_kernel, (rows, store + heads * programs),
+        key, value, cache.window_pages, cache.archive_pages, cache.side, batch.slots,
         batch.window_table, batch.archive_table, batch.query_start_loc, batch.seq_lens,
         batch.exact_until, tables.heads, tables.columns, programs,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        cache.window_pages.stride(0), cache.archive_pages.stride(0), cache.scales.stride(0),
+        cache.window_pages.stride(0), cache.archive_pages.stride(0), cache.side.stride(0),
         batch.window_table.stride(0), batch.archive_table.stride(0),
         SINK=window.sink,
         RECENT=window.recent,
@@ -192,9 +186,9 @@ def _launch(
         H_PAD=triton.next_power_of_2(heads),
         D=layout.head_dim,
         D_PAD=triton.next_power_of_2(layout.head_dim),
-        KEPT_PAD=triton.next_power_of_2(max(max(layout.kept), 1)),
+        KEPT_PAD=triton.next_power_of_2(max(layout.counts, default=1)),
         BLOCK=layout.archive_block,
-        FP8=layout.is_fp8,
+        TILES=cache.codec.tiles,
         STORE=store,
         COMPACT=compact,
         num_warps=4,

@@ -11,7 +11,7 @@ from vllm_leank.kernels.launch import (
     tile_tokens,
 )
 
-from vllm_leank.core.layout import CacheLayout
+from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.window import Window
 
 NOMINAL_LENGTH = 8192
@@ -49,11 +49,11 @@ class Tables:
 
     Attributes:
         heads: int32 `[num_kv_heads, 5]`: kept channels, the first of them in `channels`, and where
-            K, V (in elements) and scales (in floats) begin within an archive page.
+            K, V (in elements) and side data (in floats) begin within the layer's part of an
+            archive page.
         channels: int32 `[total kept]`.
         columns: int32 `[total kept, 3]`: K channel, the element of an archive page where its
             column begins, and the elements from one token to the next.
-        counts: the kept counts that occur, ascending, without 0.
         archive_units: units of 256 bytes of one archive tile of all heads.
         device: what launches depend on.
     """
@@ -66,22 +66,24 @@ class Tables:
         device: torch.device,
     ) -> None:
         rows, start = [], 0
-        for kept, head in zip(layout.kept, layout.heads, strict=True):
-            k_offset = head.k_chunks[0].offset if kept else 0
-            rows.append((kept, start, k_offset, head.v_offset or 0, (head.scale_offset or 0) // 4))
-            start += kept
+        for head in layout.heads:
+            if head is None:
+                rows.append((0, start, 0, 0, 0))
+                continue
+            rows.append((head.kept, start, head.k_offset, head.v_offset, head.side_offset // 4))
+            start += head.kept
         heads = torch.tensor(rows, dtype=torch.int32)
         self.heads = heads.to(device)
         self.channels = torch.cat(tuple(channels)).to(device=device, dtype=torch.int32)
         columns = [
             (chunk.offset + i, chunk.width)
             for head in layout.heads
+            if head is not None
             for chunk in head.k_chunks
             for i in range(chunk.width)
         ]
         places = torch.tensor(columns, dtype=torch.int32, device=device).view(-1, 2)
         self.columns = torch.cat((self.channels[:, None], places), dim=1)
-        self.counts = tuple(sorted(set(layout.kept) - {0}))
         self.device = Device.of(device)
         self.archive_units = sum(
             (kept + layout.head_dim) * tile_tokens(layout) * layout.archive_itemsize // 256

@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.codecs import codec_of
 
-from vllm_leank.core.layout import WINDOW_BLOCK, CacheLayout, archive_token_bytes
+from vllm_leank.core.formats import NATIVE, ArchiveFormat, find_format
+from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
 from vllm_leank.core.window import Window
+
+FP8 = find_format("fp8")
 
 
 @dataclass(eq=False)
@@ -71,9 +75,10 @@ class CacheBuilder:
         window: the dense window.
         archive_block: tokens of an archive page.
         dtype: of window pages, queries, keys and values.
-        archive_dtype: of archive pages; by default `dtype`.
+        archive_format: how far tokens are stored.
         num_blocks: blocks of each pool.
-        spare_bytes: bytes per token by which an archive page exceeds what the heads fill.
+        spare_bytes: bytes per token by which an archive page exceeds the layer's part; half of them
+            lie before it.
         seed: of everything random.
         device: of all tensors.
     """
@@ -86,7 +91,7 @@ class CacheBuilder:
         window: Window,
         archive_block: int = 64,
         dtype: torch.dtype = torch.float32,
-        archive_dtype: torch.dtype | None = None,
+        archive_format: ArchiveFormat = NATIVE,
         num_blocks: int = 160,
         spare_bytes: int = 64,
         seed: int = 0,
@@ -96,20 +101,20 @@ class CacheBuilder:
         self._generator = torch.Generator().manual_seed(seed)
         self._group, self._dtype, self._device = group, dtype, device
         self.scale = head_dim**-0.5
-        archive_dtype = archive_dtype or dtype
-        item = archive_dtype.itemsize
-        page = (archive_token_bytes(kept, head_dim, item) + spare_bytes) * archive_block
-        layout = CacheLayout(tuple(kept), head_dim, dtype.itemsize, item, archive_block, page)
+        layout = CacheLayout(tuple(kept), head_dim, dtype.itemsize, archive_block, archive_format)
+        offset = spare_bytes // 2 * archive_block
 
-        def pages(num_bytes: int, dtype: torch.dtype) -> Tensor:
+        def pages(offset: int, num_bytes: int, dtype: torch.dtype) -> Tensor:
             # All bits set are NaN in every dtype.
-            blocks = torch.full((num_blocks, num_bytes + 1024), 0xFF, dtype=torch.uint8)
-            return blocks.to(device)[:, :num_bytes].view(dtype)
+            size = 2 * offset + num_bytes + 1024
+            blocks = torch.full((num_blocks, size), 0xFF, dtype=torch.uint8)
+            return blocks.to(device)[:, offset : offset + num_bytes].view(dtype)
 
-        window_pages = pages(layout.window_page_bytes, dtype)
+        window_pages = pages(0, layout.window_page_bytes, dtype)
+        codec = codec_of(archive_format)
         self.cache = LayerCache(
             window_pages=window_pages.unflatten(1, (len(kept), WINDOW_BLOCK, 2 * head_dim)),
-            archive_pages=pages(page, archive_dtype),
+            archive_pages=pages(offset, layout.archive_page_bytes, codec.dtype(dtype)),
             layout=layout,
             channels=tuple(
                 torch.tensor(
@@ -256,7 +261,7 @@ class CacheBuilder:
             return page, positions.flatten().to(self._device), content.view(torch.uint8)
 
         for head, part in enumerate(layout.heads):
-            if part.v_offset is None:
+            if part is None:
                 continue
             key, k_scale = self._archived(request.key[:, head, self.cache.channels[head]])
             value, v_scale = self._archived(request.value[:, head])
@@ -268,9 +273,9 @@ class CacheBuilder:
                     yield run(chunk.offset + slot * chunk.width, 1, columns)
                 v = torch.zeros_like(value[t]) if empty else value[t]
                 yield run(part.v_offset + slot, block, v)
-                if part.scale_offset is not None:
+                if layout.archive_format == FP8:
                     scales = torch.ones_like(scales) if empty else scales
-                    yield run(part.scale_offset // 4 + slot // 32, block // 32, scales)
+                    yield run(part.side_offset // 4 + slot // 32 * 2, 1, scales)
 
     def _archived(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """What the archive stores of `[length, width]`, and each token's scale, fp32 `[length, 1]`.
@@ -278,7 +283,7 @@ class CacheBuilder:
         With fp8, the largest value of each 32 tokens from the sink on becomes 448.
         """
         scale = torch.ones(len(values), 1, device=self._device)
-        if self.cache.layout.is_fp8:
+        if self.cache.layout.archive_format == FP8:
             for start in range(self.cache.window.sink, len(values) - 31, 32):
                 largest = values[start : start + 32].float().abs().max()
                 scale[start : start + 32] = largest * (1 / 448) if largest else 1

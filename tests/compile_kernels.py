@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_leank.kernels import decode, extend, launch
 
+from vllm_leank.core.formats import ArchiveFormat, known_formats
 from vllm_leank.core.window import Window
 
 KEPT = {128: (0, 32, 96), 256: (0, 240)}
@@ -35,26 +36,34 @@ TYPES = {
 }
 
 
+def type_of(value: Any) -> Any:
+    """Triton's name of an argument's type; of a tuple, those of its parts."""
+    if isinstance(value, tuple):
+        return tuple(map(type_of, value))
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
 def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict, dict]:
     """Types, constants and attributes of a launch, as Triton's own launcher finds them."""
     types, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
-        aligned = not parameter.do_not_specialize_on_alignment
         if parameter.is_constexpr:
             types[name], constants[index,] = "constexpr", value
             continue
-        if isinstance(value, TensorDescriptor):
-            types[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
-            continue
-        if isinstance(value, torch.Tensor):
-            types[name] = "*" + TYPES[value.dtype]
-        else:
-            types[name] = "fp32" if isinstance(value, float) else "i32"
-            aligned &= isinstance(value, int) and value % 16 == 0
-            aligned &= not parameter.do_not_specialize
-        if aligned:
-            attributes[index,] = [["tt.divisibility", 16]]
+        types[name] = type_of(value)
+        for i, one in enumerate(value if isinstance(value, tuple) else (value,)):
+            aligned = not parameter.do_not_specialize_on_alignment
+            if not isinstance(one, torch.Tensor):
+                aligned &= isinstance(one, int) and one % 16 == 0
+                aligned &= not parameter.do_not_specialize
+            if aligned:
+                path = (index, i) if isinstance(value, tuple) else (index,)
+                attributes[path] = [["tt.divisibility", 16]]
     return types, constants, attributes
 
 
@@ -83,17 +92,17 @@ class Recorder:
         self._tell(self._kernel.__name__, compiled.metadata.shared)
 
 
-def compile_all(capability: int, head_dim: int, archive_dtype: torch.dtype | None) -> None:
+def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -> None:
     """Compile a decode step and a prompt that is read pruned."""
 
     def tell(kernel: str, shared: int) -> None:
-        archive = "auto" if archive_dtype is None else "fp8"
-        print(json.dumps({"kernel": kernel, "archive": archive, "shared": shared}), flush=True)
+        line = {"kernel": kernel, "archive": archive_format.name, "shared": shared}
+        print(json.dumps(line), flush=True)
 
     window = Window(128, 768, exact=False)
-    block = 64 if archive_dtype is None else 128
+    block = 128 // archive_format.itemsize(2)
     builder = CacheBuilder(
-        KEPT[head_dim], head_dim, 4, window, block, torch.bfloat16, archive_dtype
+        KEPT[head_dim], head_dim, 4, window, block, torch.bfloat16, archive_format
     )
     request = builder.add(0, 1100)
     device = launch.Device(tma=capability // 10 in launch.TMA_CAPABILITIES)
@@ -112,6 +121,6 @@ def compile_all(capability: int, head_dim: int, archive_dtype: torch.dtype | Non
 
 if __name__ == "__main__":
     capability, head_dim = map(int, sys.argv[1:])
-    for archive_dtype in (None, torch.float8_e4m3fn):
-        if archive_dtype is None or capability >= 89:
-            compile_all(capability, head_dim, archive_dtype)
+    for archive_format in known_formats():
+        if divmod(capability, 10) >= archive_format.capability:
+            compile_all(capability, head_dim, archive_format)

@@ -20,7 +20,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 
-from vllm_leank.core.layout import CachePlan
+from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.window import Window
 from vllm_leank.mask.file import Mask, save_mask
 from vllm_leank.serving.settings import load_settings
@@ -60,7 +60,7 @@ class Engine:
         """The whole cache in the model's dtype, `[num_blocks, items of a block]`."""
         config = self.llm.llm_engine.vllm_config
         layers = config.compilation_config.static_forward_context
-        pages = next(layer.kv_cache for name, layer in layers.items() if name.endswith(".window"))
+        pages = next(layer.kv_cache for name, layer in layers.items() if name.endswith(".attn"))
         raw = torch.tensor([], dtype=pages.dtype).set_(pages.untyped_storage())
         return raw.view(pages.shape[0], -1)
 

@@ -7,11 +7,13 @@ import string
 KEYS = (
     "format", "model", "geometry", "align", "window", "provenance", "layers", "num_layers", "sink",
     "recent", "head_dim", "num_kv_heads", "rope_theta", "rope_scaling", "method", "evaluation",
+    "profiles", "k", "v", "k_mean", "v_scale",
 )  # fmt: skip
 VALUES = (
     "", "null", "~", "true", "-1", "0", "1e400", ".nan", ".inf", "0x10", "1_0", "'", '"', "[", "{",
     "[]", "{}", "[[[[", "- - -", "&a [*a]", "*b", "!!python/object/apply:os.system ['true']", "|",
     "2026-11-23", "\u2028", "\x00", "\t", "99999999999999999999", "ffff", "0" * 64, "---", "...",
+    "0x" + "9" * 9999, "9" * 9999, "1" + ":2" * 9999, "f" * 128,
 )  # fmt: skip
 
 

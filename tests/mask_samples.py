@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.statistics import Statistics
 
 MODEL = "tests/tiny"
 
@@ -27,3 +28,46 @@ def random_mask(model: Path, counts: list[int], *, align: int = 16, seed: int = 
     for index, head in enumerate(keep.reshape(-1, geometry.head_dim)):
         head[rng.permutation(geometry.head_dim)[: counts[index % len(counts)]]] = True
     return Mask.from_keep(keep, geometry, model=MODEL, provenance={"method": "random"}, align=align)
+
+
+def statistics_of(shape: tuple[int, int, int], seed: int = 0) -> Statistics:
+    """Random means and scales."""
+    rng = np.random.default_rng(seed)
+
+    def scales() -> np.ndarray:
+        return rng.uniform(0.1, 4, shape).astype(np.float16)
+
+    def means() -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float16)
+
+    return Statistics(means(), scales(), means(), scales())
+
+
+def packed_mask(geometry: Geometry, seed: int = 0, **options: object) -> Mask:
+    """Heads of 2, 4 and 8 bits, of 16 bits and of none in turn, their channels in random order.
+
+    Heads have 128 channels or a multiple.
+    """
+    heads = [
+        ([8] * 32 + [4] * 32 + [2] * 64, [4] * 64 + [2] * 64),
+        ([0] * 64 + [4] * 64, [8] * 128),
+        ([16] * 32 + [0] * 96, [16] * 128),
+        ([0] * 128, [0] * 128),
+    ]
+    rng = np.random.default_rng(seed)
+    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    bits = np.zeros((2, *shape), np.uint8)
+    rows = bits.reshape(2, -1, geometry.head_dim)
+    for index in range(rows.shape[1]):
+        for row, classes in zip(rows[:, index], heads[index % len(heads)], strict=True):
+            row[:] = rng.permutation(np.repeat(classes, geometry.head_dim // 128))
+    return Mask.from_bits(
+        *bits,
+        geometry,
+        **{
+            "model": MODEL,
+            "provenance": {"method": "random"},
+            "statistics": statistics_of(shape, seed),
+        }
+        | options,
+    )

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from cache_builder import CacheBuilder
+from cache_builder import FP8, CacheBuilder
 from vllm_leank.kernels import reference
+from vllm_leank.kernels.codecs import codec_of
 
+from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.window import Window
 
-FP8 = torch.float8_e4m3fn
 
-
-@pytest.mark.parametrize("archive_dtype", [torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("archive_format", [NATIVE, FP8], ids=str)
 @pytest.mark.parametrize(
     ("window", "archive_block"),
     [
@@ -21,10 +21,10 @@ FP8 = torch.float8_e4m3fn
     ],
     ids=str,
 )
-def test_pages_hold_tokens_and_zeros_for_the_rest(window, archive_block, archive_dtype):
+def test_pages_hold_tokens_and_zeros_for_the_rest(window, archive_block, archive_format):
     """V of every slot of a page can be read, however the tokens came."""
     builder = CacheBuilder(
-        (48, 0, 112), 128, 1, window, archive_block, torch.bfloat16, archive_dtype
+        (48, 0, 112), 128, 1, window, archive_block, torch.bfloat16, archive_format
     )
     request = builder.add(150, 500)
     for tokens in (149, 1, 100, 1, 30, 1, 32, 33, 1):
@@ -43,13 +43,19 @@ def test_pages_hold_tokens_and_zeros_for_the_rest(window, archive_block, archive
     assert end >= 224
 
 
+def quantize(values):
+    """K `[n, 32, channels]` as an fp8 archive stores it, and the scales `[n]`."""
+    stored = codec_of(FP8).encode(values, values)
+    return stored.key, stored.side.view(torch.float32)[:, 0]
+
+
 @pytest.mark.parametrize("magnitude", [0.0, 1e-42, 1e-30, 1.0, 1e30])
 def test_quantized_numbers_are_within_half_a_step(magnitude):
     """e4m3 has 3 bits after the leading one, and 2 ** -9 is its smallest number."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 32, 112, generator=generator) * magnitude
-    stored, scale = reference.quantize(values)
-    assert (stored.dtype, scale.dtype, scale.shape) == (FP8, torch.float32, (3,))
+    stored, scale = quantize(values)
+    assert (stored.dtype, scale.dtype) == (torch.float8_e4m3fn, torch.float32)
     assert stored.float().isfinite().all()
     largest = values.abs().amax((1, 2))
     if magnitude in (1e-30, 1.0, 1e30):
@@ -62,6 +68,6 @@ def test_quantized_numbers_are_within_half_a_step(magnitude):
 
 def test_steps_have_scales_of_their_own():
     values = torch.tensor([1.0, 0.0, 448.0])[:, None, None].expand(3, 32, 16)
-    stored, scale = reference.quantize(values)
+    stored, scale = quantize(values)
     assert scale.tolist() == pytest.approx([1 / 448, 1, 1])
     assert stored.float()[:, 0, 0].tolist() == [448, 0, 448]

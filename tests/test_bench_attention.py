@@ -14,8 +14,9 @@ from vllm_leank.kernels import reference
 
 from vllm_leank.bench import pools, results
 from vllm_leank.bench.cases import Case, parse_case, parse_layers
+from vllm_leank.core.formats import find_format
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.core.layout import plan_cache
+from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import save_mask
@@ -26,8 +27,7 @@ WINDOW = Window(32, 64)
 
 
 def layout(archive_dtype="auto", itemsize=2):
-    fp8 = 1 if archive_dtype == "fp8" else None
-    return plan_cache(KEPT, 64, itemsize, archive_itemsize=fp8).layer(1)
+    return plan_cache(KEPT, 64, itemsize, archive_format=find_format(archive_dtype)).layer(1)
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def test_bytes_that_decode_must_read():
     dense = 8 * 2 * 128 * 2
     bf16 = plan_cache(kept, 128, 2).layer(0)
     assert case.read_bytes(bf16) == 64 * (896 * dense + 31872 * pruned * 2) == 5_326_241_792
-    fp8 = plan_cache(kept, 128, 2, archive_itemsize=1).layer(0)
+    fp8 = plan_cache(kept, 128, 2, archive_format=find_format("fp8")).layer(0)
     # Scales: 2 floats a head and 32 tokens, of 7 heads.
-    assert case.read_bytes(fp8) == 64 * (896 * dense + 31872 * (pruned + 2))
+    assert case.read_bytes(fp8) == 64 * (896 * dense + 31872 * pruned + 31872 * 7 // 4)
     assert case.dense_bytes(8, 128, 2) == 64 * 32768 * 4096
 
 
@@ -189,7 +189,7 @@ def test_flash_stand_in_is_what_flash_should_be(attention):
     from vllm_leank.bench.flash import FlashDecode
 
     query = torch.randn(2, 4, 64)
-    flash = FlashDecode.random(Case(2, 50, WINDOW), query, 2, 1, fp8=False)
+    flash = FlashDecode.random(Case(2, 50, WINDOW), query, 2, 1, eight_bit=False)
     flash.calls(graph=True)[0]()
     assert relative_rms(flash.output[1], flash.expected(1)) < 1e-5
 
@@ -215,7 +215,10 @@ def test_options_are_checked_before_the_gpu(leank, mask_file, tmp_path):
         (["--mask", tmp_path / "none"], "cannot be read"),
         (["--out", mask_file], "exists already"),
         (["--out", tmp_path / "no" / "r.json"], "no such directory"),
-        (["--archive-dtype", "int4"], "archive-dtype"),
+        (
+            ["--archive-dtype", "int4"],
+            "--archive-dtype: archive_dtype is",
+        ),
     ]:
         arguments = ["--mask", mask_file, "--query-heads", 4, *options]
         code, _, err = leank("bench", "attention", *arguments)

@@ -6,9 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+from mask_samples import packed_mask
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.mask import lookup as mask_resolver
+from vllm_leank.mask.bits import profiles_of
 from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.mask import Mask
 
@@ -66,6 +68,27 @@ def test_show_of_a_mask_that_keeps_nothing(leank, tmp_path):
     code, out, _ = leank("mask", "show", tmp_path / "m.yaml")
     assert code == 0
     assert "[bold]x[/nothing]" in out
+
+
+def test_show_of_bits(leank, tmp_path):
+    mask = packed_mask(Geometry(2, 2, 128, 5e5, None), evaluation={"kl": 0.002})
+    save_mask(mask, tmp_path / "m.yaml")
+    shown = json.loads(leank("mask", "show", tmp_path / "m.yaml", "--json")[1])
+    # K: heads of 4, 2, 4 and 0 bits in the mean; V: of 3, 8, 16 and 0.
+    assert shown["bits"] == {"mean": 4.625, "k": 2.5, "v": 6.75}
+    assert shown["bits_by_layer"] == {"k": [3, 2], "v": [5.5, 8]}
+    assert shown["far_token_bytes_bf16"] == {"dense": 2048, "kept": 592}
+    assert shown["profiles"] == profiles_of(mask.k_bits, mask.v_bits)
+    code, out, _ = leank("mask", "show", tmp_path / "m.yaml")
+    assert code == 0
+    for text in (
+        "4.62 (K 2.50, V 6.75)",
+        "592 of 2,048 (28.9%)",
+        "K 32 of 8 + 32 of 4 + 64 of 2, V 64 of 4 + 64 of 2",
+        "kl",
+        "0.002",
+    ):
+        assert text in out
 
 
 def test_show_by_model_id(leank, mask_file, monkeypatch):

@@ -4,11 +4,13 @@ import sys
 
 import numpy as np
 import pytest
+from mask_samples import statistics_of
 
 from vllm_leank import cli
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
 from vllm_leank.mask.compose import compose, read_streaming_heads
+from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.mask import Mask
 
@@ -63,6 +65,58 @@ def test_streaming_heads_and_dense_layers(tmp_path):
     assert mask.kept_counts.tolist() == [[0, 64], [64, 64]]
     assert mask.provenance["streaming"]["heads"] == 3
     assert mask.provenance["dense_layers"] == [1]
+
+
+WIDE = Geometry(2, 2, 128, 1e4, None)
+
+
+def bits_of(k: int, v: int, seed: int = 0) -> Mask:
+    """A mask with the same bits for all channels of K and of V, but no bits in its last head."""
+    bits = np.zeros((2, 2, 2, 128), np.uint8)
+    bits[0], bits[1] = k, v
+    bits[:, 1, 1] = 0
+    return Mask.from_bits(
+        *bits,
+        WIDE,
+        model="org/name",
+        provenance={"method": "x"},
+        statistics=statistics_of((2, 2, 128), seed),
+    )
+
+
+def test_bits_are_joined_by_channel(tmp_path):
+    first, second = bits_of(8, 2), bits_of(4, 4, seed=1)
+    mask = compose([first, second])
+    assert np.unique(mask.k_bits).tolist() == [0, 4]
+    assert np.unique(mask.v_bits).tolist() == [0, 2]
+    assert mask.statistics.same_as(first.statistics)
+    assert mask.provenance["statistics"] == "of the first mask that has them"
+    mask = compose([first, second], "union")
+    assert np.unique(mask.k_bits).tolist() == [0, 8]
+    assert np.unique(mask.v_bits).tolist() == [0, 4]
+    (tmp_path / "heads.tsv").write_text("0.1\t0.9\n0.6\t0.5\n")
+    mask = compose([first], streaming=tmp_path / "heads.tsv", dense_layers=[1])
+    assert mask.k_bits.max(-1).tolist() == [[0, 8], [16, 16]]
+    assert mask.v_bits.max(-1).tolist() == [[0, 2], [16, 16]]
+    assert "statistics" not in mask.provenance
+    whole = Mask.full(WIDE, model="org/name")
+    assert (compose([whole, first]).k_bits == first.k_bits).all()
+    assert (compose([whole, first], "union").v_bits == 16).all()
+
+
+def test_bits_that_fit_no_page_are_refused():
+    half = Mask.from_keep(
+        np.broadcast_to(np.arange(128) % 4 == 0, (2, 2, 128)),
+        WIDE,
+        model="org/name",
+        provenance={"method": "x"},
+    )
+    with pytest.raises(UserError, match=r"cannot be joined so: .* 16 bits beside fewer"):
+        compose([bits_of(8, 2), half], "union")
+    with pytest.raises(UserError, match=r"so: layers\[0\]\[0\]\.k: has 32 channels of 2 bits, no"):
+        compose([bits_of(2, 2), half])
+    with pytest.raises(MaskError, match="no model id"):
+        compose([bits_of(2, 2)], model_id="a b")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def line(tiny_llama_dir, tmp_path):
 def test_everything_is_in_place_here():
     facts = {fact.name: fact for fact in environment()}
     assert [fact for fact in facts.values() if fact.problem] == []
-    assert facts["vllm"].value.startswith("0.32")
+    assert facts["vllm"].value.startswith(("0.32", "0.33"))
     assert facts["plugin"].value == "vllm_leank.serving.plugin:register"
     assert facts["backend"].value == "LEANK"
 
@@ -65,9 +65,17 @@ def test_a_backend_that_is_not_registered(monkeypatch):
     assert "did not register" in problem_of("backend")
 
 
-def test_another_vllm(monkeypatch):
-    monkeypatch.setattr(versions, "vllm_version", lambda: "0.99.0")
-    assert "vllm-leank works with vLLM" in problem_of("vllm")
+@pytest.mark.parametrize("installed", ["0.31.2", "0.34.0rc1", "0.34.0+cpu", "0.99.0"])
+def test_another_vllm(monkeypatch, installed):
+    monkeypatch.setattr(versions, "vllm_version", lambda: installed)
+    problem = f"vllm-leank works with vLLM >=0.32.0,<0.34, but {installed} is installed"
+    assert problem in problem_of("vllm")
+
+
+@pytest.mark.parametrize("installed", ["0.32.0+cpu", "0.32.1", "0.33.0", "0.33.1rc1"])
+def test_a_vllm_that_is_supported(monkeypatch, installed):
+    monkeypatch.setattr(versions, "vllm_version", lambda: installed)
+    assert problem_of("vllm") is None
 
 
 def test_no_vllm(monkeypatch, leank):

@@ -2,19 +2,21 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from vllm.v1.core.kv_cache_utils import (
     generate_scheduler_kv_cache_config,
-    get_kv_cache_configs,
-    get_kv_cache_groups,
     get_max_concurrency_for_kv_cache_config,
 )
 from vllm.v1.kv_cache_interface import iter_layer_specs
 from vllm_cache import cache_configs, cache_specs, vllm_config
+from vllm_planning import get_kv_cache_groups
 
-from vllm_leank.core.layout import WINDOW_BLOCK, plan_cache
+from vllm_leank.core.formats import known_formats
+from vllm_leank.core.pages import WINDOW_BLOCK
+from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import ArchiveSpec, WindowSpec
 
@@ -103,6 +105,12 @@ def pages(config):
     return [[found[name] for name in group.layer_names] for group in config.kv_cache_groups]
 
 
+def random_stages(rng, layers):
+    """One to three pipeline stages."""
+    cuts = sorted(rng.sample(range(1, layers), min(rng.randrange(3), layers - 1)))
+    return [end - first for first, end in pairwise([0, *cuts, layers])]
+
+
 def layer_specs(group):
     specs = list(iter_layer_specs(group.kv_cache_spec))
     return specs if len(specs) > 1 else specs * len(group.layer_names)
@@ -115,56 +123,53 @@ def test_any_mask_gives_two_groups_that_fill_the_memory_without_overlap(make):
         heads = rng.choice([1, 2, 4, 8])
         tp_size = rng.choice([1, 1, 2, 4, 8])
         mask = make(rng, rng.choice([1, 2, 3, 4, 6, 8, 16]), heads)
-        plan = plan_cache(mask, HEAD_DIM, rng.choice([2, 4]), tp_size, rng.choice([None, 1]))
-        memory = plan.block_bytes * rng.randint(600, 5000) + rng.randrange(plan.block_bytes)
+        plan = plan_cache(
+            mask,
+            HEAD_DIM,
+            rng.choice([2, 4]),
+            tp_size,
+            rng.choice(known_formats()),
+            stages=random_stages(rng, len(mask)),
+        )
+        stage_bytes = plan.block_bytes // len(plan.stages)
+        memory = stage_bytes * rng.randint(600, 5000) + rng.randrange(stage_bytes)
         configs = cache_configs(plan, WINDOW, memory, LENGTH)
 
-        assert len(configs) == tp_size
-        for config in configs:
+        assert len(configs) == tp_size * len(plan.stages)
+        for worker, config in enumerate(configs):
+            layers = plan.stages[worker // tp_size]
             kinds = [type(layer_specs(group)[0]) for group in config.kv_cache_groups]
             assert kinds == [ArchiveSpec, WindowSpec], mask
-            assert config.num_blocks == memory // plan.block_bytes
+            assert config.num_blocks == memory // stage_bytes
+            assert [len(group) for group in pages(config)] == [1, layers]
             for group in pages(config):
-                assert len(group) == len(mask)
                 group.sort(key=lambda page: page[0])
                 assert all(end <= first for (_, end, _), (first, _, _) in pairwise(group))
                 assert all(first % 512 == 0 for first, _, _ in group)
                 assert group[0][0] == 0
-                assert group[-1][1] <= plan.block_bytes
-                for _, _, tensor in group:
-                    assert tensor.block_stride == plan.block_bytes
-                    assert tensor.size == plan.block_bytes * config.num_blocks
+                assert group[-1][1] <= stage_bytes
+                for _, end, tensor in group:
+                    assert end <= tensor.block_stride <= stage_bytes
 
 
-@pytest.mark.parametrize("archive_itemsize", [1, 2])
+@pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
 @pytest.mark.parametrize("layers", [32, 80])
 @pytest.mark.parametrize("make", [random_mask, all_sizes_differ, sizes_in_equal_counts])
-def test_large_models_give_two_groups(make, layers, archive_itemsize):
+def test_large_models_give_two_groups(make, layers, archive_format):
     mask = make(random.Random(layers), layers, 8)
-    plan = plan_cache(mask, HEAD_DIM, 2, archive_itemsize=archive_itemsize)
+    plan = plan_cache(mask, HEAD_DIM, 2, archive_format=archive_format)
     assert len(get_kv_cache_groups(vllm_config(LENGTH), cache_specs(plan, WINDOW))) == 2
 
 
-def test_equal_counts_of_sizes_are_what_makes_vllm_split():
-    """The fault that `uneven` guards against: fails when vLLM no longer has it."""
-    mask = [[32, 32], [64, 64], [96, 96]]
-    plan = plan_cache(mask, HEAD_DIM, 2)
-    split = vars(plan) | {"token_bytes": (640, 768, 896)}
-    groups = get_kv_cache_groups(vllm_config(LENGTH), cache_specs(type(plan)(**split), WINDOW))
-    assert len(groups) > 2
-
-
-def test_pipeline_stages_give_two_groups_each():
-    plan = plan_cache(random_mask(random.Random(0), 8, 4), HEAD_DIM, 2)
+@pytest.mark.parametrize("draft_heads", [1, 2, 4])
+def test_layers_of_a_draft_model_lie_in_the_window_group(draft_heads):
+    plan = plan_cache(random_mask(random.Random(0), 4, 2), HEAD_DIM, 2)
     specs = cache_specs(plan, WINDOW)
-    stages = [
-        {name: spec for name, spec in specs.items() if (int(name.split(".")[2]) < 5) == first}
-        for first in (True, False)
-    ]
-    configs = get_kv_cache_configs(vllm_config(LENGTH), stages, [10**9, 10**9])
-    for stage, config in zip(stages, configs, strict=True):
-        assert [len(group) for group in pages(config)] == [len(stage) // 2] * 2
-        assert config.num_blocks == configs[0].num_blocks
+    window = next(spec for spec in specs.values() if isinstance(spec, WindowSpec))
+    for layer in range(4, 8):
+        specs[f"model.layers.{layer}.attn"] = replace(window, num_kv_heads=draft_heads)
+    groups = get_kv_cache_groups(vllm_config(LENGTH), specs)
+    assert [len(group.layer_names) for group in groups] == [1, 8]
 
 
 def test_vllm_counts_a_request_of_full_length_as_it_is_in_prefill():

@@ -8,18 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cache_builder import CacheBuilder, relative_rms
+from cache_builder import FP8, CacheBuilder, relative_rms
 from test_reference import mixed
 from test_reference import serve as serve_long
 from vllm_leank.kernels import decode, extend, launch, reference, store
 from vllm_leank.kernels.cache import LayerCache
 
+from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.window import Window
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 FP32, BF16, FP16 = (torch.float32, 2e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)
-FP8 = torch.float8_e4m3fn
 gpu = pytest.mark.gpu
 
 
@@ -56,6 +56,10 @@ KERNELS = SimpleNamespace(store=store.store, compact=store.compact, attend=atten
 KERNELS_FP8 = KERNELS if GPU else SimpleNamespace(**vars(KERNELS) | {"compact": reference.compact})
 
 
+def kernels_for(archive_format):
+    return KERNELS_FP8 if archive_format == FP8 else KERNELS
+
+
 @pytest.fixture(params=[False, pytest.param(True, marks=gpu)], ids=["pointers", "tma"])
 def tma(request, monkeypatch):
     """Both ways to load tiles."""
@@ -71,26 +75,26 @@ def tma(request, monkeypatch):
 @pytest.mark.parametrize(
     ("kept", "head_dim", "group", "window", "archive_block", "dtypes"),
     [
-        ((32, 0), 64, 1, Window(0, 32), 32, (FP32, None)),
-        ((96, 0, 64), 96, 3, Window(64, 100), 96, (FP16, None)),
-        ((112, 16), 128, 4, Window(32, 64), 64, (FP16, None)),
+        ((32, 0), 64, 1, Window(0, 32), 32, (FP32, NATIVE)),
+        ((96, 0, 64), 96, 3, Window(64, 100), 96, (FP16, NATIVE)),
+        ((112, 16), 128, 4, Window(32, 64), 64, (FP16, NATIVE)),
         ((48, 128), 128, 7, Window(32, 64), 128, (FP16, FP8)),
-        ((256, 144), 256, 2, Window(32, 64), 32, (FP32, None)),
-        ((0, 0), 64, 16, Window(32, 64), 64, (FP16, None)),
+        ((256, 144), 256, 2, Window(32, 64), 32, (FP32, NATIVE)),
+        ((0, 0), 64, 16, Window(32, 64), 64, (FP16, NATIVE)),
         *(
             pytest.param(
                 mixed(head_dim), head_dim, group, window, block, (dtype, archive), marks=gpu
             )
             for window in (Window(0, 32), Window(64, 100), Window(128, 96))
             for head_dim, group, block, dtype, archive in (
-                (64, 1, 64, BF16, None),
+                (64, 1, 64, BF16, NATIVE),
                 (64, 8, 128, BF16, FP8),
-                (96, 4, 96, BF16, None),
+                (96, 4, 96, BF16, NATIVE),
                 (96, 3, 128, FP16, FP8),
-                (128, 4, 64, BF16, None),
+                (128, 4, 64, BF16, NATIVE),
                 (128, 7, 128, BF16, FP8),
-                (128, 32, 96, FP16, None),
-                (256, 2, 64, BF16, None),
+                (128, 32, 96, FP16, NATIVE),
+                (256, 2, 64, BF16, NATIVE),
                 (256, 8, 128, BF16, FP8),
             )
         ),
@@ -99,14 +103,14 @@ def tma(request, monkeypatch):
 def test_every_query_reads_what_the_rule_says(
     kept, head_dim, group, window, archive_block, dtypes, tma
 ):
-    (dtype, tolerance), archive_dtype = dtypes
+    (dtype, tolerance), archive_format = dtypes
     if GPU and dtype is torch.float32:
         pytest.skip("the GPU's products round fp32 to tf32, and leank refuses fp32 there")
     builder = CacheBuilder(
-        kept, head_dim, group, window, archive_block, dtype, archive_dtype, device=DEVICE
+        kept, head_dim, group, window, archive_block, dtype, archive_format, device=DEVICE
     )
     for step in serve(builder):
-        output = builder.run(step, KERNELS if archive_dtype is None else KERNELS_FP8)
+        output = builder.run(step, kernels_for(archive_format))
         assert output.isfinite().all()
         assert relative_rms(output, step.expected) < tolerance
 
@@ -114,26 +118,26 @@ def test_every_query_reads_what_the_rule_says(
 @pytest.mark.parametrize(
     ("kept", "head_dim", "group", "archive_block", "dtypes"),
     [
-        ((16, 0), 32, 2, 64, (FP16, None)),
-        pytest.param(mixed(128), 128, 4, 64, (BF16, None), marks=gpu),
+        ((16, 0), 32, 2, 64, (FP16, NATIVE)),
+        pytest.param(mixed(128), 128, 4, 64, (BF16, NATIVE), marks=gpu),
         pytest.param(mixed(128), 128, 7, 128, (BF16, FP8), marks=gpu),
-        pytest.param(mixed(96), 96, 3, 96, (FP16, None), marks=gpu),
+        pytest.param(mixed(96), 96, 3, 96, (FP16, NATIVE), marks=gpu),
         pytest.param(mixed(64), 64, 8, 128, (BF16, FP8), marks=gpu),
-        pytest.param(mixed(256), 256, 2, 64, (BF16, None), marks=gpu),
+        pytest.param(mixed(256), 256, 2, 64, (BF16, NATIVE), marks=gpu),
     ],
 )
 def test_prompts_that_are_read_pruned(kept, head_dim, group, archive_block, dtypes, tma):
     """In chunks as long as many programs, and in what is left of them."""
-    (dtype, tolerance), archive_dtype = dtypes
+    (dtype, tolerance), archive_format = dtypes
     builder = CacheBuilder(
-        kept, head_dim, group, Window(32, 64, exact=False), archive_block, dtype, archive_dtype,
+        kept, head_dim, group, Window(32, 64, exact=False), archive_block, dtype, archive_format,
         device=DEVICE,
     )  # fmt: skip
     chunks = (289, 40, 1)
     requests = [builder.add(0, sum(chunks)) for _ in range(2 if GPU else 1)]
     for chunk in chunks:
         step = builder.step([(request, chunk) for request in requests])
-        output = builder.run(step, KERNELS if archive_dtype is None else KERNELS_FP8)
+        output = builder.run(step, kernels_for(archive_format))
         assert output.isfinite().all()
         assert relative_rms(output, step.expected) < tolerance
 
@@ -155,7 +159,7 @@ def test_a_prompt_is_read_the_same_in_programs_and_tiles_of_any_size(monkeypatch
         assert relative_rms(output, step.expected) < FP16[1]
 
 
-@pytest.mark.parametrize("archive_dtype", [None, pytest.param(FP8, marks=gpu)])
+@pytest.mark.parametrize("archive_format", [NATIVE, pytest.param(FP8, marks=gpu)])
 @pytest.mark.parametrize(
     ("kept", "head_dim", "archive_block", "window"),
     [
@@ -165,10 +169,10 @@ def test_a_prompt_is_read_the_same_in_programs_and_tiles_of_any_size(monkeypatch
         ((256, 80), 256, 32, Window(0, 32)),
     ],
 )
-def test_pages_are_those_of_the_reference(kept, head_dim, archive_block, window, archive_dtype):
+def test_pages_are_those_of_the_reference(kept, head_dim, archive_block, window, archive_format):
     """Bit by bit, padding and what was never written included."""
     builder = CacheBuilder(
-        kept, head_dim, 1, window, archive_block, torch.float16, archive_dtype, device=DEVICE
+        kept, head_dim, 1, window, archive_block, torch.float16, archive_format, device=DEVICE
     )
     cache = builder.cache
     other = copy_of(cache)
@@ -253,7 +257,7 @@ def test_addresses_beyond_two_to_the_31_elements(tma):
     """Pools of more than 4 GiB, in which a request has the last pages."""
     builder = CacheBuilder((96, 32), 128, 4, Window(32, 64), 64, torch.bfloat16, device=DEVICE)
     small = builder.cache
-    smallest = min(small.layout.archive_page_items, small.window_pages[0].numel())
+    smallest = min(small.archive_pages.shape[1], small.window_pages[0].numel())
     pages = 1 + (1 << 31) // smallest + 160
     large = replace(
         small,
@@ -261,7 +265,7 @@ def test_addresses_beyond_two_to_the_31_elements(tma):
             (pages, *small.window_pages.shape[1:]), dtype=torch.bfloat16, device=DEVICE
         ),
         archive_pages=torch.empty(
-            (pages, small.layout.archive_page_items), dtype=torch.bfloat16, device=DEVICE
+            (pages, small.archive_pages.shape[1]), dtype=torch.bfloat16, device=DEVICE
         ),
     )
     assert large.archive_pages.numel() > 1 << 31
@@ -277,11 +281,11 @@ def test_addresses_beyond_two_to_the_31_elements(tma):
 
 
 @gpu
-@pytest.mark.parametrize("archive_dtype", [None, FP8])
-def test_a_captured_graph_replays_like_eager_launches(archive_dtype):
+@pytest.mark.parametrize("archive_format", [NATIVE, FP8])
+def test_a_captured_graph_replays_like_eager_launches(archive_format):
     """One graph over 50 batches of changing size, length, tables and boundary crossings."""
     builder = CacheBuilder(
-        (64, 0, 32), 128, 4, Window(32, 64), 128, torch.bfloat16, archive_dtype,
+        (64, 0, 32), 128, 4, Window(32, 64), 128, torch.bfloat16, archive_format,
         num_blocks=600, device=DEVICE,
     )  # fmt: skip
     rows, cache = 16, builder.cache

@@ -18,15 +18,16 @@ from vllm_leank.kernels.launch import (
 )
 from vllm_leank.kernels.tables import Tables
 
-from vllm_leank.core.layout import ARCHIVE_BLOCKS, CacheLayout
+from vllm_leank.core.formats import NATIVE, known_formats
+from vllm_leank.core.pages import CacheLayout
+from vllm_leank.core.plan import ARCHIVE_BLOCKS
 from vllm_leank.core.window import Window
 
 HOPPER, AMPERE = Device(tma=True), Device(tma=False)
 
 
-def layout(kept=(32, 64, 0, 96), block=64, itemsize=2):
-    page = (sum(kept) + 128 * len(kept)) * itemsize * block + 4096
-    return CacheLayout(tuple(kept), 128, 2, itemsize, block, page)
+def layout(kept=(32, 64, 0, 96), block=64, archive_format=NATIVE):
+    return CacheLayout(tuple(kept), 128, 2, block, archive_format)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8, 32, 96])
@@ -45,22 +46,22 @@ def test_programs_of_a_launch_fill_the_gpu_and_do_not_flood_it():
 
 
 @pytest.mark.parametrize("block", ARCHIVE_BLOCKS)
-@pytest.mark.parametrize("itemsize", [1, 2, 4])
-def test_tiles_divide_pages(block, itemsize):
-    tile = tile_tokens(layout(block=block, itemsize=itemsize))
+@pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
+def test_tiles_divide_pages(block, archive_format):
+    tile = tile_tokens(layout(block=block, archive_format=archive_format))
     assert block % tile == 0
     assert tile & (tile - 1) == 0
     assert 32 <= tile <= 128
 
 
 @pytest.mark.parametrize("block", ARCHIVE_BLOCKS)
-@pytest.mark.parametrize("itemsize", [1, 2, 4])
+@pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
 @pytest.mark.parametrize("device", [HOPPER, AMPERE])
 @pytest.mark.parametrize("group", [1, 7, 200])
 def test_programs_of_extend_hold_whole_groups_and_tiles_divide_pages(
-    block, itemsize, device, group
+    block, archive_format, device, group
 ):
-    chosen = choose_extend(group, layout(block=block, itemsize=itemsize), device)
+    chosen = choose_extend(group, layout(block=block, archive_format=archive_format), device)
     assert group <= chosen.rows == 1 << (chosen.rows.bit_length() - 1)
     assert block % chosen.tile == 0
     assert chosen.tma == device.tma
@@ -68,7 +69,7 @@ def test_programs_of_extend_hold_whole_groups_and_tiles_divide_pages(
 
 def test_heads_of_many_channels_get_programs_that_fit():
     """Into the shared memory of Hopper, which the queries, K and V of 256 channels would fill."""
-    wide = CacheLayout((240,), 256, 2, 2, 64, 512 * 2 * 64)
+    wide = CacheLayout((240,), 256, 2, 64)
     assert replace(choose_extend(4, wide, AMPERE), tma=True) == choose_extend(4, wide, HOPPER)
     assert choose_extend(4, wide, HOPPER) != choose_extend(4, layout(), HOPPER)
 
@@ -111,7 +112,6 @@ def test_work_tables_name_every_split_once():
         assert work.largest == work.heads[:, 1].max()
         # The streaming head reads least.
         assert work.heads[:, 1].argmin() == 2
-    assert tables.counts == (32, 64, 96)
     assert tables.channels.tolist() == [*range(32), *range(64), *range(96)]
 
 

@@ -15,7 +15,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.request import Request
 from vllm_cache import cache_configs, vllm_config
 
-from vllm_leank.core.layout import plan_cache
+from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import WindowSpec
 

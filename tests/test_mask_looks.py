@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from mask_samples import packed_mask
 
 from vllm_leank import cli
 from vllm_leank.core.geometry import Geometry
@@ -95,6 +96,14 @@ def test_plot(leank, tmp_path, suffix, start):
     assert picture.read_bytes().startswith(start)
     assert "fastest quarter of the pairs: 12.5%, 12.5%, 75.0%, 100.0%" in out
     assert "pair 4 (turns once in 20 tokens) stands out: 100.0% kept, 0.0% to 0.0%" in out
+
+
+def test_plot_of_bits(leank, tmp_path):
+    save_mask(packed_mask(Geometry(2, 2, 128, 1e4, None)), tmp_path / "m.yaml")
+    code, out, _ = leank("plot", tmp_path / "m.yaml", "--out", tmp_path / "m.png")
+    assert code == 0
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    assert "bits of K by RoPE frequency, from the fastest quarter of the pairs: " in out
 
 
 def test_plot_without_rope(leank, tmp_path):

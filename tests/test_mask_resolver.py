@@ -121,10 +121,15 @@ def test_option_with_another_geometry_names_field_values_and_file(folder):
     assert "not None" in message
 
 
-def test_a_broken_file_in_the_folder_is_reported(folder):
+def test_a_broken_file_in_the_folder_is_named_only_where_nothing_else_fits(folder):
     (folder / "broken.yaml").write_text("format: leank-mask/9\n")
-    with pytest.raises(MaskError, match=r"broken\.yaml"):
-        resolve_mask(None, "Org/Model-7B", SHORT, folder=folder)
+    assert resolved(folder, "Org/Model-7B", SHORT) == "org/short.yaml"
+    with pytest.raises(MaskError, match="no mask for a/b") as caught:
+        resolve_mask(None, "a/b", SHORT, folder=folder)
+    broken = f"{folder / 'broken.yaml'}, line 1: format: is 'leank-mask/9'"
+    assert f"cannot be read:\n  {broken}" in str(caught.value)
+    with pytest.raises(MaskError, match="leank-mask/9"):
+        resolve_mask(str(folder / "broken.yaml"), "Org/Model-7B", SHORT)
 
 
 def test_masks_of_the_package_are_valid_and_unambiguous(repo):

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from vllm_leank.core.formats import find_format
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.core.layout import plan_cache
 from vllm_leank.core.options import OptionError, Options, given_options, parse_options, read_options
+from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.mask.file import Mask
-from vllm_leank.mask.settings import Settings
+from vllm_leank.mask.settings import Settings, _window
 from vllm_leank.serving.report import report
-from vllm_leank.serving.settings import _window
 
 
 @pytest.mark.parametrize(
@@ -50,13 +50,13 @@ def test_options_are_read(given, options):
         ({"mask": ""}, "leank option mask = '': string should have at least 1 character"),
         (
             {"archive_dtype": "int4"},
-            "leank option archive_dtype = 'int4': input should be 'auto' or 'fp8'",
+            "leank option archive_dtype is 'int4', but must be one of: auto, fp8",
         ),
         (
             {"prefill": "dense"},
             "leank option prefill = 'dense': input should be 'exact' or 'pruned'",
         ),
-        ({"archive_dtype": 8}, "leank option archive_dtype = 8: input should be 'auto' or 'fp8'"),
+        ({"archive_dtype": 8}, "leank option archive_dtype = 8: input should be a valid string"),
         ([], 'additional_config["leank"] is [], but must be a mapping of options'),
         ("m.yaml", "additional_config[\"leank\"] is 'm.yaml', but must be a mapping of options"),
         (None, 'additional_config["leank"] is None, but must be a mapping of options'),
@@ -93,14 +93,13 @@ def hand_made_mask(sink=64, recent=256):
     """Two layers, two heads of 64 channels, which keep 0, 32, 32 and 64."""
     keep = np.zeros((2, 2, 64), bool)
     keep[0, 1, :32] = keep[1, 0, 16:48] = keep[1, 1] = True
-    return Mask(
-        "org/tiny",
-        Geometry(2, 2, 64, 10000.0, None),
-        32,
-        sink,
-        recent,
-        {"method": "by hand"},
+    return Mask.from_keep(
         keep,
+        Geometry(2, 2, 64, 10000.0, None),
+        model="org/tiny",
+        provenance={"method": "by hand"},
+        sink=sink,
+        recent=recent,
         path="tiny.yaml",
         sha256="0123456789abcdef",
     )
@@ -121,31 +120,31 @@ def test_window_comes_from_options_then_from_the_mask(options, made_for, window)
     assert _window(options, hand_made_mask(*made_for)) == window
 
 
-def settings(window, mask, archive_itemsize=None):
-    plan = plan_cache(mask.kept_counts.tolist(), 64, 2, archive_itemsize=archive_itemsize)
+def settings(window, mask, archive_dtype="auto"):
+    plan = plan_cache(mask.kept_counts.tolist(), 64, 2, archive_format=find_format(archive_dtype))
     return Settings(mask, window, replace(plan, archive_block=64))
 
 
 def test_report_of_a_hand_made_mask():
-    """Padding makes both layers' far tokens 448 bytes; 134 blocks of 56 KiB hold a request."""
+    """A far token has 192 and 448 bytes in the two layers; 134 blocks of 40 KiB hold a request."""
     lines = report(settings(Window(64, 256), hand_made_mask()), num_blocks=1000, length=8192)
     assert lines == [
         "leank mask: org/tiny, by hand, sha256 0123456789ab, tiny.yaml",
         "leank mask: 50.0% of K and 75.0% of V kept; of 4 heads of 64 channels in 2 layers "
         "1 keep 0, 2 keep 32, 1 keep 64",
         "leank window: sink 64, recent 256 tokens dense",
-        "leank cache: 896 bytes per far token against 1,024 dense (87.5%); archive pages of 64 "
+        "leank cache: 640 bytes per far token against 1,024 dense (62.5%); archive pages of 64 "
         "tokens",
-        "leank capacity: 7.5 requests of 8,192 tokens in decode, 6.8 dense (1.09x), in 0.05 GiB",
+        "leank capacity: 7.5 requests of 8,192 tokens in decode, 4.9 dense (1.53x), in 0.04 GiB",
     ]
 
 
 def test_report_of_an_fp8_archive():
-    """240 bytes per far token in both layers, padding and scales included."""
-    fp8 = settings(Window(64, 256), hand_made_mask(), archive_itemsize=1)
+    """112 and 240 bytes per far token in the two layers, scales included."""
+    fp8 = settings(Window(64, 256), hand_made_mask(), archive_dtype="fp8")
     lines = report(fp8, num_blocks=1000, length=8192)
     assert lines[-2:] == [
-        "leank cache: 480 bytes per far token against 1,024 dense (46.9%); fp8 archive pages of "
+        "leank cache: 352 bytes per far token against 1,024 dense (34.4%); fp8 archive pages of "
         "64 tokens",
         "leank capacity: 7.5 requests of 8,192 tokens in decode, 3.9 dense (1.91x), in 0.03 GiB",
     ]

@@ -80,7 +80,7 @@ def test_wheel_metadata(wheel: Path) -> None:
         assert any(name.endswith("LICENSE") for name in archive.namelist())
     assert "Name: vllm-leank" in fields
     assert f"Version: {__version__}" in fields
-    assert 'Requires-Dist: vllm<0.33,>=0.32.0; extra == "gpu"' in fields
+    assert 'Requires-Dist: vllm<0.34,>=0.32.0; extra == "gpu"' in fields
     required = [f for f in fields if f.startswith("Requires-Dist: vllm") and "extra" not in f]
     assert not required, "vLLM's CPU build has another name"
     assert "[console_scripts]\nleank = vllm_leank.cli:main\n" in entry_points
@@ -148,7 +148,7 @@ def top_level(modules: set[str]) -> set[str]:
         ("vllm_leank.serving.plugin", {"vllm", "triton", "torch", "transformers", "numpy"}),
         ("vllm_leank.mask.file", {"vllm", "triton", "torch", "transformers"}),
         ("vllm_leank.core.window", {"vllm", "triton", "torch", "transformers"}),
-        ("vllm_leank.core.layout", {"vllm", "triton", "torch", "transformers"}),
+        ("vllm_leank.core.plan", {"vllm", "triton", "torch", "transformers"}),
         ("vllm_leank.cli", {"vllm", "triton", "torch", "transformers"}),
     ],
 )

@@ -17,7 +17,8 @@ from vllm_leank.core.capacity import (
     estimate_pool,
     leank_capacity,
 )
-from vllm_leank.core.layout import CachePlan, plan_cache
+from vllm_leank.core.formats import find_format
+from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
@@ -51,10 +52,10 @@ def test_plan_says_what_a_server_says(recall):
     ] == [
         ("vLLM", 6144, None, 21.2),
         ("vLLM, fp8 cache", 3072, None, 42.3),
-        ("leank", 2464, 96, 48.3),
-        ("leank, fp8 archive", 1312, 160, 85.2),
+        ("leank", 2432, 96, 48.9),
+        ("leank, fp8 archive", 1280, 160, 87.4),
     ]
-    assert round(engines["leank"]["ratio_in_decode"], 2) == 2.28
+    assert round(engines["leank"]["ratio_in_decode"], 2) == 2.31
     assert engines["leank"]["in_prefill"] < engines["vLLM"]["in_prefill"] == pytest.approx(21.17, 1)
 
 
@@ -69,7 +70,7 @@ def test_plan_as_a_table(recall):
     assert code == 0
     assert "sink 64, recent 256: cache of 1.00 GiB" in " ".join(out.split())
     assert "requests of 8,256 tokens that fit" in out
-    for text in ("48.3", "2.28x", "85.2", "2,464"):
+    for text in ("48.9", "2.31x", "87.4", "2,432"):
         assert text in out
     assert "would not start" not in out
 
@@ -220,19 +221,15 @@ def test_sizes_for_people(size, text):
     assert readable(size) == text
 
 
-@pytest.mark.parametrize(
-    ("archive_itemsize", "archive_block", "token_bytes", "requests"),
-    [(2, 64, 73_984, 47.5), (1, 128, 37_504, 89.0)],
-)
-def test_capacity_is_that_of_a_server_on_an_h200(
-    archive_itemsize, archive_block, token_bytes, requests
-):
-    """What it reported with the mask that LeanK's authors released for Llama-3.1-8B."""
-    layers = ((64,) * 8,) * 32
-    per_layer = (token_bytes // 32,) * 32
-    plan = CachePlan(layers, 128, 2, archive_itemsize, 1, archive_block, per_layer)
+def test_capacity_is_that_of_a_server_on_an_h200():
+    """What it reported with the mask that LeanK's authors released for Llama-3.1-8B: 47.5 requests.
+    Its far tokens have 73,984 bytes, as those of this mask.
+    """
+    layers = [[64] * 8] * 23 + [[64] * 6 + [128] * 2] + [[0] * 8] * 8
+    plan = plan_cache(layers, 128, 2)
+    assert (plan.archive_token_bytes, plan.archive_block) == (73_984, 64)
     pool = parse_size("110.61GiB")
-    assert round(leank_capacity(plan, Window(128, 768), pool, 32_768).in_decode, 1) == requests
+    assert round(leank_capacity(plan, Window(128, 768), pool, 32_768).in_decode, 1) == 47.5
     assert round(dense_capacity(plan, pool, 32_768).in_decode, 1) == 27.7
 
 
@@ -246,7 +243,7 @@ def test_short_requests_gain_nothing():
 
 
 def test_the_variant_in_use_does_not_matter():
-    fp8 = plan_cache([[32, 0], [64, 32]], 64, 2, archive_itemsize=1)
+    fp8 = plan_cache([[32, 0], [64, 32]], 64, 2, archive_format=find_format("fp8"))
     bf16 = plan_cache([[32, 0], [64, 32]], 64, 2)
     window = Window(64, 256)
     assert compare(fp8, window, 2**30, 8192, 1) == compare(bf16, window, 2**30, 8192, 1)

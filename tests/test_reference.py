@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from cache_builder import CacheBuilder, relative_rms
+from cache_builder import FP8, CacheBuilder, relative_rms
 from vllm_leank.kernels import reference
 
+from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.window import Window
 
 COUNTS = (0, 16, 32, 48, 64, 96, 112, 128, 256)
 FP32, BF16, FP16 = (torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)
-FP8 = torch.float8_e4m3fn
 
 
 def mixed(head_dim):
@@ -144,11 +144,11 @@ def test_store_writes_its_own_slots_only():
     assert raw(builder.cache.window_pages).equal(raw(wanted))
 
 
-@pytest.mark.parametrize("archive_dtype", [torch.float32, FP8], ids=str)
+@pytest.mark.parametrize("archive_format", [NATIVE, FP8], ids=str)
 @pytest.mark.parametrize("archive_block", [32, 64, 96])
-def test_compact_writes_its_own_slots_only(archive_block, archive_dtype):
+def test_compact_writes_its_own_slots_only(archive_block, archive_format):
     window = Window(32, 64)
-    builder = CacheBuilder((32, 0, 48), 64, 2, window, archive_block, archive_dtype=archive_dtype)
+    builder = CacheBuilder((32, 0, 48), 64, 2, window, archive_block, archive_format=archive_format)
     a, b, c = builder.add(10, 300), builder.add(260, 300), builder.add(150, 300)
     builder.run(builder.step([(a, 127), (b, 100), (c, 100)]), reference)
     step = builder.step([(a, 34), (b, 160), (c, 49)], padded_rows=1)

@@ -79,7 +79,7 @@ OPTIONS = {
         {"sinks": 64},
         'no option "sinks"; allowed: mask, sink, recent, archive_dtype',
     ),
-    "unknown archive dtype": ({"archive_dtype": "int8"}, "input should be 'auto' or 'fp8'"),
+    "unknown archive dtype": ({"archive_dtype": "int8"}, "must be one of: auto, fp8"),
     "sink of a wrong type": ({"sink": "64"}, "option sink = '64'"),
     "sink not in whole pages": ({"sink": 30}, "sink is 30, but must be 0 or a multiple of 32"),
     "recent below a step": ({"recent": 16}, "recent is 16, but must be at least 32"),
@@ -128,7 +128,7 @@ def test_flags(tiny_llama_dir, mask_file, flags, message):
 MTP = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
 
 
-@pytest.mark.parametrize("method", ["eagle", "eagle3", "medusa", "mtp"])
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp"])
 def test_a_drafter_that_goes_on_from_the_models_layers(tiny_llama_dir, mask_file, tmp_path, method):
     model, draft = tmp_path / "model", tmp_path / method
     for folder in (model, draft):
@@ -360,12 +360,12 @@ def test_layers(feature, arguments):
 def test_a_layer_with_a_backend_of_its_own():
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-    from vllm_leank.serving.backend import WindowBackend
+    from vllm_leank.serving.archive import ArchiveBackend
     from vllm_leank.serving.impl import check_all_layers
 
     class Other(AttentionLayerBase):
         def get_attn_backend(self):
-            return WindowBackend
+            return ArchiveBackend
 
         def get_kv_cache_spec(self, vllm_config):
             return None

@@ -17,7 +17,7 @@ from recall.demo import MODEL, server
 from recall.tasks import make_sample
 from transformers import AutoTokenizer
 
-from vllm_leank.core.layout import plan_cache
+from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.lookup import find_masks

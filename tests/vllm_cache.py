@@ -4,13 +4,12 @@ from types import SimpleNamespace
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheLayout, KVCacheSpec
+from vllm_planning import MODEL_CONFIG, get_kv_cache_configs
 
-from vllm_leank.core.layout import CachePlan
+from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.window import Window
-from vllm_leank.serving.backend import layer_backend
-from vllm_leank.serving.scheduler.specs import window_spec
+from vllm_leank.serving.scheduler.specs import archive_spec, window_spec
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
@@ -23,14 +22,16 @@ def vllm_config(max_model_len: int) -> VllmConfig:
     config = VllmConfig()
     config.cache_config.kv_cache_layout = KVCacheLayout.BLHNC.name
     config.model_config = SimpleNamespace(
-        max_model_len=max_model_len, original_max_model_len=max_model_len
+        max_model_len=max_model_len, original_max_model_len=max_model_len, **MODEL_CONFIG
     )
     return config
 
 
-def cache_specs(plan: CachePlan, window: Window, rank: int = 0) -> dict[str, KVCacheSpec]:
-    """Specs of all layers of one rank, in the order in which vLLM finds them: the window modules
-    are registered after all attention layers.
+def cache_specs(
+    plan: CachePlan, window: Window, rank: int = 0, stage: int | None = None
+) -> dict[str, KVCacheSpec]:
+    """Specs of the layers of one rank and stage (None: of all stages), in the order in which vLLM
+    finds them: a stage's archive comes before its attention layers.
     """
     base = FullAttentionSpec(
         block_size=16,
@@ -38,24 +39,23 @@ def cache_specs(plan: CachePlan, window: Window, rank: int = 0) -> dict[str, KVC
         head_size=plan.head_dim,
         dtype=DTYPES[plan.itemsize],
     )
-    archives = {
-        f"model.layers.{index}.attn": layer_backend(plan.layer(index, rank), window).customize_spec(
-            base
-        )
-        for index in range(len(plan.kept))
-    }
-    windows = {
-        f"{name}.window": window_spec(
-            archive, window, archive_block=plan.archive_block, in_flight=IN_FLIGHT
-        )
-        for name, archive in archives.items()
-    }
-    return archives | windows
+    window_pages = window_spec(base, window, archive_block=plan.archive_block, in_flight=IN_FLIGHT)
+    specs: dict[str, KVCacheSpec] = {}
+    for index, (first, count) in enumerate(zip(plan.first_layers, plan.stages, strict=True)):
+        if stage in (None, index):
+            specs[f"layers.{first}.archive"] = archive_spec(plan, window, base.dtype)
+            for layer in range(first, first + count):
+                specs[f"model.layers.{layer}.attn"] = window_pages
+    return specs
 
 
 def cache_configs(
     plan: CachePlan, window: Window, memory: int, max_model_len: int
 ) -> list[KVCacheConfig]:
-    """What vLLM plans for `memory` bytes on every tensor-parallel rank, one config per rank."""
-    specs = [cache_specs(plan, window, rank) for rank in range(plan.tp_size)]
-    return get_kv_cache_configs(vllm_config(max_model_len), specs, [memory] * plan.tp_size)
+    """What vLLM plans for `memory` bytes on every worker: one config per stage and rank."""
+    specs = [
+        cache_specs(plan, window, rank, stage)
+        for stage in range(len(plan.stages))
+        for rank in range(plan.tp_size)
+    ]
+    return get_kv_cache_configs(vllm_config(max_model_len), specs, [memory] * len(specs))

@@ -5,4 +5,4 @@ Only the standard library may be used here: `setup.py` runs this file, before an
 
 __version__ = "0.1.0"
 
-SUPPORTED_VLLM = ">=0.32.0,<0.33"
+SUPPORTED_VLLM = ">=0.32.0,<0.34"

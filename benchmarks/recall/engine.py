@@ -68,7 +68,7 @@ class Engine:
             "v_kept": round(mask.v_kept, 4),
             "sink": window.sink,
             "recent": window.recent,
-            "archive_dtype": "fp8" if settings.plan.is_fp8 else "auto",
+            "archive_dtype": settings.plan.archive_format.name,
             "prefill": "exact" if window.exact else "pruned",
         }
 

@@ -27,18 +27,18 @@ from recall.endpoint import Endpoint, EndpointError
 from recall.evaluate import LENGTHS, head_commit, machine
 from recall.tasks import TASKS, make_sample
 from recall.wilson import interval
+from vllm_leank.core.formats import NATIVE, known_formats
 
 MODEL = str(Path(__file__).with_name("model"))
 SLACK = 64  # tokens of the model's length beyond the longest sample
 
-ENGINES: dict[str, dict[str, str] | None] = {
-    "dense": None,
-    "leank": {},
-    "leank-fp8": {"archive_dtype": "fp8"},
-    "leank-pruned": {"prefill": "pruned"},
-    "leank-pruned-fp8": {"prefill": "pruned", "archive_dtype": "fp8"},
-}
+ENGINES: dict[str, dict[str, str] | None] = {"dense": None}
 """leank's options by name; None is vLLM's own attention."""
+for _prompts in ("exact", "pruned"):
+    for _format in known_formats():
+        _words = ["leank", *([_prompts] * (_prompts == "pruned"))]
+        _words += [_format.name] * (_format != NATIVE)
+        ENGINES["-".join(_words)] = {"prefill": _prompts, "archive_dtype": _format.name}
 
 Right = dict[tuple[str, int], list[bool]]
 """Per task and length, which samples were answered without a mistake."""

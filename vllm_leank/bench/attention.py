@@ -18,10 +18,11 @@ import torch
 
 from vllm_leank.bench.cases import Case
 from vllm_leank.bench.correctness import check_output
-from vllm_leank.bench.flash import FlashDecode
+from vllm_leank.bench.flash import FLASH, FLASH_EIGHT_BIT, FlashDecode
 from vllm_leank.bench.pools import Tables, layer_cache, layer_channels
 from vllm_leank.bench.timing import copies_needed, eager_ms, graph_ms, read_limit, release
-from vllm_leank.core.layout import CachePlan, plan_cache
+from vllm_leank.core.formats import find_format
+from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.errors import UserError
 from vllm_leank.kernels import reference
 from vllm_leank.kernels.batch import Batch
@@ -44,7 +45,7 @@ class Shape:
         layers: the layers to measure.
         query_heads: query heads of a layer.
         dtype: of the model.
-        archive_dtypes: `auto` (the model's) and `fp8`, or one of them.
+        archive_dtypes: names of archive formats.
     """
 
     mask: Mask
@@ -81,7 +82,7 @@ class Shape:
             self.mask.kept_counts.tolist(),
             self.head_dim,
             self.dtype.itemsize,
-            archive_itemsize=1 if archive_dtype == "fp8" else None,
+            archive_format=find_format(archive_dtype),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -121,9 +122,9 @@ def _measure_case(
     """Figures of a case, one for each dtype of the archive."""
     query = torch.randn(case.batch, shape.query_heads, shape.head_dim, device=device)
     query = (2 * query).to(shape.dtype)
-    flash = {"flash": _time_flash(shape, case, query, fp8=False)}
-    if flash["flash"]["version"] == 3:
-        flash["flash_fp8"] = _time_flash(shape, case, query, fp8=True)
+    flash = {FLASH: _time_flash(shape, case, query, eight_bit=False)}
+    if flash[FLASH]["version"] == 3:
+        flash[FLASH_EIGHT_BIT] = _time_flash(shape, case, query, eight_bit=True)
     for archive_dtype in shape.archive_dtypes:
         layers = []
         for layer in shape.layers:
@@ -156,19 +157,21 @@ def _rates(row: dict[str, Any], flash: dict[str, Any], limit: float) -> dict[str
     return rates
 
 
-def _time_flash(shape: Shape, case: Case, query: torch.Tensor, *, fp8: bool) -> dict[str, Any]:
+def _time_flash(
+    shape: Shape, case: Case, query: torch.Tensor, *, eight_bit: bool
+) -> dict[str, Any]:
     """Time FlashAttention on dense pages."""
-    itemsize = 1 if fp8 else shape.dtype.itemsize
+    itemsize = 1 if eight_bit else shape.dtype.itemsize
     read = case.dense_bytes(shape.kv_heads, shape.head_dim, itemsize)
     copies = copies_needed(read, query.device)
-    flash = FlashDecode.random(case, query, shape.kv_heads, copies, fp8=fp8)
+    flash = FlashDecode.random(case, query, shape.kv_heads, copies, eight_bit=eight_bit)
     figures = {
         "version": flash.version,
         "ms": graph_ms(flash.calls(graph=True)),
         "bytes": read,
     }
     expected = torch.stack([flash.expected(row) for row in range(min(CHECKED_ROWS, case.batch))])
-    name = "flash fp8" if fp8 else "flash"
+    name = FLASH_EIGHT_BIT if eight_bit else FLASH
     figures["error"] = check_output(name, case, flash.output[: len(expected)], expected)
     figures["eager_ms"] = eager_ms(flash.calls(graph=False)[-1])
     del flash

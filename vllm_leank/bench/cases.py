@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vllm_leank.core.layout import CacheLayout, archive_token_bytes, window_token_bytes
+from vllm_leank.core.pages import CacheLayout, window_token_bytes
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 
@@ -36,8 +36,11 @@ class Case:
         archived = max(boundary - self.window.sink, 0)
         heads, head_dim = len(layout.kept), layout.head_dim
         dense = window_token_bytes(heads, head_dim, layout.itemsize)
-        pruned = archive_token_bytes(layout.kept, head_dim, layout.archive_itemsize)
-        return self.batch * ((self.length - archived) * dense + archived * pruned)
+        pruned = sum(
+            layout.archive_format.token_bytes(kept, head_dim, layout.itemsize)
+            for kept in layout.kept
+        )
+        return self.batch * ((self.length - archived) * dense + int(archived * pruned))
 
     def dense_bytes(self, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
         """Bytes of K and V that dense attention has to read in a layer."""

@@ -4,10 +4,11 @@ import torch
 
 from vllm_leank.bench.cases import Case
 from vllm_leank.bench.results import CorrectnessError
+from vllm_leank.core.capacity import EIGHT_BIT_CACHE
 
-TOLERANCES = {"leank": 0.01, "flash": 0.01, "flash fp8": 0.15}
+TOLERANCES = {"leank": 0.01, "flash": 0.01, f"flash_{EIGHT_BIT_CACHE}": 0.15}
 """Relative RMS error up to which an output counts as right. FlashAttention rounds softmax weights
-to fp8 where K and V are; leank does not."""
+to 8 bits where K and V have them; leank does not."""
 
 
 def check_output(name: str, case: Case, output: torch.Tensor, expected: torch.Tensor) -> float:

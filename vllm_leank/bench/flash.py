@@ -13,10 +13,15 @@ from vllm.vllm_flash_attn import (
 
 from vllm_leank.bench.cases import Case
 from vllm_leank.bench.pools import fill_normal
-from vllm_leank.core.layout import pages
+from vllm_leank.core.capacity import EIGHT_BIT_CACHE
+from vllm_leank.core.pages import pages
 
 BLOCK = 16
 """Tokens of a page: vLLM's default with this backend."""
+
+FLASH = "flash"
+FLASH_EIGHT_BIT = f"flash_{EIGHT_BIT_CACHE}"
+"""What results call FlashAttention over the model's dtype and over 8-bit floats."""
 
 GRAPH_SPLITS = 32
 """Most splits under CUDA graphs: vLLM's `flash_attn_max_num_splits_for_cuda_graph`."""
@@ -32,9 +37,10 @@ class FlashDecode:
     """Dense pages of one layer and queries on them, for `copies` disjoint sets of requests.
 
     Attributes:
-        version: of FlashAttention; fp8 needs 3.
+        version: of FlashAttention; 8-bit floats need 3.
         case: the requests.
-        query: `[batch, num_heads, head_dim]`; fp8 with fp8 pages, as vLLM quantizes it beforehand.
+        query: `[batch, num_heads, head_dim]`; of 8-bit floats with such pages, as vLLM quantizes
+            it beforehand.
         output: like `query`, in the model's dtype.
         kv_pages: `[num_pages, 16, num_kv_heads, 2 * head_dim]`, K then V.
         block_tables: one `[batch, pages of a request]` per copy.
@@ -55,10 +61,10 @@ class FlashDecode:
         num_kv_heads: int,
         copies: int,
         *,
-        fp8: bool,
+        eight_bit: bool,
     ) -> "FlashDecode":
         """Random pages in random order for queries `[batch, num_heads, head_dim]`."""
-        device, dtype = query.device, torch.float8_e4m3fn if fp8 else query.dtype
+        device, dtype = query.device, torch.float8_e4m3fn if eight_bit else query.dtype
         width = pages(case.length, BLOCK)
         rows = copies * case.batch
         table = torch.randperm(rows * width, device=device).int().view(rows, width)
@@ -81,7 +87,7 @@ class FlashDecode:
         lengths = torch.full((batch,), self.case.length, dtype=torch.int32, device=device)
         starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
         one = torch.ones((), device=device).expand(batch, num_kv_heads)
-        scale = dict.fromkeys(("q", "k", "v"), one if self.is_fp8 else None)
+        scale = dict.fromkeys(("q", "k", "v"), one if self.is_eight_bit else None)
         splits, metadata = 0, None
         if self.version == 3:
             splits = GRAPH_SPLITS if graph else 0
@@ -133,6 +139,6 @@ class FlashDecode:
         return (weights @ value).flatten(0, 1)
 
     @property
-    def is_fp8(self) -> bool:
+    def is_eight_bit(self) -> bool:
         """Whether K and V are 8-bit floats."""
         return self.kv_pages.dtype == torch.float8_e4m3fn

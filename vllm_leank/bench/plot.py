@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_leank.bench.results import ATTENTION, load_results
+from vllm_leank.core.formats import NATIVE
 from vllm_leank.errors import UserError
 from vllm_leank.mask.pictures import check_picture, save_figure
 
@@ -84,5 +85,5 @@ def _describe(name: str, value: Any) -> str:
     if name == "model":
         return str(value)
     if name == "archive_dtype":
-        return "archive fp8" if value == "fp8" else "archive in the model's dtype"
+        return "archive in the model's dtype" if value == NATIVE.name else f"archive {value}"
     return f"{name} {value:,}"

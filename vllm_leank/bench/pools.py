@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from vllm_leank.bench.cases import Case
-from vllm_leank.core.layout import WINDOW_BLOCK, CacheLayout, pages
+from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout, pages
 from vllm_leank.core.window import GRANULE
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.mask.mask import Mask
 
 FILL_ITEMS = 1 << 26
@@ -79,8 +80,8 @@ def layer_cache(
     """A layer's pages, random where a table points and NaN in page 0."""
     device = tables.batches[0].seq_lens.device
     window_shape = (tables.window_pages, len(layout.kept), WINDOW_BLOCK, 2 * layout.head_dim)
-    archive_shape = (tables.archive_pages, layout.archive_page_items)
-    archive_dtype = torch.float8_e4m3fn if layout.is_fp8 else dtype
+    archive_shape = (tables.archive_pages, layout.archive_page_bytes // layout.archive_itemsize)
+    archive_dtype = codec_of(layout.archive_format).dtype(dtype)
     cache = LayerCache(
         window_pages=fill_normal(torch.empty(window_shape, dtype=dtype, device=device)),
         archive_pages=fill_normal(torch.empty(archive_shape, dtype=archive_dtype, device=device)),
@@ -88,12 +89,12 @@ def layer_cache(
         channels=channels,
         window=case.window,
     )
-    count = 2 * layout.archive_block // GRANULE
-    for head in layout.heads:
-        if head.scale_offset is not None:
-            first = head.scale_offset // 4
+    count = layout.archive_format.side_bytes // 4 * layout.archive_block // GRANULE
+    for head in layout.heads if count else ():
+        if head is not None:
+            first = head.side_offset // 4
             exponents = torch.randint(-1, 2, (tables.archive_pages, count), device=device)
-            cache.scales[:, first : first + count] = exponents.float().exp2()
+            cache.side[:, first : first + count] = exponents.float().exp2()
     for pool in (cache.window_pages, cache.archive_pages):
         pool[0].view(torch.uint8).fill_(0xFF)  # NaN in every dtype
     return cache

@@ -6,6 +6,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from vllm_leank.core.capacity import EIGHT_BIT_CACHE
+
 
 def print_attention(results: dict[str, Any]) -> None:
     """Print a row per case with the means over layers, narrow enough for any terminal."""
@@ -18,17 +20,17 @@ def print_attention(results: dict[str, Any]) -> None:
         box=box.SIMPLE_HEAD,
     )
     table.add_column("case")
-    for name in ("leank\nms", "flash\nms", "flash\nfp8 ms", "TB/s", "of\nlimit"):
+    for name in ("leank\nms", "flash\nms", f"flash\n{EIGHT_BIT_CACHE} ms", "TB/s", "of\nlimit"):
         table.add_column(name, justify="right")
     table.add_column("against\nflash", justify="right")
-    table.add_column("against\nflash fp8", justify="right")
+    table.add_column(f"against\nflash {EIGHT_BIT_CACHE}", justify="right")
     for case in results["cases"]:
         table.add_row(*_row(case))
     Console().print(table)
 
 
 def _row(case: dict[str, Any]) -> list[str]:
-    mean, others = case["mean"], ("flash", "flash_fp8")
+    mean, others = case["mean"], ("flash", f"flash_{EIGHT_BIT_CACHE}")
     return [
         f"{case['batch']} x {case['length']:,}\n"
         f"{case['sink']}/{case['recent']}, {case['archive_dtype']}",

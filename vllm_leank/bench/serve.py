@@ -8,11 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_leank.core.capacity import EIGHT_BIT_CACHE
+from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.errors import UserError
 
-VARIANTS = ("flash", "flash-fp8", "leank", "leank-fp8", "leank-pruned", "leank-pruned-fp8")
-"""vLLM's FlashAttention, leank, and leank reading prompts pruned, each with the model's dtype and
-with 8-bit floats."""
+_FORMATS = ("", *(f"-{one.name}" for one in known_formats() if one != NATIVE))
+VARIANTS = (
+    "flash",
+    f"flash-{EIGHT_BIT_CACHE}",
+    *(f"leank{one}" for one in _FORMATS),
+    *(f"leank-pruned{one}" for one in _FORMATS),
+)
+"""vLLM's FlashAttention in the model's dtype and in 8-bit floats; leank, and leank reading prompts
+pruned, with every archive format."""
+
+DEFAULT_VARIANTS = ",".join(one for one in VARIANTS if "pruned" not in one)
 
 STDERR = 2
 """File descriptor: stdout is for results."""
@@ -35,13 +45,14 @@ def variant_args(variant: str, leank: dict[str, Any]) -> dict[str, Any]:
     """The engine arguments in which a variant differs; `leank` are leank's options."""
     backend, *words = variant.split("-")
     if backend == "flash":
-        fp8 = {"kv_cache_dtype": "fp8"} if "fp8" in words else {}
-        return {"attention_backend": "FLASH_ATTN"} | fp8
+        cache = {"kv_cache_dtype": words[0]} if words else {}
+        return {"attention_backend": "FLASH_ATTN"} | cache
     options = dict(leank)
-    if "fp8" in words:
-        options["archive_dtype"] = "fp8"
     if "pruned" in words:
         options["prefill"] = "pruned"
+        words.remove("pruned")
+    if words:
+        options["archive_dtype"] = words[0]
     return {"attention_backend": "leank", "additional_config": {"leank": options}}
 
 

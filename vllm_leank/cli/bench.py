@@ -7,7 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from vllm_leank.bench.serve import DEFAULT_VARIANTS, VARIANTS
 from vllm_leank.cli.outputs import check_new
+from vllm_leank.core.formats import NATIVE, find_format, known_formats
+from vllm_leank.errors import UserError
 
 app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True)
 
@@ -47,13 +50,13 @@ def attention(
         Literal["bfloat16", "float16"], typer.Option(help="Of the model.")
     ] = "bfloat16",
     archive_dtype: Annotated[
-        Literal["auto", "fp8", "both"], typer.Option(help="Of far tokens; auto is the model's.")
-    ] = "auto",
+        str, typer.Option(help="Of far tokens; auto is the model's, both is every format.")
+    ] = NATIVE.name,
     out: Out = None,
     overwrite: Overwrite = False,
     commit: Commit = None,
 ) -> None:
-    """Time the decode kernel on a mask's layers beside FlashAttention in bf16 and fp8.
+    """Time the decode kernel on a mask's layers beside FlashAttention in 16 and 8 bits.
 
     Needs an NVIDIA GPU. Nothing is reported unless the kernels give the reference's results. The
     file of --out is written anew after each case.
@@ -73,11 +76,18 @@ def attention(
     cases = [parse_case(text, sink, recent) for text in case or [f"{batch},{length}"]]
     chosen = parse_layers(layers, loaded.geometry.num_layers)
 
+    archive_dtypes = [archive_dtype]
+    if archive_dtype == "both":
+        archive_dtypes = [one.name for one in known_formats()]
+    try:
+        [find_format(name) for name in archive_dtypes]
+    except ValueError as error:
+        raise UserError(f"--archive-dtype: {error}") from error
+
     require_gpu("leank bench attention")
     from vllm_leank.bench.attention import DTYPES, Shape, measure
     from vllm_leank.bench.report_attention import print_attention
 
-    archive_dtypes = ["auto", "fp8"] if archive_dtype == "both" else [archive_dtype]
     shape = Shape(loaded, chosen, query_heads, DTYPES[dtype], archive_dtypes)
     results = header(ATTENTION, commit) | {"mask": describe_mask(loaded)}
     for measured in measure(
@@ -94,10 +104,8 @@ def serve(
     model: Annotated[str, typer.Option(help="Checkpoint: a directory or a hub id.")],
     variants: Annotated[
         str,
-        typer.Option(
-            help="What to run: flash, flash-fp8, leank, leank-fp8, leank-pruned, leank-pruned-fp8."
-        ),
-    ] = "flash,flash-fp8,leank,leank-fp8",
+        typer.Option(help=f"What to run: {', '.join(VARIANTS)}."),
+    ] = DEFAULT_VARIANTS,
     mask: Annotated[
         Path | None, typer.Option(help="Mask file.", show_default="looked up by model")
     ] = None,

@@ -68,7 +68,7 @@ def _describe(serving: "Serving") -> dict[str, Any]:
         "window": {"sink": window.sink, "recent": window.recent},
         "prefill": "exact" if window.exact else "pruned",
         "plan": {
-            "archive_dtype": "fp8" if plan.is_fp8 else "auto",
+            "archive_dtype": plan.archive_format.name,
             "far_token_bytes": plan.archive_token_bytes,
             "dense_token_bytes": plan.dense_token_bytes,
             "archive_block": plan.archive_block,

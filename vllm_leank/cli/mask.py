@@ -1,21 +1,18 @@
 """`leank mask`: look at masks and make them."""
 
 import json
-from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import load_mask, save_mask
-from vllm_leank.mask.lookup import find_masks
+from vllm_leank.mask.lookup import broken_masks, find_masks
 from vllm_leank.mask.mask import Mask
 
 app = typer.Typer(help="Look at masks and make them.", no_args_is_help=True)
-
-_BF16_BYTES = 2
 
 
 @app.command()
@@ -24,12 +21,13 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a mask keeps and what that saves."""
+    from vllm_leank.cli.mask_show import print_tables, summary
+
     found = find(mask)
-    summary = _summary(found)
     if as_json:
-        print(json.dumps(summary, indent=2))
+        print(json.dumps(summary(found), indent=2))
     else:
-        _print_tables(found, summary)
+        print_tables(found)
 
 
 @app.command()
@@ -133,69 +131,5 @@ def find(name: str) -> Mask:
     if masks:
         files = ", ".join(str(mask.path) for mask in masks)
         raise UserError(f"{name} has several masks, name one of the files: {files}")
-    raise UserError(f"{name}: neither a mask file nor a model that a bundled mask is for")
-
-
-def _summary(mask: Mask) -> dict[str, Any]:
-    """Everything `show` shows, as plain values; bytes are of one far token over all layers."""
-    dense = mask.keep.size * 2 * _BF16_BYTES
-    kept = round(dense * mask.far_bytes_share)
-    counts = Counter(mask.kept_counts.reshape(-1).tolist())
-    return {
-        "path": None if mask.path is None else str(mask.path),
-        "sha256": mask.sha256,
-        "model": mask.model,
-        "geometry": mask.geometry.as_dict(),
-        "align": mask.align,
-        "window": {"sink": mask.sink, "recent": mask.recent},
-        "heads_by_kept": {str(kept): counts[kept] for kept in sorted(counts)},
-        "k_kept": mask.k_kept,
-        "v_kept": mask.v_kept,
-        "far_token_bytes_bf16": {"dense": dense, "kept": kept},
-        "far_bytes_share": mask.far_bytes_share,
-        "speed_bound": dense / kept if kept else None,
-        "kept_by_layer": mask.kept_counts.tolist(),
-        "provenance": mask.provenance,
-        "evaluation": mask.evaluation,
-    }
-
-
-def _print_tables(mask: Mask, summary: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    geometry = mask.geometry
-    dense, kept = summary["far_token_bytes_bf16"].values()
-    bound = "none" if summary["speed_bound"] is None else f"{summary['speed_bound']:.2f}x"
-    facts = Table(title=f"mask for {mask.model}", title_justify="left", show_header=False)
-    facts.add_column()
-    facts.add_column(overflow="fold")
-    facts.add_row(
-        "layers x KV heads x head_dim",
-        "{num_layers} x {num_kv_heads} x {head_dim}".format(**geometry.as_dict()),
-    )
-    facts.add_row("RoPE", escape(f"theta {geometry.rope_theta}, scaling {geometry.rope_scaling}"))
-    facts.add_row("dense tokens", f"first {mask.sink}, last {mask.recent}")
-    for channels, heads in summary["heads_by_kept"].items():
-        facts.add_row(f"heads keeping {channels}", str(heads))
-    facts.add_row("K kept", f"{mask.k_kept:.2%}")
-    facts.add_row("V kept", f"{mask.v_kept:.2%}")
-    facts.add_row(
-        "bytes per far token (bf16)", f"{kept:,} of {dense:,} ({mask.far_bytes_share:.1%})"
-    )
-    facts.add_row("bound on attention speed", bound)
-    for key, value in {**mask.provenance, "sha256": mask.sha256}.items():
-        facts.add_row(escape(key), escape(str(value)))
-
-    layers = Table(title="channels kept", title_justify="left")
-    layers.add_column("layer", justify="right")
-    layers.add_column("per KV head")
-    layers.add_column("K kept", justify="right")
-    for index, counts in enumerate(mask.kept_counts):
-        share = counts.sum() / (geometry.num_kv_heads * geometry.head_dim)
-        layers.add_row(str(index), " ".join(f"{count:3d}" for count in counts), f"{share:.1%}")
-
-    console = Console()
-    console.print(facts)
-    console.print(layers)
+    unread = "".join(f"\n  not looked at: {error}" for error in broken_masks())
+    raise UserError(f"{name}: neither a mask file nor a model that a bundled mask is for{unread}")

@@ -17,12 +17,13 @@ def plot(
     out: Annotated[Path, typer.Option(help="The picture to write: .png, .svg or .pdf.")],
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
-    """Draw kept channels by head, by channel and by RoPE frequency; needs matplotlib."""
+    """Draw kept channels, or bits, by head, by channel and by RoPE frequency; needs matplotlib."""
     check_new(out, overwrite)
+    from vllm_leank.mask.bits_picture import draw_bits
     from vllm_leank.mask.pictures import draw_mask
 
     found = find(mask)
-    draw_mask(out, found)
+    (draw_bits if found.is_packed else draw_mask)(out, found)
     for line in _frequencies(found):
         print(line)
 
@@ -31,6 +32,10 @@ def _frequencies(mask: Mask) -> list[str]:
     """The frequency profile in words."""
     if mask.geometry.rope_theta is None:
         return ["the model has no RoPE, so its channels have no frequencies"]
+    if mask.is_packed:
+        bits = pair_shares(mask.k_bits, mask.geometry)
+        quarters = ", ".join(f"{part.mean():.2f}" for part in np.array_split(bits, 4))
+        return [f"bits of K by RoPE frequency, from the fastest quarter of the pairs: {quarters}"]
     shares = pair_shares(mask.keep, mask.geometry)
     quarters = ", ".join(f"{part.mean():.1%}" for part in np.array_split(shares, 4))
     lines = [f"kept by RoPE frequency, from the fastest quarter of the pairs: {quarters}"]

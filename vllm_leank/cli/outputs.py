@@ -20,6 +20,9 @@ def check_new(out: Path, overwrite: bool) -> None:
 
 def report_mask(out: Path, mask: Mask, ratio: float | None = None) -> None:
     """Say what was written; `ratio` is the share of K that was to be pruned."""
+    if mask.is_packed:
+        print(f"{out}: {mask.bits:.2f} bits per element, {16 / mask.bits:.1f}x smaller than dense")
+        return
     asked = "" if ratio is None else f" ({ratio:.2%} asked)"
     print(
         f"{out}: {1 - mask.k_kept:.2%} of K pruned{asked}, "

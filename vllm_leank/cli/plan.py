@@ -94,7 +94,7 @@ def plan(
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """How many requests fit: vLLM's dense cache in 16 and 8 bits, leank's in 16 and with fp8.
+    """How many requests fit: vLLM's dense cache in 16 and 8 bits, leank's in every format.
 
     Computed from the same pages that a server uses. With --kv-cache-memory what fits in decode is
     exactly what its startup report says, which speaks of 32,768 tokens where --max-model-len is

@@ -75,7 +75,7 @@ def verify(
     Both read the same prompts and the same continuations: the known answer, or what the model
     writes with dense attention. Compared are the distributions of the next token, and how many
     answers would be right. Runs the model in transformers, with the far tokens that leank prunes
-    pruned; numbers of an fp8 archive are not rounded.
+    pruned; numbers are not rounded to fewer bits.
 
     Exit code 1 if a threshold is missed.
     """

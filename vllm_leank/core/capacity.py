@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from vllm_leank.core.layout import CachePlan, plan_cache
+from vllm_leank.core.formats import NATIVE, ArchiveFormat, known_formats
+from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 
@@ -16,6 +17,9 @@ defaults on an H200. vLLM measures it at startup; here it is a guess.
 
 BATCHED_TOKENS = 8192
 """vLLM's default of `--max-num-batched-tokens` for servers on an H100 or H200."""
+
+EIGHT_BIT_CACHE = "fp8"
+"""What vLLM's flag `--kv-cache-dtype` calls its own cache of 8-bit floats."""
 
 STEPS_AT_ONCE = 2
 """Steps of a server that overlap, without pipeline parallelism."""
@@ -71,26 +75,27 @@ def dense_capacity(
 def compare(
     plan: CachePlan, window: Window, pool_bytes: int, length: int, in_flight: int
 ) -> dict[str, Capacity]:
-    """Capacity of dense caches and of leank's in the model's dtype and in fp8, by name; see
-    `leank_capacity`.
-    """
+    """Capacity of dense caches and of leank's in every format, by name; see `leank_capacity`."""
 
-    def leank(archive_itemsize: int | None) -> Capacity:
+    def leank(archive_format: ArchiveFormat) -> Capacity:
         variant = plan_cache(
             plan.kept,
             plan.head_dim,
             plan.itemsize,
             plan.tp_size,
-            archive_itemsize,
+            archive_format,
             plan.draft_items,
+            plan.stages,
         )
         return leank_capacity(variant, window, pool_bytes, length, in_flight)
 
     return {
         "vLLM": dense_capacity(plan, pool_bytes, length),
-        "vLLM, fp8 cache": dense_capacity(plan, pool_bytes, length, itemsize=1),
-        "leank": leank(None),
-        "leank, fp8 archive": leank(1),
+        f"vLLM, {EIGHT_BIT_CACHE} cache": dense_capacity(plan, pool_bytes, length, itemsize=1),
+        **{
+            "leank" if one == NATIVE else f"leank, {one.archive}": leank(one)
+            for one in known_formats()
+        },
     }
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from vllm_leank.core.formats import NATIVE, check_format
 from vllm_leank.core.window import check_recent, check_sink
 from vllm_leank.errors import UserError
 
@@ -22,7 +23,7 @@ class Options(pydantic.BaseModel):
         mask: path of a mask file; by default the one shipped for the model.
         sink: first tokens that stay dense, a multiple of 32; by default the mask's.
         recent: last tokens that stay dense, at least 32; by default the mask's.
-        archive_dtype: what far tokens are stored in: the model's dtype ("auto") or 8-bit floats.
+        archive_dtype: name of the archive format: how far tokens are stored.
         prefill: how prompts are read: with full attention ("exact") or as answers are ("pruned").
     """
 
@@ -31,7 +32,7 @@ class Options(pydantic.BaseModel):
     mask: str | None = pydantic.Field(default=None, min_length=1)
     sink: Annotated[int, pydantic.AfterValidator(check_sink)] | None = None
     recent: Annotated[int, pydantic.AfterValidator(check_recent)] | None = None
-    archive_dtype: Literal["auto", "fp8"] = "auto"
+    archive_dtype: Annotated[str, pydantic.AfterValidator(check_format)] = NATIVE.name
     prefill: Literal["exact", "pruned"] = "exact"
 
 

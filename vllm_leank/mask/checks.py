@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.core.layout import MAX_HEAD_DIM
+from vllm_leank.core.pages import MAX_HEAD_DIM
 from vllm_leank.core.window import GRANULE
 from vllm_leank.mask.errors import MaskError, shortened
 from vllm_leank.mask.strict_yaml import Loc
@@ -78,12 +78,14 @@ def check_provenance(provenance: dict[str, Any]) -> None:
         raise MaskError("must name how the mask was made", loc=("provenance", "method"))
 
 
-def check_keep(keep: npt.NDArray[np.bool_], geometry: Geometry, align: int) -> None:
-    """Channels bool `[L, H, D]`, of each head a multiple of `align`."""
-    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+def check_keep(keep: npt.NDArray[np.bool_], shape: tuple[int, int, int]) -> None:
+    """Channels, bool `[L, H, D]`."""
     if keep.dtype != np.bool_ or keep.shape != shape:
         raise MaskError(f"keep must be bool of shape {shape}, not {keep.dtype} {keep.shape}")
-    counts = keep.sum(axis=-1)
+
+
+def check_counts(counts: npt.NDArray[np.int64], align: int) -> None:
+    """Kept channels of heads, `[L, H]`, as `leank-mask/1` allows them."""
     if (odd := np.argwhere(counts % align)).size:
         i, j = (int(index) for index in odd[0])
         raise MaskError(

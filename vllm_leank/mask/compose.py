@@ -2,13 +2,15 @@
 
 Heads must keep a multiple of `align` channels, which an intersection or union seldom gives. Such
 heads are filled up with more channels (an intersection with those of the first mask), slowest RoPE
-pairs first: these are kept most in learned masks.
+pairs first: these are kept most in learned masks. Masks of 2, 4 or 8 bits are joined channel by
+channel, without filling up: what gives heads that no page could hold is refused.
 """
 
 import datetime
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +19,15 @@ import numpy.typing as npt
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
-from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.bits import BitsArray, bits_of_keep
+from vllm_leank.mask.errors import MaskError
+from vllm_leank.mask.mask import BITS_ALIGN, KEEP_FORMAT, Mask
+from vllm_leank.mask.statistics import Statistics
 from vllm_leank.mask.tsv import parse_tsv
 from vllm_leank.version import __version__
 
 BoolArray = npt.NDArray[np.bool_]
+By = Literal["intersection", "union"]
 
 MAX_BYTES = 1 << 20
 """Largest list of heads that is read."""
@@ -29,7 +35,7 @@ MAX_BYTES = 1 << 20
 
 def compose(
     masks: Sequence[Mask],
-    by: Literal["intersection", "union"] = "intersection",
+    by: By = "intersection",
     *,
     streaming: Path | None = None,
     streaming_share: float | None = None,
@@ -38,28 +44,21 @@ def compose(
 ) -> Mask:
     """One mask of several for the same model.
 
-    In this order: channels that all masks keep (or any of them, by union); nothing in heads that
-    `streaming` names (`read_streaming_heads`); everything in `dense_layers`. The result has the
-    first mask's model id, and the largest sink, recent and (by common multiple) align of all.
+    In this order: channels that all masks keep (or any of them, by union), or of each channel the
+    fewest (or most) bits; nothing in heads that `streaming` names (`read_streaming_heads`);
+    everything in `dense_layers`. The result has the first mask's model id, the first statistics
+    that any mask has, and the largest sink, recent and (by common multiple) align of all.
 
     Raises:
-        UserError: the masks are of different geometry, or a part does not fit them.
+        UserError: the masks are of different geometry, a part does not fit them, or their bits
+            together are no mask.
     """
     first = masks[0]
     for mask in masks[1:]:
         if mismatch := first.geometry.mismatch(mask.geometry):
             raise UserError(f"{_name(first)} and {_name(mask)} do not fit each other: {mismatch}")
-    align = math.lcm(*(mask.align for mask in masks))
-    if first.geometry.head_dim % align:
-        raise UserError(
-            f"aligns {[mask.align for mask in masks]} have no common multiple that "
-            f"divides head_dim {first.geometry.head_dim}"
-        )
-    keeps = np.stack([mask.keep for mask in masks])
-    if by == "intersection":
-        keep = _filled(np.logical_and.reduce(keeps), first.keep, align)
-    else:
-        keep = _filled(np.logical_or.reduce(keeps), np.ones_like(first.keep), align)
+    join = _joined_keep if all(mask.format == KEEP_FORMAT for mask in masks) else _joined_bits
+    joined = join(masks, by)
 
     provenance: dict[str, Any] = {"method": "compose"}
     if len(masks) > 1:
@@ -72,9 +71,11 @@ def compose(
         }
         for mask in masks
     ]
+    if joined.statistics is not None and len(masks) > 1:
+        provenance["statistics"] = "of the first mask that has them"
     if streaming is not None:
         heads = read_streaming_heads(streaming, first.geometry, streaming_share)
-        keep = keep & ~heads[..., None]
+        joined.k_bits[heads] = joined.v_bits[heads] = 0
         provenance["streaming"] = {
             "file": streaming.name,
             "sha256": hashlib.sha256(streaming.read_bytes()).hexdigest(),
@@ -83,20 +84,27 @@ def compose(
     for layer in dense_layers:
         if not 0 <= layer < first.geometry.num_layers:
             raise UserError(f"there is no layer {layer}: the model has {first.geometry.num_layers}")
-        keep[layer] = True
+        joined.k_bits[layer] = joined.v_bits[layer] = 16
     if dense_layers:
         provenance["dense_layers"] = sorted(dense_layers)
     provenance["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     provenance["vllm_leank"] = __version__
-    return Mask.from_keep(
-        keep,
-        first.geometry,
-        model=model_id or first.model,
-        align=align,
-        sink=max(mask.sink for mask in masks),
-        recent=max(mask.recent for mask in masks),
-        provenance=provenance,
-    )
+    try:
+        return Mask(
+            model_id or first.model,
+            first.geometry,
+            joined.align,
+            max(mask.sink for mask in masks),
+            max(mask.recent for mask in masks),
+            provenance,
+            joined.k_bits,
+            joined.v_bits,
+            joined.statistics,
+        )
+    except MaskError as error:
+        if error.loc[:1] in (("layers",), ("profiles",)):
+            raise UserError(f"these masks cannot be joined so: {error}") from error
+        raise
 
 
 def read_streaming_heads(path: Path, geometry: Geometry, share: float | None = None) -> BoolArray:
@@ -133,6 +141,44 @@ def read_streaming_heads(path: Path, geometry: Geometry, share: float | None = N
     heads = np.zeros(values.size, dtype=bool)
     heads[lowest] = True
     return heads.reshape(shape)
+
+
+@dataclass
+class _Joined:
+    """What several masks give together."""
+
+    align: int
+    k_bits: BitsArray
+    v_bits: BitsArray
+    statistics: Statistics | None = None
+
+
+def _joined_keep(masks: Sequence[Mask], by: By) -> _Joined:
+    """Channels that are kept whole or not at all, filled up to multiples of `align`."""
+    first = masks[0]
+    align = math.lcm(*(mask.align for mask in masks))
+    if first.geometry.head_dim % align:
+        raise UserError(
+            f"aligns {[mask.align for mask in masks]} have no common multiple that "
+            f"divides head_dim {first.geometry.head_dim}"
+        )
+    keeps = np.stack([mask.keep for mask in masks])
+    if by == "intersection":
+        keep = _filled(np.logical_and.reduce(keeps), first.keep, align)
+    else:
+        keep = _filled(np.logical_or.reduce(keeps), np.ones_like(first.keep), align)
+    return _Joined(align, *bits_of_keep(keep))
+
+
+def _joined_bits(masks: Sequence[Mask], by: By) -> _Joined:
+    """The fewest or most bits of each channel, with the first statistics there are."""
+    reduce = np.minimum.reduce if by == "intersection" else np.maximum.reduce
+    return _Joined(
+        BITS_ALIGN,
+        reduce([mask.k_bits for mask in masks]),
+        reduce([mask.v_bits for mask in masks]),
+        next((mask.statistics for mask in masks if mask.statistics is not None), None),
+    )
 
 
 def _filled(keep: BoolArray, allowed: BoolArray, align: int) -> BoolArray:

@@ -25,7 +25,7 @@ def resolve_mask(
     searched for one with this model id and geometry.
 
     Raises:
-        MaskError: no mask fits, more than one fits, or a file is not a valid mask.
+        MaskError: no mask fits, more than one fits, or the file of `option` is not a valid mask.
     """
     if option is not None:
         mask = load_mask(Path(option).expanduser())
@@ -46,6 +46,10 @@ def resolve_mask(
         raise MaskError(f"several masks fit {model}: {files}; {_NAME_ONE}")
     reasons = "".join(f"\n  {mask.path}: {mask.geometry.mismatch(geometry)}" for mask in named)
     found = f"other geometry only:{reasons}" if named else "none has that model id"
+    if broken := broken_masks(folder):
+        found += "".join(
+            ["\nnot looked at, as they cannot be read:", *(f"\n  {e}" for e in broken)]
+        )
     made = f"--model {model} --out mask.yaml"
     raise MaskError(
         f"no mask for {model} ({geometry}) comes with the package: {found}\n"
@@ -74,11 +78,25 @@ def find_masks(model: str, folder: Path | None = None) -> list[Mask]:
 def list_masks(folder: Path | None = None) -> list[Mask]:
     """All masks that come with the package (or lie in `folder`), ordered by path.
 
-    Raises:
-        MaskError: one of the files is not a valid mask.
+    Files that are not valid masks are left out: they must not stand in the way of the others.
     """
+    return _read_all(folder)[0]
+
+
+def broken_masks(folder: Path | None = None) -> list[MaskError]:
+    """What is wrong with the files that `list_masks` leaves out."""
+    return _read_all(folder)[1]
+
+
+def _read_all(folder: Path | None) -> tuple[list[Mask], list[MaskError]]:
     folder = folder or Path(str(importlib.resources.files("vllm_leank.masks")))
-    return [load_mask(path) for path in sorted(folder.rglob("*.yaml"))]
+    masks, broken = [], []
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            masks.append(load_mask(path))
+        except MaskError as error:
+            broken.append(error)
+    return masks, broken
 
 
 def _model_names(model: str) -> tuple[str, str | None]:

@@ -47,7 +47,7 @@ def draw_learning(
     """
     check_picture(path)
     L, H, D = factors.shape
-    figure = _figure(12, 3 + 0.05 * L * H)
+    figure = new_figure(12, 3 + 0.05 * L * H)
     left, middle, right = figure.subplots(1, 3, width_ratios=(5, 5, 4))
     for axes, image, title in (
         (left, factors, "factors"),
@@ -55,7 +55,7 @@ def draw_learning(
     ):
         shown = axes.imshow(image.reshape(L * H, D), vmin=0, vmax=1, aspect="auto", cmap="magma")
         axes.set(title=title)
-        _label_layers(axes, L, H)
+        label_layers(axes, L, H)
     figure.colorbar(shown, ax=middle)
     begin = 0
     for number, stage in enumerate(losses, start=1):
@@ -78,7 +78,7 @@ def draw_mask(path: Path, mask: Mask) -> None:
     check_picture(path)
     L, H, D = mask.keep.shape
     has_rope = mask.geometry.rope_theta is not None
-    figure = _figure(13, 5 + 0.06 * L * H)
+    figure = new_figure(13, 5 + 0.06 * L * H)
     grid = figure.add_gridspec(2, 2, width_ratios=(2, 5), height_ratios=(3 + 0.06 * L * H, 3))
 
     heads = figure.add_subplot(grid[0, 0])
@@ -89,7 +89,7 @@ def draw_mask(path: Path, mask: Mask) -> None:
 
     channels = figure.add_subplot(grid[0, 1])
     channels.imshow(mask.keep.reshape(L * H, D), aspect="auto", cmap="Greys", vmin=0, vmax=1)
-    _label_layers(channels, L, H)
+    label_layers(channels, L, H)
     channels.set(title=f"kept channels: {mask.k_kept:.1%} of K, {mask.v_kept:.1%} of V")
 
     counts = figure.add_subplot(grid[1, 0])
@@ -116,7 +116,7 @@ def _draw_frequencies(axes: "Axes", mask: Mask) -> None:
     axes.set_xlabel("pair, and in how many tokens it turns once")
 
 
-def _label_layers(axes: "Axes", num_layers: int, num_heads: int) -> None:
+def label_layers(axes: "Axes", num_layers: int, num_heads: int) -> None:
     """Name axes over channels and over the heads of one layer after the other."""
     axes.set(xlabel="K channel", ylabel=f"layer ({num_heads} KV heads each)")
     ticks = range(0, num_layers, max(1, num_layers // 16))
@@ -132,7 +132,8 @@ def _smooth(values: Sequence[float], width: int = 20) -> npt.NDArray[np.float64]
     return smoothed
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """A figure of this many inches, cut at a height of 40."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, min(height, 40)), layout="constrained")

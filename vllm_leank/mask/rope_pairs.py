@@ -39,8 +39,11 @@ def wavelengths(geometry: Geometry) -> FloatArray:
     return turns
 
 
-def pair_shares(keep: npt.NDArray[np.bool_], geometry: Geometry) -> FloatArray:
-    """Share of each pair's channels that a mask `[L, H, D]` keeps, over all heads, `[P]`."""
+def pair_shares(keep: npt.NDArray[np.bool_ | np.uint8], geometry: Geometry) -> FloatArray:
+    """Share of each pair's channels that a mask `[L, H, D]` keeps, over all heads, `[P]`.
+
+    Of bits it is their mean.
+    """
     shares: FloatArray = keep[..., channel_pairs(geometry)].mean(axis=(0, 1, 3))
     return shares
 

@@ -1,6 +1,6 @@
 """Keys and types of a mask file. Whatever it does not name is refused."""
 
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 
@@ -25,45 +25,74 @@ class _WindowBlock(_Strict):
     recent: int
 
 
-class MaskFile(_Strict):
-    """Names and types of a mask file; what values fit each other is for `checks.py`."""
+class _MaskFile(_Strict):
+    """What both formats have; what values fit each other is for `checks.py`."""
 
-    format: Literal["leank-mask/1"]
+    format: str
     model: str
     geometry: _GeometryBlock
-    align: int
     window: _WindowBlock
     provenance: dict[str, Any]
     evaluation: dict[str, Any] | None = None
+
+
+class KeepFile(_MaskFile):
+    """A file of `leank-mask/1`: hex digits of the channels that heads keep."""
+
+    align: int
     layers: list[list[str]]
 
 
-_KEYS: dict[Loc, type[_Strict]] = {
-    (): MaskFile,
-    ("geometry",): _GeometryBlock,
-    ("window",): _WindowBlock,
+class _Profile(_Strict):
+    k: dict[str, int]
+    v: dict[str, int]
+
+
+class _Head(_Strict):
+    k: str
+    v: str
+    k_mean: str = ""
+    k_scale: str = ""
+    v_mean: str = ""
+    v_scale: str = ""
+
+
+class BitsFile(_MaskFile):
+    """A file of `leank-mask/2`: a record of bits and statistics for each head."""
+
+    profiles: list[_Profile]
+    layers: list[list[_Head]]
+
+
+_FORMATS: dict[str, type[KeepFile] | type[BitsFile]] = {
+    "leank-mask/1": KeepFile,
+    "leank-mask/2": BitsFile,
 }
 
 
-def typed(value: Any) -> MaskFile:
+def typed(value: Any) -> KeepFile | BitsFile:
     """The values of a file as its keys and types.
 
     Raises:
         MaskError: the first fault: a key too many, one too few, or a value of another type.
     """
+    known = " or ".join(_FORMATS)
     if not isinstance(value, dict):
-        raise MaskError("not a mask file: starts no mapping with `format: leank-mask/1`")
+        raise MaskError(f"not a mask file: starts no mapping with `format: {known}`")
+    if "format" not in value:
+        raise MaskError("missing", loc=("format",))
+    name = value["format"]
+    if not isinstance(name, str) or name not in _FORMATS:
+        raise MaskError(f"is {shortened(name)}; it must be {known}", loc=("format",))
+    schema = _FORMATS[name]
     try:
-        return MaskFile.model_validate(value)
+        return schema.model_validate(value)
     except pydantic.ValidationError as error:
-        # One fault at a time: another format explains all the rest, a misspelt key a missing one.
-        first = min(
-            error.errors(include_url=False),
-            key=lambda e: (e["loc"] != ("format",), e["type"] != "extra_forbidden"),
-        )
+        # One fault at a time: a misspelt key explains a missing one.
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
         loc = first["loc"]
         if first["type"] == "extra_forbidden":
-            allowed = ", ".join(_KEYS[loc[:-1]].model_fields)
+            allowed = ", ".join(_block_at(schema, loc[:-1]).model_fields)
             raise MaskError(f"unknown key; allowed here: {allowed}", loc=loc) from error
         if first["type"] == "missing":
             raise MaskError("missing", loc=loc) from error
@@ -71,3 +100,15 @@ def typed(value: Any) -> MaskFile:
         if first["type"] in ("dict_type", "model_type"):
             reason = "should be a mapping"
         raise MaskError(f"{shortened(first['input'])} {reason}", loc=loc) from error
+
+
+def _block_at(schema: type[_Strict], loc: Loc) -> type[_Strict]:
+    """The block whose keys stand at a place of a file."""
+    blocks: dict[Loc, type[_Strict]] = {
+        (): schema,
+        ("geometry",): _GeometryBlock,
+        ("window",): _WindowBlock,
+        ("profiles",): _Profile,
+        ("layers",): _Head,
+    }
+    return blocks[loc[:1]]

@@ -1,10 +1,13 @@
 """What a mask and the options decide together: the dense window and the page sizes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_leank.core.layout import CachePlan, plan_cache
+from vllm_leank.core.formats import find_format
 from vllm_leank.core.options import Options
+from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.window import Window, whole_pages
+from vllm_leank.errors import UserError
 from vllm_leank.mask.mask import Mask
 
 
@@ -24,16 +27,31 @@ class Settings:
 
 
 def plan_settings(
-    mask: Mask, options: Options, itemsize: int, tp_size: int = 1, draft_items: int = 0
+    mask: Mask,
+    options: Options,
+    itemsize: int,
+    tp_size: int = 1,
+    draft_items: int = 0,
+    stages: Sequence[int] | None = None,
 ) -> Settings:
-    """The settings of a mask and options; see `plan_cache` for the rest."""
+    """The settings of a mask and options; see `plan_cache` for the rest.
+
+    Raises:
+        UserError: the mask has channels of 2, 4 or 8 bits, for which there are no pages yet.
+    """
+    if mask.is_packed:
+        raise UserError(
+            f"the mask for {mask.model} has channels of 2, 4 or 8 bits, which cannot be served "
+            "yet; take one that keeps channels whole"
+        )
     plan = plan_cache(
         mask.kept_counts.tolist(),
         mask.geometry.head_dim,
         itemsize,
         tp_size,
-        archive_itemsize=1 if options.archive_dtype == "fp8" else None,
+        archive_format=find_format(options.archive_dtype),
         draft_items=draft_items,
+        stages=stages,
     )
     return Settings(mask, _window(options, mask), plan)
 

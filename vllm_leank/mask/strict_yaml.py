@@ -13,6 +13,9 @@ import yaml
 _BaseLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 MAX_DEPTH = 32
+MAX_VALUES = 100_000
+MAX_NUMBER = 100
+"""Characters of a number. Longer ones are slow to read, and no number that anybody means."""
 
 Loc = tuple[str | int, ...]
 
@@ -52,6 +55,7 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.loader = _BaseLoader(text)
         self.lines: dict[Loc, int] = {}
+        self.values = 0
 
     def document(self) -> tuple[Any, dict[Loc, int]]:
         self.loader.get_event()  # StreamStart
@@ -71,6 +75,9 @@ class _Reader:
         line = self.next_line()
         event = self.loader.get_event()
         self.lines.setdefault(loc, line)
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise YamlError(f"more than {MAX_VALUES:,} values", line, loc[:1])
         if len(loc) > MAX_DEPTH:
             raise YamlError(f"nested deeper than {MAX_DEPTH} levels", line, loc[:2])
         if isinstance(event, yaml.AliasEvent):
@@ -116,6 +123,8 @@ class _Reader:
             return event.value
         if kind not in ("null", "bool", "int", "float"):
             raise YamlError(f"{event.value!r} is not allowed here", line, loc)
+        if kind in ("int", "float"):
+            _check_number(event.value, line, loc)
         node = yaml.ScalarNode(tag, event.value)
         try:
             value = self.loader.construct_object(node)
@@ -124,3 +133,12 @@ class _Reader:
         if isinstance(value, float) and not math.isfinite(value):
             raise YamlError(f"{event.value!r}: numbers must be finite", line, loc)
         return value
+
+
+def _check_number(text: str, line: int, loc: Loc) -> None:
+    """Refuse what would take long to read, and `12:30`, which YAML reads as a number to base 60."""
+    if len(text) > MAX_NUMBER:
+        reason = f"has {len(text):,} characters; numbers have at most {MAX_NUMBER}"
+        raise YamlError(f"'{text[:20]}...' {reason}", line, loc)
+    if ":" in text:
+        raise YamlError(f"{text!r} is a number to base 60; quote it if it is text", line, loc)

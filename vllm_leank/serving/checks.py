@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import vllm.envs as envs
 
+from vllm_leank.core.formats import find_format
 from vllm_leank.core.options import KEY, OptionError, Options, given_options, read_options
 from vllm_leank.errors import UserError
 from vllm_leank.serving.vllm.backend_name import is_selected
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
     from vllm_leank.mask.settings import Settings
+
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU, whatever the archive holds: Ampere."""
 
 DRAFTERS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 """Speculative methods that take their drafts from text, or from a model of its own."""
@@ -114,21 +118,23 @@ def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
 
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         yield f"it runs on NVIDIA GPUs and on CPU, not on {current_platform.device_name}"
-    if current_platform.is_cuda() and not current_platform.has_device_capability((8, 0)):
+    if current_platform.is_cuda() and not current_platform.has_device_capability(LEAST_CAPABILITY):
         yield "it needs a GPU of compute capability 8.0 or newer (Ampere)"
     if current_platform.is_cuda() and config.model_config.dtype.itemsize == 4:
         yield "on a GPU it computes in 16 bits: use --dtype bfloat16 or --dtype float16"
-    has_fp8 = not current_platform.is_cuda() or current_platform.has_device_capability((8, 9))
-    if options.archive_dtype == "fp8" and not has_fp8:
+    name = options.archive_dtype
+    major, minor = find_format(name).capability
+    needs = (major, minor) > LEAST_CAPABILITY and current_platform.is_cuda()
+    if needs and not current_platform.has_device_capability((major, minor)):
         yield (
-            'the option archive_dtype "fp8" needs a GPU of compute capability 8.9 or newer: remove '
-            "it from --additional-config"
+            f'the option archive_dtype "{name}" needs a GPU of compute capability {major}.{minor} '
+            "or newer: remove it from --additional-config"
         )
 
 
 def _model(model: "ModelConfig", other: str) -> Iterator[str]:
     """What a model's attention has that cannot be served; `other` says what to do instead."""
-    from vllm_leank.core.layout import MAX_HEAD_DIM
+    from vllm_leank.core.pages import MAX_HEAD_DIM
 
     text = model.hf_text_config
     if model.is_encoder_decoder:
@@ -163,7 +169,7 @@ def _flags(config: "VllmConfig") -> Iterator[str]:
             "use --attention-backend leank"
         )
     if cache_dtype(config) != config.model_config.dtype:
-        asked = "the checkpoint's fp8" if cache.cache_dtype == "auto" else cache.cache_dtype
+        asked = "the checkpoint's own" if cache.cache_dtype == "auto" else cache.cache_dtype
         own = str(config.model_config.dtype).removeprefix("torch.")
         flag = "remove the flag" if own == "float32" else f"use --kv-cache-dtype {own}"
         yield f"a KV cache of another dtype than the model's ({asked}) is not supported: {flag}"

@@ -1,25 +1,27 @@
 """One attention layer: store, compact, attend."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_leank.core.layout import CacheLayout
 from vllm_leank.core.options import OptionError
+from vllm_leank.core.pages import CacheLayout
 from vllm_leank.kernels.cache import LayerCache
-from vllm_leank.kernels.reference import FP8
-from vllm_leank.serving.backend import WindowLayer, layer_backend
+from vllm_leank.kernels.codecs import codec_of
+from vllm_leank.serving.archive import Archive, stage_archive
 from vllm_leank.serving.metadata import PagesMetadata
-from vllm_leank.serving.report import log_capacity
+from vllm_leank.serving.page_backends import window_backend
 from vllm_leank.serving.settings import load_settings
 from vllm_leank.serving.step import attend_layer
-from vllm_leank.serving.vllm.config import layer_index
+from vllm_leank.serving.vllm.config import layer_index, most_decode_rows
+
+logger = init_logger("vllm.leank.impl")
 
 
 class LeanKImpl(AttentionImpl[PagesMetadata]):
@@ -65,51 +67,70 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self._vllm_config = get_current_vllm_config()
+        self._context = self._vllm_config.compilation_config.static_forward_context
         self._cache: LayerCache | None = None
-        self._pages: list[tuple[int, torch.Size]] = []
+        self._bound: tuple[Any, ...] = (None, None)
+        self._archive = self._take_archive()
+
+    def _take_archive(self) -> Archive | None:
+        """The archive of the layer's stage, made known to vLLM."""
+        return stage_archive(self._vllm_config, self._context)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Take the layer's part of the mask and give the layer its pages.
+        """Take the layer's part of the mask and of the archive's pages.
 
         Called by vLLM between loading the weights and asking for cache specs; only now does the
         layer stand in the forward context, where its name is found.
         """
-        context = self._vllm_config.compilation_config.static_forward_context
         name, layer = self._find_layer()
         settings = load_settings(self._vllm_config)
         index, rank = layer_index(name), get_tensor_model_parallel_rank()
-        self._window_name = f"{name}.window"
-        self._window = settings.window
-        self._layout = settings.plan.layer(index, rank)
+        self._window, self._layout = settings.window, settings.plan.layer(index, rank)
+        self._offset = settings.plan.archive_offset(index, rank)
         _check_layer(name, layer, self._layout)
-
+        if index in settings.plan.first_layers:
+            check_all_layers(self._context)
         kept = [
             channel
             for head in settings.plan.rank_heads(rank)
             for channel in settings.mask.kept_channels(index, head)
         ]
-        self._register_channels(layer, kept)
-        layer.attn_backend = layer_backend(self._layout, self._window)
-        if self._window_name not in context:
-            report = None
-            if not any(isinstance(other, WindowLayer) for other in context.values()):
-                check_all_layers(context)
-                report = partial(log_capacity, self._vllm_config)
-            context[self._window_name] = WindowLayer(layer, report)
+        self._take_pages(layer, kept, settings.plan.layer(0, rank))
 
     def _find_layer(self) -> tuple[str, Any]:
         """The attention layer that this is the implementation of, and its name."""
-        context = self._vllm_config.compilation_config.static_forward_context
         return next(
-            (name, layer) for name, layer in context.items() if getattr(layer, "impl", 0) is self
+            (name, layer)
+            for name, layer in self._context.items()
+            if getattr(layer, "impl", 0) is self
         )
 
-    def _register_channels(self, layer: Any, kept: list[int]) -> None:
-        """Give the layer the kept channels of its heads, one head after the other."""
+    def _take_pages(self, layer: Any, kept: list[int], like: CacheLayout) -> None:
+        """Have the layer ask vLLM for window pages, and give it the kept channels of its heads, one
+        head after the other. `like` is the layout that kernels are compiled with: of a layer that
+        stands for all.
+        """
         device = self._vllm_config.device_config.device
         channels = torch.tensor(kept, dtype=torch.long, device=device)
         # A buffer, so that it moves, sleeps and wakes with the layer.
         layer.register_buffer("leank_channels", channels, persistent=False)
+        layer.attn_backend = window_backend(layer.attn_backend, self._vllm_config)
+        if channels.is_cuda:
+            self._compile_kernels(like, channels.device)
+
+    def _compile_kernels(self, layout: CacheLayout, device: torch.device) -> None:
+        """Compile now what the layer would else compile while a request waits."""
+        # Imported here: on CPU there is nothing that Triton could compile for.
+        from vllm_leank.kernels.warmup import Attention, compile_kernels
+
+        attention = Attention(
+            layout,
+            self._window,
+            self.num_heads,
+            self._vllm_config.model_config.dtype,
+            most_decode_rows(self._vllm_config),
+        )
+        compile_kernels(attention, device, logger.info)
 
     def forward(
         self,
@@ -130,8 +151,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             query: `[num_tokens, num_heads, head_dim]`.
             key: `[num_tokens, num_kv_heads, head_dim]`.
             value: like `key`.
-            kv_cache: archive pages, `[num_blocks, 1, archive_block, bytes per token / itemsize]`,
-                in the model's dtype whatever they hold.
+            kv_cache: window pages, `[num_blocks, num_kv_heads, 32, 2 * head_dim]`.
             attn_metadata: the step; None while vLLM profiles memory.
             output: like `query`.
             output_scale: not supported.
@@ -140,35 +160,38 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         assert output_scale is None, "vLLM fuses output quantization without asking"
         if attn_metadata is None:
             return output.zero_()
-        forward_context = get_forward_context()
-        window_metadata = forward_context.attn_metadata[self._window_name]
-        batch = attn_metadata.batch(window_metadata)
-        window_pages = forward_context.no_compile_layers[self._window_name].kv_cache
-        archive = self._archive(kv_cache)
-        pages = [(part.data_ptr(), part.shape) for part in (archive, window_pages)]
-        if self._cache is None or self._pages != pages:
-            self._cache, self._pages = self._bind(layer, archive, window_pages), pages
-        attend_layer(query, key, value, output, self._cache, batch, self.scale)
+        batch = attn_metadata.batch(self._archive_metadata(attn_metadata))
+        attend_layer(query, key, value, output, self._layer_cache(layer), batch, self.scale)
         return output
 
-    def _archive(self, kv_cache: torch.Tensor) -> torch.Tensor:
-        """The archive pages: what vLLM knows as the layer's cache."""
-        return kv_cache
+    def _archive_metadata(self, window: PagesMetadata) -> PagesMetadata:
+        """The archive group's side of the step."""
+        assert self._archive is not None
+        metadata: PagesMetadata = get_forward_context().attn_metadata[self._archive.name]
+        return metadata
 
-    def _bind(self, layer: Any, archive: torch.Tensor, window_pages: torch.Tensor) -> LayerCache:
+    def _layer_cache(self, layer: Any) -> LayerCache:
         """The layer's pages as kernels take them. vLLM allocates them more than once: a small pool
-        to try CUDA graphs with, and the real one, perhaps at the same address.
+        to try CUDA graphs with, and the real one.
         """
-        archive_pages = archive.view(len(archive), -1)
-        if self._layout.is_fp8:
-            archive_pages = archive_pages.view(FP8)
-        return LayerCache(
-            window_pages=window_pages,
-            archive_pages=archive_pages,
-            layout=self._layout,
-            channels=layer.leank_channels.split(self._layout.kept),
-            window=self._window,
-        )
+        archive = None if self._archive is None else self._archive.kv_cache
+        if self._bound[0] is not layer.kv_cache or self._bound[1] is not archive:
+            self._bound = layer.kv_cache, archive
+            self._cache = LayerCache(
+                window_pages=layer.kv_cache,
+                archive_pages=self._archive_pages(layer.kv_cache.dtype),
+                layout=self._layout,
+                channels=layer.leank_channels.split(self._layout.kept),
+                window=self._window,
+            )
+        assert self._cache is not None
+        return self._cache
+
+    def _archive_pages(self, dtype: torch.dtype) -> torch.Tensor:
+        """The layer's part of the archive pages, for a model of this dtype."""
+        assert self._archive is not None
+        codec = codec_of(self._layout.archive_format)
+        return self._archive.part(self._offset, self._layout, codec.dtype(dtype))
 
 
 def check_all_layers(context: dict[str, Any]) -> None:
@@ -181,7 +204,7 @@ def check_all_layers(context: dict[str, Any]) -> None:
         OptionError: names the first such layer.
     """
     for name, layer in context.items():
-        if not isinstance(layer, AttentionLayerBase) or isinstance(layer, WindowLayer):
+        if not isinstance(layer, AttentionLayerBase) or isinstance(layer, Archive):
             continue
         if not isinstance(getattr(layer, "impl", None), LeanKImpl):
             raise OptionError(

@@ -38,8 +38,8 @@ class PagesMetadata(AttentionMetadata):
     in_prompt: torch.Tensor
     _batch: Batch | None = None
 
-    def batch(self, window: "PagesMetadata") -> Batch:
-        """The step as kernels read it; `self` is the archive group's part. Made by the first layer
+    def batch(self, archive: "PagesMetadata") -> Batch:
+        """The step as kernels read it; `self` is the window group's part. Made by the first layer
         that asks, for all layers.
         """
         if self._batch is None:
@@ -49,9 +49,9 @@ class PagesMetadata(AttentionMetadata):
                 query_start_loc_cpu=common.query_start_loc_cpu,
                 seq_lens=common.seq_lens,
                 exact_until=self.exact_until,
-                window_table=window.common.block_table_tensor,
-                archive_table=common.block_table_tensor,
-                slots=window.common.slot_mapping,
+                window_table=common.block_table_tensor,
+                archive_table=archive.common.block_table_tensor,
+                slots=common.slot_mapping,
                 in_prompt=self.in_prompt,
                 max_query_len=common.max_query_len,
                 max_seq_len=common.max_seq_len,
@@ -62,8 +62,8 @@ class PagesMetadata(AttentionMetadata):
 class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
     """Builds the metadata of either group.
 
-    Layers with archive pages of different sizes have builders of their own, but vLLM hands the
-    same description of the step to all builders of a group: the first one's result is kept there.
+    Layers of a draft model may have builders of their own, but vLLM hands the same description of
+    the step to all builders of a group: the first one's result is kept there.
     """
 
     # Decode kernels read lengths, tables and prompt lengths on the device, from tensors that stay

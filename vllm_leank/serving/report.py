@@ -60,8 +60,8 @@ def describe(settings: Settings) -> list[str]:
     made_for = ""
     if (mask.sink, mask.recent) != (window.sink, window.recent):
         made_for = f" (the mask was made for {mask.sink} and {mask.recent})"
+    kind = plan.archive_format.archive
     archive, full = plan.archive_token_bytes, plan.dense_token_bytes
-    kind = "fp8 archive" if plan.is_fp8 else "archive"
     return [
         f"leank mask: {mask.model}, {mask.provenance['method']}, sha256 {mask.sha256[:12]}, "
         f"{mask.path}",

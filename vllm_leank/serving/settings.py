@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.core.layout import window_token_bytes
 from vllm_leank.core.options import Options
+from vllm_leank.core.pages import window_token_bytes
 from vllm_leank.mask.lookup import resolve_mask
 from vllm_leank.mask.settings import Settings, plan_settings
+from vllm_leank.serving.vllm.config import stage_layers
 from vllm_leank.serving.vllm.draft_model import has_draft
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def resolve_settings(vllm_config: "VllmConfig", options: Options) -> Settings:
     mask = resolve_mask(options.mask, model.model, Geometry.from_hf_config(model.hf_text_config))
     ranks = vllm_config.parallel_config.tensor_parallel_size
     drafts = _draft_items(vllm_config)
-    return plan_settings(mask, options, model.dtype.itemsize, ranks, drafts)
+    stages = stage_layers(vllm_config)
+    return plan_settings(mask, options, model.dtype.itemsize, ranks, drafts, stages)
 
 
 def attach_settings(vllm_config: "VllmConfig", settings: Settings) -> None:

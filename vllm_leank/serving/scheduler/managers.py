@@ -12,7 +12,7 @@ from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vllm_leank.core.layout import WINDOW_BLOCK
+from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.serving.scheduler.specs import LeanKSpec
 from vllm_leank.serving.scheduler.usage import Usage
 from vllm_leank.serving.vllm.block_hashes import limit_block_hashes
@@ -23,8 +23,7 @@ class LeanKManager(FullAttentionManager):
     """What the managers of both groups share: the window rule, and that there are two groups.
 
     Raises:
-        RuntimeError: vLLM split the layers in a way that would waste most of the memory (see
-            `layout.uneven`).
+        RuntimeError: vLLM split the layers in a way that would waste most of the memory.
     """
 
     def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:

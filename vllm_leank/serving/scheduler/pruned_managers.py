@@ -14,7 +14,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
 from vllm.v1.request import Request
 
-from vllm_leank.core.layout import WINDOW_BLOCK
+from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.core.window import GRANULE, Window
 from vllm_leank.serving.scheduler.managers import ArchiveManager, WindowManager
 from vllm_leank.serving.scheduler.specs import LeanKSpec, PrunedWindowSpec

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_leank.core.layout import WINDOW_BLOCK, pages
+from vllm_leank.core.pages import WINDOW_BLOCK, pages
+from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.window import Window
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
 
 
@@ -90,14 +92,19 @@ class PrunedWindowSpec(WindowSpec):
         return self.most_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
 
 
-def archive_spec(base: FullAttentionSpec, window: Window, block: int, page: int) -> ArchiveSpec:
-    """Spec of a layer's archive: pages of `block` tokens and `page` bytes in all."""
+def archive_spec(plan: CachePlan, window: Window, dtype: "torch.dtype") -> ArchiveSpec:
+    """Spec of a stage's archive, for a model of this dtype."""
     spec = ArchiveSpec if window.exact else PrunedArchiveSpec
     return spec(
-        **_window_fields(base, window),
-        block_size=block,
+        num_kv_heads=len(plan.rank_heads()),
+        head_size=plan.head_dim,
+        head_size_v=plan.head_dim,
+        dtype=dtype,
+        sink=window.sink,
+        recent=window.recent,
+        block_size=plan.archive_block,
         num_head_slots=1,
-        state_content_bytes=page // block,
+        state_content_bytes=plan.stage_token_bytes,
     )
 
 
@@ -107,18 +114,15 @@ def window_spec(
     """Spec of a layer's window, beside archive pages of `archive_block` tokens; vLLM computes
     `in_flight` tokens of a request at once, at most.
     """
-    fields = _window_fields(base, window) | {"block_size": WINDOW_BLOCK}
-    if window.exact:
-        return WindowSpec(**fields)
-    return PrunedWindowSpec(**fields, in_flight=in_flight, archive_block=archive_block)
-
-
-def _window_fields(base: FullAttentionSpec, window: Window) -> dict[str, Any]:
-    return {
+    fields: dict[str, Any] = {
         "num_kv_heads": base.num_kv_heads,
         "head_size": base.head_size,
         "head_size_v": base.head_size_v,
         "dtype": base.dtype,
         "sink": window.sink,
         "recent": window.recent,
+        "block_size": WINDOW_BLOCK,
     }
+    if window.exact:
+        return WindowSpec(**fields)
+    return PrunedWindowSpec(**fields, in_flight=in_flight, archive_block=archive_block)

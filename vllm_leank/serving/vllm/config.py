@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 def cache_dtype(vllm_config: "VllmConfig") -> "torch.dtype":
     """Dtype that vLLM would give the KV cache, by its flag or by the checkpoint's own scheme.
 
-    An attention layer turns `auto` to fp8 where a quantised checkpoint brings KV scales.
+    An attention layer turns `auto` to 8-bit floats where a quantised checkpoint brings KV scales.
     """
     import torch
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
@@ -32,3 +32,20 @@ def layer_index(layer_name: str) -> int:
 def in_flight_tokens(vllm_config: "VllmConfig") -> int:
     """Tokens of a request that are scheduled and not yet computed, at most."""
     return int(vllm_config.max_in_flight_tokens + vllm_config.num_lookahead_tokens)
+
+
+def stage_layers(vllm_config: "VllmConfig") -> tuple[int, ...]:
+    """Decoder layers of each pipeline stage."""
+    from vllm.distributed.utils import get_pp_indices
+
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    size = vllm_config.parallel_config.pipeline_parallel_size
+    bounds = [get_pp_indices(layers, rank, size) for rank in range(size)]
+    return tuple(end - first for first, end in bounds)
+
+
+def most_decode_rows(vllm_config: "VllmConfig") -> int:
+    """Most queries of a step that are decoded, each as a request, padding included."""
+    requests = vllm_config.scheduler_config.max_num_seqs
+    padded = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return int(max(requests * (1 + vllm_config.num_speculative_tokens), padded))

@@ -1,0 +1,39 @@
+"""Launches kernels, or only compiles what would be launched.
+
+Every launch of the package goes through `launch`, so that `compiling` turns a dry run of a step
+into the compilation of its kernels.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from typing import Any
+
+_compiling = False
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    """`kernel[grid](*args, **kwargs)`, or within `compiling` its compilation alone."""
+    if _compiling:
+        kernel.warmup(*args, grid=grid, **kwargs)
+    else:
+        kernel[grid](*args, **kwargs)
+
+
+@contextmanager
+def compiling(executor: Executor) -> Iterator[list[Any]]:
+    """Within the context nothing is launched, and kernels are compiled by `executor`, as many at
+    once as it has workers. At its end all are done.
+
+    Yields:
+        The compilations that were begun, each once.
+    """
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    global _compiling
+    _compiling = True
+    try:
+        with AsyncCompileMode(executor) as mode:
+            yield mode.raw_futures
+    finally:
+        _compiling = False

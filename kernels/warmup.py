@@ -1,0 +1,115 @@
+"""Compiles, before the first request, every kernel that a plan's layers can need.
+
+Which kernels these are follows from the layers' shapes, the window and the largest batch; lengths
+and the numbers of requests beyond that choose none. A layer stands for all, since layers share
+kernels (`CacheLayout.counts`).
+"""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from vllm_leank.kernels.batch import MAX_DECODE_QUERIES, Batch
+from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.codecs import codec_of
+from vllm_leank.kernels.decode import decode
+from vllm_leank.kernels.extend import extend
+from vllm_leank.kernels.launcher import compiling
+from vllm_leank.kernels.store import compact, store, update
+
+from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
+from vllm_leank.core.window import Window
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention layers that kernels are compiled for.
+
+    Attributes:
+        layout: of any of the layers.
+        window: the dense window.
+        query_heads: of a layer, on this rank.
+        dtype: of queries, K and V.
+        max_reqs: most requests of a step.
+    """
+
+    layout: CacheLayout
+    window: Window
+    query_heads: int
+    dtype: torch.dtype
+    max_reqs: int
+
+
+@cache
+def compile_kernels(
+    attention: Attention, device: torch.device, tell: Callable[[str], None]
+) -> None:
+    """Compile them all, several at once; `tell` gets a line before and a line after. Done once for
+    layers that need the same kernels.
+    """
+    begin = time.monotonic()
+    tell("leank kernels: compiling")
+    with ThreadPoolExecutor(os.cpu_count()) as executor, compiling(executor) as compilations:
+        _dry_run(attention, _layer_cache(attention, device))
+    seconds = time.monotonic() - begin
+    tell(f"leank kernels: compiled {len(compilations)} kernels in {seconds:.1f} s")
+
+
+def _dry_run(attention: Attention, cache: LayerCache) -> None:
+    """Every kind of step."""
+    layout, device = attention.layout, cache.window_pages.device
+
+    def tokens(count: int, heads: int) -> torch.Tensor:
+        return torch.empty((count, heads, layout.head_dim), dtype=attention.dtype, device=device)
+
+    heads, query_heads = len(layout.kept), attention.query_heads
+    most = max(attention.max_reqs, 1)
+    for num_reqs in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}):
+        query, batch = tokens(num_reqs, query_heads), _batch(num_reqs, 1, device)
+        decode(query, torch.empty_like(query), cache, batch, scale=1.0)
+        key = tokens(num_reqs, heads)
+        update(key, key, cache, batch)
+    prompt = _batch(1, 4 * MAX_DECODE_QUERIES, device)
+    count = prompt.max_query_len
+    key, query = tokens(count, heads), tokens(count, query_heads)
+    store(key, key, cache, prompt)
+    compact(cache, prompt)
+    extend(query, torch.empty_like(query), cache, prompt, scale=1.0)
+
+
+def _layer_cache(attention: Attention, device: torch.device) -> LayerCache:
+    """A layer with one page of each kind, as large as the real ones."""
+    layout, codec = attention.layout, codec_of(attention.layout.archive_format)
+    heads, head_dim = len(layout.kept), layout.head_dim
+    window_shape = (1, heads, WINDOW_BLOCK, 2 * head_dim)
+    archive = torch.empty((1, max(layout.archive_page_bytes, 512)), dtype=torch.uint8)
+    return LayerCache(
+        window_pages=torch.empty(window_shape, dtype=attention.dtype, device=device),
+        archive_pages=archive.to(device).view(codec.dtype(attention.dtype)),
+        layout=layout,
+        channels=tuple(torch.arange(kept, device=device) for kept in layout.kept),
+        window=attention.window,
+    )
+
+
+def _batch(num_reqs: int, queries: int, device: torch.device) -> Batch:
+    """A step in which each request has `queries` tokens, with tables of vLLM's dtypes."""
+    starts = torch.arange(0, num_reqs * queries + 1, queries, dtype=torch.int32)
+    numbers = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+    table = torch.zeros((num_reqs, 16), dtype=torch.int32, device=device)
+    return Batch(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=numbers,
+        exact_until=numbers,
+        window_table=table,
+        archive_table=table,
+        slots=torch.zeros(num_reqs * queries, dtype=torch.int64, device=device),
+        in_prompt=torch.zeros(num_reqs, dtype=torch.bool),
+        max_query_len=queries,
+        max_seq_len=queries,
+    )

@@ -1,0 +1,213 @@
+"""The page sizes of a whole model, the same on every rank and pipeline stage.
+
+The layers of a pipeline stage share archive pages: one page holds some tokens of all of them, one
+layer behind the other. Each layer has window pages of its own, all of one size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+from vllm_leank.core.formats import NATIVE, ArchiveFormat
+from vllm_leank.core.pages import (
+    TOKEN_BYTES_UNIT,
+    WINDOW_BLOCK,
+    CacheLayout,
+    archive_token_bytes,
+    pages,
+    window_token_bytes,
+)
+from vllm_leank.core.window import GRANULE, Window
+
+ARCHIVE_BLOCKS = tuple(range(GRANULE, 257, GRANULE))
+"""Page sizes, in tokens, to choose the archive block from."""
+
+ARCHIVE_WASTE = 0.05
+"""Share of a pool block that an archive page may leave empty."""
+
+
+def rank_heads(num_kv_heads: int, tp_size: int, rank: int) -> range:
+    """KV heads that tensor-parallel rank `rank` holds; with more ranks than heads, each head
+    has several ranks.
+    """
+    if tp_size <= num_kv_heads:
+        per_rank = num_kv_heads // tp_size
+        return range(rank * per_rank, (rank + 1) * per_rank)
+    head = rank // (tp_size // num_kv_heads)
+    return range(head, head + 1)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Page sizes of a whole model.
+
+    Attributes:
+        kept: kept K channels, `[num_layers][num_kv_heads]`.
+        head_dim: channels of a head.
+        itemsize: bytes of an element of a window page.
+        archive_format: how far tokens are stored.
+        tp_size: tensor-parallel ranks.
+        stages: layers of each pipeline stage.
+        archive_block: tokens of an archive page.
+        draft_items: elements of a dense token over all layers of a draft model, on each rank; its
+            window pages lie beside those of the last stage.
+    """
+
+    kept: tuple[tuple[int, ...], ...]
+    head_dim: int
+    itemsize: int
+    archive_format: ArchiveFormat
+    tp_size: int
+    stages: tuple[int, ...]
+    archive_block: int
+    draft_items: int = 0
+
+    def layer(self, index: int, rank: int = 0) -> CacheLayout:
+        """Layout of layer `index` on tensor-parallel rank `rank`."""
+        return CacheLayout(
+            kept=self._kept(index, rank),
+            head_dim=self.head_dim,
+            itemsize=self.itemsize,
+            archive_block=self.archive_block,
+            archive_format=self.archive_format,
+            counts=self.counts,
+        )
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of kept channels, without 0, that heads of any layer have, ascending."""
+        return tuple(sorted({count for layer in self.kept for count in layer} - {0}))
+
+    def rank_heads(self, rank: int = 0) -> range:
+        """KV heads of tensor-parallel rank `rank`."""
+        return rank_heads(len(self.kept[0]), self.tp_size, rank)
+
+    def archive_offset(self, index: int, rank: int = 0) -> int:
+        """First byte of layer `index` within its stage's archive page."""
+        first = max(first for first in self.first_layers if first <= index)
+        return self.archive_block * self._archive_bytes(range(first, index), rank)
+
+    @property
+    def first_layers(self) -> tuple[int, ...]:
+        """First layer of each stage."""
+        return tuple(accumulate(self.stages[:-1], initial=0))
+
+    @cached_property
+    def stage_token_bytes(self) -> int:
+        """Bytes of one archived token over all layers of a stage: those of the largest stage and
+        rank, since pages are equal everywhere.
+        """
+        most = max(
+            self._archive_bytes(range(first, first + count), rank)
+            for first, count in zip(self.first_layers, self.stages, strict=True)
+            for rank in range(self.tp_size)
+        )
+        # Never without a page, and never as large as a layer's window page: vLLM would take that
+        # for layers of one kind (`_get_packed_kv_cache_groups`).
+        most = max(most, TOKEN_BYTES_UNIT)
+        window = self._window_bytes * WINDOW_BLOCK
+        return most + TOKEN_BYTES_UNIT * (most * self.archive_block == window)
+
+    @property
+    def archive_page_bytes(self) -> int:
+        """Bytes of a stage's archive page."""
+        return self.stage_token_bytes * self.archive_block
+
+    @property
+    def archive_token_bytes(self) -> int:
+        """Bytes of one archived token over all stages of a rank, padding included."""
+        return len(self.stages) * self.stage_token_bytes
+
+    @property
+    def dense_token_bytes(self) -> int:
+        """Bytes of one dense token over all layers of a rank, a draft model's included."""
+        return len(self.kept) * self._window_bytes + self.draft_items * self.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of vLLM's pool over all stages of a rank: it can hold either group's
+        pages of a stage, and stages have equal numbers of blocks.
+        """
+        return len(self.stages) * max(self.archive_page_bytes, self._stage_window_bytes)
+
+    @property
+    def _stage_window_bytes(self) -> int:
+        """Bytes of the window pages of a stage, of the largest."""
+        *others, last = (count * self._window_bytes for count in self.stages)
+        return WINDOW_BLOCK * max(*others, last + self.draft_items * self.itemsize, 0)
+
+    @property
+    def _window_bytes(self) -> int:
+        """Bytes of one dense token of one layer."""
+        return window_token_bytes(len(self.rank_heads()), self.head_dim, self.itemsize)
+
+    def _kept(self, index: int, rank: int) -> tuple[int, ...]:
+        return tuple(self.kept[index][head] for head in self.rank_heads(rank))
+
+    def _archive_bytes(self, layers: range, rank: int) -> int:
+        """Bytes of one archived token over some layers of a rank."""
+        return sum(
+            archive_token_bytes(
+                self._kept(layer, rank), self.head_dim, self.itemsize, self.archive_format
+            )
+            for layer in layers
+        )
+
+    def blocks_held(self, window: Window, length: int, freed: int) -> int:
+        """Blocks of a request of `length` tokens whose first `freed` window pages after the sink
+        have been freed.
+        """
+        archive = pages(window.archived(length), self.archive_block)
+        return archive + pages(length, WINDOW_BLOCK) - freed
+
+    def blocks_in_prefill(self, window: Window, length: int, in_flight: int = 1) -> int:
+        """Blocks that a prompt of `length` tokens holds at most while it is computed, `in_flight`
+        tokens at once.
+        """
+        archive = pages(window.archived(length), self.archive_block)
+        return archive + pages(window.most_dense(length, in_flight), WINDOW_BLOCK)
+
+    def blocks_in_decode(self, window: Window, length: int) -> int:
+        """Blocks that a request of `length` tokens holds once its prompt is done."""
+        return self.blocks_held(window, length, len(window.free_tokens(length, 0)))
+
+
+def plan_cache(
+    kept: Sequence[Sequence[int]],
+    head_dim: int,
+    itemsize: int,
+    tp_size: int = 1,
+    archive_format: ArchiveFormat = NATIVE,
+    draft_items: int = 0,
+    stages: Sequence[int] | None = None,
+) -> CachePlan:
+    """Choose the page sizes for a mask.
+
+    Args:
+        kept: kept K channels, `[num_layers][num_kv_heads]`.
+        head_dim: channels of a head.
+        itemsize: bytes of an element of a window page.
+        tp_size: tensor-parallel ranks.
+        archive_format: how far tokens are stored.
+        draft_items: elements of a dense token of a draft model on each rank.
+        stages: layers of each pipeline stage; by default one stage has all.
+
+    Returns:
+        The plan. Its pages always give vLLM two cache groups.
+    """
+    plan = CachePlan(
+        kept=tuple(tuple(int(count) for count in layer) for layer in kept),
+        head_dim=head_dim,
+        itemsize=itemsize,
+        archive_format=archive_format,
+        tp_size=tp_size,
+        stages=tuple(stages or (len(kept),)),
+        archive_block=ARCHIVE_BLOCKS[-1],
+        draft_items=draft_items,
+    )
+    # A pool block is as large as the larger group's pages, and far tokens are most of what a long
+    # request holds: so their pages fill a block, but for `ARCHIVE_WASTE` of it.
+    least = (1 - ARCHIVE_WASTE) * plan._stage_window_bytes
+    fitting = (block for block in ARCHIVE_BLOCKS if plan.stage_token_bytes * block >= least)
+    return replace(plan, archive_block=next(fitting, ARCHIVE_BLOCKS[-1]))
