@@ -1,5 +1,7 @@
 """Means and scales in one pass against what all tokens together give."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,15 @@ def test_an_archive_loses_what_the_scale_says():
     losses /= sum(parts.shape[4] for parts in prompts)
     np.testing.assert_allclose(losses[0].sqrt().numpy(), found.k_scale[1], rtol=1e-3)
     np.testing.assert_allclose(losses[1].sqrt().numpy(), found.v_scale[1], rtol=1e-3)
+
+
+def test_masks_hold_them_in_half_precision():
+    found, _ = measured(rotation_of(GEOMETRY))
+    held = found.for_mask()
+    for name in ("k_mean", "k_scale", "v_mean", "v_scale"):
+        np.testing.assert_allclose(getattr(held, name), getattr(found, name), rtol=1e-3, atol=1e-6)
+    never_moves = replace(found, v_scale=np.zeros_like(found.v_scale)).for_mask()
+    assert (never_moves.v_scale > 0).all()
 
 
 def test_pages_have_their_middle():

@@ -20,17 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_leank.errors import UserError
+from vllm_leank.mask.bits import MAX_PROFILES, WIDTH_OF_CLASS, BitsArray
 
 Array = npt.NDArray[np.float64]
-BitsArray = npt.NDArray[np.uint8]
 
 CLASSES = (8, 4, 2)
 """Bits of the channels that have codes, most first."""
-
-WIDTHS = {8: 16, 4: 32, 2: 64}
-"""A head has multiples of these numbers of channels of each class: rows of codes fill 16 bytes."""
-
-MAX_PROFILES = 8
 
 _ROUNDS = 50
 """Halvings of the range of prices."""
@@ -83,7 +78,7 @@ def allocate(
 
 def class_widths(head_dim: int) -> npt.NDArray[np.int64]:
     """All numbers of channels of each class that a head can have, `[n, classes]`."""
-    counts = (range(0, head_dim + 1, WIDTHS[kind]) for kind in CLASSES)
+    counts = (range(0, head_dim + 1, WIDTH_OF_CLASS[kind]) for kind in CLASSES)
     return np.array([row for row in itertools.product(*counts) if sum(row) <= head_dim])
 
 

@@ -6,11 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_leank.mask.bits import BitsArray
 from vllm_leank.offline.quantise import round_trip, token_scales
 from vllm_leank.offline.rope import NO_ROTATION, Rotation
 from vllm_leank.offline.statistics import PAGE, ChannelStatistics, page_middles
-
-BitsArray = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
+from vllm_leank.mask.statistics import Statistics
 from vllm_leank.offline.rope import NO_ROTATION, Rotation
 
 Array = npt.NDArray[np.float64]
@@ -45,6 +46,14 @@ class ChannelStatistics:
     v_scale: Array
     v_square: Array
     before_rope: bool
+
+    def for_mask(self) -> Statistics:
+        """What a mask file holds of them, in float16."""
+        means, scales = (self.k_mean, self.v_mean), (self.k_scale, self.v_scale)
+        k_mean, v_mean = (mean.astype(np.float16) for mean in means)
+        # A channel that never leaves its mean has a tiny scale: everything is divided by it.
+        k_scale, v_scale = (scale.clip(2.0**-14, 65504).astype(np.float16) for scale in scales)
+        return Statistics(k_mean=k_mean, k_scale=k_scale, v_mean=v_mean, v_scale=v_scale)
 
 
 class StatisticsMeter:
