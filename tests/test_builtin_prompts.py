@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import transformers
 
 from vllm_leank.errors import UserError
 from vllm_leank.offline.builtin_prompts import builtin_prompts
+from vllm_leank.offline.written_prompts import OPENINGS, written_prompts
 
 
 class Letters:
@@ -49,3 +51,18 @@ def test_prompts_are_the_same_each_time_and_others_when_held_out():
 def test_lengths_must_make_sense():
     with pytest.raises(UserError, match="the shortest prompt has 9 tokens"):
         builtin_prompts(Letters(), 1, min_tokens=9, max_tokens=8)
+
+
+def test_a_model_writes_texts_of_its_own(tiny_llama_dir):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    first, again = (texts_of_model(model, seed=0) for _ in range(2))
+    assert first == again
+    assert first != texts_of_model(model, seed=1)
+    for (kind, sample), opening in zip(first, OPENINGS, strict=False):
+        assert kind == "written"
+        assert len(sample.prompt) + len(sample.answer) == 100
+        assert sample.prompt[:5] == list(opening.encode())[:5]
+
+
+def texts_of_model(model, seed):
+    return written_prompts(model, Letters(), 2, tokens=100, seed=seed)
