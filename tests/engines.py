@@ -28,7 +28,7 @@ from vllm_leank.mask.file import Mask, save_mask
 from vllm_leank.serving.settings import load_settings
 
 CACHE_BYTES = 1 << 28
-"""Cache of an engine, unless a test asks for more: engines fill theirs with zeros at every start."""
+"""Cache of an engine, unless a test asks for more: it is filled with zeros at every start."""
 
 
 @dataclass(frozen=True)
