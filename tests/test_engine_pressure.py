@@ -12,7 +12,7 @@ def test_a_hundred_preemptions(tiny_llama):
     """A pool hardly larger than one request, for many at once. Of one layer: all share their pages'
     tables, so that another would only take its time.
     """
-    prompts = prompts_of([20 + 37 * i % 80 for i in range(60)], seed=1)
+    prompts = prompts_of([20 + 37 * i % 80 for i in range(68)], seed=1)
     model = tiny_llama(layers=1)
     mask = random_mask(model, KEPT)
     with engine(model, mask, max_model_len=512, max_num_seqs=64) as leank:
