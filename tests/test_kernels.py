@@ -23,6 +23,23 @@ FP32, BF16, FP16 = (torch.float32, 2e-6), (torch.bfloat16, 3e-3), (torch.float16
 gpu = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """In the interpreter, which runs programs one after the other: for each head some that find
+    nothing to do, not hundreds. Those of compaction take several steps of 32 tokens in turn.
+    """
+    if GPU:
+        yield
+        return
+    launch.choose_decode.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "PROGRAMS", (16, 16))
+        patch.setattr(launch, "REQUEST_PROGRAMS", (16, 16, 16))
+        patch.setattr(launch, "COMPACT_PROGRAMS", (12, 12))
+        yield
+    launch.choose_decode.cache_clear()
+
+
 def serve(builder):
     """Steps of a server: the reference's where a GPU is, else as few as show every kind."""
     if GPU:
