@@ -8,13 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cache_builder import FP8, CacheBuilder, relative_rms
+from archive_definition import FP8, PACKED
+from cache_builder import CacheBuilder, relative_rms
 from test_reference import mixed
 from test_reference import serve as serve_long
 from vllm_leank.kernels import decode, extend, launch, reference, store
 from vllm_leank.kernels.cache import LayerCache
 
 from vllm_leank.core.formats import NATIVE
+from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import Window
 
 GPU = torch.cuda.is_available()
@@ -38,6 +40,23 @@ def few_programs():
         patch.setattr(launch, "COMPACT_PROGRAMS", (12, 12))
         yield
     launch.choose_decode.cache_clear()
+
+
+CODED = {
+    64: (Profile(k2=64, v4=32), Profile(k8=16, k4=32, v2=64), Profile(), Profile(k8=64, v8=64)),
+    128: (
+        Profile(k8=16, k4=32, k2=64, v4=64, v2=64),
+        Profile(k2=128, v2=128),
+        Profile(),
+        Profile(k4=128, v8=32),
+    ),
+    256: (
+        Profile(k2=256, v2=256),
+        Profile(k8=32, k4=64, k2=128, v8=128, v4=128),
+        Profile(k4=256, v4=128, v2=64),
+    ),
+}
+"""Heads of a packed archive, by their channels."""
 
 
 def serve(builder):
@@ -98,6 +117,18 @@ def tma(request, monkeypatch):
         ((48, 128), 128, 7, Window(32, 64), 128, (FP16, FP8)),
         ((256, 144), 256, 2, Window(32, 64), 32, (FP32, NATIVE)),
         ((0, 0), 64, 16, Window(32, 64), 64, (FP16, NATIVE)),
+        (CODED[64][:2], 64, 1, Window(32, 64), 128, (FP16, PACKED)),
+        (CODED[128][:1], 128, 4, Window(0, 32), 256, (FP16, PACKED)),
+        (CODED[256][1:2], 256, 1, Window(64, 100), 128, (FP16, PACKED)),
+        *(
+            pytest.param(
+                CODED[head_dim], head_dim, group, window, block, (dtype, PACKED), marks=gpu
+            )
+            for window in (Window(0, 32), Window(64, 100))
+            for head_dim in (64, 128, 256)
+            for group in (1, 4, 7)
+            for block, dtype in ((128, BF16), (256, FP16))
+        ),
         *(
             pytest.param(
                 mixed(head_dim), head_dim, group, window, block, (dtype, archive), marks=gpu
@@ -136,6 +167,12 @@ def test_every_query_reads_what_the_rule_says(
     ("kept", "head_dim", "group", "archive_block", "dtypes"),
     [
         ((16, 0), 32, 2, 64, (FP16, NATIVE)),
+        (CODED[64][1:3], 64, 2, 128, (FP16, PACKED)),
+        *(
+            pytest.param(CODED[head_dim], head_dim, group, block, (dtype, PACKED), marks=gpu)
+            for head_dim, group in ((64, 4), (128, 1), (128, 7), (256, 4))
+            for block, dtype in ((128, FP16), (256, BF16))
+        ),
         pytest.param(mixed(128), 128, 4, 64, (BF16, NATIVE), marks=gpu),
         pytest.param(mixed(128), 128, 7, 128, (BF16, FP8), marks=gpu),
         pytest.param(mixed(96), 96, 3, 96, (FP16, NATIVE), marks=gpu),
@@ -176,14 +213,22 @@ def test_a_prompt_is_read_the_same_in_programs_and_tiles_of_any_size(monkeypatch
         assert relative_rms(output, step.expected) < FP16[1]
 
 
-@pytest.mark.parametrize("archive_format", [NATIVE, pytest.param(FP8, marks=gpu)])
 @pytest.mark.parametrize(
-    ("kept", "head_dim", "archive_block", "window"),
+    ("kept", "head_dim", "archive_block", "window", "archive_format"),
     [
-        ((32, 0, 112), 128, 64, Window(32, 64)),
-        ((96, 16), 96, 96, Window(32, 64)),
-        ((64, 48, 0), 64, 128, Window(64, 32)),
-        ((256, 80), 256, 32, Window(0, 32)),
+        *(
+            pytest.param(*case, archive_format, marks=[gpu] if archive_format == FP8 else [])
+            for archive_format in (NATIVE, FP8)
+            for case in (
+                ((32, 0, 112), 128, 64, Window(32, 64)),
+                ((96, 16), 96, 96, Window(32, 64)),
+                ((64, 48, 0), 64, 128, Window(64, 32)),
+                ((256, 80), 256, 32, Window(0, 32)),
+            )
+        ),
+        (CODED[64], 64, 128, Window(32, 64), PACKED),
+        (CODED[128], 128, 256, Window(64, 32), PACKED),
+        pytest.param(CODED[256], 256, 128, Window(0, 32), PACKED, marks=gpu),
     ],
 )
 def test_pages_are_those_of_the_reference(kept, head_dim, archive_block, window, archive_format):
@@ -298,7 +343,7 @@ def test_addresses_beyond_two_to_the_31_elements(tma):
 
 
 @gpu
-@pytest.mark.parametrize("archive_format", [NATIVE, FP8])
+@pytest.mark.parametrize("archive_format", [NATIVE, FP8, PACKED])
 def test_a_captured_graph_replays_like_eager_launches(archive_format):
     """One graph over 50 batches of changing size, length, tables and boundary crossings."""
     builder = CacheBuilder(

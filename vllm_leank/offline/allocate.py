@@ -19,13 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vllm_leank.core.formats.packed import CODE_CLASSES as CLASSES
+from vllm_leank.core.formats.packed import class_counts
 from vllm_leank.errors import UserError
-from vllm_leank.mask.bits import MAX_PROFILES, WIDTH_OF_CLASS, BitsArray
+from vllm_leank.mask.bits import MAX_PROFILES, BitsArray
 
 Array = npt.NDArray[np.float64]
-
-CLASSES = (8, 4, 2)
-"""Bits of the channels that have codes, most first."""
 
 _ROUNDS = 50
 """Halvings of the range of prices."""
@@ -78,7 +77,7 @@ def allocate(
 
 def class_widths(head_dim: int) -> npt.NDArray[np.int64]:
     """All numbers of channels of each class that a head can have, `[n, classes]`."""
-    counts = (range(0, head_dim + 1, WIDTH_OF_CLASS[kind]) for kind in CLASSES)
+    counts = map(class_counts, CLASSES)
     return np.array([row for row in itertools.product(*counts) if sum(row) <= head_dim])
 
 
