@@ -15,6 +15,22 @@ FP8, PACKED = find_format("fp8"), find_format("packed")
 
 STEP = {8: 1 / 24, 4: 0.335, 2: 0.996}
 
+CODED = {
+    64: (Profile(k2=64, v4=32), Profile(k8=16, k4=32, v2=64), Profile(), Profile(k8=64, v8=64)),
+    128: (
+        Profile(k8=16, k4=32, k2=64, v4=64, v2=64),
+        Profile(k2=128, v2=128),
+        Profile(),
+        Profile(k4=128, v8=32),
+    ),
+    256: (
+        Profile(k2=256, v2=256),
+        Profile(k8=32, k4=64, k2=128, v8=128, v4=128),
+        Profile(k4=256, v4=128, v2=64),
+    ),
+}
+"""Heads of a packed archive, by their channels."""
+
 
 def profiles_for(archive_format: ArchiveFormat, kept: list, head_dim: int) -> Profiles:
     """Heads that keep so many channels (multiples of 16) of K, in all ways that the format has."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from archive_definition import FP8, PACKED
+from archive_definition import CODED, FP8, PACKED
 from cache_builder import CacheBuilder, relative_rms
 from test_reference import mixed
 from test_reference import serve as serve_long
@@ -16,7 +16,6 @@ from vllm_leank.kernels import decode, extend, launch, reference, store
 from vllm_leank.kernels.cache import LayerCache
 
 from vllm_leank.core.formats import NATIVE
-from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import Window
 
 GPU = torch.cuda.is_available()
@@ -43,23 +42,6 @@ def few_programs():
         patch.setattr(launch, "COMPACT_PROGRAMS", (12, 12))
         yield
     launch.choose_decode.cache_clear()
-
-
-CODED = {
-    64: (Profile(k2=64, v4=32), Profile(k8=16, k4=32, v2=64), Profile(), Profile(k8=64, v8=64)),
-    128: (
-        Profile(k8=16, k4=32, k2=64, v4=64, v2=64),
-        Profile(k2=128, v2=128),
-        Profile(),
-        Profile(k4=128, v8=32),
-    ),
-    256: (
-        Profile(k2=256, v2=256),
-        Profile(k8=32, k4=64, k2=128, v8=128, v4=128),
-        Profile(k4=256, v4=128, v2=64),
-    ),
-}
-"""Heads of a packed archive, by their channels."""
 
 
 def serve(builder):
