@@ -148,16 +148,16 @@ def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeL
     )
 
 
-EXTEND = 128, 64, 4, 2
 EXTEND_SMALL = 64, 32, 4, 2
-"""Rows, tile, warps and stages of the extend kernel: the fastest of those tried on Hopper, for
-archives of either type; and for smaller shared memory or heads of more than 128 channels."""
+"""Rows, tile, warps and stages of extend, for less shared memory than Hopper has, or for heads of
+more than 128 channels."""
 
 
 def choose_extend(group: int, layout: CacheLayout, device: Device) -> ExtendLaunch:
     """Launch for `group` query heads per KV head."""
     fits = device.tma and layout.head_dim <= 128
-    rows, tile, warps, stages = EXTEND if fits else EXTEND_SMALL
+    codec = codec_of(layout.archive_format)
+    rows, tile, warps, stages = codec.extend_shape if fits else EXTEND_SMALL
     block = layout.archive_block
     return ExtendLaunch(
         rows=max(rows, 1 << (group - 1).bit_length()),

@@ -34,12 +34,14 @@ class Codec(ABC):
         side_dtype: of the numbers that are kept beside K and V.
         any_codes: whether V is finite whatever bytes there are, if its side bytes are.
         tile_tokens: most tokens of a tile of decode, a power of two.
+        extend_shape: rows, tile, warps and stages of extend on Hopper: the fastest of those tried.
         whole_channels: whether each stored channel has elements of its own.
     """
 
     side_dtype: torch.dtype = torch.float32
     any_codes: bool = False
     tile_tokens: int = 64
+    extend_shape: tuple[int, int, int, int] = 128, 64, 4, 2
     whole_channels: bool = True
 
     @abstractmethod

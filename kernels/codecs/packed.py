@@ -25,6 +25,7 @@ class PackedCodec(Codec):
     any_codes = True
     whole_channels = False
     tile_tokens = 128
+    extend_shape = 128, 128, 8, 2
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
         return torch.uint8
