@@ -71,7 +71,7 @@ def _share(
 )
 def _decode_kernel(
     q_ptr, output_ptr, partial_ptr, lse_ptr, window_ptr, archive_ptr, side_ptr,
-    window_desc, v_desc, k_descs,
+    window_desc, v_desc, k256, k128, k64, k32, k16,
     window_table_ptr, archive_table_ptr, seq_lens_ptr, exact_until_ptr,
     work_ptr, channels_ptr, scale_log2, archive_units, split_units,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
@@ -119,7 +119,7 @@ def _decode_kernel(
                 if kept == COUNTS[c]:
                     m, l, acc = fold_archive(
                         m, l, acc, first, last, boundary, q, p_q, o_g < G, scale_log2,
-                        p_head, channels_ptr, p_table, k_descs, v_desc,
+                        p_head, channels_ptr, p_table, (k256, k128, k64, k32, k16), v_desc,
                         archive_ptr, side_ptr, stride_archive_page, stride_side,
                         SINK, D, D_PAD, COUNTS[c], TILE, BLOCK, TILES, TMA, STAGES,
                     )  # fmt: skip

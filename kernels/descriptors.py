@@ -11,7 +11,7 @@ from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
 
 def describe_pages(
     window_pages: torch.Tensor, archive_pages: torch.Tensor, layout: CacheLayout, tile: int
-) -> tuple[TensorDescriptor, TensorDescriptor, tuple[TensorDescriptor, ...]]:
+) -> tuple[TensorDescriptor, ...]:
     """Views of the pages as `[page, row, column]`, each with rows of one length.
 
     A third dimension for the page keeps coordinates small and addresses beyond 2^31 elements safe.
@@ -26,7 +26,7 @@ def describe_pages(
     Returns:
         Rows of K and V of one token and head in window pages, tiles `[1, 32, head_dim]`; rows of
         one V channel's tokens, tiles `[1, head_dim, tile]`; and for each of `CHUNK_WIDTHS` rows of
-        a K chunk, tiles `[1, tile, width]`. A width that no layer has stands in as V's.
+        a K chunk, tiles `[1, tile, width]`; for a width that no layer has, the pages alone.
     """
     padded = 1 << (layout.head_dim - 1).bit_length()
     window = _describe(window_pages.flatten(1, 2), 2 * layout.head_dim, [1, WINDOW_BLOCK, padded])
@@ -34,15 +34,15 @@ def describe_pages(
     keys = tuple(
         _describe(archive_pages, width, [1, tile, width])
         if any(profile.kept & width for profile in layout.variants)
-        else value
+        else archive_pages
         for width in CHUNK_WIDTHS
     )
-    return window, value, keys
+    return window, value, *keys
 
 
-def stand_ins(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+def stand_ins(pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What kernels that load through pointers take instead of descriptors."""
-    return pages, pages, (pages,) * len(CHUNK_WIDTHS)
+    return (pages,) * (2 + len(CHUNK_WIDTHS))
 
 
 def _describe(pages: torch.Tensor, row: int, tile: list[int]) -> Any:

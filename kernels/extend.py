@@ -28,7 +28,7 @@ from vllm_leank.kernels.pages import window_tile
 )  # fmt: skip
 def _extend_kernel(
     q_ptr, output_ptr, window_ptr, archive_ptr, side_ptr,
-    window_desc, v_desc, k_descs,
+    window_desc, v_desc, k256, k128, k64, k32, k16,
     window_table_ptr, archive_table_ptr, query_start_ptr, seq_lens_ptr, exact_until_ptr,
     heads_ptr, channels_ptr, scale_log2,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
@@ -86,7 +86,8 @@ def _extend_kernel(
                             first, last = full_stop, tl.cdiv(stop, TILE)
                         m, l, acc = fold_archive(
                             m, l, acc, first, last, boundary, p_q, m_m, q_max, scale_log2,
-                            heads_ptr + 5 * head, channels_ptr, p_table, k_descs,
+                            heads_ptr + 5 * head, channels_ptr, p_table,
+                            (k256, k128, k64, k32, k16),
                             v_desc, archive_ptr, side_ptr, stride_archive_page, stride_side,
                             part != 1, SINK, D, D_PAD, COUNTS[c], TILE, BLOCK, TILES, TMA, STAGES,
                         )  # fmt: skip

@@ -9,7 +9,6 @@ from torch import Tensor
 from vllm_leank.core.formats import NATIVE, ArchiveFormat, find_format
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.profile import Profile, Profiles, whole_heads
-from vllm_leank.core.window import GRANULE
 from vllm_leank.mask.mask import Mask
 
 FP8, PACKED = find_format("fp8"), find_format("packed")
@@ -46,17 +45,6 @@ def _packed_head(count: int, head_dim: int) -> Profile:
     return Profile(
         k8=count % 32, k4=count % 64 - count % 32, k2=count - count % 64, v8=v8, v4=v4, v2=v2
     )
-
-
-def rounded_steps(values: Tensor, sink: int) -> tuple[Tensor, Tensor]:
-    """Values `[tokens, width]` in e4m3, and each token's scale, fp32 `[tokens, 1]`: the largest
-    value of each 32 tokens from the sink on becomes 448.
-    """
-    scale = torch.ones(len(values), 1, device=values.device)
-    for start in range(sink, len(values) - GRANULE + 1, GRANULE):
-        largest = values[start : start + GRANULE].float().abs().max()
-        scale[start : start + GRANULE] = largest * (1 / 448) if largest else 1
-    return (values.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 def token_scale(values: Tensor, bits: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

@@ -13,13 +13,11 @@ from types import ModuleType
 import numpy as np
 import torch
 from archive_definition import (
-    FP8,
     PACKED,
     codes_of,
     field_bytes,
     profiles_for,
     read_codes,
-    rounded_steps,
     token_scale,
 )
 from torch import Tensor
@@ -31,7 +29,7 @@ from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.core.formats import NATIVE, ArchiveFormat
 from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
 from vllm_leank.core.profile import CLASSES, Profile
-from vllm_leank.core.window import Window
+from vllm_leank.core.window import GRANULE, Window
 
 
 @dataclass(eq=False)
@@ -282,13 +280,13 @@ class CacheBuilder:
                 for kind, (codes, of_token) in self._codes(request, head).items()
             )
         bits, mean, _ = self._numbers("k", head)
-        key, value = request.key[:, head], request.value[:, head]
-        kept, far_v = key[:, bits > 0].double(), value.double()
-        if self.cache.layout.archive_format == FP8:
-            kept, far_v = (self._rounded(part) for part in (key[:, bits > 0], value))
-        far_k = mean.double().expand(key.shape).clone()
-        far_k[:, bits > 0] = kept
-        return far_k, far_v
+        sink = self.cache.window.sink
+        key, value = request.key[:, head].double(), request.value[:, head].double()
+        if len(request) > sink:
+            key[sink:], value[sink:] = self.cache.codec.round(
+                request.key[sink:, head], request.value[sink:, head], self.cache.heads[head]
+            )
+        return torch.where(bits > 0, key, mean.double()), value
 
     def archive_bytes(
         self, request: Request, slots: Iterable[int], empty: bool = False
@@ -320,21 +318,17 @@ class CacheBuilder:
                     v = fields[1][t, chunk.first : chunk.first + chunk.width]
                     v = torch.zeros_like(v) if empty else v
                     yield run(chunk.offset + slot, block, v)
-                if scales is None:
+                if not scales.shape[1]:
                     continue
-                item = scales.element_size()
-                content, place = scales[t], slot if per_token else slot // 32 * 2
-                if empty:
-                    content = torch.full_like(content, 0 if per_token else 1)
-                yield run(part.side_offset // item + place, 1, content)
+                content = scales[t].view(torch.uint8)
+                nothing = torch.zeros_like(content) if per_token else self.cache.codec.empty_side
+                place = slot if per_token else slot // GRANULE
+                yield run(part.side_offset + place * len(content), 1, nothing if empty else content)
 
-    def _stored(
-        self, request: Request, head: int
-    ) -> tuple[tuple[Tensor, Tensor], Tensor | None, bool]:
+    def _stored(self, request: Request, head: int) -> tuple[tuple[Tensor, Tensor], Tensor, bool]:
         """K and V of each token `[length, elements]` as they are stored, what scales there are, and
         whether each token has its own.
         """
-        dtype = self.cache.archive_pages.dtype
         if self.cache.layout.archive_format == PACKED:
             codes = self._codes(request, head)
             fields = tuple(
@@ -348,14 +342,21 @@ class CacheBuilder:
                 for kind in "kv"
             )
             return fields, codes["v"][1], True
-        bits, *_ = self._numbers("k", head)
-        key, value = request.key[:, head][:, bits > 0], request.value[:, head]
-        if self.cache.layout.archive_format != FP8:
-            return (key.to(dtype), value.to(dtype)), None, False
-        (key, k_scale), (value, v_scale) = (
-            rounded_steps(part, self.cache.window.sink) for part in (key, value)
+        sink = self.cache.window.sink
+        whole = slice(sink, sink + (len(request) - sink) // GRANULE * GRANULE)
+        key, value = (
+            part[whole, head].unflatten(0, (-1, GRANULE)) for part in (request.key, request.value)
         )
-        return (key, value), torch.cat((k_scale, v_scale), dim=1), False
+        stored = self.cache.codec.encode(key, value, self.cache.heads[head])
+        # From the first token on, as codes are: what lies before the sink is never asked for.
+        fields = tuple(
+            torch.nn.functional.pad(part.flatten(0, 1).view(torch.uint8), (0, 0, sink, 0)).view(
+                part.dtype
+            )
+            for part in stored[:2]
+        )
+        side = stored.side.repeat_interleave(GRANULE, 0)
+        return fields, torch.nn.functional.pad(side, (0, 0, sink, 0)), False
 
     def _codes(self, request: Request, head: int) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Codes of K and of V, and the scales of tokens, which V alone has."""
@@ -376,11 +377,6 @@ class CacheBuilder:
                 for name in ("mean", "scale")
             )
         return bits, mean.to(self._device), scale.to(self._device)
-
-    def _rounded(self, values: Tensor) -> Tensor:
-        """What an fp8 archive gives back of `[length, width]`, fp64."""
-        stored, scale = rounded_steps(values, self.cache.window.sink)
-        return stored.double() * scale
 
     def _reclaim(self, request: Request) -> None:
         """Free what no later query reads, poison it, and let others have it."""

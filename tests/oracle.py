@@ -1,13 +1,15 @@
 """The same model in transformers with a plain masked attention: what the engine has to agree with.
 
-Written from the definition alone and sharing no code with the package, the boundary included:
+Written from the definition alone and sharing no code with the package, the boundary included, but
+for how archive formats round:
 
 * a query at position t < `exact_until` reads every key 0..t as it is;
 * any other query reads keys `[0, sink)` and `[boundary(t + 1), t]` as they are, and the far keys
   between them only in the channels that the mask keeps, at unchanged scale. A KV head that keeps no
   channel does not see far keys at all: neither their score nor their V;
-* with an fp8 archive, what is read of far keys and their V was rounded to 8-bit floats;
-* any other archive gives back what its own definition says, token by token.
+* what is read of far keys and their V was rounded as the archive's format does, by its codec. What
+  that has to be for each format is tested beside the codecs, in `test_archive_pages.py`. Where
+  codes depend on a mask's statistics, `archive_definition.py` says what they are.
 
 Nothing is evicted and nothing is packed. All K and V stay dense, and what a query may read is
 decided by its position each time it asks.
@@ -23,6 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from vllm_leank.kernels.channels import layer_channels
+from vllm_leank.kernels.codecs import codec_of
+
+from vllm_leank.core.formats import NATIVE, ArchiveFormat
 
 GRANULE = 32
 """Tokens by which the boundary moves."""
@@ -49,14 +55,14 @@ class Rule:
     """What decides which keys a query reads: `keep` is `[layers, KV heads, head_dim]`, bool.
 
     `archive` gives, of a layer's KV head and its K and V `[tokens, head_dim]`, what far tokens have
-    of them; without one that is K's kept channels and V.
+    of them; without one the codec of `archive_format` does.
     """
 
     keep: Tensor
     sink: int
     recent: int
     exact_until: int
-    fp8: bool = False
+    archive_format: ArchiveFormat = NATIVE
     archive: Archive | None = None
 
 
@@ -73,16 +79,19 @@ def visibility(queries: range, num_keys: int, rule: Rule) -> tuple[Tensor, Tenso
     return dense, far
 
 
-def rounded(far: Tensor, sink: int) -> Tensor:
-    """`[tokens, channels]` as an fp8 archive gives them back: e4m3, with one scale for every
-    `GRANULE` tokens from the sink on, by which the largest number becomes 448, the largest of e4m3.
+def archived(key: Tensor, value: Tensor, keep: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """K and V `[tokens, head_dim]` of one head as the archive gives them back, in the wider dtype:
+    rounded from the sink on, and K 0 in channels that are not kept.
     """
-    far = far.clone()
-    for step in far[sink:].split(GRANULE):
-        scale = step.abs().max() / 448
-        if scale > 0:
-            step.copy_((step / scale).to(torch.float8_e4m3fn).to(far.dtype) * scale)
-    return far
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    far_key, far_value = (key * keep).to(dtype), value.to(dtype, copy=True)
+    far = slice(rule.sink, None)
+    if keep.any():
+        bits = np.where(keep.cpu()[None], 16, 0).astype(np.uint8)
+        (channels,) = layer_channels(bits, np.full_like(bits, 16)).to(key.device).heads
+        rounded = codec_of(rule.archive_format).round(key[far], value[far], channels)
+        far_key[far], far_value[far] = (part.to(dtype) for part in rounded)
+    return far_key, far_value
 
 
 def masked_attention(
@@ -98,20 +107,19 @@ def masked_attention(
     num_queries, num_keys = query.shape[1], key.shape[1]
     first = num_keys - num_queries
     output = torch.empty_like(query)
+    heads = [archived(*head, rule) for head in zip(key, value, rule.keep[layer], strict=True)]
+    if rule.archive is not None:
+        pairs = enumerate(zip(key, value, strict=True))
+        heads = [rule.archive(layer, head, *pair) for head, pair in pairs]
+        heads = [tuple(part.to(dtype) for part in pair) for pair in heads]
     for start in range(0, num_queries, QUERY_CHUNK):
         rows = range(start, min(start + QUERY_CHUNK, num_queries))
         positions = range(first + rows.start, first + rows.stop)
         dense, far = visibility(positions, num_keys, rule)
         for kv_head in range(key.shape[0]):
             keep = rule.keep[layer, kv_head]
-            k = key[kv_head].to(dtype)
-            k_pruned = k * keep
-            v = v_far = value[kv_head].to(dtype)
-            if rule.fp8:
-                k_pruned, v_far = rounded(k_pruned, rule.sink), rounded(v, rule.sink)
-            if rule.archive is not None:
-                far_pair = rule.archive(layer, kv_head, k, v)
-                k_pruned, v_far = (part.to(dtype) for part in far_pair)
+            k, v = key[kv_head].to(dtype), value[kv_head].to(dtype)
+            k_pruned, v_far = heads[kv_head]
             hidden = ~dense if not keep.any() else ~(dense | far)
             for head in range(kv_head * group, (kv_head + 1) * group):
                 q = query[head, rows.start : rows.stop].to(dtype)
@@ -154,8 +162,8 @@ class Oracle:
         sink: first tokens that stay dense.
         recent: least number of last tokens that stay dense.
         dtype: of weights, activations and cache.
-        fp8: whether far tokens are stored in 8-bit floats.
-        archive: what far tokens are read as otherwise; see `Rule`.
+        archive_format: how far tokens are stored.
+        archive: see `Rule`.
         device: where it computes; results are on the host.
 
     Raises:
@@ -169,7 +177,7 @@ class Oracle:
         sink: int,
         recent: int,
         dtype: torch.dtype = torch.float32,
-        fp8: bool = False,
+        archive_format: ArchiveFormat = NATIVE,
         archive: Archive | None = None,
         device: str = "cpu",
     ) -> None:
@@ -186,8 +194,7 @@ class Oracle:
         self.keep = torch.from_numpy(keep.astype(bool)).to(device)
         self.sink = sink
         self.recent = recent
-        self.fp8 = fp8
-        self.archive = archive
+        self.archive_format, self.archive = archive_format, archive
 
     def logits(self, token_ids: Sequence[int], exact_until: int) -> Tensor:
         """Next-token logits at every position, `[T, vocabulary]` in float32 (one forward)."""
@@ -218,7 +225,9 @@ class Oracle:
         return tokens, torch.stack(rows)
 
     def _rule(self, exact_until: int) -> Rule:
-        return Rule(self.keep, self.sink, self.recent, exact_until, self.fp8, self.archive)
+        return Rule(
+            self.keep, self.sink, self.recent, exact_until, self.archive_format, self.archive
+        )
 
     @torch.inference_mode()
     def _forward(self, token_ids: Sequence[int], rule: Rule, cache: Any = None) -> Tensor:

@@ -3,17 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from archive_definition import FP8, PACKED
+from archive_definition import FP8
 from cache_builder import CacheBuilder
+from format_samples import whole_formats
 from vllm_leank.kernels import reference
 from vllm_leank.kernels.channels import layer_channels
 from vllm_leank.kernels.codecs import codec_of
 
-from vllm_leank.core.formats import NATIVE
+from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.core.window import Window
 
 
-@pytest.mark.parametrize("archive_format", [NATIVE, FP8, PACKED], ids=str)
+@pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
 @pytest.mark.parametrize(
     ("window", "archive_block"),
     [
@@ -46,10 +47,64 @@ def test_pages_hold_tokens_and_zeros_for_the_rest(window, archive_block, archive
     assert end >= 224
 
 
+def whole_head(head_dim, kept=256):
+    """A head that keeps its first channels whole."""
+    bits = np.full((2, 1, head_dim), 16, np.uint8)
+    bits[0, 0, kept:] = 0
+    return layer_channels(*bits).heads[0]
+
+
+@pytest.mark.parametrize("archive_format", whole_formats(), ids=lambda one: one.name)
+@pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 100])
+def test_rounding_keeps_shapes_and_goes_by_granules(archive_format, tokens):
+    codec, generator = codec_of(archive_format), torch.Generator().manual_seed(tokens)
+    key, value = torch.randn(2, tokens, 128, generator=generator)
+    head = whole_head(128, 48)
+    rounded = codec.round(key, value, head)
+    assert [(part.shape, part.dtype) for part in rounded] == [
+        (key.shape, torch.float32),
+        (value.shape, torch.float32),
+    ]
+    whole = tokens // 32 * 32
+    for part, again in zip(rounded, codec.round(key[:whole], value[:whole], head), strict=True):
+        assert part[:whole].equal(again)
+    zeros = codec.round(*torch.zeros(2, tokens, 128), head)
+    assert not any(part.any() for part in zeros)
+
+
+def test_the_native_archive_does_not_round():
+    key, value = torch.randn(2, 40, 64).to(torch.bfloat16)
+    rounded = codec_of(NATIVE).round(key, value, whole_head(64))
+    assert rounded[0].equal(key.float())
+    assert rounded[1].equal(value.float())
+
+
+def test_fp8_rounds_to_the_nearest_e4m3_number_of_a_granule():
+    """From the definition of e4m3: 3 bits after the leading one, exponents from -6, at most 448."""
+    generator = torch.Generator().manual_seed(1)
+    key, value = torch.randn(2, 70, 16, generator=generator, dtype=torch.float64)
+    value = value * 1e-3
+    for given, found in zip(
+        (key, value), codec_of(FP8).round(key, value, whole_head(16)), strict=True
+    ):
+        for first in range(0, 70, 32):
+            part = given[first : first + 32].float().double()
+            scale = part.abs().max() / 448
+            exponent = (part / scale).abs().log2().floor().clamp(min=-6)
+            step = 2 ** (exponent - 3)
+            expected = (part / scale / step).round() * step * scale
+            torch.testing.assert_close(
+                found[first : first + 32].double(), expected, rtol=1e-6, atol=0
+            )
+
+
+def test_fp8_scales_of_granules_without_a_token_are_1():
+    assert codec_of(FP8).empty_side.view(torch.float32).tolist() == [1, 1]
+
+
 def quantize(values):
     """K `[n, 32, channels]` as an fp8 archive stores it, and the scales `[n]`."""
-    (head,) = layer_channels(*np.full((2, 1, values.shape[-1]), 16, np.uint8)).heads
-    stored = codec_of(FP8).encode(values, values, head)
+    stored = codec_of(FP8).encode(values, values, whole_head(values.shape[-1]))
     return stored.key, stored.side.view(torch.float32)[:, 0]
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity
-from vllm_leank.core.formats import NATIVE, find_format
+from vllm_leank.core.formats import NATIVE, find_format, known_formats
 from vllm_leank.core.plan import ARCHIVE_WASTE, plan_cache, rank_heads
 from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import Window
@@ -163,7 +163,7 @@ masks = st.integers(1, 4).flatmap(
 @given(
     masks,
     st.sampled_from([1, 2, 4, 8, 16]),
-    st.sampled_from([NATIVE, FP8, PACKED]),
+    st.sampled_from(known_formats()),
     st.integers(1, 3),
 )
 def test_layers_of_every_rank_and_stage_share_a_page_without_overlap(
@@ -186,7 +186,7 @@ def test_layers_of_every_rank_and_stage_share_a_page_without_overlap(
 
 
 @settings(max_examples=200, deadline=None)
-@given(masks, st.sampled_from([1, 2, 4]), st.sampled_from([NATIVE, FP8, PACKED]))
+@given(masks, st.sampled_from([1, 2, 4]), st.sampled_from(known_formats()))
 def test_far_tokens_leave_little_of_a_block_empty(mask, tp_size, archive_format):
     plan = plan_of(mask, 128, 2, tp_size, archive_format)
     used = plan.archive_token_bytes * plan.archive_block / plan.block_bytes

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from format_samples import whole_formats
 
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 """Bytes that a program may have, by compute capability: A100, L40, H100, RTX 5090."""
@@ -29,5 +30,6 @@ def test_attention_kernels_compile_for_gpus_that_are_not_here(capability, head_d
     assert {one["kernel"] for one in found} == {
         "_decode_kernel", "_combine_kernel", "_extend_kernel",
     }  # fmt: skip
-    assert {one["archive"] for one in found} == ({"auto", "fp8"} if capability > 80 else {"auto"})
+    expected = {one.name for one in whole_formats() if one.capability <= divmod(capability, 10)}
+    assert {one["archive"] for one in found} == expected
     assert max(one["shared"] for one in found) <= SHARED_MEMORY[capability]

@@ -1,12 +1,12 @@
 """Engines in which prompts are read as answers are: the definition with `exact_until` 0."""
 
+import format_samples
 import numpy as np
 import pytest
 import torch
-from archive_definition import archive_of
 from engines import engine
-from mask_samples import coded_mask, full_mask, random_mask
-from oracle import Oracle
+from format_samples import mask_of
+from mask_samples import full_mask
 from test_engine_answers import (
     KEPT,
     LENGTHS,
@@ -17,15 +17,16 @@ from test_engine_answers import (
     tolerance_of,
 )
 
+from vllm_leank.core.formats import NATIVE, known_formats
+
 pytestmark = pytest.mark.engine
 
 SINK, RECENT = 32, 64
 
 
-def oracle_of(running, model, mask, **kind):
+def oracle_of(running, model, mask, archive_format):
     assert not running.window.exact
-    stores = (mask.k_bits | mask.v_bits) > 0 if "archive" in kind else mask.keep
-    return Oracle(model, stores, SINK, running.window.recent, **kind)
+    return format_samples.oracle_of(archive_format, model, mask, SINK, running.window.recent)
 
 
 def test_a_full_mask_gives_the_answers_of_plain_vllm(tiny_llama_dir):
@@ -36,26 +37,24 @@ def test_a_full_mask_gives_the_answers_of_plain_vllm(tiny_llama_dir):
         assert_same(leank.generate(prompts, 64), expected)
 
 
-@pytest.mark.parametrize("archive_dtype", ["auto", "fp8", "packed"])
+@pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
 @pytest.mark.parametrize("chunk", [100, 8192])
-def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_dtype):
+def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_format):
     """Of the prompt and of 200 decode steps, in memory that is NaN where nothing was written."""
-    packed = archive_dtype == "packed"
-    mask = coded_mask(tiny_llama_dir) if packed else random_mask(tiny_llama_dir, KEPT)
+    mask = mask_of(archive_format, tiny_llama_dir, KEPT)
     (prompt,) = prompts_of([700], seed=7)
     with engine(
-        tiny_llama_dir, mask, prefill="pruned", archive_dtype=archive_dtype, max_logprobs=512,
+        tiny_llama_dir, mask, prefill="pruned", archive_dtype=archive_format.name, max_logprobs=512,
         max_num_batched_tokens=chunk,
     ) as leank:  # fmt: skip
         leank.memory.fill_(torch.nan)
         tokens, logprobs, prompt_logprobs = all_logprobs(leank.llm, prompt, 200)
-        kind = {"archive": archive_of(mask)} if packed else {"fp8": archive_dtype == "fp8"}
-        oracle = oracle_of(leank, tiny_llama_dir, mask, **kind)
+        oracle = oracle_of(leank, tiny_llama_dir, mask, archive_format)
     found = torch.cat((prompt_logprobs, logprobs))
     expected = oracle.logits(prompt + tokens[:-1], exact_until=0).log_softmax(-1)
-    # Sums in another order may round a number of another archive to the other neighbour.
+    # Sums in another order may round an archived number to the other neighbour.
     assert (found - expected).square().mean().sqrt() < 1e-3
-    if archive_dtype == "auto":
+    if archive_format == NATIVE:
         assert torch.allclose(found, expected, atol=1e-3)
     # It matters that prompts are read pruned.
     exact = oracle.logits(prompt + tokens[:-1], exact_until=700).log_softmax(-1)

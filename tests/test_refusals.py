@@ -79,7 +79,7 @@ OPTIONS = {
         {"sinks": 64},
         'no option "sinks"; allowed: mask, sink, recent, archive_dtype',
     ),
-    "unknown archive dtype": ({"archive_dtype": "int8"}, "must be one of: auto, fp8, packed"),
+    "unknown archive dtype": ({"archive_dtype": "int8"}, "must be one of: auto, "),
     "sink of a wrong type": ({"sink": "64"}, "option sink = '64'"),
     "sink not in whole pages": ({"sink": 30}, "sink is 30, but must be 0 or a multiple of 32"),
     "recent below a step": ({"recent": 16}, "recent is 16, but must be at least 32"),

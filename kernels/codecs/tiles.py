@@ -9,10 +9,15 @@ class Tiles:
     Kernels for other formats are other kernels to Triton's caches: they tell them apart by `repr`
     in memory and by `cache_key` on disk.
 
+    The Triton kernels can do two kinds of formats: numbers as they are (`Tiles()`), and numbers of
+    up to 16 bits with one scale for each granule of K and of V. The second kind has `side_bytes` 8
+    in its `ArchiveFormat`. Anything else needs a change of the kernels that load tiles.
+
     Args:
-        encode: device function from a granule `[32, channels]`, fp32, to what is stored and the
-            scale, a number, that this has to be multiplied by. None: numbers are stored as they
-            are, in the model's dtype.
+        encode: device function from a granule, fp32, K as `[32, channels]` and V as
+            `[channels, 32]`, to what is stored and the scale, a number, that this has to be
+            multiplied by. What is stored becomes the codec's dtype by a plain cast, so integers
+            must be whole numbers here. None: numbers are stored as they are.
         unit: by how much stored numbers may exceed the model's. The sum of weights times scales
             times V is kept in units of it, within fp16.
 
