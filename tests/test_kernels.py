@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cache_builder import FP8, CacheBuilder, relative_rms
+from archive_definition import FP8
+from cache_builder import CacheBuilder, relative_rms
 from test_reference import mixed
 from test_reference import serve as serve_long
 from vllm_leank.kernels import decode, extend, launch, reference, store
