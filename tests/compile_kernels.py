@@ -82,12 +82,14 @@ def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], d
     return types, constants, attributes
 
 
+Tell = Callable[[str, int, int | None], None]
+"""Takes a kernel's name, bytes of shared memory, and of stack."""
+
+
 class Recorder:
     """Stands in for a kernel: compiles what would be launched."""
 
-    def __init__(
-        self, kernel: Any, capability: int, tell: Callable[[str, int, int | None], None]
-    ) -> None:
+    def __init__(self, kernel: Any, capability: int, tell: Tell) -> None:
         self._kernel = kernel
         self._capability = capability
         self._tell = tell

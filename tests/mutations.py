@@ -227,8 +227,8 @@ MUTATIONS = (
     ),
     Mutation(
         "compaction leaves old bytes in a page",
-        "kernels/reference.py",
-        "values[empty_pages, :, empty_granules] = 0",
+        "kernels/head_pages.py",
+        "values[pages, :, granules] = 0",
         "pass",
         "test_archive_pages.py test_reference.py",
     ),
