@@ -24,7 +24,7 @@ demo: .venv/project.stamp
 # Two processes, since half of the tests' time is in engines of one thread each; those of a file stay
 # together, as they share engines and servers.
 test: lint
-	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=20
 
 # mypy finds kernels/ and masks/ only where they are installed, so it reads a copy laid out like that.
 lint: .venv/project.stamp

@@ -54,6 +54,8 @@ setup(
         "eval": ["lm_eval[api,ruler]"],
         "gpu": ["vllm" + VERSION["SUPPORTED_VLLM"]],
         "plot": ["matplotlib"],
+        # benchmarks/real/fetch.py: reading GGUF files
+        "real": ["accelerate", "gguf"],
         "test": [
             "hypothesis",
             "matplotlib",

@@ -41,9 +41,9 @@ def compact(
         p_page = archive_ptr + page * stride_archive_page
         dtype: tl.constexpr = archive_ptr.dtype.element_ty
         p_k = p_page + column[None, :] + (slot + o_32)[:, None] * width[None, :]
-        tl.store(p_k, k.to(dtype, fp_downcast_rounding="rtne"), mask=m_c[None, :])
+        tl.store(p_k, k.to(dtype), mask=m_c[None, :])
         p_v = p_page + v_offset + o_d[:, None] * BLOCK + o_32[None, :]
-        tl.store(p_v + slot, v.to(dtype, fp_downcast_rounding="rtne"), mask=m_d[:, None])
+        tl.store(p_v + slot, v.to(dtype), mask=m_d[:, None])
 
         # Tiles are read whole: slots that hold no token yet must not hold NaN.
         empty = tl.zeros([D_PAD, 32], dtype)

@@ -9,12 +9,27 @@ from torch import Tensor
 from vllm_leank.core.formats import NATIVE, ArchiveFormat, find_format
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.profile import Profile, Profiles, whole_heads
-from vllm_leank.core.window import GRANULE
 from vllm_leank.mask.mask import Mask
 
 FP8, PACKED = find_format("fp8"), find_format("packed")
 
 STEP = {8: 1 / 24, 4: 0.335, 2: 0.996}
+
+CODED = {
+    64: (Profile(k2=64, v4=32), Profile(k8=16, k4=32, v2=64), Profile(), Profile(k8=64, v8=64)),
+    128: (
+        Profile(k8=16, k4=32, k2=64, v4=64, v2=64),
+        Profile(k2=128, v2=128),
+        Profile(),
+        Profile(k4=128, v8=32),
+    ),
+    256: (
+        Profile(k2=256, v2=256),
+        Profile(k8=32, k4=64, k2=128, v8=128, v4=128),
+        Profile(k4=256, v4=128, v2=64),
+    ),
+}
+"""Heads of a packed archive, by their channels."""
 
 
 def profiles_for(archive_format: ArchiveFormat, kept: list, head_dim: int) -> Profiles:
@@ -38,25 +53,22 @@ def plan_of(
 
 
 def _packed_head(count: int, head_dim: int) -> Profile:
+    """Classes as wide as a row may be; what they leave of `count`, as of 240, has 0 bits."""
     if not count:
         return Profile()
-    v8 = count % 64 if head_dim > 64 else 0
-    v4 = (head_dim - v8) // 64 * 32
-    v2 = (head_dim - v8 - v4) // 64 * 64
+    k2 = _largest(count, 64)
+    k4 = _largest(count - k2, 32)
+    v2 = _largest(head_dim // 2, 64)
+    v4 = _largest(head_dim - v2, 32)
     return Profile(
-        k8=count % 32, k4=count % 64 - count % 32, k2=count - count % 64, v8=v8, v4=v4, v2=v2
-    )
+        k8=_largest(count - k2 - k4, 16), k4=k4, k2=k2,
+        v8=_largest(head_dim - v2 - v4, 16), v4=v4, v2=v2,
+    )  # fmt: skip
 
 
-def rounded_steps(values: Tensor, sink: int) -> tuple[Tensor, Tensor]:
-    """Values `[tokens, width]` in e4m3, and each token's scale, fp32 `[tokens, 1]`: the largest
-    value of each 32 tokens from the sink on becomes 448.
-    """
-    scale = torch.ones(len(values), 1, device=values.device)
-    for start in range(sink, len(values) - GRANULE + 1, GRANULE):
-        largest = values[start : start + GRANULE].float().abs().max()
-        scale[start : start + GRANULE] = largest * (1 / 448) if largest else 1
-    return (values.float() / scale).to(torch.float8_e4m3fn), scale
+def _largest(count: int, unit: int) -> int:
+    """A power of two of units, at most `count`; 0 if there is no room for one."""
+    return unit << (count // unit).bit_length() - 1 if count >= unit else 0
 
 
 def token_scale(values: Tensor, bits: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
@@ -106,20 +118,23 @@ def field_bytes(codes: Tensor, bits: Tensor, kind: int) -> Tensor:
     return field.to(torch.uint8)
 
 
+def numbers_of(mask: Mask, kind: str, layer: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bits, means and scales of the channels of a head's K or V ("k" or "v")."""
+    bits = getattr(mask, f"{kind}_bits")[layer, head].copy()
+    found = (getattr(mask.statistics, f"{kind}_{name}") for name in ("mean", "scale"))
+    mean, scale = (part[layer, head].astype(np.float32) for part in found)
+    return torch.from_numpy(bits), torch.from_numpy(mean), torch.from_numpy(scale)
+
+
 def archive_of(mask: Mask) -> Callable[[int, int, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """What a packed archive gives back of K and V `[tokens, head_dim]` of a layer's KV head."""
 
     def read_back(layer: int, head: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        def numbers(kind: str) -> tuple[Tensor, Tensor, Tensor]:
-            bits = getattr(mask, f"{kind}_bits")[layer, head].copy()
-            found = (getattr(mask.statistics, f"{kind}_{name}") for name in ("mean", "scale"))
-            mean, scale = (part[layer, head].astype(np.float32) for part in found)
-            return tuple(torch.from_numpy(part).to(key.device) for part in (bits, mean, scale))
-
-        of_token = token_scale(value, *numbers("v"))
+        keys, values = (numbers_of(mask, kind, layer, head) for kind in "kv")
+        of_token = token_scale(value, *values)
         return (
-            read_codes(codes_of(key, *numbers("k")), *numbers("k")),
-            read_codes(codes_of(value, *numbers("v"), of_token), *numbers("v"), of_token),
+            read_codes(codes_of(key, *keys), *keys),
+            read_codes(codes_of(value, *values, of_token), *values, of_token),
         )
 
     return read_back

@@ -1,8 +1,8 @@
 """A layer's cache as vLLM would hand it to kernels, made to hurt whoever reads what it must not.
 
 Blocks are handed out in random order, and their pages lie apart. Whatever was not written is NaN,
-scales included: fresh pages, page tails, block 0 and the pages of freed blocks. Block tables only
-ever grow, so rows keep the ids of freed blocks.
+what formats keep beside K and V included: fresh pages, page tails, block 0 and the pages of freed
+blocks. Block tables only ever grow, so rows keep the ids of freed blocks.
 """
 
 import random
@@ -12,26 +12,18 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from archive_definition import (
-    FP8,
-    PACKED,
-    codes_of,
-    field_bytes,
-    profiles_for,
-    read_codes,
-    rounded_steps,
-    token_scale,
-)
+from archive_definition import PACKED, profiles_for
 from torch import Tensor
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.channels import layer_channels
 from vllm_leank.kernels.codecs import codec_of
+from vllm_leank.kernels.codecs.codec import Stored
 
 from vllm_leank.core.formats import NATIVE, ArchiveFormat
 from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
 from vllm_leank.core.profile import CLASSES, Profile
-from vllm_leank.core.window import Window
+from vllm_leank.core.window import GRANULE, Window
 
 
 @dataclass(eq=False)
@@ -123,9 +115,8 @@ class CacheBuilder:
             for one in kept
         )
         layout = CacheLayout(profiles, head_dim, dtype.itemsize, archive_block, archive_format)
-        self.bits, self.statistics = self._channels(layout, means or archive_format == PACKED)
-        numbers = {f"{kind}_{name}": values for (kind, name), values in self.statistics.items()}
-        channels = layer_channels(self.bits["k"], self.bits["v"], numbers or None).to(device)
+        bits, numbers = self._channels(layout, means or archive_format == PACKED)
+        channels = layer_channels(bits["k"], bits["v"], numbers or None).to(device)
         offset = spare_bytes // 2 * archive_block
 
         def pages(offset: int, num_bytes: int, dtype: torch.dtype) -> Tensor:
@@ -157,8 +148,8 @@ class CacheBuilder:
         rng = np.random.default_rng(len(stored))
         numbers = {}
         for kind in "kv" if statistics else ():
-            numbers[kind, "mean"] = rng.normal(0, 0.3, shape).astype(np.float16)
-            numbers[kind, "scale"] = rng.uniform(0.5, 1.5, shape).astype(np.float16)
+            numbers[f"{kind}_mean"] = rng.normal(0, 0.3, shape).astype(np.float16)
+            numbers[f"{kind}_scale"] = rng.uniform(0.5, 1.5, shape).astype(np.float16)
         return bits, numbers
 
     def add(self, prompt: int, length: int) -> Request:
@@ -275,30 +266,29 @@ class CacheBuilder:
         return output
 
     def archived(self, request: Request, head: int) -> tuple[Tensor, Tensor]:
-        """K and V of a head as the archive gives them back, fp64 `[length, head_dim]` each."""
-        if self.cache.layout.archive_format == PACKED:
-            return tuple(
-                read_codes(codes, *self._numbers(kind, head), of_token)
-                for kind, (codes, of_token) in self._codes(request, head).items()
+        """K and V of a head, fp64 `[length, head_dim]` each, as the archive's codec gives them back
+        from the sink on.
+        """
+        sink = self.cache.window.sink
+        far = [part[:, head].double().clone() for part in (request.key, request.value)]
+        if len(request) > sink:
+            rounded = self.cache.codec.round(
+                request.key[sink:, head], request.value[sink:, head], self.cache.heads[head]
             )
-        bits, mean, _ = self._numbers("k", head)
-        key, value = request.key[:, head], request.value[:, head]
-        kept, far_v = key[:, bits > 0].double(), value.double()
-        if self.cache.layout.archive_format == FP8:
-            kept, far_v = (self._rounded(part) for part in (key[:, bits > 0], value))
-        far_k = mean.double().expand(key.shape).clone()
-        far_k[:, bits > 0] = kept
-        return far_k, far_v
+            for whole, part in zip(far, rounded, strict=True):
+                whole[sink:] = part.double()
+        return far[0], far[1]
 
     def archive_bytes(
         self, request: Request, slots: Iterable[int], empty: bool = False
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """What belongs into archive slots: page, byte positions, and bytes, uint8.
 
-        Of a token: K, V and the scales of its step, or its own. Of an empty slot what keeps the
-        product with V finite: V of 0 and scales of 1, or, of codes, a scale of 0.
+        Of a token: K, V and what the format keeps beside them for its granule. Of an empty slot,
+        what keeps the product with V finite: V of 0, unless any codes do, and the side bytes of a
+        granule without a token.
         """
-        layout = self.cache.layout
+        layout, sink = self.cache.layout, self.cache.window.sink
         block = layout.archive_block
 
         def run(position: int, stride: int, content: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -307,80 +297,36 @@ class CacheBuilder:
             positions = first[:, None] * item + torch.arange(item)
             return page, positions.flatten().to(self._device), content.view(torch.uint8)
 
+        slots = list(slots)
         for head, part in enumerate(layout.heads):
             if part is None:
                 continue
-            fields, scales, per_token = self._stored(request, head)
+            stored = self._stored(request, head)
+            codec = self.cache.codec
             for t in slots:
                 page, slot = request.archive_row[t // block], t % block
+                granule, row = divmod(t - sink, GRANULE)
                 for chunk in part.k_chunks if not empty else ():
-                    columns = fields[0][t, chunk.first : chunk.first + chunk.width]
+                    columns = stored.key[granule, row, chunk.first : chunk.first + chunk.width]
                     yield run(chunk.offset + slot * chunk.width, 1, columns)
-                for chunk in part.v_chunks if not (empty and per_token) else ():
-                    v = fields[1][t, chunk.first : chunk.first + chunk.width]
-                    v = torch.zeros_like(v) if empty else v
+                for chunk in part.v_chunks if not (empty and codec.any_codes) else ():
+                    if empty:
+                        v = stored.value.new_zeros(chunk.width)
+                    else:
+                        v = stored.value[granule, row, chunk.first : chunk.first + chunk.width]
                     yield run(chunk.offset + slot, block, v)
-                if scales is None:
-                    continue
-                item = scales.element_size()
-                content, place = scales[t], slot if per_token else slot // 32 * 2
-                if empty:
-                    content = torch.full_like(content, 0 if per_token else 1)
-                yield run(part.side_offset // item + place, 1, content)
+                side = codec.empty_side if empty else stored.side[granule]
+                if len(side):
+                    yield run(part.side_offset + slot // GRANULE * len(side), 1, side)
 
-    def _stored(
-        self, request: Request, head: int
-    ) -> tuple[tuple[Tensor, Tensor], Tensor | None, bool]:
-        """K and V of each token `[length, elements]` as they are stored, what scales there are, and
-        whether each token has its own.
-        """
-        dtype = self.cache.archive_pages.dtype
-        if self.cache.layout.archive_format == PACKED:
-            codes = self._codes(request, head)
-            fields = tuple(
-                torch.cat(
-                    [
-                        field_bytes(codes[kind][0], self._numbers(kind, head)[0], bits)
-                        for bits in (8, 4, 2)
-                    ],
-                    dim=1,
-                )
-                for kind in "kv"
-            )
-            return fields, codes["v"][1], True
-        bits, *_ = self._numbers("k", head)
-        key, value = request.key[:, head][:, bits > 0], request.value[:, head]
-        if self.cache.layout.archive_format != FP8:
-            return (key.to(dtype), value.to(dtype)), None, False
-        (key, k_scale), (value, v_scale) = (
-            rounded_steps(part, self.cache.window.sink) for part in (key, value)
+    def _stored(self, request: Request, head: int) -> Stored:
+        """Whole granules of one head, from the sink on, as the format stores them."""
+        sink = self.cache.window.sink
+        whole = slice(sink, sink + (len(request) - sink) // GRANULE * GRANULE)
+        key, value = (
+            part[whole, head].unflatten(0, (-1, GRANULE)) for part in (request.key, request.value)
         )
-        return (key, value), torch.cat((k_scale, v_scale), dim=1), False
-
-    def _codes(self, request: Request, head: int) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Codes of K and of V, and the scales of tokens, which V alone has."""
-        key, value = request.key[:, head], request.value[:, head]
-        of_token = token_scale(value, *self._numbers("v", head))
-        return {
-            "k": (codes_of(key, *self._numbers("k", head)), None),
-            "v": (codes_of(value, *self._numbers("v", head), of_token), of_token),
-        }
-
-    def _numbers(self, kind: str, head: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Bits, means and scales of a head's channels; without statistics 0 and 1."""
-        bits = torch.from_numpy(self.bits[kind][head]).to(self._device)
-        mean, scale = torch.zeros(len(bits)), torch.ones(len(bits))
-        if self.statistics:
-            mean, scale = (
-                torch.from_numpy(self.statistics[kind, name][head]).float()
-                for name in ("mean", "scale")
-            )
-        return bits, mean.to(self._device), scale.to(self._device)
-
-    def _rounded(self, values: Tensor) -> Tensor:
-        """What an fp8 archive gives back of `[length, width]`, fp64."""
-        stored, scale = rounded_steps(values, self.cache.window.sink)
-        return stored.double() * scale
+        return self.cache.codec.encode(key, value, self.cache.heads[head])
 
     def _reclaim(self, request: Request) -> None:
         """Free what no later query reads, poison it, and let others have it."""

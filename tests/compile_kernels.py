@@ -2,45 +2,59 @@
 
     python tests/compile_kernels.py CAPABILITY HEAD_DIM
 
-Prints a line of JSON for each: kernel, archive, bytes of shared memory. What the interpreter takes
-and the compiler does not shows here, and what no multiprocessor could hold.
+Prints a line of JSON for each: kernel, archive, bytes of shared memory, and bytes of stack, into
+which registers spill (null where nothing can tell). What the interpreter takes and the compiler or
+the launcher does not shows here, and what no multiprocessor could hold.
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
+from archive_definition import CODED, PACKED
 from cache_builder import CacheBuilder
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_leank.kernels import decode, extend, launch
 
 from vllm_leank.core.formats import ArchiveFormat, known_formats
-from vllm_leank.core.formats.whole import WholeChannels
 from vllm_leank.core.window import Window
 
-KEPT = {128: (0, 32, 96), 256: (0, 240)}
+KEPT = {64: (0, 48), 128: (0, 32, 96), 256: (0, 240)}
 """Kept channels of a layer's heads, by head size."""
 
 OPTIONS = ("num_warps", "launch_pdl", "maxnreg")
 TYPES = {
     torch.int32: "i32",
+    torch.int64: "i64",
     torch.float32: "fp32",
+    torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float8_e4m3fn: "fp8e4nv",
+    torch.int8: "i8",
+    torch.uint8: "u8",
 }
 
 
 def type_of(value: Any) -> Any:
     """Triton's name of an argument's type; of a tuple, those of its parts."""
     if isinstance(value, tuple):
-        return tuple(map(type_of, value))
+        types = tuple(map(type_of, value))
+        assert not any(str(one).startswith("tensordesc") for one in types), (
+            "Triton 3.6 launches no descriptors within a tuple"
+        )
+        return types
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, torch.Tensor):
@@ -68,10 +82,14 @@ def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], d
     return types, constants, attributes
 
 
+Tell = Callable[[str, int, int | None], None]
+"""Takes a kernel's name, bytes of shared memory, and of stack."""
+
+
 class Recorder:
     """Stands in for a kernel: compiles what would be launched."""
 
-    def __init__(self, kernel: Any, capability: int, tell: Callable[[str, int], None]) -> None:
+    def __init__(self, kernel: Any, capability: int, tell: Tell) -> None:
         self._kernel = kernel
         self._capability = capability
         self._tell = tell
@@ -85,26 +103,45 @@ class Recorder:
         types, constants, attributes = signature(
             self._kernel, dict(zip(names, args, strict=False)) | kwargs
         )
+        source = ASTSource(self._kernel, types, constants, attributes)
         compiled = triton.compile(
-            ASTSource(self._kernel, types, constants, attributes),
+            source,
             target=GPUTarget("cuda", self._capability, 32),
             options=options,
         )
-        self._tell(self._kernel.__name__, compiled.metadata.shared)
+        if hasattr(driver, "make_launcher"):
+            # Some versions of Triton write a launcher in C for each kernel, which may fail as well.
+            descriptors = getattr(compiled.metadata, "tensordesc_meta", None)
+            driver.make_launcher(source.constants, dict(source.signature), descriptors)
+        self._tell(
+            self._kernel.__name__, compiled.metadata.shared, stack_bytes(compiled.asm["cubin"])
+        )
+
+
+def stack_bytes(cubin: bytes) -> int | None:
+    """Bytes of a thread's stack; None where there is no `cuobjdump` to read them."""
+    tool = Path(triton.knobs.nvidia.cuobjdump.path)
+    if not tool.exists():
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+    return max(map(int, re.findall(r"STACK:(\d+)", usage)))
 
 
 def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -> None:
     """Compile a decode step and a prompt that is read pruned."""
 
-    def tell(kernel: str, shared: int) -> None:
-        line = {"kernel": kernel, "archive": archive_format.name, "shared": shared}
+    def tell(kernel: str, shared: int, stack: int | None) -> None:
+        line = {
+            "kernel": kernel, "archive": archive_format.name, "shared": shared, "stack": stack,
+        }  # fmt: skip
         print(json.dumps(line), flush=True)
 
     window = Window(128, 768, exact=False)
     block = 128 // archive_format.itemsize(2)
-    builder = CacheBuilder(
-        KEPT[head_dim], head_dim, 4, window, block, torch.bfloat16, archive_format
-    )
+    heads = CODED[head_dim] if archive_format == PACKED else KEPT[head_dim]
+    builder = CacheBuilder(heads, head_dim, 4, window, block, torch.bfloat16, archive_format)
     request = builder.add(0, 1100)
     device = launch.Device(tma=capability // 10 in launch.TMA_CAPABILITIES)
     stand_in = partial(Recorder, capability=capability, tell=tell)
@@ -123,7 +160,5 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
 if __name__ == "__main__":
     capability, head_dim = map(int, sys.argv[1:])
     for archive_format in known_formats():
-        if not isinstance(archive_format, WholeChannels):
-            continue  # there are no kernels for codes yet
         if divmod(capability, 10) >= archive_format.capability:
             compile_all(capability, head_dim, archive_format)

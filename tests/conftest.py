@@ -102,7 +102,10 @@ def _save_llama(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none, and let the long files come first: those that are
+    left for the end should keep two processes busy alike.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
     for item in items:
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

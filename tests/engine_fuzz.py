@@ -1,9 +1,10 @@
 """Random traffic through a real engine, every token checked against the oracle.
 
-An `Arena` is an engine with a chunk size and a cache drawn from its seed, mostly too small for its
-requests; in those of odd seeds prompts are read pruned. Scenarios follow each other in it: requests
-with shared prompts arrive at any step, some are aborted, all others run to their end. Memory that
-nobody may read is NaN: before each scenario, and from the moment it is freed.
+An `Arena` is an engine with a chunk size, an archive format and a cache drawn from its seed, mostly
+too small for its requests; in those of odd seeds prompts are read pruned. Scenarios follow each
+other in it: requests with shared prompts arrive at any step, some are aborted, all others run to
+their end. Memory that nobody may read is NaN: before each scenario, and from the moment it is
+freed.
 
 A failure names the seeds, by which `play(SEED, model, [SCENARIO])` replays it, and the smallest
 scenario found that fails too.
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from engines import engine
-from mask_samples import random_mask
+from format_samples import format_of, mask_for, rounds
 from oracle import Oracle
 from speculation import watch
 from vllm import SamplingParams
@@ -25,6 +26,8 @@ SINK, RECENT = 32, 64
 MAX_LENGTH = 512
 TIE = 1e-5
 """Logits that rounding may put in either order: sums in another order differ by some 1e-6."""
+ROUNDED_TIE = 1e-2
+"""The same where the archive's format rounds: now and then to the other neighbour."""
 
 KEPT = ([0, 32, 16, 48], [64, 16], [0, 0, 32])
 EDGES = (1, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 191, 192, 193, 256, 300)
@@ -89,6 +92,7 @@ class Arena:
 
     def __init__(self, seed, running, oracle):
         self.seed, self.running, self.oracle = seed, running, oracle
+        self.tie = ROUNDED_TIE if rounds(oracle.archive_format) else TIE
         chance = random.Random(seed)
         self.documents = [[chance.randrange(512) for _ in range(320)] for _ in range(3)]
         self.names = 0
@@ -180,7 +184,7 @@ class Arena:
         logits = self.oracle.logits(prompt + answer[:-1], exact_until)[len(prompt) - 1 :]
         best = logits.max(-1)
         behind = best.values - logits[range(len(answer)), answer]
-        assert behind.max() < TIE, (
+        assert behind.max() < self.tie, (
             f"a prompt of {len(prompt)} tokens gets {answer}, not {best.indices.tolist()}"
         )
         self.counts["tokens"] += len(answer)
@@ -190,7 +194,8 @@ class Arena:
 def arena(seed, model, speculation=None):
     """An engine drawn from a seed, with vLLM's `speculative_config` if given."""
     chance = random.Random(seed)
-    mask = random_mask(model, list(chance.choice(KEPT)), seed=seed)
+    chosen = format_of(seed)
+    mask = mask_for(chosen, model, chance.choice(KEPT), seed)
     chunk = chance.choice((32, 50, 128, 512))
     options = {
         "max_model_len": MAX_LENGTH,
@@ -202,9 +207,12 @@ def arena(seed, model, speculation=None):
     # Room for one request of full length, for a little more, or for all.
     options["num_gpu_blocks_override"] = chance.choice((26, 32, 250))
     options["prefill"] = "pruned" if seed % 2 else "exact"
+    options["archive_dtype"] = chosen.name
     with engine(model, mask, sink=SINK, recent=RECENT, **options) as running:
         running.poison_freed_blocks()
-        yield Arena(seed, running, Oracle(model, mask.keep, SINK, running.window.recent))
+        recent = running.window.recent
+        oracle = Oracle(model, mask, SINK, recent, archive_format=chosen)
+        yield Arena(seed, running, oracle)
 
 
 def play(seed, model, scenarios, speculation=None):

@@ -1,8 +1,10 @@
 """Real vLLM engines, in this process, for tests that look inside."""
 
+import atexit
+import gc
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,6 @@ from unittest.mock import MagicMock
 
 # Before vLLM is imported: the engine runs in this process, where tests can look at its pages.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 
 import pytest
 import torch
@@ -19,14 +20,15 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
+from vllm.triton_utils import dispatcher
 
 from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.window import Window
 from vllm_leank.mask.file import Mask, save_mask
 from vllm_leank.serving.settings import load_settings
 
-CACHE_BYTES = 1 << 30
-"""Cache of every engine here: VLLM_CPU_KVCACHE_SPACE is in GiB."""
+CACHE_BYTES = 1 << 28
+"""Cache of an engine, unless a test asks for more: it is filled with zeros at every start."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,39 @@ def planned_ahead() -> Iterator[None]:
         yield
 
 
+# What is loaded by now lives as long as the process: collections need not look at it.
+gc.collect()
+gc.freeze()
+atexit.register(gc.unfreeze)
+
+_register_kernels = dispatcher.register_kernels
+_replaced: set[str] = set()
+
+
+def _replace_kernels(overrides: Mapping[str, Callable[..., Any]]) -> None:
+    """Replace the kernels that have not been replaced in this process."""
+    new = {name: override for name, override in overrides.items() if name not in _replaced}
+    if new:
+        _register_kernels(new)
+        _replaced.update(new)
+
+
+@contextmanager
+def _quickly() -> Iterator[None]:
+    """Start or end an engine without what costs most of it on CPU: vLLM collects garbage eight
+    times, half a second each where so much is loaded, and at every start looks through all modules
+    for kernels to replace, which the first engine of a process has done for good.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("collect", "freeze", "unfreeze"):
+            patch.setattr(gc, name, lambda *_: 0)
+        patch.setattr(dispatcher, "register_kernels", _replace_kernels)
+        yield
+
+
 @contextmanager
 def engine(
     model: Path,
@@ -200,12 +235,16 @@ def engine(
         "skip_tokenizer_init": True,
         "enforce_eager": True,
         "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": CACHE_BYTES,
         "seed": 0,
     }
-    llm = LLM(str(model), **(defaults | args))
+    with _quickly():
+        llm = LLM(str(model), **(defaults | args))
     try:
         yield Engine(llm)
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
+        with _quickly():
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+        gc.collect()

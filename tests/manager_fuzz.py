@@ -16,6 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from format_samples import format_of
 from test_managers import ARCHIVE, WINDOW, Server
 
 from vllm_leank.core.window import GRANULE, Window
@@ -78,7 +79,9 @@ class History:
         self.drafts = DRAFTS if self.lag == 0 and seed % 3 else 0
         # Few blocks, so that requests are preempted.
         few = self.random.choice((40, 60, 120))
-        self.server = Server(self.window, block, num_blocks or few, max_length=512)
+        self.server = Server(
+            self.window, block, num_blocks or few, max_length=512, archive_format=format_of(seed)
+        )
         pool = self.server.manager.block_pool
         self.pool_size = self.server.free
         self.memory = (

@@ -57,7 +57,7 @@ def coded_mask(model: Path, seed: int = 0) -> Mask:
     bits = np.zeros((2, *shape), np.uint8)
     rows = bits.reshape(2, -1, geometry.head_dim)
     for index in range(rows.shape[1]):
-        for row, classes in zip(rows[:, index], heads[index % len(heads)], strict=True):
+        for row, classes in zip(rows[:, index], heads[(index + seed) % len(heads)], strict=True):
             row[:] = rng.permutation(np.repeat(classes, geometry.head_dim // 64))
     means = (rng.normal(0, 0.3, (2, *shape))).astype(np.float16)
     scales = (rng.uniform(0.5, 1.5, (2, *shape))).astype(np.float16)

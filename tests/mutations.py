@@ -197,10 +197,10 @@ MUTATIONS = (
     Mutation(
         "window and archive tables are swapped",
         "serving/metadata.py",
-        "window_table=window.common.block_table_tensor,\n"
-        "                archive_table=common.block_table_tensor,",
-        "archive_table=window.common.block_table_tensor,\n"
-        "                window_table=common.block_table_tensor,",
+        "window_table=common.block_table_tensor,\n"
+        "                archive_table=archive.common.block_table_tensor,",
+        "archive_table=common.block_table_tensor,\n"
+        "                window_table=archive.common.block_table_tensor,",
         "test_engine_answers.py::test_logits_are_those_of_the_definition",
     ),
     Mutation(
@@ -227,8 +227,8 @@ MUTATIONS = (
     ),
     Mutation(
         "compaction leaves old bytes in a page",
-        "kernels/reference.py",
-        "values[empty_pages, :, empty_steps] = 0",
+        "kernels/head_pages.py",
+        "values[pages, :, granules] = 0",
         "pass",
         "test_archive_pages.py test_reference.py",
     ),

@@ -1,19 +1,21 @@
 """The same model in transformers with a plain masked attention: what the engine has to agree with.
 
-Written from the definition alone and sharing no code with the package, the boundary included:
+Written from the definition alone and sharing no code with the package, the boundary included, but
+for how archive formats round:
 
 * a query at position t < `exact_until` reads every key 0..t as it is;
 * any other query reads keys `[0, sink)` and `[boundary(t + 1), t]` as they are, and the far keys
   between them only in the channels that the mask keeps, at unchanged scale. A KV head that keeps no
   channel does not see far keys at all: neither their score nor their V;
-* with an fp8 archive, what is read of far keys and their V was rounded to 8-bit floats;
-* any other archive gives back what its own definition says, token by token.
+* what is read of far keys and their V was rounded as the archive's format does, by its codec: also
+  what stands for channels that are not stored, if the mask has statistics. What that has to be for
+  each format is tested beside the codecs, in `test_archive_pages.py` and `test_packed_codes.py`.
 
 Nothing is evicted and nothing is packed. All K and V stay dense, and what a query may read is
 decided by its position each time it asks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from vllm_leank.kernels.channels import HeadChannels, layer_channels
+from vllm_leank.kernels.codecs import codec_of
+
+from vllm_leank.core.formats import NATIVE, ArchiveFormat
+from vllm_leank.mask.mask import Mask
 
 GRANULE = 32
 """Tokens by which the boundary moves."""
-
-Archive = Callable[[int, int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 QUERY_CHUNK = 256
 """Queries scored at once: bounds the memory of a long sequence."""
@@ -44,25 +49,42 @@ def boundary(length: int, sink: int, recent: int) -> int:
     return edge
 
 
+Heads = tuple[tuple[HeadChannels, ...], ...]
+
+
+def heads_of(mask: Mask | np.ndarray, device: torch.device | str = "cpu") -> Heads:
+    """Each layer's KV heads, of a mask, or of `[layers, KV heads, head_dim]` bool that says which
+    channels of K are kept, in 16 bits and with all of V; such heads know no means.
+    """
+    if isinstance(mask, Mask):
+        heads = range(mask.geometry.num_kv_heads)
+        layers = [mask.layer(index, heads) for index in range(mask.geometry.num_layers)]
+    else:
+        k_bits = np.where(mask, 16, 0).astype(np.uint8)
+        stores = mask.any(-1, keepdims=True)
+        v_bits = np.broadcast_to(np.where(stores, 16, 0), mask.shape).astype(np.uint8)
+        layers = list(zip(k_bits, v_bits, strict=True))
+    return tuple(layer_channels(*layer).to(device).heads for layer in layers)
+
+
 @dataclass(frozen=True)
 class Rule:
-    """What decides which keys a query reads: `keep` is `[layers, KV heads, head_dim]`, bool.
-
-    `archive` gives, of a layer's KV head and its K and V `[tokens, head_dim]`, what far tokens have
-    of them; without one that is K's kept channels and V.
+    """What decides which keys a query reads, and what it reads of far ones: `heads` are those of
+    `heads_of`.
     """
 
-    keep: Tensor
+    heads: Heads
     sink: int
     recent: int
     exact_until: int
-    fp8: bool = False
-    archive: Archive | None = None
+    archive_format: ArchiveFormat = NATIVE
 
 
-def visibility(queries: range, num_keys: int, rule: Rule) -> tuple[Tensor, Tensor]:
+def visibility(
+    queries: range, num_keys: int, rule: Rule, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Two masks `[queries, num_keys]`: the keys read dense, and the far keys read pruned."""
-    dense = torch.zeros(len(queries), num_keys, dtype=torch.bool, device=rule.keep.device)
+    dense = torch.zeros(len(queries), num_keys, dtype=torch.bool, device=device)
     far = torch.zeros_like(dense)
     for row, t in enumerate(queries):
         dense[row, : t + 1] = True
@@ -73,16 +95,16 @@ def visibility(queries: range, num_keys: int, rule: Rule) -> tuple[Tensor, Tenso
     return dense, far
 
 
-def rounded(far: Tensor, sink: int) -> Tensor:
-    """`[tokens, channels]` as an fp8 archive gives them back: e4m3, with one scale for every
-    `GRANULE` tokens from the sink on, by which the largest number becomes 448, the largest of e4m3.
+def archived(key: Tensor, value: Tensor, head: HeadChannels, rule: Rule) -> tuple[Tensor, Tensor]:
+    """K and V `[tokens, head_dim]` of one head as the archive gives them back, in the wider dtype:
+    rounded from the sink on.
     """
-    far = far.clone()
-    for step in far[sink:].split(GRANULE):
-        scale = step.abs().max() / 448
-        if scale > 0:
-            step.copy_((step / scale).to(torch.float8_e4m3fn).to(far.dtype) * scale)
-    return far
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    far_key, far_value = key.to(dtype, copy=True), value.to(dtype, copy=True)
+    if head.profile.stores and len(key) > rule.sink:
+        rounded = codec_of(rule.archive_format).round(key[rule.sink :], value[rule.sink :], head)
+        far_key[rule.sink :], far_value[rule.sink :] = (part.to(dtype) for part in rounded)
+    return far_key, far_value
 
 
 def masked_attention(
@@ -98,21 +120,16 @@ def masked_attention(
     num_queries, num_keys = query.shape[1], key.shape[1]
     first = num_keys - num_queries
     output = torch.empty_like(query)
+    heads = rule.heads[layer]
+    read_back = [archived(*head, rule) for head in zip(key, value, heads, strict=True)]
     for start in range(0, num_queries, QUERY_CHUNK):
         rows = range(start, min(start + QUERY_CHUNK, num_queries))
         positions = range(first + rows.start, first + rows.stop)
-        dense, far = visibility(positions, num_keys, rule)
+        dense, far = visibility(positions, num_keys, rule, key.device)
         for kv_head in range(key.shape[0]):
-            keep = rule.keep[layer, kv_head]
-            k = key[kv_head].to(dtype)
-            k_pruned = k * keep
-            v = v_far = value[kv_head].to(dtype)
-            if rule.fp8:
-                k_pruned, v_far = rounded(k_pruned, rule.sink), rounded(v, rule.sink)
-            if rule.archive is not None:
-                far_pair = rule.archive(layer, kv_head, k, v)
-                k_pruned, v_far = (part.to(dtype) for part in far_pair)
-            hidden = ~dense if not keep.any() else ~(dense | far)
+            k, v = key[kv_head].to(dtype), value[kv_head].to(dtype)
+            k_pruned, v_far = read_back[kv_head]
+            hidden = ~(dense | far) if heads[kv_head].profile.stores else ~dense
             for head in range(kv_head * group, (kv_head + 1) * group):
                 q = query[head, rows.start : rows.stop].to(dtype)
                 scores = torch.where(far, q @ k_pruned.T, q @ k.T) * scaling
@@ -150,27 +167,25 @@ class Oracle:
     Args:
         model: a directory that transformers loads, or a loaded causal LM. Outside the calls a
             loaded model keeps its own attention.
-        keep: bool, `[layers, KV heads, head_dim]`: the K channels that far tokens keep.
+        mask: what far tokens keep; see `heads_of`.
         sink: first tokens that stay dense.
         recent: least number of last tokens that stay dense.
         dtype: of weights, activations and cache.
-        fp8: whether far tokens are stored in 8-bit floats.
-        archive: what far tokens are read as otherwise; see `Rule`.
+        archive_format: how far tokens are stored.
         device: where it computes; results are on the host.
 
     Raises:
-        ValueError: if the shape of `keep` is not the model's, or no token would stay dense.
+        ValueError: if the shape of `mask` is not the model's, or no token would stay dense.
     """
 
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
-        keep: np.ndarray,
+        mask: Mask | np.ndarray,
         sink: int,
         recent: int,
         dtype: torch.dtype = torch.float32,
-        fp8: bool = False,
-        archive: Archive | None = None,
+        archive_format: ArchiveFormat = NATIVE,
         device: str = "cpu",
     ) -> None:
         if isinstance(model, (str, Path)):
@@ -179,15 +194,16 @@ class Oracle:
         config = model.config
         head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         shape = (config.num_hidden_layers, config.num_key_value_heads, head_dim)
-        if keep.shape != shape:
-            raise ValueError(f"keep has shape {keep.shape}, the model needs {shape}")
+        given = mask.k_bits.shape if isinstance(mask, Mask) else mask.shape
+        if given != shape:
+            raise ValueError(f"the mask has shape {given}, the model needs {shape}")
         if sink + recent < 1:
             raise ValueError("sink and recent are both 0: a query needs one dense token")
-        self.keep = torch.from_numpy(keep.astype(bool)).to(device)
+        self.heads = heads_of(mask, device)
+        self.device = device
         self.sink = sink
         self.recent = recent
-        self.fp8 = fp8
-        self.archive = archive
+        self.archive_format = archive_format
 
     def logits(self, token_ids: Sequence[int], exact_until: int) -> Tensor:
         """Next-token logits at every position, `[T, vocabulary]` in float32 (one forward)."""
@@ -218,13 +234,13 @@ class Oracle:
         return tokens, torch.stack(rows)
 
     def _rule(self, exact_until: int) -> Rule:
-        return Rule(self.keep, self.sink, self.recent, exact_until, self.fp8, self.archive)
+        return Rule(self.heads, self.sink, self.recent, exact_until, self.archive_format)
 
     @torch.inference_mode()
     def _forward(self, token_ids: Sequence[int], rule: Rule, cache: Any = None) -> Tensor:
         with _attention_of(self.model, "leank_oracle"):
             output = self.model(
-                torch.tensor([list(token_ids)], device=self.keep.device),
+                torch.tensor([list(token_ids)], device=self.device),
                 past_key_values=cache,
                 use_cache=cache is not None,
                 oracle_rule=rule,

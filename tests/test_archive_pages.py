@@ -3,17 +3,28 @@
 import numpy as np
 import pytest
 import torch
-from archive_definition import FP8, PACKED
+from archive_definition import (
+    FP8,
+    PACKED,
+    archive_of,
+    codes_of,
+    field_bytes,
+    numbers_of,
+    token_scale,
+)
 from cache_builder import CacheBuilder
+from format_samples import head_for
+from mask_samples import coded_mask
+from oracle import heads_of
 from vllm_leank.kernels import reference
 from vllm_leank.kernels.channels import layer_channels
 from vllm_leank.kernels.codecs import codec_of
 
-from vllm_leank.core.formats import NATIVE
+from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.core.window import Window
 
 
-@pytest.mark.parametrize("archive_format", [NATIVE, FP8, PACKED], ids=str)
+@pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
 @pytest.mark.parametrize(
     ("window", "archive_block"),
     [
@@ -44,6 +55,83 @@ def test_pages_hold_tokens_and_zeros_for_the_rest(window, archive_block, archive
         ]:
             assert archive[page, positions].equal(content)
     assert end >= 224
+
+
+@pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
+@pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 100])
+def test_rounding_keeps_shapes_and_goes_by_granules(archive_format, tokens):
+    codec, generator = codec_of(archive_format), torch.Generator().manual_seed(tokens)
+    head = head_for(archive_format, 48, 128)
+    key, value = torch.randn(2, tokens, 128, generator=generator)
+    rounded = codec.round(key, value, head)
+    assert [(part.shape, part.dtype) for part in rounded] == [
+        (key.shape, torch.float32),
+        (value.shape, torch.float32),
+    ]
+    whole = tokens // 32 * 32
+    for part, again in zip(rounded, codec.round(key[:whole], value[:whole], head), strict=True):
+        assert part[:whole].equal(again)
+    if codec.whole_channels:
+        zeros = codec.round(torch.zeros(tokens, 128), torch.zeros(tokens, 128), head)
+        assert not any(part.any() for part in zeros)
+
+
+def test_the_native_archive_does_not_round():
+    key, value = torch.randn(2, 40, 64).to(torch.bfloat16)
+    rounded = codec_of(NATIVE).round(key, value, head_for(NATIVE, 64, 64))
+    assert rounded[0].equal(key.float())
+    assert rounded[1].equal(value.float())
+
+
+def test_fp8_rounds_to_the_nearest_e4m3_number_of_a_granule():
+    """From the definition of e4m3: 3 bits after the leading one, exponents from -6, at most 448."""
+    generator = torch.Generator().manual_seed(1)
+    key, value = torch.randn(2, 70, 16, generator=generator, dtype=torch.float64)
+    value = value * 1e-3
+    rounded = codec_of(FP8).round(key, value, head_for(FP8, 16, 16))
+    for given, found in zip((key, value), rounded, strict=True):
+        for first in range(0, 70, 32):
+            part = given[first : first + 32].float().double()
+            scale = part.abs().max() / 448
+            exponent = (part / scale).abs().log2().floor().clamp(min=-6)
+            step = 2 ** (exponent - 3)
+            expected = (part / scale / step).round() * step * scale
+            torch.testing.assert_close(
+                found[first : first + 32].double(), expected, rtol=1e-6, atol=0
+            )
+
+
+def test_fp8_scales_of_granules_without_a_token_are_1():
+    assert codec_of(FP8).empty_side.view(torch.float32).tolist() == [1, 1]
+
+
+def test_a_packed_archive_gives_back_what_its_definition_says(tiny_llama_dir):
+    mask = coded_mask(tiny_llama_dir)
+    read_back, codec = archive_of(mask), codec_of(PACKED)
+    key, value = torch.randn(2, 70, 64, generator=torch.Generator().manual_seed(1))
+    for layer, heads in enumerate(heads_of(mask)):
+        for index, head in enumerate(heads):
+            expected = read_back(layer, index, key, value)
+            for found, part in zip(codec.round(key, value, head), expected, strict=True):
+                torch.testing.assert_close(found.double(), part, rtol=1e-6, atol=1e-6)
+
+
+def test_bytes_of_a_packed_archive_are_those_of_its_definition(tiny_llama_dir):
+    mask = coded_mask(tiny_llama_dir)
+    key, value = torch.randn(2, 2, 32, 64, generator=torch.Generator().manual_seed(2))
+    for layer, heads in enumerate(heads_of(mask)):
+        for index, head in enumerate(heads):
+            stored = codec_of(PACKED).encode(key, value, head)
+            of_token = token_scale(value.flatten(0, 1), *numbers_of(mask, "v", layer, index))
+            assert stored.side.view(torch.float16).flatten().equal(of_token[:, 0])
+            for part, given, kind, scale in (
+                (stored.key, key, "k", None),
+                (stored.value, value, "v", of_token),
+            ):
+                bits, mean, of_channel = numbers_of(mask, kind, layer, index)
+                codes = codes_of(given.flatten(0, 1), bits, mean, of_channel, scale)
+                fields = [field_bytes(codes, bits, one) for one in (8, 4, 2)]
+                assert part.flatten(0, 1).equal(torch.cat(fields, dim=1))
 
 
 def quantize(values):

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity
-from vllm_leank.core.formats import NATIVE, find_format
-from vllm_leank.core.plan import ARCHIVE_WASTE, rank_heads
+from vllm_leank.core.formats import NATIVE, find_format, known_formats
+from vllm_leank.core.plan import ARCHIVE_WASTE, plan_cache, rank_heads
+from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import Window
 
 OFFICIAL_MASKS = Path(__file__).parents[2] / "shared" / "official-masks"
@@ -63,6 +64,25 @@ def test_an_archive_page_is_never_as_large_as_a_window_page():
     plan = plan_of([[128, 128]], 128, 2)
     assert plan.archive_block == 32
     assert plan.archive_page_bytes == 32 * 1024 + 512
+
+
+@pytest.mark.parametrize(
+    ("profile", "archive_block", "token_bytes", "fit"),
+    [
+        (Profile(k4=128, v4=128), 128, 32 * 1040, 3.81),
+        (Profile(k2=128, v2=128), 256, 32 * 528, 7.25),
+        (Profile(k2=64, v2=64), 512, 32 * 272, 13.02),
+    ],
+)
+def test_archive_pages_of_llama_fill_a_block_whatever_the_bits(
+    profile, archive_block, token_bytes, fit
+):
+    """Block of 4 MiB; requests of 32K tokens against dense ones."""
+    plan = plan_cache(((profile,) * 8,) * 32, 128, 2, archive_format=PACKED)
+    assert (plan.archive_block, plan.archive_token_bytes) == (archive_block, token_bytes)
+    pool = 64 << 30
+    requests = leank_capacity(plan, Window(64, 256), pool, 32768).in_decode
+    assert requests / dense_capacity(plan, pool, 32768).in_decode == pytest.approx(fit, abs=0.01)
 
 
 def official(name):
@@ -143,7 +163,7 @@ masks = st.integers(1, 4).flatmap(
 @given(
     masks,
     st.sampled_from([1, 2, 4, 8, 16]),
-    st.sampled_from([NATIVE, FP8, PACKED]),
+    st.sampled_from(known_formats()),
     st.integers(1, 3),
 )
 def test_layers_of_every_rank_and_stage_share_a_page_without_overlap(
@@ -166,7 +186,7 @@ def test_layers_of_every_rank_and_stage_share_a_page_without_overlap(
 
 
 @settings(max_examples=200, deadline=None)
-@given(masks, st.sampled_from([1, 2, 4]), st.sampled_from([NATIVE, FP8, PACKED]))
+@given(masks, st.sampled_from([1, 2, 4]), st.sampled_from(known_formats()))
 def test_far_tokens_leave_little_of_a_block_empty(mask, tp_size, archive_format):
     plan = plan_of(mask, 128, 2, tp_size, archive_format)
     used = plan.archive_token_bytes * plan.archive_block / plan.block_bytes

@@ -7,12 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from vllm_leank.kernels.launch import TMA_CAPABILITIES
 
-SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
-"""Bytes that a program may have, by compute capability: A100, L40, H100, RTX 5090."""
+from vllm_leank.core.formats import known_formats
+
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes that a program may have, by compute capability: A100, L40, H100, B200, RTX 5090."""
 
 
-@pytest.mark.parametrize(("capability", "head_dim"), [(80, 128), (89, 128), (90, 128), (120, 256)])
+@pytest.mark.parametrize(
+    ("capability", "head_dim"), [(80, 128), (89, 128), (90, 128), (100, 64), (120, 256)]
+)
 def test_attention_kernels_compile_for_gpus_that_are_not_here(capability, head_dim):
     """In a process of its own, as the interpreter has taken Triton's place in this one."""
     tests = Path(__file__).parent
@@ -29,5 +34,9 @@ def test_attention_kernels_compile_for_gpus_that_are_not_here(capability, head_d
     assert {one["kernel"] for one in found} == {
         "_decode_kernel", "_combine_kernel", "_extend_kernel",
     }  # fmt: skip
-    assert {one["archive"] for one in found} == ({"auto", "fp8"} if capability > 80 else {"auto"})
+    expected = {one.name for one in known_formats() if one.capability <= divmod(capability, 10)}
+    assert {one["archive"] for one in found} == expected
     assert max(one["shared"] for one in found) <= SHARED_MEMORY[capability]
+    if capability // 10 in TMA_CAPABILITIES:
+        decode = [one for one in found if one["kernel"] == "_decode_kernel"]
+        assert not [one for one in decode if one["stack"]], "registers spill"

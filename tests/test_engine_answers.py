@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from archive_definition import PACKED, archive_of
+from archive_definition import FP8, PACKED
 from engines import engine, planned_ahead
 from mask_samples import coded_mask, full_mask, random_mask
 from oracle import Oracle
@@ -73,7 +73,7 @@ def test_logits_are_those_of_the_definition(tiny_llama_dir, length):
 def test_an_fp8_archive_rounds_as_defined_and_changes_little(tiny_llama_dir, mask_of):
     mask = mask_of(tiny_llama_dir)
     (prompt,) = prompts_of([600])
-    with engine(tiny_llama_dir, mask, archive_dtype="fp8", max_logprobs=512) as leank:
+    with engine(tiny_llama_dir, mask, archive_dtype=FP8.name, max_logprobs=512) as leank:
         leank.memory.fill_(torch.nan)
         tokens, logprobs, _ = all_logprobs(leank.llm, prompt, 100)
 
@@ -84,7 +84,7 @@ def test_an_fp8_archive_rounds_as_defined_and_changes_little(tiny_llama_dir, mas
         return (logprobs - expected).square().mean().sqrt()
 
     # Sums in another order may round a number to the other neighbour; that is all.
-    assert error(fp8=True) < 1e-3
+    assert error(archive_format=FP8) < 1e-3
     assert 1e-2 < error() < 0.1
 
 
@@ -97,15 +97,14 @@ def test_codes_are_read_as_defined(tiny_llama_dir):
         leank.memory.fill_(torch.nan)
         tokens, logprobs, _ = all_logprobs(leank.llm, prompt, 200)
 
-    def error(**kind):
-        stores = (mask.k_bits | mask.v_bits) > 0
-        oracle = Oracle(tiny_llama_dir, stores, SINK, RECENT, **kind)
+    def error(kept, **kind):
+        oracle = Oracle(tiny_llama_dir, kept, SINK, RECENT, **kind)
         expected = oracle.logits(prompt + tokens[:-1], exact_until=600).log_softmax(-1)[599:]
         return (logprobs - expected).square().mean().sqrt()
 
     # Sums in another order may make another code of a number at the edge of two.
-    assert error(archive=archive_of(mask)) < 1e-3
-    assert error() > 0.1
+    assert error(mask, archive_format=PACKED) < 1e-3
+    assert error((mask.k_bits | mask.v_bits) > 0) > 0.1
 
 
 def all_logprobs(llm, prompt, max_tokens):

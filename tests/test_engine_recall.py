@@ -1,11 +1,7 @@
 """The bundled model through the engine: its mask keeps its answers, a random one loses them."""
 
-import os
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
-import torch
 from engines import engine
 from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
@@ -16,8 +12,9 @@ from vllm_leank.mask.mask import Mask
 
 pytestmark = pytest.mark.engine
 
-SAMPLES = {1024: 8, 2048: 8, 4096: 4, 8192: 2}
-"""Held-out samples per task at each length; more of them stand in benchmarks/results."""
+SAMPLES = {1024: 8, 2048: 4, 4096: 2, 8192: 1}
+"""Held-out samples per task at each length, as many tokens at each; more of them stand in
+benchmarks/results."""
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +27,9 @@ def accuracy(mask, samples=SAMPLES, archive_dtype="auto"):
     """Share of right answers, over all tasks and lengths."""
     window = {"sink": mask.sink, "recent": mask.recent}
     right = []
-    with (
-        all_threads(),
-        engine(
-            MODEL, mask.path, archive_dtype=archive_dtype, max_model_len=8192 + 64, **window
-        ) as running,
-    ):
+    with engine(
+        MODEL, mask.path, archive_dtype=archive_dtype, max_model_len=8192 + 64, **window
+    ) as running:
         for task in TASKS:
             for length, count in samples.items():
                 asked = [make_sample(task, length, seed) for seed in range(count)]
@@ -46,17 +40,6 @@ def accuracy(mask, samples=SAMPLES, archive_dtype="auto"):
                     for (tokens, _), sample in zip(answers, asked, strict=True)
                 ]
     return sum(right) / len(right)
-
-
-@contextmanager
-def all_threads():
-    """A model of this size gains from more than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_the_shipped_mask_prunes_70_percent(shipped):
@@ -70,7 +53,7 @@ def test_the_shipped_mask_keeps_the_answers(shipped):
 
 
 def test_so_it_does_with_an_fp8_archive(shipped):
-    assert accuracy(shipped, {1024: 8, 4096: 4}, archive_dtype="fp8") >= 0.99
+    assert accuracy(shipped, {1024: 8, 4096: 2}, archive_dtype="fp8") >= 0.99
 
 
 def test_a_random_mask_of_the_same_size_loses_them(shipped, tmp_path):
@@ -84,4 +67,4 @@ def test_a_random_mask_of_the_same_size_loses_them(shipped, tmp_path):
     )  # fmt: skip
     path = tmp_path / "random.yaml"
     save_mask(mask, path)
-    assert accuracy(load_mask(path), {1024: 8, 2048: 4}) < 0.5
+    assert accuracy(load_mask(path), {1024: 4, 2048: 2}) < 0.5

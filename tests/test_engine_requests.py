@@ -20,25 +20,22 @@ LIMITS = {
     "scheduling_policy": "priority",
     "max_num_batched_tokens": 256,
 }
-
-
-def prompts():
-    return [
-        {"prompt_token_ids": make_sample("multikey", length, length).prompt_token_ids}
-        for length in (60, 130, 200, 310, 420, 610)
-    ]
+PROMPTS = [
+    {"prompt_token_ids": make_sample("multikey", length, length).prompt_token_ids}
+    for length in (60, 130, 200, 310, 420, 610)
+]
 
 
 def asked(running):
     """Answers to requests of all kinds, as plain values."""
     llm = running.llm
 
-    def generate(priority=None, **params):
-        """Tokens, log-probabilities, text and the reason to stop, of every sequence."""
-        params = {"temperature": 0, "max_tokens": 90} | params
-        outputs = llm.generate(
-            prompts(), SamplingParams(**params), priority=priority, use_tqdm=False
-        )
+    def generate(prompts=PROMPTS, priority=None, **params):
+        """Tokens, log-probabilities, text and the reason to stop, of every sequence. By default of
+        70 tokens: at least two compactions.
+        """
+        params = {"temperature": 0, "max_tokens": 70} | params
+        outputs = llm.generate(prompts, SamplingParams(**params), priority=priority, use_tqdm=False)
         for output in outputs:
             for one in output.outputs:
                 yield list(one.token_ids), one.text, one.finish_reason, one.stop_reason
@@ -51,13 +48,15 @@ def asked(running):
         "until the end of the sequence": list(generate()),
         "several samples": list(generate(n=3, temperature=1.0, top_k=1)),
         "log-probabilities": list(generate(logprobs=3, prompt_logprobs=2, max_tokens=40)),
-        "as long as the model allows": list(generate(ignore_eos=True, max_tokens=2000)),
+        "as long as the model allows": list(
+            generate(PROMPTS[3:], ignore_eos=True, max_tokens=2000)
+        ),
         "by priority": list(generate(priority=[5, 4, 3, 2, 1, 0])),
         "penalties": list(generate(repetition_penalty=1.3, min_tokens=50)),
     }
     words = answers["greedy"][0][1].split()
-    answers["stop strings"] = list(generate(stop=words[8:10], ignore_eos=True))
-    beams = llm.beam_search(prompts()[:3], BeamSearchParams(beam_width=3, max_tokens=20))
+    answers["stop strings"] = list(generate(stop=words[4:6], ignore_eos=True))
+    beams = llm.beam_search(PROMPTS[:3], BeamSearchParams(beam_width=3, max_tokens=20))
     answers["beams"] = [list(beam.tokens) for output in beams for beam in output.sequences]
     pool = running.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cache_builder import FP8, CacheBuilder, relative_rms
+from archive_definition import CODED, FP8, PACKED
+from cache_builder import CacheBuilder, relative_rms
 from test_reference import mixed
 from test_reference import serve as serve_long
 from vllm_leank.kernels import decode, extend, launch, reference, store
@@ -20,7 +21,27 @@ from vllm_leank.core.window import Window
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 FP32, BF16, FP16 = (torch.float32, 2e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)
+CODED_FP16 = (torch.float16, 6e-4)
+"""Queries of codes are rounded to fp16 once more, times the distances of codes."""
+
 gpu = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """In the interpreter, which runs programs one after the other: for each head some that find
+    nothing to do, not hundreds. Those of compaction take several steps of 32 tokens in turn.
+    """
+    if GPU:
+        yield
+        return
+    launch.choose_decode.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "PROGRAMS", (16, 16))
+        patch.setattr(launch, "REQUEST_PROGRAMS", (16, 16, 16))
+        patch.setattr(launch, "COMPACT_PROGRAMS", (12, 12))
+        yield
+    launch.choose_decode.cache_clear()
 
 
 def serve(builder):
@@ -81,6 +102,18 @@ def tma(request, monkeypatch):
         ((48, 128), 128, 7, Window(32, 64), 128, (FP16, FP8)),
         ((256, 144), 256, 2, Window(32, 64), 32, (FP32, NATIVE)),
         ((0, 0), 64, 16, Window(32, 64), 64, (FP16, NATIVE)),
+        (CODED[64][:2], 64, 1, Window(32, 64), 128, (CODED_FP16, PACKED)),
+        (CODED[128][:1], 128, 4, Window(0, 32), 256, (CODED_FP16, PACKED)),
+        (CODED[256][1:2], 256, 1, Window(64, 100), 128, (CODED_FP16, PACKED)),
+        *(
+            pytest.param(
+                CODED[head_dim], head_dim, group, window, block, (dtype, PACKED), marks=gpu
+            )
+            for window in (Window(0, 32), Window(64, 100))
+            for head_dim in (64, 128, 256)
+            for group in (1, 4, 7)
+            for block, dtype in ((128, BF16), (256, CODED_FP16))
+        ),
         *(
             pytest.param(
                 mixed(head_dim), head_dim, group, window, block, (dtype, archive), marks=gpu
@@ -119,6 +152,12 @@ def test_every_query_reads_what_the_rule_says(
     ("kept", "head_dim", "group", "archive_block", "dtypes"),
     [
         ((16, 0), 32, 2, 64, (FP16, NATIVE)),
+        (CODED[64][1:3], 64, 2, 128, (CODED_FP16, PACKED)),
+        *(
+            pytest.param(CODED[head_dim], head_dim, group, block, (dtype, PACKED), marks=gpu)
+            for head_dim, group in ((64, 4), (128, 1), (128, 7), (256, 4))
+            for block, dtype in ((128, CODED_FP16), (256, BF16))
+        ),
         pytest.param(mixed(128), 128, 4, 64, (BF16, NATIVE), marks=gpu),
         pytest.param(mixed(128), 128, 7, 128, (BF16, FP8), marks=gpu),
         pytest.param(mixed(96), 96, 3, 96, (FP16, NATIVE), marks=gpu),
@@ -159,14 +198,22 @@ def test_a_prompt_is_read_the_same_in_programs_and_tiles_of_any_size(monkeypatch
         assert relative_rms(output, step.expected) < FP16[1]
 
 
-@pytest.mark.parametrize("archive_format", [NATIVE, pytest.param(FP8, marks=gpu)])
 @pytest.mark.parametrize(
-    ("kept", "head_dim", "archive_block", "window"),
+    ("kept", "head_dim", "archive_block", "window", "archive_format"),
     [
-        ((32, 0, 112), 128, 64, Window(32, 64)),
-        ((96, 16), 96, 96, Window(32, 64)),
-        ((64, 48, 0), 64, 128, Window(64, 32)),
-        ((256, 80), 256, 32, Window(0, 32)),
+        *(
+            pytest.param(*case, archive_format, marks=[gpu] if archive_format == FP8 else [])
+            for archive_format in (NATIVE, FP8)
+            for case in (
+                ((32, 0, 112), 128, 64, Window(32, 64)),
+                ((96, 16), 96, 96, Window(32, 64)),
+                ((64, 48, 0), 64, 128, Window(64, 32)),
+                ((256, 80), 256, 32, Window(0, 32)),
+            )
+        ),
+        (CODED[64], 64, 128, Window(32, 64), PACKED),
+        (CODED[128], 128, 256, Window(64, 32), PACKED),
+        pytest.param(CODED[256], 256, 128, Window(0, 32), PACKED, marks=gpu),
     ],
 )
 def test_pages_are_those_of_the_reference(kept, head_dim, archive_block, window, archive_format):
@@ -281,7 +328,7 @@ def test_addresses_beyond_two_to_the_31_elements(tma):
 
 
 @gpu
-@pytest.mark.parametrize("archive_format", [NATIVE, FP8])
+@pytest.mark.parametrize("archive_format", [NATIVE, FP8, PACKED])
 def test_a_captured_graph_replays_like_eager_launches(archive_format):
     """One graph over 50 batches of changing size, length, tables and boundary crossings."""
     builder = CacheBuilder(

@@ -16,6 +16,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.request import Request
 from vllm_cache import cache_configs, vllm_config
 
+from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import WindowSpec
 
@@ -33,9 +34,13 @@ def expected_boundary(length, window):
 class Server:
     """The scheduler's part in a cache: chunks of prompts, decode steps, preemption."""
 
-    def __init__(self, window, block=64, num_blocks=2048, caching=True, max_length=MAX_LENGTH):
+    def __init__(
+        self, window, block=64, num_blocks=2048, caching=True, max_length=MAX_LENGTH,
+        archive_format=NATIVE,
+    ):  # fmt: skip
         self.window, self.block = window, block
-        self.plan = replace(plan_of([[64, 0], [64, 32]], 128, 2), archive_block=block)
+        plan = plan_of([[64, 0], [64, 32]], 128, 2, archive_format=archive_format)
+        self.plan = replace(plan, archive_block=block)
         memory = self.plan.block_bytes * num_blocks
         config = generate_scheduler_kv_cache_config(
             cache_configs(self.plan, window, memory, max_length)

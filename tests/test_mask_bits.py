@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import itertools
 import pickle
 import re
 import time
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_samples import packed_mask, statistics_of
 
+from vllm_leank.core.formats.packed import class_counts
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.options import Options
+from vllm_leank.core.profile import Profile
 from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import MAX_PROFILES, profiles_of
 from vllm_leank.mask.errors import MaskError
@@ -207,21 +210,21 @@ MALFORMED = {
         "8" * 8 + "4" * 56,
         HEAD,
         "layers[0][0].k",
-        "has 8 channels of 8 bits, no multiple of 16",
+        "has 8 channels of 8 bits, which no packed archive can hold; allowed: 0, 16, 32, 64",
     ),
     "48 of 4": (
         "84" * 32,
         "8" * 16 + "4" * 48,
         HEAD,
         "layers[0][0].k",
-        "48 channels of 4 bits, no multiple of 32",
+        "48 channels of 4 bits, which no packed archive can hold; allowed: 0, 32, 64, 128",
     ),
     "32 of 2": (
         "84" * 32,
         "8" * 32 + "2" * 32,
         HEAD,
         "layers[0][0].k",
-        "32 channels of 2 bits, no multiple of 64",
+        "32 channels of 2 bits, which no packed archive can hold; allowed: 0, 64, 128, 256",
     ),
     "profile of nobody": (
         "{'2': 64}",
@@ -316,14 +319,16 @@ def test_parts_that_do_not_fit_are_refused():
 
 def test_heads_have_few_profiles():
     geometry = Geometry(1, 9, 128, 1e4, None)
-    k_bits = np.full((1, 9, 128), 8, np.uint8)
-    for index in range(9):
-        k_bits[0, index, : 16 * min(index, 8 - 1)] = 0
+    k_bits = np.zeros((1, 9, 128), np.uint8)
+    for index, (k8, k4) in enumerate(itertools.product((16, 32, 64), (64, 32, 0))):
+        k_bits[0, index, : k8 + k4] = [8] * k8 + [4] * k4
+    last = k_bits[0, 8].copy()
+    k_bits[0, 8] = k_bits[0, 7]
     options = {"model": "m", "provenance": {"method": "x"}}
     options["statistics"] = statistics_of(k_bits.shape)
     mask = Mask.from_bits(k_bits, np.full_like(k_bits, 4), geometry, **options)
     assert len(profiles_of(mask.k_bits, mask.v_bits)) == MAX_PROFILES
-    k_bits[0, 8] = 0
+    k_bits[0, 8] = last
     with pytest.raises(MaskError, match="profiles: heads have 9 different class widths"):
         Mask.from_bits(k_bits, np.full_like(k_bits, 4), geometry, **options)
 
@@ -339,9 +344,41 @@ def test_the_largest_masks_fit_and_are_read_soon(tmp_path):
     assert len(dump_mask(packed_mask(Geometry(80, 64, 128, 5e5, None)))) < MAX_BYTES
 
 
-def test_masks_of_bits_are_not_served_as_if_they_were_whole():
-    with pytest.raises(UserError, match="cannot be served yet"):
-        plan_settings(packed_mask(Geometry(2, 2, 128, 1e4, None)), Options(), 2)
+def coded(kind=2):
+    """One head in codes of so many bits."""
+    bits = np.full((1, 1, 64), kind, np.uint8)
+    return Mask.from_bits(
+        bits, bits, Geometry(1, 1, 64, 1e4, None), model="m",
+        provenance={"method": "test"}, statistics=statistics_of((1, 1, 64)),
+    )  # fmt: skip
+
+
+def test_the_mask_decides_the_archive_where_the_options_do_not():
+    assert plan_settings(coded(), Options(), 2).plan.archive_format.name == "packed"
+    assert plan_settings(coded(16), Options(), 2).plan.archive_format.name == "auto"
+    assert (
+        plan_settings(coded(16), Options(archive_dtype="fp8"), 2).plan.archive_format.name == "fp8"
+    )
+    assert plan_settings(coded(), Options(archive_dtype="packed"), 2).plan.profiles == (
+        (Profile(k2=64, v2=64),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("mask", "archive_dtype", "message"),
+    [
+        (
+            coded(),
+            "fp8",
+            '2, 4 or 8 bits, which no fp8 archive can hold: remove archive_dtype "fp8"',
+        ),
+        (coded(16), "packed", "channels of 16 bits, which no packed archive can hold"),
+        (packed_mask(Geometry(2, 2, 128, 1e4, None)), "auto", "beside heads with fewer"),
+    ],
+)
+def test_masks_that_an_archive_cannot_hold_are_refused(mask, archive_dtype, message):
+    with pytest.raises(UserError, match=message):
+        plan_settings(mask, Options(archive_dtype=archive_dtype), 2)
 
 
 @st.composite
@@ -352,8 +389,8 @@ def masks(draw):
 
     def codes():
         row, left = [], head_dim
-        for kind, width in ((2, 64), (4, 32), (8, 16)):
-            count = rng.integers(0, left // width + 1) * width
+        for kind in (2, 4, 8):
+            count = rng.choice([one for one in class_counts(kind) if one <= left])
             row += [kind] * count
             left -= count
         return row + [0] * left

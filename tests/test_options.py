@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from mask_samples import statistics_of
 
 from vllm_leank.core.formats import find_format
 from vllm_leank.core.geometry import Geometry
@@ -11,8 +12,8 @@ from vllm_leank.core.options import OptionError, Options, given_options, parse_o
 from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.mask.file import Mask
-from vllm_leank.mask.settings import Settings, _window
-from vllm_leank.serving.report import report
+from vllm_leank.mask.settings import Settings, _window, plan_settings
+from vllm_leank.serving.report import describe, report
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,23 @@ def test_window_comes_from_options_then_from_the_mask(options, made_for, window)
 def settings(window, mask, archive_dtype="auto"):
     plan = plan_cache(mask.profiles, 64, 2, archive_format=find_format(archive_dtype))
     return Settings(mask, window, replace(plan, archive_block=64))
+
+
+def test_report_of_a_mask_of_bits():
+    """128 layers of 8 heads; all of K and V in 2 bits, but for a head without and one of 4 bits."""
+    geometry = Geometry(128, 8, 64, 1e4, None)
+    bits = np.full((2, 128, 8, 64), 2, np.uint8)
+    bits[:, 0, 0], bits[:, 0, 1] = 0, 4
+    mask = Mask.from_bits(
+        *bits, geometry, model="org/m", provenance={"method": "by hand"},
+        statistics=statistics_of((128, 8, 64)),
+    )  # fmt: skip
+    lines = describe(plan_settings(mask, Options(), 2))
+    assert lines[1] == (
+        "leank mask: 2.0 bits per number (8.0x), of 1,024 heads of 64 channels in 128 layers "
+        "1 store nothing; 1022 store K 64 x 2, V 64 x 2; 1 store K 64 x 4, V 64 x 4"
+    )
+    assert lines[3].endswith("(13.3%); packed archive pages of 256 tokens")
 
 
 def test_report_of_a_hand_made_mask():

@@ -5,12 +5,13 @@ import os
 import pytest
 from archive_definition import plan_of
 from engines import engine
+from mask_samples import coded_mask
 from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
 from test_engine_answers import assert_same
 
 from vllm_leank.core.formats import find_format
-from vllm_leank.mask.file import load_mask
+from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.lookup import find_masks
 
 LIMITS = {"max_model_len": 1200, "max_num_seqs": 8, "max_num_batched_tokens": 512}
@@ -27,13 +28,13 @@ PIPELINE = {
 }
 
 
-def answers(**arguments):
+def answers(mask=None, **arguments):
     """Tokens and log-probabilities: 90 tokens are at least two compactions."""
-    (mask,) = find_masks(str(MODEL))
+    mask = mask or find_masks(str(MODEL))[0].path
     prompts = [
         make_sample(task, length, 0).prompt_token_ids for task in TASKS for length in (200, 700)
     ]
-    with engine(MODEL, mask.path, sink=32, recent=64, **LIMITS, **arguments) as running:
+    with engine(MODEL, mask, sink=32, recent=64, **LIMITS, **arguments) as running:
         return running.generate(prompts, 90)
 
 
@@ -43,8 +44,8 @@ def split(monkeypatch):
     # One core each is not there to be bound to on every machine.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
-    def answer(**arguments):
-        return answers(distributed_executor_backend="mp", **arguments)
+    def answer(*mask, **arguments):
+        return answers(*mask, distributed_executor_backend="mp", **arguments)
 
     return answer
 
@@ -52,6 +53,14 @@ def split(monkeypatch):
 @pytest.mark.engine
 def test_two_ranks_answer_like_one(split):
     assert_same(split(tensor_parallel_size=2), answers(), 1e-3)
+
+
+@pytest.mark.engine
+def test_two_ranks_share_heads_of_codes(split, tmp_path):
+    """Of different profiles, in pages of equal size."""
+    save_mask(coded_mask(MODEL), tmp_path / "m.yaml")
+    expected = answers(tmp_path / "m.yaml")
+    assert_same(split(tmp_path / "m.yaml", tensor_parallel_size=2), expected, 5e-3)
 
 
 @pytest.mark.engine

@@ -6,7 +6,7 @@ from archive_definition import FP8, PACKED
 from cache_builder import CacheBuilder, relative_rms
 from vllm_leank.kernels import reference
 
-from vllm_leank.core.formats import NATIVE
+from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import Window
 
@@ -60,14 +60,19 @@ def test_every_query_reads_what_the_rule_says(
         assert relative_rms(output, step.expected) < tolerance
 
 
+@pytest.mark.parametrize("archive_format", known_formats()[1:], ids=lambda one: one.name)
 @pytest.mark.parametrize("window", [Window(0, 32), Window(64, 100)], ids=str)
 @pytest.mark.parametrize(
     ("head_dim", "group", "archive_block", "dtype", "tolerance"),
     [(64, 2, 64, *FP32), (96, 1, 96, *FP16), (128, 4, 128, *BF16), (256, 1, 32, *FP32)],
 )
-def test_an_fp8_archive(head_dim, group, archive_block, dtype, tolerance, window):
-    """As exact as any other: the definition quantises, too."""
-    builder = CacheBuilder(mixed(head_dim), head_dim, group, window, archive_block, dtype, FP8)
+def test_other_archive_formats(
+    head_dim, group, archive_block, dtype, tolerance, window, archive_format
+):
+    """As exact as the native one: the definition rounds, too."""
+    builder = CacheBuilder(
+        mixed(head_dim), head_dim, group, window, archive_block, dtype, archive_format
+    )
     for step in serve(builder):
         output = builder.run(step, reference)
         assert output.isfinite().all()
@@ -179,7 +184,7 @@ def test_store_writes_its_own_slots_only():
     assert raw(builder.cache.window_pages).equal(raw(wanted))
 
 
-@pytest.mark.parametrize("archive_format", [NATIVE, FP8, PACKED], ids=str)
+@pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
 @pytest.mark.parametrize("archive_block", [32, 64, 96])
 def test_compact_writes_its_own_slots_only(archive_block, archive_format):
     window = Window(32, 64)

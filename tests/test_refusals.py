@@ -10,7 +10,7 @@ from re import escape
 from types import SimpleNamespace
 
 import pytest
-from mask_samples import random_mask
+from mask_samples import coded_mask, random_mask
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
@@ -79,7 +79,7 @@ OPTIONS = {
         {"sinks": 64},
         'no option "sinks"; allowed: mask, sink, recent, archive_dtype',
     ),
-    "unknown archive dtype": ({"archive_dtype": "int8"}, "must be one of: auto, fp8, packed"),
+    "unknown archive dtype": ({"archive_dtype": "int8"}, "must be one of: auto, "),
     "sink of a wrong type": ({"sink": "64"}, "option sink = '64'"),
     "sink not in whole pages": ({"sink": 30}, "sink is 30, but must be 0 or a multiple of 32"),
     "recent below a step": ({"recent": 16}, "recent is 16, but must be at least 32"),
@@ -325,6 +325,15 @@ def test_what_a_gpu_must_have(
     _, reasons = judge(config)
     assert len(reasons) == (refused is not None)
     assert refused is None or refused in reasons[0]
+
+
+def test_codes_are_not_served_on_a_gpu_yet(tiny_llama_dir, tmp_path, monkeypatch):
+    save_mask(coded_mask(tiny_llama_dir), tmp_path / "m.yaml")
+    config = config_of(tiny_llama_dir, {"mask": str(tmp_path / "m.yaml")})
+    gpu = SimpleNamespace(is_cuda=lambda: True, has_device_capability=lambda needed: True)
+    monkeypatch.setattr("vllm.platforms.current_platform", gpu)
+    _, reasons = judge(config)
+    assert ["cannot be served on a GPU yet" in reason for reason in reasons] == [True]
 
 
 def test_a_model_without_a_mask_is_told_how_to_make_one(tiny_llama_dir):

@@ -48,7 +48,10 @@ class DecodeShape:
 
 
 class Codec(ABC):
-    """Writes and reads the numbers of an archive format in plain PyTorch.
+    """Writes and reads the numbers of an archive format.
+
+    A format's author writes `dtype`, `encode` and `decode` in plain PyTorch, which is all that a
+    CPU needs, and `tiles`, the same for Triton kernels. Pages and places are the kernels' work.
 
     Attributes:
         side_dtype: of the numbers that are kept beside K and V.
@@ -87,7 +90,11 @@ class Codec(ABC):
     @property
     @abstractmethod
     def tiles(self) -> Any:
-        """The format's device functions, a `tiles.Tiles`. Asked for where Triton is used alone."""
+        """The same for Triton kernels: a `tiles.Tiles`, made once per class.
+
+        Its device functions must write the bytes that `encode` writes, and read what `decode`
+        reads. Only Triton kernels ask for it; on a CPU it may raise `NotImplementedError`.
+        """
 
     @property
     def empty_side(self) -> torch.Tensor:
@@ -97,15 +104,27 @@ class Codec(ABC):
     def round(
         self, key: torch.Tensor, value: torch.Tensor, head: HeadChannels
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What an archive gives back of K and V `[tokens, head_dim]` of one head, fp32. Tokens
-        begin at a granule; a last one that is not full counts as filled with zeros.
+        """What queries read of far tokens of one head: K and V once encoded and decoded, fp32.
+
+        Tests and offline measures use it as the format's definition; servers never call it. The
+        first token must begin a granule, as the sink's end does. If the last granule is not full,
+        zeros fill it, so what comes back of its tokens may differ from what a full one gives.
+
+        Args:
+            key: `[tokens, head_dim]`, all channels, of the model's dtype.
+            value: like `key`.
+            head: the head's channels.
+
+        Returns:
+            K and V in the same shapes; channels that are not stored are their means.
         """
         tokens = len(key)
+        granules = -(-tokens // GRANULE)
         parts = []
         for part in (key, value):
-            padded = part.new_zeros((-(-tokens // GRANULE) * GRANULE, part.shape[-1]))
+            padded = part.new_zeros((granules * GRANULE, part.shape[-1]))
             padded[:tokens] = part
-            parts.append(padded.unflatten(0, (-1, GRANULE)))
+            parts.append(padded.view(granules, GRANULE, part.shape[-1]))
         key, value = parts
         rounded = self.decode(self.encode(key, value, head), head)
         key, value = (part.flatten(0, 1)[:tokens] for part in rounded)

@@ -11,13 +11,19 @@ class Tiles:
     Kernels for other formats are other kernels to Triton's caches: they tell them apart by `repr`
     in memory and by `cache_key` on disk.
 
+    Formats of whole channels (`core.formats.whole`) take the functions of `fold_columns`,
+    `fold_rows` and `whole_store`, which know two kinds of numbers: as they are (no `encode`), and
+    of up to 16 bits with one scale for each granule of K and of V, which is a `side_bytes` of 8.
+    Any other format brings functions of its own.
+
     Args:
         fold_columns: takes archive tiles into a running softmax with queries in columns.
         fold_rows: the same with queries in rows.
         compact: encodes a head's granules into its pages.
-        encode: for formats of whole channels, from a granule `[32, channels]`, fp32, to what is
-            stored and the scale, a number, that this has to be multiplied by. None: numbers are
-            stored as they are, in the model's dtype.
+        encode: for formats of whole channels, from a granule, fp32, K as `[32, channels]` and V as
+            `[channels, 32]`, to what is stored and the scale, a number, that this has to be
+            multiplied by. What is stored becomes the codec's dtype by a plain cast, so integers
+            must be whole numbers here. None: numbers are stored as they are.
         unit: by how much stored numbers may exceed the model's. The sum of weights times scales
             times V is kept in units of it, within fp16.
 

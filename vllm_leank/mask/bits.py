@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from vllm_leank.core.formats.packed import CODE_CLASSES, class_counts
 from vllm_leank.core.profile import Profile, Profiles
 from vllm_leank.mask.errors import MaskError
 
@@ -16,9 +17,6 @@ BitsArray = npt.NDArray[np.uint8]
 ProfileEntry = dict[str, dict[str, int]]
 
 CLASSES = (16, 8, 4, 2, 0)
-
-WIDTH_OF_CLASS = {16: 16, 8: 16, 4: 32, 2: 64}
-"""A head has a multiple of this many channels of each class: rows of codes fill 16 bytes."""
 
 MAX_PROFILES = 8
 """Kernels are compiled for the class widths that heads have, so these must be few."""
@@ -74,11 +72,18 @@ def check_bits(k_bits: BitsArray, v_bits: BitsArray, shape: tuple[int, int, int]
             raise MaskError("has other bits than 0, 2, 4, 8 and 16", loc=("layers", i, j, name))
     _check_whole_heads(k_bits, v_bits)
     for name, bits in (("k", k_bits), ("v", v_bits)):
-        for kind, width in WIDTH_OF_CLASS.items():
-            counts = (bits == kind).sum(axis=-1)
-            for i, j in _places(counts % width > 0):
+        counts = (bits == 16).sum(axis=-1)
+        for i, j in _places(counts % 16 > 0):
+            raise MaskError(
+                f"has {counts[i, j]} channels of 16 bits, no multiple of 16",
+                loc=("layers", i, j, name),
+            )
+        for kind in CODE_CLASSES:
+            counts, allowed = (bits == kind).sum(axis=-1), class_counts(kind)
+            for i, j in _places(~np.isin(counts, allowed)):
                 raise MaskError(
-                    f"has {counts[i, j]} channels of {kind} bits, no multiple of {width}",
+                    f"has {counts[i, j]} channels of {kind} bits, which no packed archive can "
+                    f"hold; allowed: {', '.join(map(str, allowed))}",
                     loc=("layers", i, j, name),
                 )
     if has_codes(k_bits, v_bits) and (count := len(profiles_of(k_bits, v_bits))) > MAX_PROFILES:

@@ -157,7 +157,7 @@ class Verifier:
             other_first = self._read(sample.prompt, other, self._keep)
         dense = self._logits(answer, cache, self._full)
         pruned = self._logits(answer, other, self._keep)
-        kl, agree = _divergence(dense, pruned)
+        kl, agree = divergence(dense, pruned)
         right: list[bool | None] = [None, None]
         if sample.answer:
             expected = torch.tensor(answer, device=dense.device)
@@ -219,7 +219,7 @@ class Verifier:
         return self._pruning(layer, query, key, value, attention_mask, scaling)
 
 
-def _divergence(dense: torch.Tensor, pruned: torch.Tensor) -> tuple[float, int]:
+def divergence(dense: torch.Tensor, pruned: torch.Tensor) -> tuple[float, int]:
     """KL(dense || pruned) of rows of logits in nats, summed, and rows with the same maximum."""
     kl, agree = 0.0, 0
     for left, right in zip(dense.split(ROWS), pruned.split(ROWS), strict=True):

@@ -21,6 +21,12 @@ ROW_BYTES = frozenset((0, 16, 32, 64, 128, 256))
 """Bytes that a token may have in a class: tiles have powers of two for sides, and loads 16 bytes.
 So a head has 0, 16, 32, ... channels of 8 bits, twice as many of 4, or four times as many of 2."""
 
+
+def class_counts(bits: int) -> tuple[int, ...]:
+    """How many channels of so many bits a head may have in its K, and in its V."""
+    return tuple(row * 8 // bits for row in sorted(ROW_BYTES))
+
+
 LEAST_SCALE = 2.0**-14
 """Of a token: the smallest number that fp16 holds with all its digits."""
 

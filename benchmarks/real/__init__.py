@@ -1,0 +1,1 @@
+"""What archives cost real models: checkpoints to fetch, and studies on them."""

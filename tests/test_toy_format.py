@@ -1,0 +1,204 @@
+"""Adding an archive format is adding a file: this one adds a toy, and no other file knows of it.
+
+The toy has 8-bit integers in sixteenths, whatever the values are. Numbers beyond 8 are cut.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from archive_definition import plan_of
+from cache_builder import CacheBuilder, relative_rms
+from engines import engine
+from format_samples import head_for
+from mask_samples import random_mask
+from oracle import Oracle
+from prometheus_client import REGISTRY
+from test_engine_answers import KEPT, SINK, all_logprobs, prompts_of
+from test_kernels import KERNELS, serve
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+from vllm_leank.kernels import fold_columns, fold_rows, reference, whole_store
+from vllm_leank.kernels.channels import HeadChannels
+from vllm_leank.kernels.codecs import codec_of
+from vllm_leank.kernels.codecs.codec import Codec, Stored
+from vllm_leank.kernels.codecs.tiles import Tiles
+
+from vllm_leank.core import formats
+from vllm_leank.core.formats import NATIVE, find_format, register_format
+from vllm_leank.core.formats.whole import WholeChannels
+from vllm_leank.core.options import OptionError, parse_options
+from vllm_leank.core.window import Window
+from vllm_leank.serving.report import report
+from vllm_leank.serving.settings import load_settings
+
+STEP = tl.constexpr(1 / 16)
+"""Between two stored numbers."""
+
+
+@dataclass(frozen=True)
+class Toy(WholeChannels):
+    """A byte for each number; beside them the step, which is the same everywhere."""
+
+    name: ClassVar[str] = "toy"
+    archive: ClassVar[str] = "toy archive"
+    codec: ClassVar[str] = f"{__name__}:ToyCodec"
+    side_bytes: ClassVar[int] = 8
+    behind_bytes: ClassVar[int] = 8
+
+    def itemsize(self, model: int) -> int:
+        return 1
+
+
+@triton.jit
+def encode_tile(x):
+    """Whole numbers of steps, and the step."""
+    return tl.clamp(tl.floor(x / STEP + 0.5), -128.0, 127.0), STEP
+
+
+class ToyCodec(Codec):
+    """Rounds to the nearest step."""
+
+    tiles = Tiles(
+        fold_columns.fold_archive,
+        fold_rows.fold_archive,
+        whole_store.compact,
+        encode_tile,
+        unit=1 / STEP.value,
+    )
+
+    def dtype(self, model: torch.dtype) -> torch.dtype:
+        return torch.int8
+
+    @property
+    def empty_side(self) -> torch.Tensor:
+        return torch.ones(2).view(torch.uint8)
+
+    def encode(self, key: torch.Tensor, value: torch.Tensor, head: HeadChannels) -> Stored:
+        step = torch.full((len(key), 2), STEP.value, device=key.device)
+        stored = (
+            (part.float() / STEP.value + 0.5).floor().clamp(-128, 127).to(torch.int8)
+            for part in (key[..., head.k.stored], value)
+        )
+        return Stored(*stored, side=step.view(torch.uint8))
+
+    def decode(self, stored: Stored, head: HeadChannels) -> tuple[torch.Tensor, torch.Tensor]:
+        key = head.k.complete(stored.key.float() * STEP.value)
+        return key, stored.value.float() * STEP.value
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The toy format, known until the test ends."""
+    monkeypatch.setattr(formats, "_FORMATS", dict(formats._FORMATS))
+    register_format(Toy())
+    return find_format("toy")
+
+
+def test_it_is_unknown_without_its_file():
+    with pytest.raises(OptionError, match="archive_dtype is 'toy', but must be one of: auto, "):
+        parse_options({"leank": {"archive_dtype": "toy"}})
+
+
+def test_options_and_plans_know_it(toy):
+    assert parse_options({"leank": {"archive_dtype": "toy"}}).archive_dtype == "toy"
+    # 48 + 128 numbers of a byte, and 8 bytes for each 32 tokens, in units of 16 bytes.
+    assert plan_of([[48, 0]], 128, 2, archive_format=toy).archive_token_bytes == 192
+
+
+def test_leank_plan_has_a_row_for_it(toy, leank, repo):
+    arguments = ("--kv-cache-memory", "1GiB", "--max-model-len", 8256)
+    code, out, _ = leank("plan", "--model", repo / "benchmarks/recall/model", *arguments, "--json")
+    assert code == 0
+    engines = {one["name"]: one for one in json.loads(out)["engines"]}
+    assert engines["leank, toy archive"]["far_token_bytes"] == 1280
+    code, out, _ = leank("plan", "--model", repo / "benchmarks/recall/model", *arguments)
+    assert code == 0
+    assert "toy archive" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "tolerance"),
+    [
+        (reference, torch.float32, 1e-6),
+        (KERNELS, torch.float16, 4e-4),
+    ],
+    ids=["reference", "triton"],
+)
+def test_kernels_read_what_they_wrote(toy, kernels, dtype, tolerance):
+    builder = CacheBuilder((48, 0, 128), 128, 2, Window(32, 64), 64, dtype, toy)
+    for step in serve(builder):
+        output = builder.run(step, kernels)
+        assert relative_rms(output, step.expected) < tolerance
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("prefill", ["exact", "pruned"])
+def test_an_engine_serves_it(toy, tiny_llama_dir, prefill):
+    """The logits are those of the definition; the log and the metrics say what serves."""
+    mask = random_mask(tiny_llama_dir, KEPT)
+    (prompt,) = prompts_of([500])
+    with engine(
+        tiny_llama_dir, mask, archive_dtype="toy", prefill=prefill, max_logprobs=512
+    ) as leank:
+        leank.memory.fill_(torch.nan)
+        tokens, logprobs, _ = all_logprobs(leank.llm, prompt, 100)
+        config, window = leank.llm.llm_engine.vllm_config, leank.window
+        settings = load_settings(config)
+        labels = info_labels(config)
+
+    assert settings.plan.archive_format == toy
+    assert any("toy archive pages of" in line for line in report(settings, 1000, 8192))
+    assert labels["archive_dtype"] == "toy"
+
+    def error(archive_format):
+        oracle = Oracle(
+            tiny_llama_dir, mask.keep, SINK, window.recent, archive_format=archive_format
+        )
+        logits = oracle.logits(prompt + tokens[:-1], window.exact_until(len(prompt)))
+        expected = logits.log_softmax(-1)[len(prompt) - 1 :]
+        return (logprobs - expected).square().mean().sqrt()
+
+    # Sums in another order may round a number to the other neighbour; that is all.
+    assert error(toy) < 1e-3
+    assert error(NATIVE) > 5 * error(toy)
+
+
+def info_labels(config):
+    """Labels of the metric that says what serves."""
+    PrometheusStatLogger(config).log_engine_initialized()
+    found = [
+        sample.labels
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name == "vllm:leank_mask_info"
+    ]
+    unregister_vllm_metrics()
+    return found[0]
+
+
+def test_its_rounding_by_hand(toy):
+    given = torch.tensor([[0.03, 0.04, -0.1, 1.0, 9.0, -9.0]])
+    rounded, _ = codec_of(toy).round(given, given, head_for(toy, 6, 6))
+    assert rounded.tolist() == [[0, 1 / 16, -2 / 16, 1, 127 / 16, -8]]
+
+
+def test_a_format_is_known_in_few_files(repo):
+    """What is special about 8-bit floats stands in their own two files, not all over the place."""
+    folders = ("vllm_leank", "kernels", "masks", "benchmarks", ".ci")
+    own = {"vllm_leank/core/formats/fp8.py", "kernels/codecs/fp8.py"}
+    files = [path for folder in folders for path in (repo / folder).rglob("*") if path.is_file()]
+    files += [path for path in repo.iterdir() if path.is_file()]
+    known = set()
+    for path in files:
+        name = path.relative_to(repo).as_posix()
+        prose = path.suffix == ".md" or path.name == "LICENSE"
+        if prose or name in own or name.startswith("benchmarks/results/"):
+            continue
+        if b"fp8" in path.read_bytes().lower() and path.suffix != ".pyc":
+            known.add(name)
+    assert len(known) <= 3, sorted(known)

@@ -1,0 +1,156 @@
+"""K and V of a prompt that was read with full attention, kept outside the model.
+
+What comes after the prompt can then run several times over the same K and V, with another attention
+or with gradients, at the cost of its own tokens alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from torch.nn.attention.bias import causal_lower_right
+
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.errors import UserError
+from vllm_leank.offline.attention_hook import AttentionHook, hooked_attention
+
+
+@dataclass
+class Context:
+    """An attention hook that computes a prompt in chunks and keeps its K and V, `[1, H, S, D]`.
+
+    Buffers stay from prompt to prompt and grow with the longest.
+    """
+
+    geometry: Geometry
+    length: int = 0
+    _keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    _values: dict[int, torch.Tensor] = field(default_factory=dict)
+    _room: int = 0
+
+    def begin(self, tokens: int) -> None:
+        """Forget the last prompt; the next has `tokens` tokens."""
+        self.length = 0
+        if tokens > self._room:
+            self._room = tokens
+            self._keys.clear()
+            self._values.clear()
+
+    def key(self, layer: int) -> torch.Tensor:
+        """K of the whole prompt after RoPE."""
+        return self._keys[layer][:, :, : self.length]
+
+    def value(self, layer: int) -> torch.Tensor:
+        """V of the whole prompt."""
+        return self._values[layer][:, :, : self.length]
+
+    def advance(self, tokens: int) -> None:
+        """Note that a chunk went through all layers.
+
+        Raises:
+            UserError: some layers have no attention that goes through the hook.
+        """
+        self.length += tokens
+        if missing := set(range(self.geometry.num_layers)) - set(self._keys):
+            raise UserError(
+                f"layers {sorted(missing)} have no attention that goes through transformers' "
+                "AttentionInterface, so their K and V cannot be had"
+            )
+
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """Full causal attention of the chunk's queries over everything up to them."""
+        H, D = self.geometry.num_kv_heads, self.geometry.head_dim
+        if layer >= self.geometry.num_layers or (key.shape[1], key.shape[3]) != (H, D):
+            raise UserError(
+                f"attention layer {layer} has {key.shape[1]} KV heads of {key.shape[3]}, "
+                f"unlike the model's config ({self.geometry})"
+            )
+        end = self.length + key.shape[2]
+        for store, new in ((self._keys, key), (self._values, value)):
+            if layer not in store:
+                store[layer] = new.new_empty(1, H, self._room, D)
+            store[layer][:, :, self.length : end] = new
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query,
+            self._keys[layer][:, :, :end],
+            self._values[layer][:, :, :end],
+            attn_mask=causal_lower_right(key.shape[2], end),
+            scale=scaling,
+            enable_gqa=True,
+        )
+        return output.transpose(1, 2).contiguous()
+
+
+@torch.no_grad()
+def read_prompt(
+    model: transformers.PreTrainedModel, context: Context, prompt: Sequence[int], chunk: int
+) -> None:
+    """Fill the context with K and V of a prompt, computed `chunk` tokens at a time.
+
+    Raises:
+        UserError: the model has no plain causal attention behind transformers' AttentionInterface.
+    """
+    context.begin(len(prompt))
+    with hooked_attention(model, context, mask=False):
+        for at in range(0, len(prompt), chunk):
+            tokens = prompt[at : at + chunk]
+            hidden_states(model, context, tokens)
+            context.advance(len(tokens))
+
+
+def hidden_states(
+    model: transformers.PreTrainedModel, context: Context, ids: Sequence[int]
+) -> torch.Tensor:
+    """Final hidden states `[1, T, hidden]` of tokens that stand right after the context.
+
+    The decoder runs without its head, and without a cache: hooks keep K and V themselves.
+    """
+    tokens = torch.tensor([list(ids)], device=model.device)
+    first = context.length
+    positions = torch.arange(first, first + len(ids), device=model.device)[None]
+    output = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+    return output.last_hidden_state
+
+
+@dataclass(frozen=True)
+class AfterContext:
+    """An attention hook that gives `hook` the context's K and V before the new ones."""
+
+    context: Context
+    hook: AttentionHook
+
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None,
+    ) -> torch.Tensor | None:
+        """Attention of tokens that stand right after the context."""
+        keys = torch.cat([self.context.key(layer), key], dim=2)
+        values = torch.cat([self.context.value(layer), value], dim=2)
+        return self.hook(layer, query, keys, values, attention_mask, scaling)
+
+
+def logits_after(
+    model: transformers.PreTrainedModel, context: Context, ids: Sequence[int], hook: AttentionHook
+) -> torch.Tensor:
+    """Logits `[T, vocabulary]` of tokens that stand right after the context, under `hook`.
+
+    `hook` gets K and V of all tokens.
+    """
+    tokens = torch.tensor([list(ids)], device=model.device)
+    positions = torch.arange(context.length, context.length + len(ids), device=model.device)[None]
+    with hooked_attention(model, AfterContext(context, hook), mask=False):
+        return model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0]

@@ -1,0 +1,179 @@
+"""How much a model's answers depend on each channel of its far K and V.
+
+A small error e in K or V of a far token moves the model's next-token distribution by about
+`g^2 e^2 / 2` nats, where `g^2` is the expected squared gradient of the log probability of tokens
+drawn from that distribution (the diagonal of the Fisher information). Summed over far tokens this
+is a channel's sensitivity: times the mean square of what an archive loses of the channel, it is
+what the loss costs. No labels are needed, and one backward pass through the last tokens of a prompt
+tells it of all channels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.window import Window
+from vllm_leank.errors import UserError
+from vllm_leank.offline.attention_hook import hooked_attention
+from vllm_leank.offline.context import Context, read_prompt
+from vllm_leank.offline.far_attention import far_attention
+
+QUERIES = 160
+"""Tokens at a prompt's end whose distributions are looked at."""
+
+DRAWS = 2
+"""How often labels are drawn for them."""
+
+Observe = Callable[[int, int, torch.Tensor, torch.Tensor], None]
+"""Takes layer, first position, K and V `[1, H, T, D]` of far tokens."""
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """Sums over far tokens of the squared gradient, float64 `[L, H, D]`, means over prompts."""
+
+    key: npt.NDArray[np.float64]
+    value: npt.NDArray[np.float64]
+
+
+def sensitivities(
+    model: transformers.PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    window: Window,
+    *,
+    queries: int = QUERIES,
+    draws: int = DRAWS,
+    chunk: int = 4096,
+    seed: int = 0,
+    observe: Observe | None = None,
+) -> Sensitivities:
+    """Sensitivities of all channels over prompts of token ids; freezes the model's weights.
+
+    All but the last `queries` tokens of a prompt are read with full attention, `chunk` at a time.
+    Far are the tokens that are far for each of the last ones. `observe` gets K and V of them, so
+    that statistics need no reading of their own. Prompts without far tokens are passed over.
+
+    Raises:
+        UserError: no prompt has far tokens, gradients are not finite, or the model has no plain
+            causal attention behind transformers' AttentionInterface.
+    """
+    model.requires_grad_(False).eval()
+    geometry = Geometry.from_hf_config(model.config)
+    context = Context(geometry)
+    far = [ids for ids in prompts if _far(window, len(ids) - queries)]
+    if not far:
+        raise UserError(
+            f"no prompt has far tokens for its last {queries} tokens; give longer prompts, or a "
+            "smaller sink or recent"
+        )
+    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    key, value = np.zeros(shape), np.zeros(shape)
+    for number, ids in enumerate(track(far, "sensitivities", console=Console(stderr=True))):
+        read_prompt(model, context, ids[:-queries], chunk)
+        places = _far(window, context.length)
+        if observe is not None:
+            for layer in range(geometry.num_layers):
+                part = slice(places.start, places.stop)
+                observe(
+                    layer,
+                    places.start,
+                    context.key(layer)[:, :, part],
+                    context.value(layer)[:, :, part],
+                )
+        squares = FarSquares(context, window, places)
+        _draw(model, squares, ids[-queries:], draws, [seed, number])
+        for layer, (of_key, of_value) in squares.sums.items():
+            key[layer] += of_key.double().cpu().numpy()
+            value[layer] += of_value.double().cpu().numpy()
+    scale = 1 / (draws * len(far))
+    if not (np.isfinite(key).all() and np.isfinite(value).all()):
+        raise UserError("gradients of K or V are not finite; try another dtype")
+    return Sensitivities(key * scale, value * scale)
+
+
+@dataclass
+class FarSquares:
+    """An attention hook that adds up the squares of the gradients of far K and V, per channel.
+
+    A layer's gradients are dropped as soon as they are added, so only one layer's exist at a time.
+    """
+
+    context: Context
+    window: Window
+    places: range
+    sums: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """Full causal attention of the new queries, over far K and V that get gradients."""
+        sums = self.sums[layer] = []
+        keys = self._parts(self.context.key(layer), sums)
+        values = self._parts(self.context.value(layer), sums)
+        return far_attention(
+            query, [*keys, key], [*values, value], self.window, scaling=scaling
+        ).contiguous()
+
+    def _parts(self, whole: torch.Tensor, sums: list[torch.Tensor]) -> list[torch.Tensor]:
+        """`whole` in three parts, of which the middle one is far."""
+        start, stop = self.places.start, self.places.stop
+        far = whole[:, :, start:stop].detach().requires_grad_()
+        total = torch.zeros_like(far[0, :, 0], dtype=torch.float32)
+        sums.append(total)
+
+        def add(leaf: torch.Tensor) -> None:
+            assert leaf.grad is not None
+            total.add_(leaf.grad[0].float().square().sum(dim=1))
+            leaf.grad = None
+
+        far.register_post_accumulate_grad_hook(add)
+        return [whole[:, :, :start], far, whole[:, :, stop:]]
+
+
+def draw_labels(logits: torch.Tensor, seed: Sequence[int], draw: int) -> torch.Tensor:
+    """Tokens `[T]` from the distributions of `logits` `[T, vocabulary]`, the same for equal seeds.
+
+    They are drawn on the CPU, as another device has other random numbers.
+    """
+    rng = np.random.default_rng([*seed, draw])
+    rolls = torch.from_numpy(rng.random(len(logits)))[:, None]
+    steps = logits.softmax(-1).cumsum(-1).double().cpu()
+    labels = torch.searchsorted(steps, rolls * steps[:, -1:], right=True)[:, 0]
+    return labels.clamp(max=logits.shape[-1] - 1).to(logits.device)
+
+
+def _draw(
+    model: transformers.PreTrainedModel,
+    squares: FarSquares,
+    ids: Sequence[int],
+    draws: int,
+    seed: Sequence[int],
+) -> None:
+    """Run the last tokens of a prompt and go back from drawn labels."""
+    first = squares.context.length
+    tokens = torch.tensor([list(ids)], device=model.device)
+    positions = torch.arange(first, first + len(ids), device=model.device)[None]
+    with hooked_attention(model, squares, mask=False):
+        logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0].float()
+        for draw in range(draws):
+            labels = draw_labels(logits.detach(), seed, draw)
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            loss.backward(retain_graph=draw + 1 < draws)
+
+
+def _far(window: Window, length: int) -> range:
+    """Tokens that are far for every query from position `length` on."""
+    return range(window.sink, window.boundary(max(length, 0) + 1))
