@@ -102,44 +102,20 @@ def read_codes(x, BITS: tl.constexpr, PART: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def turn(acc, places, y, ASM: tl.constexpr):
-    """Add rows `y` `[R, N]` to rows of `acc` `[D, N]`, each to the one that `places` `[R]` names.
-
-    A product with a matrix of ones and zeros, so that nothing leaves the registers. On a GPU three
-    products in bf16 carry the 24 bits of fp32.
+def turn(acc, places, y, FIRST: tl.constexpr):
+    """Add rows `y` `[R, N]` to rows of `acc` `[D, N]`: row `d` gets that of `places[d] - FIRST`, if
+    there is one. `places` `[D]` are where channels stand in stored order.
     """
-    o_d = tl.arange(0, acc.shape[0])
-    if ASM:
-        P = (o_d[:, None] == places[None, :]).to(tl.bfloat16)
-        high = y.to(tl.bfloat16)
-        rest = y - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(P, high, acc=acc)
-        acc = tl.dot(P, middle, acc=acc)
-        acc = tl.dot(P, low, acc=acc)
-    else:
-        P = (o_d[:, None] == places[None, :]).to(tl.float32)
-        acc = tl.dot(P, y, acc=acc, input_precision="ieee")
-    return acc
+    R: tl.constexpr = y.shape[0]
+    place = places - FIRST
+    index = tl.broadcast_to(tl.minimum(tl.maximum(place, 0), R - 1)[:, None], acc.shape)
+    return acc + tl.where(((place >= 0) & (place < R))[:, None], tl.gather(y, index, 0), 0.0)
 
 
 @triton.jit
-def turn_rows(acc, places, y, ASM: tl.constexpr):
-    """Add columns `y` `[M, R]` to columns of `acc` `[M, D]`, each to the one that `places` `[R]`
-    names; see `turn`.
-    """
-    o_d = tl.arange(0, acc.shape[1])
-    if ASM:
-        P = (places[:, None] == o_d[None, :]).to(tl.bfloat16)
-        high = y.to(tl.bfloat16)
-        rest = y - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(high, P, acc=acc)
-        acc = tl.dot(middle, P, acc=acc)
-        acc = tl.dot(low, P, acc=acc)
-    else:
-        P = (places[:, None] == o_d[None, :]).to(tl.float32)
-        acc = tl.dot(y, P, acc=acc, input_precision="ieee")
-    return acc
+def turn_rows(acc, places, y, FIRST: tl.constexpr):
+    """Add columns `y` `[M, R]` to columns of `acc` `[M, D]`; see `turn`."""
+    R: tl.constexpr = y.shape[1]
+    place = places - FIRST
+    index = tl.broadcast_to(tl.minimum(tl.maximum(place, 0), R - 1)[None, :], acc.shape)
+    return acc + tl.where(((place >= 0) & (place < R))[None, :], tl.gather(y, index, 1), 0.0)

@@ -11,7 +11,7 @@ from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.common import boundary_of, dense_pages, skip_archived
 from vllm_leank.kernels.fold_columns import fold_window
-from vllm_leank.kernels.launch import ONE_WAVE, choose_decode
+from vllm_leank.kernels.launch import choose_decode
 from vllm_leank.kernels.launcher import launch
 from vllm_leank.kernels.pages import window_tile
 
@@ -246,7 +246,7 @@ def decode(
         "TILE": shape.tile,
         "WINDOW_BYTES": layout.itemsize,
         "ROWS": shape.rows,
-        "ONE_WAVE": ONE_WAVE,
+        "ONE_WAVE": shape.wave,
         "PDL": shape.tma,
         "launch_pdl": shape.tma,
     }
@@ -269,6 +269,7 @@ def decode(
         STAGES=shape.stages,
         WINDOW_STAGES=shape.window_stages,
         num_warps=shape.warps,
+        maxnreg=shape.registers,
     )  # fmt: skip
     launch(
         _combine_kernel, (num_heads, num_reqs),

@@ -23,11 +23,11 @@ FEW_HEADS = 128
 """Requests times KV heads up to which a decode launch is cut into about one wave of equal programs.
 With more, shares of one wave would be uneven, and many waves end together."""
 
-PROGRAMS = 512, 4096
-"""Programs of a decode launch, working or not, for few and for many requests."""
+PROGRAMS = 4096
+"""Programs of a decode launch of many requests, working or not; one of few has two waves."""
 
-REQUEST_PROGRAMS = 16, 64, 256
-"""Programs per request: at least; for many requests at most; at most."""
+REQUEST_PROGRAMS = 16, 64
+"""Programs per request: at least; and for many requests at most. For few it is a wave at most."""
 
 LEAST_COMBINED, MOST_COMBINED = 16, 32
 """Splits that are combined at once, for few and for many programs of a request."""
@@ -78,9 +78,8 @@ class DecodeLaunch:
         rows: power of two up to which a batch's requests are counted, to cut the launch into one
             wave; 0 if it is not.
         combined: splits of a head that are combined at once; a power of two.
-        warps: warps of a program.
-        stages: depth of the software pipeline over archive tiles.
-        window_stages: the same over window pages.
+        wave: programs that run at the same time.
+        warps, stages, window_stages, registers: see `DecodeShape`.
     """
 
     programs: int
@@ -89,9 +88,11 @@ class DecodeLaunch:
     split_bytes: int
     rows: int
     combined: int
-    warps: int = 2
-    stages: int = 3
-    window_stages: int = 4
+    wave: int
+    warps: int
+    stages: int
+    window_stages: int
+    registers: int | None
 
 
 @dataclass(frozen=True)
@@ -116,20 +117,19 @@ class ExtendLaunch:
 def tile_tokens(layout: CacheLayout) -> int:
     """Tokens of an archive tile: a power of two that divides the page."""
     block = layout.archive_block
-    return min(block & -block, codec_of(layout.archive_format).tile_tokens)
+    return min(block & -block, codec_of(layout.archive_format).decode_shape.tile)
 
 
-def decode_programs(num_reqs: int, num_kv_heads: int) -> int:
+def decode_programs(num_reqs: int, num_kv_heads: int, wave: int = ONE_WAVE) -> int:
     """Programs per request; the same for batches up to the next power of two."""
     rows = 1 << max(num_reqs - 1, 0).bit_length()
-    few, many = (programs // rows for programs in PROGRAMS)
-    least, enough, most = REQUEST_PROGRAMS
-    return max(min(few, most), min(many, enough), least, num_kv_heads)
+    least, enough = REQUEST_PROGRAMS
+    return max(min(2 * wave // rows, wave), min(PROGRAMS // rows, enough), least, num_kv_heads)
 
 
-def decode_programs_of_all(num_kv_heads: int) -> set[int]:
+def decode_programs_of_all(num_kv_heads: int, wave: int = ONE_WAVE) -> set[int]:
     """What `decode_programs` gives for any batch."""
-    return {decode_programs(1 << i, num_kv_heads) for i in range(20)}
+    return {decode_programs(1 << i, num_kv_heads, wave) for i in range(20)}
 
 
 @cache
@@ -137,7 +137,8 @@ def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeL
     """Launch for a batch of `num_reqs` rows, padding included."""
     few, many = SPLIT_BYTES
     is_few = num_reqs * len(layout.profiles) <= FEW_HEADS
-    programs = decode_programs(num_reqs, len(layout.profiles))
+    shape = codec_of(layout.archive_format).decode_shape
+    programs = decode_programs(num_reqs, len(layout.profiles), shape.wave)
     return DecodeLaunch(
         programs=programs,
         tile=tile_tokens(layout),
@@ -145,6 +146,11 @@ def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeL
         split_bytes=few if is_few else many,
         rows=FEW_HEADS if is_few else 0,
         combined=MOST_COMBINED if programs > MOST_COMBINED else LEAST_COMBINED,
+        wave=shape.wave,
+        warps=shape.warps,
+        stages=shape.stages,
+        window_stages=shape.window_stages,
+        registers=shape.registers,
     )
 
 

@@ -139,8 +139,10 @@ def fold_archive(
         sums = new_sums
 
     o_d = tl.arange(0, D_PAD)
-    mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=o_d < D, other=0.0)
+    m_d = o_d < D
+    mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
     acc += mean[None, :] * l[:, None]
+    places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
             for part in tl.static_range(1 << c):
@@ -149,5 +151,8 @@ def fold_archive(
                 y = sums[first_part(VARIANT, 3 + c) + part] * power(24 - (8 >> c) * part)
                 y -= scaled[:, None] * ((power(8 >> c) - 1) / 2)
                 y *= tl.load(numbers_ptr + (3 * H + head) * D + o_r)[None, :]
-                acc = turn_rows(acc, tl.load(order_ptr + (H + head) * D + o_r), y, ASM)
+                acc = turn_rows(
+                    acc, places, y,
+                    first_channel(VARIANT, 3 + c) + part * row_bytes(VARIANT, 3 + c),
+                )  # fmt: skip
     return m, l, acc

@@ -34,7 +34,7 @@ from vllm_leank.core.window import Window
 KEPT = {64: (0, 48), 128: (0, 32, 96), 256: (0, 240)}
 """Kept channels of a layer's heads, by head size."""
 
-OPTIONS = ("num_warps", "launch_pdl")
+OPTIONS = ("num_warps", "launch_pdl", "maxnreg")
 TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",

@@ -327,13 +327,16 @@ def test_what_a_gpu_must_have(
     assert refused is None or refused in reasons[0]
 
 
-def test_codes_are_not_served_on_a_gpu_yet(tiny_llama_dir, tmp_path, monkeypatch):
+def test_codes_are_served_on_any_gpu_that_leank_takes(tiny_llama_dir, tmp_path, monkeypatch):
     save_mask(coded_mask(tiny_llama_dir), tmp_path / "m.yaml")
     config = config_of(tiny_llama_dir, {"mask": str(tmp_path / "m.yaml")})
-    gpu = SimpleNamespace(is_cuda=lambda: True, has_device_capability=lambda needed: True)
+    gpu = SimpleNamespace(
+        is_cuda=lambda: True, has_device_capability=lambda needed: needed <= (8, 0)
+    )
     monkeypatch.setattr("vllm.platforms.current_platform", gpu)
-    _, reasons = judge(config)
-    assert ["cannot be served on a GPU yet" in reason for reason in reasons] == [True]
+    settings, reasons = judge(config)
+    assert reasons == []
+    assert settings.plan.archive_format.name == "packed"
 
 
 def test_a_model_without_a_mask_is_told_how_to_make_one(tiny_llama_dir):

@@ -1,6 +1,7 @@
 """What a codec is: how the numbers of an archive format are written and read."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,28 @@ class Stored(NamedTuple):
     side: torch.Tensor
 
 
+@dataclass(frozen=True)
+class DecodeShape:
+    """How a format's decode is launched.
+
+    Attributes:
+        tile: most tokens of a tile, a power of two.
+        warps: warps of a program.
+        stages: depth of the software pipeline over archive tiles.
+        window_stages: the same over window pages.
+        registers: most registers of a thread; None leaves it to the compiler. Fewer of them let
+            more programs run at once, where instructions and not bytes are the limit.
+        wave: programs that run at the same time.
+    """
+
+    tile: int = 64
+    warps: int = 2
+    stages: int = 3
+    window_stages: int = 4
+    registers: int | None = None
+    wave: int = 256
+
+
 class Codec(ABC):
     """Writes and reads the numbers of an archive format.
 
@@ -33,14 +56,14 @@ class Codec(ABC):
     Attributes:
         side_dtype: of the numbers that are kept beside K and V.
         any_codes: whether V is finite whatever bytes there are, if its side bytes are.
-        tile_tokens: most tokens of a tile of decode, a power of two.
+        decode_shape: how decode is launched, on Hopper the fastest of those tried.
         extend_shape: rows, tile, warps and stages of extend on Hopper: the fastest of those tried.
         whole_channels: whether each stored channel has elements of its own.
     """
 
     side_dtype: torch.dtype = torch.float32
     any_codes: bool = False
-    tile_tokens: int = 64
+    decode_shape: DecodeShape = DecodeShape()
     extend_shape: tuple[int, int, int, int] = 128, 64, 4, 2
     whole_channels: bool = True
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_leank.kernels.channels import HeadChannels
-from vllm_leank.kernels.codecs.codec import Codec, Stored
+from vllm_leank.kernels.codecs.codec import Codec, DecodeShape, Stored
 from vllm_leank.kernels.codecs.tiles import Tiles
 
 E4M3_MAX = tl.constexpr(448.0)
@@ -28,7 +28,7 @@ def encode(x):
 class Fp8Codec(Codec):
     """Numbers in e4m3; beside them the scales of K and of V, fp32 each."""
 
-    tile_tokens = 128
+    decode_shape = DecodeShape(tile=128)
 
     @cached_property
     def tiles(self) -> Tiles:

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 from vllm_leank.kernels.channels import Channels, HeadChannels
-from vllm_leank.kernels.codecs.codec import Codec, Stored
+from vllm_leank.kernels.codecs.codec import Codec, DecodeShape, Stored
 from vllm_leank.kernels.codecs.tiles import Tiles
 
 from vllm_leank.core.formats.packed import CODE_CLASSES, LARGEST_SCALE, LEAST_SCALE, STEPS
@@ -24,7 +24,7 @@ class PackedCodec(Codec):
     side_dtype = torch.float16
     any_codes = True
     whole_channels = False
-    tile_tokens = 128
+    decode_shape = DecodeShape(tile=128, window_stages=2, registers=128, wave=512)
     extend_shape = 128, 128, 8, 2
 
     def dtype(self, model: torch.dtype) -> torch.dtype:

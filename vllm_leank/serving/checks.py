@@ -96,7 +96,6 @@ def judge(vllm_config: "VllmConfig") -> "tuple[Settings | None, list[str]]":
         settings = resolve_settings(vllm_config, options)
     except UserError as error:
         return None, [*reasons, str(error)]
-    reasons.extend(_packed(settings))
     if "recent" not in faults:
         reasons.extend(_drafts(vllm_config, settings.window.recent))
     return None if faults else settings, reasons
@@ -130,17 +129,6 @@ def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
         yield (
             f'the option archive_dtype "{name}" needs a GPU of compute capability {major}.{minor} '
             "or newer: remove it from --additional-config"
-        )
-
-
-def _packed(settings: "Settings") -> Iterator[str]:
-    """Until there are kernels: the reference serves such masks on CPU."""
-    from vllm.platforms import current_platform
-
-    if settings.mask.is_packed and current_platform.is_cuda():
-        yield (
-            f"the mask for {settings.mask.model} has channels of 2, 4 or 8 bits, which cannot be "
-            "served on a GPU yet; take one that keeps channels whole"
         )
 
 
