@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from archive_definition import profiles_for
+from vllm_leank.kernels.channels import first_channels
 from vllm_leank.kernels.launch import (
     FEW_HEADS,
     ONE_WAVE,
@@ -101,20 +102,22 @@ def test_programs_go_to_the_heads_with_most_work(costs, programs):
 
 def test_work_tables_name_every_split_once():
     kept = (32, 64, 0, 96)
-    channels = tuple(torch.arange(count) for count in kept)
-    tables = Tables(layout(kept), channels, Window(128, 768), torch.device("cpu"))
+    heads = first_channels(layout(kept)).heads
+    tables = Tables(layout(kept), heads, Window(128, 768), torch.device("cpu"))
     for programs in decode_programs_of_all(len(kept)):
         work = tables.work(programs)
         assert len(work.programs) == programs
-        for head, (first, count, of_head) in enumerate(work.heads.tolist()):
+        for head, (first, count, units) in enumerate(work.heads.tolist()):
             rows = work.programs[first : first + count].tolist()
             assert [row[:3] for row in rows] == [[head, i, count] for i in range(count)]
             assert all(row[3:] == tables.heads[head].tolist() for row in rows)
-            assert of_head == kept[head]
+            # Units of 256 bytes: 64 tokens of K and V in 16 bits.
+            assert units == (kept[head] and (kept[head] + 128) * 64 * 2 // 256)
         assert work.largest == work.heads[:, 1].max()
         # The streaming head reads least.
         assert work.heads[:, 1].argmin() == 2
-    assert tables.channels.tolist() == [*range(32), *range(64), *range(96)]
+    assert tables.variants == (32, 64, 96)
+    assert tables.columns[:, 0].tolist() == [*range(32), *range(64), *range(96)]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 1024])
