@@ -7,12 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.kernels.launch import TMA_CAPABILITIES
 
-from vllm_leank.core.formats import known_formats
+from vllm_leank.core.formats import find_format, known_formats
 
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes that a program may have, by compute capability: A100, L40, H100, B200, RTX 5090."""
+
+MOST_SPILLED = 512
+"""Bytes of stack of a decode kernel whose registers are capped, so that more programs run at once.
+Of others nothing may spill."""
 
 
 @pytest.mark.parametrize(
@@ -38,5 +43,7 @@ def test_attention_kernels_compile_for_gpus_that_are_not_here(capability, head_d
     assert {one["archive"] for one in found} == expected
     assert max(one["shared"] for one in found) <= SHARED_MEMORY[capability]
     if capability // 10 in TMA_CAPABILITIES:
-        decode = [one for one in found if one["kernel"] == "_decode_kernel"]
-        assert not [one for one in decode if one["stack"]], "registers spill"
+        for one in found:
+            capped = codec_of(find_format(one["archive"])).decode_shape.registers is not None
+            if one["kernel"] == "_decode_kernel":
+                assert (one["stack"] or 0) <= (MOST_SPILLED if capped else 0), one

@@ -107,15 +107,16 @@ def test_work_tables_name_every_split_once():
     for programs in decode_programs_of_all(len(kept)):
         work = tables.work(programs)
         assert len(work.programs) == programs
-        for head, (first, count, of_head) in enumerate(work.heads.tolist()):
+        for head, (first, count, units) in enumerate(work.heads.tolist()):
             rows = work.programs[first : first + count].tolist()
             assert [row[:3] for row in rows] == [[head, i, count] for i in range(count)]
             assert all(row[3:] == tables.heads[head].tolist() for row in rows)
-            # Units of 256 bytes of a tile of 64 tokens, K and V.
-            assert of_head == (kept[head] and (kept[head] + 128) * 2 * 64 // 256)
+            # Units of 256 bytes: 64 tokens of K and V in 16 bits.
+            assert units == (kept[head] and (kept[head] + 128) * 64 * 2 // 256)
         assert work.largest == work.heads[:, 1].max()
         # The streaming head reads least.
         assert work.heads[:, 1].argmin() == 2
+    assert tables.variants == (32, 64, 96)
     assert tables.columns[:, 0].tolist() == [*range(32), *range(64), *range(96)]
 
 
