@@ -131,7 +131,9 @@ def first_channels(layout: CacheLayout) -> LayerChannels:
     """Channels of heads of which nothing but the layout is known: the first ones are stored."""
     shape = 2, len(layout.profiles), layout.head_dim
     order = torch.arange(layout.head_dim).expand(shape).contiguous()
-    return LayerChannels(layout.profiles, order, torch.zeros((3, *shape)))
+    # vLLM loads models with another default dtype.
+    numbers = torch.zeros((3, *shape), dtype=torch.float32)
+    return LayerChannels(layout.profiles, order, numbers)
 
 
 def _counts(bits: npt.NDArray[np.uint8]) -> Sequence[int]:

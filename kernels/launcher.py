@@ -23,7 +23,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
 @contextmanager
 def compiling(executor: Executor) -> Iterator[list[Any]]:
     """Within the context nothing is launched, and kernels are compiled by `executor`, as many at
-    once as it has workers. At its end all are done.
+    once as it has workers. At its end all are compiled and loaded, so that a launch has nothing
+    left to do but to launch.
 
     Yields:
         The compilations that were begun, each once.
@@ -35,5 +36,13 @@ def compiling(executor: Executor) -> Iterator[list[Any]]:
     try:
         with AsyncCompileMode(executor) as mode:
             yield mode.raw_futures
+        list(executor.map(_load, mode.future_kernels.values()))
     finally:
         _compiling = False
+
+
+def _load(compilation: Any) -> None:
+    """Have a kernel's launcher built, by a C compiler where it is not cached, and its code loaded
+    on the thread's device: else the first launch would do both.
+    """
+    _ = compilation.result().run

@@ -54,7 +54,10 @@ def compile_kernels(
     """
     begin = time.monotonic()
     tell("leank kernels: compiling")
-    with ThreadPoolExecutor(os.cpu_count()) as executor, compiling(executor) as compilations:
+    workers = ThreadPoolExecutor(
+        os.cpu_count(), initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),)
+    )
+    with workers as executor, compiling(executor) as compilations:
         _dry_run(attention, _layer_cache(attention, device))
     seconds = time.monotonic() - begin
     tell(f"leank kernels: compiled {len(compilations)} kernels in {seconds:.1f} s")

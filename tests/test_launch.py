@@ -127,3 +127,18 @@ def test_compaction_has_programs_for_long_prompts_but_not_too_many(rows):
     assert rows * 8 * decode <= max(1024, rows * 8)
     assert rows * 8 * prefill <= max(32768, rows * 8)
     assert prefill == 64 or rows > 32
+
+
+@pytest.mark.parametrize("kept", [(32, 64), (0, 0)])
+def test_tables_are_the_same_whatever_the_default_dtype(kept):
+    """Kernels are compiled while vLLM loads a model, under the model's dtype, for what they get
+    when it serves.
+    """
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        heads = first_channels(layout(kept)).heads
+        tables = Tables(layout(kept), heads, Window(128, 768), torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert tables.numbers.dtype == torch.float32
+    assert tables.heads.dtype == tables.order.dtype == tables.columns.dtype == torch.int32
