@@ -42,7 +42,7 @@ class Fp8Codec(Codec):
 
     @property
     def empty_side(self) -> torch.Tensor:
-        return torch.ones(2).view(torch.uint8)
+        return torch.ones(2, dtype=torch.float32).view(torch.uint8)
 
     def encode(self, key: torch.Tensor, value: torch.Tensor, head: HeadChannels) -> Stored:
         (key, k_scale), (value, v_scale) = (

@@ -80,7 +80,7 @@ def _codes(steps: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _token_scale(values: list[tuple[int, torch.Tensor]], like: torch.Tensor) -> torch.Tensor:
     """Root mean square of each token in its channels' scales, fp16 `[n, 32]`."""
-    total = torch.zeros(like.shape[:-1], device=like.device)
+    total = torch.zeros(like.shape[:-1], dtype=torch.float32, device=like.device)
     for bits, steps in values:
         total = total + steps.square().sum(-1) * STEPS[bits] ** 2
     count = sum(steps.shape[-1] for _, steps in values)
