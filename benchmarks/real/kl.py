@@ -127,12 +127,6 @@ def variants(
         if blind:
             options = {"v_token_scale": True, "served": True} | static
             found.append(archive(f"{name}, blind heads", *both, **options))
-        if blind and budget * geometry.head_dim >= 128:
-            chosen = allocate(*static_costs, budget, blind_heads=False)
-            options = {"v_token_scale": True} | static
-            found.append(
-                archive(f"{name}, no blind heads", chosen.k_bits, chosen.v_bits, **options)
-            )
     return found, {
         "before_rope": seen.before_rope,
         "heads_without_bits": blind_heads,

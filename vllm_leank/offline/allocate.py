@@ -47,17 +47,11 @@ class Allocation:
 
 
 def allocate(
-    k_cost: Array,
-    v_cost: Array,
-    bits: float,
-    max_profiles: int = MAX_PROFILES,
-    *,
-    blind_heads: bool = True,
+    k_cost: Array, v_cost: Array, bits: float, max_profiles: int = MAX_PROFILES
 ) -> Allocation:
     """Bits for channels with these costs `[L, H, D]`, at most `bits` per element in the mean.
 
-    Equal costs give equal bits, whatever the machine. Without `blind_heads` each head has some,
-    for which `bits` must be enough.
+    Equal costs give equal bits, whatever the machine.
 
     Raises:
         UserError: `bits` is out of range, or costs are not finite.
@@ -74,12 +68,9 @@ def allocate(
     pairs = useful_pairs(costs, width_bits)
     total = costs[0][:, pairs[:, 0]] + costs[1][:, pairs[:, 1]]  # [heads, pairs]
     sizes = width_bits[pairs].sum(axis=1)  # [pairs]
-    if not blind_heads:
-        stores = sizes > 0
-        pairs, total, sizes = pairs[stores], total[:, stores], sizes[stores]
     chosen = choose(total, sizes, int(bits * 2 * L * H * D), max_profiles)
     k_bits, v_bits = (
-        _spread(side, widths[pairs[chosen, i]]).reshape(L, H, D) for i, side in enumerate(sides)
+        spread(side, widths[pairs[chosen, i]]).reshape(L, H, D) for i, side in enumerate(sides)
     )
     return Allocation(k_bits, v_bits)
 
@@ -212,7 +203,7 @@ def _hull(cost: Array, sizes: npt.NDArray[np.int64]) -> list[int]:
     return hull
 
 
-def _spread(cost: Array, widths: npt.NDArray[np.int64]) -> BitsArray:
+def spread(cost: Array, widths: npt.NDArray[np.int64]) -> BitsArray:
     """Bits `[heads, D]` of channels with these costs, where heads have these class widths."""
     rank = np.argsort(np.argsort(-cost, axis=-1, kind="stable"), axis=-1)
     bits = np.zeros(cost.shape, np.uint8)
