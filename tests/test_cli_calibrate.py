@@ -68,6 +68,14 @@ def test_few_bits_of_own_prompts(leank, tiny_llama_dir, data, tmp_path):
     assert len(load_mask(out).provenance["data_sha256"]) == 64
 
 
+def test_prompts_of_a_file_are_counted_and_cut(leank, tiny_llama_dir, data, tmp_path):
+    out = tmp_path / "m.yaml"
+    asked = ["--bits", 8, "--data", data, "--max-prompts", 2, "--max-tokens", 400, "--out", out]
+    assert leank("mask", "calibrate", tiny_llama_dir, *asked, *SMALL)[0] == 0
+    told = load_mask(out).provenance
+    assert (told["prompts"], told["tokens"], told["longest_prompt"]) == (2, 800, 400)
+
+
 def test_a_second_mask_of_a_model_is_spoken_of(leank, tiny_llama_dir, data, home):
     def calibrate(bits):
         asked = ["--bits", bits, "--data", data, "--prompts", 1, "--model-id", "org/m", *SMALL]

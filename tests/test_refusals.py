@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -337,7 +338,8 @@ def test_codes_are_not_served_on_a_gpu_yet(tiny_llama_dir, tmp_path, monkeypatch
 
 
 def test_a_model_without_a_mask_is_told_how_to_make_one(tiny_llama_dir):
-    with pytest.raises(ValueError, match="leank mask calibrate"):
+    command = re.escape(f"leank mask calibrate {tiny_llama_dir} --bits 2\n")
+    with pytest.raises(ValueError, match=command):
         config_of(tiny_llama_dir, {})
 
 

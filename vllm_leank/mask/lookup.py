@@ -57,7 +57,7 @@ def resolve_mask(
         f"no mask for {model} ({geometry}) {where}: {found}\n"
         "make one, which takes minutes and needs no data, and start again:\n"
         f"  leank mask calibrate {quoted} --bits 2\n"
-        f"or {_NAME_ONE}; these make masks that prune K as LeanK does:\n"
+        f"or {_NAME_ONE}. These make masks that prune K as LeanK does:\n"
         f"  leank mask import MASK.pth --model {quoted} --out mask.yaml\n"
         f"  leank mask learn --ratio 0.7 --align 32 --model {quoted} --out mask.yaml"
     )

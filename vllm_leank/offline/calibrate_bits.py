@@ -25,7 +25,9 @@ from vllm_leank.offline.fisher import QUERIES, Sensitivities, sensitivities
 from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
 from vllm_leank.offline.statistics import ChannelStatistics, StatisticsMeter
 
-SCORE = "Fisher information of far K and V * variance"
+BY_VARIANCE = "Fisher information of far K and V * variance"
+BY_SQUARE = "Fisher information of far K * mean square"
+"""What provenances call the costs of channels."""
 
 
 def measure(
@@ -58,7 +60,9 @@ def bits_mask(
         found.value * statistics.v_scale**2,
         request.bits,
     )
-    return request.mask(chosen, statistics.for_mask(), _provenance(model, prompts, seed))
+    return request.mask(
+        chosen, statistics.for_mask(), _provenance(model, prompts, seed, BY_VARIANCE)
+    )
 
 
 def pruned_mask(
@@ -74,15 +78,15 @@ def pruned_mask(
     """
     found, statistics = measure(model, prompts, request.window, seed)
     cost: np.ndarray = found.key * statistics.k_square
-    return request.mask(cost, _provenance(model, prompts, seed))
+    return request.mask(cost, _provenance(model, prompts, seed, BY_SQUARE))
 
 
 def _provenance(
-    model: transformers.PreTrainedModel, prompts: CalibrationPrompts, seed: int
+    model: transformers.PreTrainedModel, prompts: CalibrationPrompts, seed: int, score: str
 ) -> dict[str, object]:
     return {
         "method": "calibrate",
-        "score": SCORE,
+        "score": score,
         **prompts.provenance,
         "queries": QUERIES,
         "seed": seed,
