@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from pathlib import Path
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Masks that the user has made must not be found; a test that wants some names a folder of its own.
+os.environ["XDG_DATA_HOME"] = os.path.join(tempfile.gettempdir(), "vllm-leank-tests-no-data")
 # Idle threads of OpenMP spin: on a busy machine they slow small models down twentyfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

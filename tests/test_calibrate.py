@@ -13,7 +13,9 @@ from vllm_leank.errors import UserError
 from vllm_leank.mask.select_channels import select_channels
 from vllm_leank.offline import calibrate as calibration
 from vllm_leank.offline.attention_hook import hooked_attention
-from vllm_leank.offline.calibrate import HeadStatistics, calibrate, head_shares, measure_heads
+from vllm_leank.offline.calibrate import HeadStatistics, energy_mask, head_shares, measure_heads
+from vllm_leank.offline.calibration_prompts import calibration_prompts
+from vllm_leank.offline.mask_request import MaskRequest
 from vllm_leank.offline.prompts import read_prompts
 
 THETA = 10000.0
@@ -289,17 +291,13 @@ def test_calibration_is_deterministic_and_keeps_the_loud_channels_of_a_head(tmp_
             attention.q_proj.weight[32 * query_head + loud] *= 30
     model.save_pretrained(tmp_path / "my-model")
     data = write(tmp_path / "p.jsonl", *(json.dumps({"prompt_token_ids": ids}) for ids in PROMPTS))
+    window = Window(32, 32)
+    request = MaskRequest.open(
+        str(tmp_path / "my-model"), None, ratio=0.875, align=16, sink=32, recent=32
+    )
+    prompts = calibration_prompts(request.checkpoint, data, window, max_tokens=512)
     first, second = (
-        calibrate(
-            str(tmp_path / "my-model"),
-            data,
-            ratio=0.875,
-            align=16,
-            sink=32,
-            recent=32,
-            device="cpu",
-        )
-        for _ in range(2)
+        energy_mask(request, request.checkpoint.load(device="cpu"), prompts) for _ in range(2)
     )
     assert first.sha256 == second.sha256
     assert first.model == "my-model"

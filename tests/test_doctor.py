@@ -3,11 +3,12 @@
 import importlib.metadata
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from mask_samples import random_mask
+from mask_samples import full_mask, random_mask
 from vllm.platforms.interface import DeviceCapability
 from vllm.plugins import load_general_plugins
 
@@ -279,3 +280,19 @@ def test_doctor_without_a_line(doctor):
     code, out, _ = doctor()
     assert code == 0
     assert "vllm_leank.serving.plugin:register" in out
+
+
+@pytest.mark.parametrize(("length", "warned"), [(4400, False), (8192, True)])
+def test_requests_longer_than_a_masks_prompts(doctor, tiny_llama_dir, tmp_path, length, warned):
+    mask = full_mask(tiny_llama_dir)
+    provenance = {"method": "calibrate", "longest_prompt": 4000}
+    save_mask(replace(mask, provenance=provenance, sha256=""), tmp_path / "short.yaml")
+    options = json.dumps({"leank": {"mask": str(tmp_path / "short.yaml")}})
+    args = ["vllm", "serve", tiny_llama_dir, "--attention-backend", "leank"]
+    args += ["--additional-config", options, "--max-model-len", length]
+    code, out, _ = doctor("--", *args)
+    assert code == 0
+    words = "made from prompts of up to 4,000 tokens, but requests may have 8,192"
+    assert (words in " ".join(out.split())) == warned
+    code, out, _ = doctor("--json", "--", *args)
+    assert (json.loads(out)["serve"]["warning"] is not None) == warned

@@ -81,9 +81,10 @@ def test_unknown_model(folder):
     with pytest.raises(MaskError, match="no mask for a/b") as caught:
         resolve_mask(None, "a/b", SHORT, folder=folder)
     message = str(caught.value)
-    assert f"({SHORT}) comes with the package: none has that model id\n" in message
+    assert f"({SHORT}) is there: none has that model id\n" in message
     assert '--mask of leank or by "mask" in --additional-config of vllm serve' in message
-    for command in ("import", "calibrate", "learn"):
+    assert "  leank mask calibrate a/b --bits 2\n" in message
+    for command in ("import", "learn"):
         (line,) = (line for line in message.splitlines() if f"leank mask {command} " in line)
         assert line.endswith("--model a/b --out mask.yaml")
 
@@ -100,6 +101,39 @@ def test_several_fitting_masks(folder):
         resolve_mask(None, "org/model-7b", SHORT, folder=folder)
     assert "short.yaml" in str(caught.value)
     assert "second.yaml; name a mask file, by --mask" in str(caught.value)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The user's folder, empty, beside a package whose only mask is for org/model-7b."""
+    package = tmp_path / "package"
+    package.mkdir()
+    save_mask(Mask.full(SHORT, model="org/model-7b"), package / "bundled.yaml")
+    monkeypatch.setattr("vllm_leank.mask.lookup.package_folder", lambda: package)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    folder = tmp_path / "data" / "vllm-leank" / "masks"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_the_users_masks_win(own):
+    assert resolve_mask(None, "org/model-7b", SHORT).path.name == "bundled.yaml"
+    save_mask(Mask.full(LONG, model="org/model-7b"), own / "long.yaml")
+    assert resolve_mask(None, "org/model-7b", SHORT).path.name == "bundled.yaml"
+    save_mask(Mask.full(SHORT, model="org/model-7b"), own / "mine.yaml")
+    assert resolve_mask(None, "org/model-7b", SHORT).path == own / "mine.yaml"
+    assert resolve_mask(None, "org/model-7b", LONG).path == own / "long.yaml"
+    save_mask(Mask.full(SHORT, model="org/model-7b"), own / "second.yaml")
+    with pytest.raises(MaskError, match="several masks fit") as caught:
+        resolve_mask(None, "org/model-7b", SHORT)
+    assert f"{own / 'mine.yaml'}, {own / 'second.yaml'}; name a mask file" in str(caught.value)
+    assert '"mask" in --additional-config' in str(caught.value)
+
+
+def test_where_masks_were_looked_for(own):
+    with pytest.raises(MaskError, match="no mask for a/b") as caught:
+        resolve_mask(None, "a/b", SHORT)
+    assert f"comes with the package or lies in {own}: none has that model id" in str(caught.value)
 
 
 def test_option_names_a_file(folder, monkeypatch):

@@ -253,3 +253,39 @@ def test_estimates_name_what_takes_the_memory():
     assert estimate_pool(100, 0.9, 20, 10) == 60
     with pytest.raises(UserError, match=r"weights \(2\.00 GiB\)"):
         estimate_pool(2**30, 0.9, 2**31, 0)
+
+
+@pytest.mark.parametrize(("bits", "least"), [(8, 7.9), (4, 3.9), (2, 1.9), (1, 0.9), (0.75, 0.7)])
+def test_plan_before_there_is_a_mask(recall, bits, least):
+    code, out, _ = recall(
+        "--bits", bits, "--kv-cache-memory", "1GiB", "--max-model-len", 8256, "--json"
+    )
+    assert code == 0
+    planned = json.loads(out)
+    assert planned["mask"] is None
+    assert least < planned["bits"] <= bits
+    dense, leank = planned["engines"][0], planned["engines"][-1]
+    ratio = dense["far_token_bytes"] / leank["far_token_bytes"]
+    assert 10 / bits < ratio <= 16 / least  # scales of V and padding take the rest
+
+
+def test_plan_says_that_there_is_no_mask(recall):
+    asked = ["--bits", 2, "--kv-cache-memory", "1GiB", "--max-model-len", 8256]
+    code, out, _ = recall(*asked)
+    assert code == 0
+    assert "no mask, 2.00 bits per number" in " ".join(out.split())
+    code, _, err = recall(*asked, "--mask", "m.yaml")
+    assert code == 2
+    assert "exclude each other" in err
+    code, _, err = recall("--bits", 10, *asked[2:])
+    assert code == 2
+    assert "between 0.75 and 8" in err
+
+
+def test_plan_without_a_mask_suggests_bits(leank, tiny_llama_dir):
+    code, _, err = leank(
+        "plan", "--model", tiny_llama_dir, "--kv-cache-memory", "1GiB", "--max-model-len", 8256
+    )
+    assert code == 2
+    assert f"leank mask calibrate {tiny_llama_dir} --bits 2" in err
+    assert "or plan without a mask: --bits 2" in err

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -340,7 +341,8 @@ def test_codes_are_served_on_any_gpu_that_leank_takes(tiny_llama_dir, tmp_path, 
 
 
 def test_a_model_without_a_mask_is_told_how_to_make_one(tiny_llama_dir):
-    with pytest.raises(ValueError, match="leank mask calibrate"):
+    command = re.escape(f"leank mask calibrate {tiny_llama_dir} --bits 2\n")
+    with pytest.raises(ValueError, match=command):
         config_of(tiny_llama_dir, {})
 
 

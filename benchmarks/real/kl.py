@@ -88,15 +88,21 @@ def variants(
     energy = measure_heads(model, prompts, window, QUERIES).scores()
     whole = np.full(fisher.key.shape, 16, np.uint8)
 
-    def archive(name: str, k_bits: np.ndarray, v_bits: np.ndarray, **options: Any) -> Variant:
+    def archive(
+        name: str, k_bits: np.ndarray, v_bits: np.ndarray, served: bool = False, **options: Any
+    ) -> Variant:
         options = {"statistics": seen, "rotation": rotation} | options
-        hook = SimulatedArchive(window, StaticArchive(k_bits, v_bits, **options))
+        blind = None
+        if served:
+            blind = torch.tensor(~(k_bits.any(-1) | v_bits.any(-1)))
+        hook = SimulatedArchive(window, StaticArchive(k_bits, v_bits, **options), blind)
         return Variant(name, float((k_bits.mean() + v_bits.mean()) / 2), hook)
 
     by_square = select_channels(fisher.key * seen.k_square, RATIO, ALIGN)
     by_rest = np.where(select_channels(fisher.key * seen.k_scale**2, RATIO, ALIGN), whole, 0)
     four = np.full_like(whole, 4)
-    static = {"statistics": after_rope.statistics(), "rotation": None}
+    fixed = after_rope.statistics()
+    static = {"statistics": fixed, "rotation": None}
     found = [
         pruned("70% pruned by energy, zeros", window, select_channels(energy, RATIO, ALIGN)),
         pruned("70% pruned by Fisher, zeros", window, by_square),
@@ -105,12 +111,27 @@ def variants(
         archive("4 bits everywhere", four, four),
     ]
     costs = (fisher.key * seen.k_scale**2, fisher.value * seen.v_scale**2)
+    static_costs = (fisher.key * fixed.k_scale**2, costs[1])
+    blind_heads = {}
     for budget in bits:
         chosen = allocate(*costs, budget)
         both = (chosen.k_bits, chosen.v_bits)
         found.append(archive(f"{budget:g} bits", *both))
         found.append(archive(f"{budget:g} bits, V scaled per token", *both, v_token_scale=True))
-    return found, {"before_rope": seen.before_rope, "sensitivities_seconds": round(seconds, 1)}
+        name = f"{budget:g} bits, V scaled per token, static mean"
+        chosen = allocate(*static_costs, budget)
+        both = (chosen.k_bits, chosen.v_bits)
+        blind = int((~(both[0].any(-1) | both[1].any(-1))).sum())
+        blind_heads[f"{budget:g}"] = blind
+        found.append(archive(name, *both, v_token_scale=True, **static))
+        if blind:
+            options = {"v_token_scale": True, "served": True} | static
+            found.append(archive(f"{name}, blind heads", *both, **options))
+    return found, {
+        "before_rope": seen.before_rope,
+        "heads_without_bits": blind_heads,
+        "sensitivities_seconds": round(seconds, 1),
+    }
 
 
 @torch.inference_mode()

@@ -2,10 +2,11 @@
 
     PYTHONPATH=benchmarks python -m recall.importance --out results.json
 
-Channels are scored as `leank mask calibrate` does it, once per task and half of its samples.
-Compared are scores of two tasks, and of the two halves of one task, which is as alike as they can
-be: Pearson's correlation over all channels of the model, Spearman's within each head (mean over
-the heads that look far at all), and how much two masks have in common (intersection over union).
+Channels are scored as `leank mask calibrate --score energy` does it, once per task and half of its
+samples. Compared are scores of two tasks, and of the two halves of one task, which is as alike as
+they can be: Pearson's correlation over all channels of the model, Spearman's within each head (mean
+over the heads that look far at all), and how much two masks have in common (intersection over
+union).
 """
 
 import argparse

@@ -9,7 +9,7 @@ tokens, whole answers greedily right.
 Training samples come from the training split, tasks in turn. Compared are
 
     reg R, and without stage 2      LeanK's two stages, and the mask of stage 1's factors
-    calibrated                      the rule of `leank mask calibrate`
+    calibrated                      the rule of `leank mask calibrate --score energy`
     global energy                   the same without far attention mass
     uniform energy                  the same number of channels in every head
     slow heads                      whole heads, by their high-frequency share

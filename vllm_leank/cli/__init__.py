@@ -12,6 +12,7 @@ from vllm_leank.cli import (
     doctor,
     evaluation,
     mask,
+    mask_calibrate,
     mask_compose,
     mask_heads,
     mask_learn,
@@ -27,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+mask.app.command()(mask_calibrate.calibrate)
 mask.app.command()(mask_learn.learn)
 mask.app.command()(mask_compose.compose)
 mask.app.command()(mask_plot.plot)

@@ -77,6 +77,10 @@ def _describe(serving: "Serving") -> dict[str, Any]:
         "max_model_len": serving.length,
         "pool_bytes": serving.pool_bytes,
     }
+    if serving.length is not None:
+        from vllm_leank.serving.report import beyond_calibration
+
+        described["warning"] = beyond_calibration(mask, serving.length)
     if serving.pool_bytes is not None and serving.length is not None:
         from vllm_leank.cli.capacity_table import capacity_json
 
@@ -108,7 +112,7 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
     from rich.markup import escape
 
     from vllm_leank.cli.capacity_table import capacity_table, what_does_not_fit
-    from vllm_leank.serving.report import describe
+    from vllm_leank.serving.report import beyond_calibration, describe
 
     if serving.reasons:
         console.print("[red]leank would not serve this line:[/]")
@@ -120,6 +124,9 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
         return
     for text in describe(serving.settings):
         console.print(text, markup=False)
+    mask, length = serving.settings.mask, serving.length
+    if length is not None and (warning := beyond_calibration(mask, length)):
+        console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True)
     if serving.pool_bytes is None or serving.length is None:
         console.print("leank capacity: known with --kv-cache-memory-bytes, or on a GPU")
         return

@@ -9,7 +9,7 @@ import typer
 from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import load_mask, save_mask
-from vllm_leank.mask.lookup import broken_masks, find_masks
+from vllm_leank.mask.lookup import broken_masks, find_masks, preferred
 from vllm_leank.mask.mask import Mask
 
 app = typer.Typer(help="Look at masks and make them.", no_args_is_help=True)
@@ -28,59 +28,6 @@ def show(
         print(json.dumps(summary(found), indent=2))
     else:
         print_tables(found)
-
-
-@app.command()
-def calibrate(
-    model: Annotated[str, typer.Option(help="Checkpoint: a directory or a hub id.")],
-    data: Annotated[
-        Path, typer.Option(help='JSONL, lines {"prompt_token_ids": [...]} or {"prompt": "..."}.')
-    ],
-    ratio: Annotated[float, typer.Option(help="Share of the K channels to prune, 0..1.")],
-    out: Annotated[Path, typer.Option(help="The mask file to write.")],
-    align: Annotated[int, typer.Option(help="Heads keep multiples of this many channels.")] = 32,
-    sink: Annotated[int, typer.Option(help="First tokens that stay dense.")] = 64,
-    recent: Annotated[int, typer.Option(help="Last tokens that stay dense.")] = 256,
-    max_prompts: Annotated[int, typer.Option(min=1, help="Prompts to use, the first ones.")] = 64,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="Longer prompts are cut to their last tokens.")
-    ] = 8192,
-    query_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Take queries from the last tokens of each prompt only.", show_default="all"
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="Where to run.", show_default="the GPU if there is one")
-    ] = None,
-    model_id: Annotated[
-        str | None,
-        typer.Option(help="The id the mask is found by.", show_default="name of the checkpoint"),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
-) -> None:
-    """Make a mask without training, from q, K and far attention over sample prompts."""
-    check_new(out, overwrite)
-    from vllm_leank.offline import calibrate as calibration
-
-    mask = calibration.calibrate(
-        model,
-        data,
-        ratio=ratio,
-        align=align,
-        sink=sink,
-        recent=recent,
-        max_prompts=max_prompts,
-        max_tokens=max_tokens,
-        query_tokens=query_tokens,
-        dtype=dtype,
-        device=device,
-        model_id=model_id,
-    )
-    save_mask(mask, out, overwrite=overwrite)
-    report_mask(out, mask, ratio)
 
 
 @app.command(name="import")
@@ -122,14 +69,14 @@ def import_file(
 
 
 def find(name: str) -> Mask:
-    """The mask in a file, or the one of the package for a model id."""
+    """The mask in a file, or the user's or the package's one for a model id."""
     if Path(name).is_file():
         return load_mask(name)
-    masks = find_masks(name)
+    masks = preferred(find_masks(name))
     if len(masks) == 1:
         return masks[0]
     if masks:
         files = ", ".join(str(mask.path) for mask in masks)
         raise UserError(f"{name} has several masks, name one of the files: {files}")
     unread = "".join(f"\n  not looked at: {error}" for error in broken_masks())
-    raise UserError(f"{name}: neither a mask file nor a model that a bundled mask is for{unread}")
+    raise UserError(f"{name}: neither a mask file nor a model that a mask is found for{unread}")

@@ -47,19 +47,14 @@ def heads(
     from vllm_leank.core.window import Window
     from vllm_leank.mask.checkpoint import Checkpoint
     from vllm_leank.mask.rope_pairs import high_frequency_share
-    from vllm_leank.offline.calibrate import measure_checkpoint
+    from vllm_leank.offline.calibrate import measure_heads
+    from vllm_leank.offline.calibration_prompts import calibration_prompts
 
     checkpoint = Checkpoint.open(model)
-    # Energies do not depend on the window.
-    measured, _ = measure_checkpoint(
-        checkpoint,
-        data,
-        Window(64, 256),
-        max_prompts=max_prompts,
-        max_tokens=max_tokens,
-        dtype=dtype,
-        device=device,
-    )
+    window = Window(64, 256)  # energies do not depend on it
+    limit = checkpoint.max_tokens(max_tokens)
+    prompts = calibration_prompts(checkpoint, data, window, max_tokens=limit, count=max_prompts)
+    measured = measure_heads(checkpoint.load(dtype, device), prompts.ids, window)
     shares = high_frequency_share(measured.energy, checkpoint.geometry)
     ranked = [
         (float(shares[layer, head]), layer, head) for layer, head in np.ndindex(*shares.shape)

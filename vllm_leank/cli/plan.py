@@ -19,6 +19,7 @@ from vllm_leank.errors import UserError
 if TYPE_CHECKING:
     from vllm_leank.core.options import Options
     from vllm_leank.mask.checkpoint import Checkpoint
+    from vllm_leank.mask.mask import Mask
     from vllm_leank.mask.settings import Settings
 
 _ITEMSIZE = 2
@@ -32,6 +33,14 @@ def plan(
     ],
     mask: Annotated[
         str | None, typer.Option(help="Mask file.", show_default="looked up by model")
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a mask, before there is one: bits per element of far K and V, alike "
+            "in all heads.",
+            show_default="none",
+        ),
     ] = None,
     gpu_memory: Annotated[
         int | None,
@@ -107,10 +116,14 @@ def plan(
 
     checkpoint = Checkpoint.open(model)
     options = parse_options({KEY: {"sink": sink, "recent": recent, "prefill": prefill}})
-    settings = _settings(checkpoint, mask, options, tp)
+    if bits is not None and mask is not None:
+        raise UserError("--bits and --mask exclude each other: give one")
+    found = _mask(checkpoint, mask) if bits is None else even_mask(checkpoint, bits)
+    settings = _settings(found, options, tp)
     facts: dict[str, Any] = {
         "model": model,
-        "mask": {"path": str(settings.mask.path), "sha256": settings.mask.sha256},
+        "mask": {"path": str(found.path), "sha256": found.sha256} if bits is None else None,
+        "bits": found.bits,
         "window": {"sink": settings.window.sink, "recent": settings.window.recent},
         "prefill": prefill,
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -127,17 +140,52 @@ def plan(
     _print(settings, facts | {"pool_bytes": pool}, as_json)
 
 
-def _settings(
-    checkpoint: "Checkpoint", mask: str | None, options: "Options", tp: int
-) -> "Settings":
+def _mask(checkpoint: "Checkpoint", mask: str | None) -> "Mask":
+    from vllm_leank.mask.errors import MaskError
     from vllm_leank.mask.lookup import resolve_mask
+
+    try:
+        return resolve_mask(mask, checkpoint.path, checkpoint.geometry)
+    except MaskError as error:
+        if mask is not None:
+            raise
+        raise UserError(f"{error}\nor plan without a mask: --bits 2") from error
+
+
+def even_mask(checkpoint: "Checkpoint", bits: float) -> "Mask":
+    """A mask of so many bits per element, alike in all heads: for what it stores, not for serving.
+
+    Raises:
+        UserError: `bits` is out of range.
+    """
+    import numpy as np
+
+    from vllm_leank.mask.bits import check_bits_asked
+    from vllm_leank.mask.mask import Mask
+    from vllm_leank.mask.statistics import Statistics
+    from vllm_leank.offline.even_bits import even_bits
+
+    check_bits_asked(bits)
+    geometry = checkpoint.geometry
+    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    chosen = even_bits(*shape, bits)
+    return Mask.from_bits(
+        chosen.k_bits,
+        chosen.v_bits,
+        geometry,
+        model=checkpoint.id,
+        provenance={"method": "plan"},
+        statistics=Statistics(*[np.ones(shape, np.float16)] * 4),
+    )
+
+
+def _settings(mask: "Mask", options: "Options", tp: int) -> "Settings":
     from vllm_leank.mask.settings import plan_settings
 
-    found = resolve_mask(mask, checkpoint.path, checkpoint.geometry)
-    heads = found.geometry.num_kv_heads
+    heads = mask.geometry.num_kv_heads
     if heads % tp and tp % heads:
         raise UserError(f"--tp is {tp}, which neither divides {heads} KV heads nor is a multiple")
-    return plan_settings(found, options, _ITEMSIZE, tp)
+    return plan_settings(mask, options, _ITEMSIZE, tp)
 
 
 def _weights(checkpoint: "Checkpoint") -> int:
@@ -170,6 +218,8 @@ def _sentence(facts: dict[str, Any]) -> str:
     where = f" on each of {facts['tensor_parallel_size']} GPUs"
     where = where if facts["tensor_parallel_size"] > 1 else ""
     window = "sink {sink}, recent {recent}".format(**facts["window"])
+    if facts["mask"] is None:
+        window = f"no mask, {facts['bits']:.2f} bits per number, {window}"
     if facts["prefill"] == "pruned":
         step = facts["max_num_batched_tokens"]
         window += f", prompts read pruned with --max-num-batched-tokens {step}"

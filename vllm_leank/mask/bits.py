@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from vllm_leank.core.formats.packed import CODE_CLASSES, class_counts
 from vllm_leank.core.profile import Profile, Profiles
+from vllm_leank.errors import UserError
 from vllm_leank.mask.errors import MaskError
 
 BitsArray = npt.NDArray[np.uint8]
@@ -20,6 +21,22 @@ CLASSES = (16, 8, 4, 2, 0)
 
 MAX_PROFILES = 8
 """Kernels are compiled for the class widths that heads have, so these must be few."""
+
+LEAST_BITS, MOST_BITS = 0.75, 8.0
+"""Bits per element that a mask may be asked for."""
+
+
+def check_bits_asked(bits: float) -> None:
+    """Refuse bits per element that no mask can have.
+
+    Raises:
+        UserError: says what is allowed.
+    """
+    if not LEAST_BITS <= bits <= MOST_BITS:
+        raise UserError(
+            f"bits is {bits:g}; it must lie between {LEAST_BITS:g} and {MOST_BITS:g}: 8 halve a "
+            "16-bit cache, and 2 make it 8 times smaller"
+        )
 
 
 def bits_of_keep(keep: npt.NDArray[np.bool_]) -> tuple[BitsArray, BitsArray]:

@@ -10,6 +10,7 @@ import transformers
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
+from vllm_leank.mask.names import model_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -34,9 +35,7 @@ class Checkpoint:
             UserError: there is no such checkpoint, or its config lacks what a mask needs.
         """
         config = text_config(path)
-        return cls(
-            path, model_id or default_model_id(path), config, Geometry.from_hf_config(config)
-        )
+        return cls(path, model_id or model_name(path), config, Geometry.from_hf_config(config))
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -84,11 +83,6 @@ class Checkpoint:
             raise UserError(f"dtype is {dtype}; allowed: {', '.join(DTYPES)}")
         model = load_part(transformers.AutoModelForCausalLM, self.path, dtype=dtype)
         return model.to(usable_device(device)).eval()
-
-
-def default_model_id(path: str) -> str:
-    """The hub id, or the name of a local directory."""
-    return Path(path).resolve().name if Path(path).is_dir() else path
 
 
 def is_path(model: str) -> bool:

@@ -1,17 +1,18 @@
-"""Finds the mask for a model: the file an option names, else one that comes with the package."""
+"""Finds the mask for a model: the file an option names, else one of the user's folder or package's.
 
-import importlib.resources
+A mask in the user's folder wins over those of the package.
+"""
+
 import os
-import re
+import shlex
 from pathlib import Path
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.file import load_mask
+from vllm_leank.mask.folders import package_folder, user_folder
 from vllm_leank.mask.mask import Mask
-
-# A checkpoint's folder often has a name that says nothing; then the folder above it counts.
-_NAMELESS = {"model", "checkpoint", "hf"}
+from vllm_leank.mask.names import model_name
 
 _NAME_ONE = 'name a mask file, by --mask of leank or by "mask" in --additional-config of vllm serve'
 
@@ -21,8 +22,8 @@ def resolve_mask(
 ) -> Mask:
     """The mask to use on `model`, a hub id or the path of a local checkpoint.
 
-    `option` is the path of a mask file; without it, the masks of the package (or of `folder`) are
-    searched for one with this model id and geometry.
+    `option` is the path of a mask file; without it, the masks in the user's folder and then those
+    of the package (or only those of `folder`) are searched for one with this model id and geometry.
 
     Raises:
         MaskError: no mask fits, more than one fits, or the file of `option` is not a valid mask.
@@ -38,7 +39,7 @@ def resolve_mask(
         return mask
 
     named = find_masks(model, folder)
-    fitting = [mask for mask in named if mask.geometry == geometry]
+    fitting = preferred([mask for mask in named if mask.geometry == geometry])
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -50,19 +51,26 @@ def resolve_mask(
         found += "".join(
             ["\nnot looked at, as they cannot be read:", *(f"\n  {e}" for e in broken)]
         )
-    made = f"--model {model} --out mask.yaml"
+    where = f"comes with the package or lies in {user_folder()}" if folder is None else "is there"
+    quoted = shlex.quote(model)
     raise MaskError(
-        f"no mask for {model} ({geometry}) comes with the package: {found}\n"
-        f"{_NAME_ONE}, or make one from what LeanK's authors released, from sample prompts or by "
-        "training on a GPU:\n"
-        f"  leank mask import MASK.pth {made}\n"
-        f"  leank mask calibrate --data prompts.jsonl --ratio 0.7 --align 32 {made}\n"
-        f"  leank mask learn --ratio 0.7 --align 32 {made}"
+        f"no mask for {model} ({geometry}) {where}: {found}\n"
+        "make one, which takes minutes and needs no data, and start again:\n"
+        f"  leank mask calibrate {quoted} --bits 2\n"
+        f"or {_NAME_ONE}. These make masks that prune K as LeanK does:\n"
+        f"  leank mask import MASK.pth --model {quoted} --out mask.yaml\n"
+        f"  leank mask learn --ratio 0.7 --align 32 --model {quoted} --out mask.yaml"
     )
 
 
+def preferred(masks: list[Mask]) -> list[Mask]:
+    """Those of the user's folder if there are any, else all."""
+    own = user_folder()
+    return [mask for mask in masks if mask.path and mask.path.is_relative_to(own)] or masks
+
+
 def find_masks(model: str, folder: Path | None = None) -> list[Mask]:
-    """The masks of the package (or of `folder`) for a hub id or a local checkpoint.
+    """The masks of the user and the package (or in `folder`) for a hub id or a local checkpoint.
 
     Ids are compared without case. A local directory has no organisation in its name, so its name
     is compared with the part after the slash; a directory of the hub's cache has both.
@@ -76,7 +84,7 @@ def find_masks(model: str, folder: Path | None = None) -> list[Mask]:
 
 
 def list_masks(folder: Path | None = None) -> list[Mask]:
-    """All masks that come with the package (or lie in `folder`), ordered by path.
+    """All masks of the user and the package (or in `folder`), by folder and path.
 
     Files that are not valid masks are left out: they must not stand in the way of the others.
     """
@@ -89,9 +97,9 @@ def broken_masks(folder: Path | None = None) -> list[MaskError]:
 
 
 def _read_all(folder: Path | None) -> tuple[list[Mask], list[MaskError]]:
-    folder = folder or Path(str(importlib.resources.files("vllm_leank.masks")))
+    folders = [user_folder(), package_folder()] if folder is None else [folder]
     masks, broken = [], []
-    for path in sorted(folder.rglob("*.yaml")):
+    for path in (path for one in folders for path in sorted(one.rglob("*.yaml"))):
         try:
             masks.append(load_mask(path))
         except MaskError as error:
@@ -101,11 +109,5 @@ def _read_all(folder: Path | None) -> tuple[list[Mask], list[MaskError]]:
 
 def _model_names(model: str) -> tuple[str, str | None]:
     """The hub id to look for and, for a local directory, the bare name; both in lower case."""
-    if not os.path.isdir(model):
-        return model.lower(), None
-    path = Path(os.path.abspath(model))
-    for part in path.parts:
-        if cached := re.fullmatch(r"models--(.+?)--(.+)", part):
-            return f"{cached[1]}/{cached[2]}".lower(), None
-    name = path.parent.name if path.name.lower() in _NAMELESS else path.name
-    return name.lower(), name.lower()
+    name = model_name(model).lower()
+    return name, name if os.path.isdir(model) and "/" not in name else None

@@ -70,7 +70,7 @@ def allocate(
     sizes = width_bits[pairs].sum(axis=1)  # [pairs]
     chosen = choose(total, sizes, int(bits * 2 * L * H * D), max_profiles)
     k_bits, v_bits = (
-        _spread(side, widths[pairs[chosen, i]]).reshape(L, H, D) for i, side in enumerate(sides)
+        spread(side, widths[pairs[chosen, i]]).reshape(L, H, D) for i, side in enumerate(sides)
     )
     return Allocation(k_bits, v_bits)
 
@@ -203,7 +203,7 @@ def _hull(cost: Array, sizes: npt.NDArray[np.int64]) -> list[int]:
     return hull
 
 
-def _spread(cost: Array, widths: npt.NDArray[np.int64]) -> BitsArray:
+def spread(cost: Array, widths: npt.NDArray[np.int64]) -> BitsArray:
     """Bits `[heads, D]` of channels with these costs, where heads have these class widths."""
     rank = np.argsort(np.argsort(-cost, axis=-1, kind="stable"), axis=-1)
     bits = np.zeros(cost.shape, np.uint8)

@@ -22,11 +22,8 @@ Queries count by the tokens they stand at: with `query_tokens`, the last ones of
 should be answers, as those are what reads pruned tokens when a model is served.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +35,10 @@ from rich.progress import track
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.mask.checkpoint import Checkpoint, usable_device
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.attention_hook import hooked_attention
+from vllm_leank.offline.calibration_prompts import CalibrationPrompts
 from vllm_leank.offline.mask_request import MaskRequest
-from vllm_leank.offline.prompts import read_prompts
 
 QUERY_CHUNK = 256
 """Queries whose attention is computed at once: bounds the memory of a long prompt."""
@@ -184,76 +180,23 @@ def measure_heads(
     return meter.statistics()
 
 
-def measure_checkpoint(
-    checkpoint: Checkpoint,
-    data: Path,
-    window: Window,
-    *,
-    max_prompts: int,
-    max_tokens: int,
+def energy_mask(
+    request: MaskRequest,
+    model: transformers.PreTrainedModel,
+    prompts: CalibrationPrompts,
     query_tokens: int | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
-) -> tuple[HeadStatistics, dict[str, Any]]:
-    """Statistics of a checkpoint's heads over the prompts in `data`, and where they are from.
+) -> Mask:
+    """The mask of `request` for a model, measured on prompts.
 
     Raises:
-        UserError: the model or the data cannot be used, or an argument is out of range.
+        UserError: as in `measure_heads`, or no prompt has far tokens.
     """
-    device = usable_device(device)
-    prompts = read_prompts(
-        data,
-        checkpoint.encode,
-        vocab_size=checkpoint.config.vocab_size,
-        max_prompts=max_prompts,
-        max_tokens=checkpoint.max_tokens(max_tokens),
-    )
-    model = checkpoint.load(dtype, device)
-    return measure_heads(model, prompts, window, query_tokens), {
-        "data": data.name,
-        "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
-        "prompts": len(prompts),
-        "tokens": sum(len(ids) for ids in prompts),
+    heads = measure_heads(model, prompts.ids, request.window, query_tokens)
+    provenance = {
+        "method": "calibrate",
+        "score": "far attention mass of the head * share of E[q^2]*E[k^2] in the head",
+        **prompts.provenance,
         "query_tokens": query_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-
-
-def calibrate(
-    model_path: str,
-    data: Path,
-    *,
-    ratio: float,
-    align: int = 32,
-    sink: int = 64,
-    recent: int = 256,
-    max_prompts: int = 64,
-    max_tokens: int = 8192,
-    query_tokens: int | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
-    model_id: str | None = None,
-) -> Mask:
-    """A mask for a transformers checkpoint that prunes `ratio` of its K channels.
-
-    `data` is a JSONL file of prompts (`read_prompts`). `device` defaults to the GPU, where there is
-    one. `model_id` is what the mask is found by, by default the name of the checkpoint.
-
-    Raises:
-        UserError: the model or the data cannot be used, or an argument is out of range.
-    """
-    request = MaskRequest.open(
-        model_path, model_id, ratio=ratio, align=align, sink=sink, recent=recent
-    )
-    heads, source = measure_checkpoint(
-        request.checkpoint,
-        data,
-        request.window,
-        max_prompts=max_prompts,
-        max_tokens=max_tokens,
-        query_tokens=query_tokens,
-        dtype=dtype,
-        device=device,
-    )
-    score = "far attention mass of the head * share of E[q^2]*E[k^2] in the head"
-    return request.mask(heads.scores(), {"method": "calibrate", "score": score, **source})
+    return request.mask(heads.scores(), provenance)

@@ -75,7 +75,9 @@ def sensitivities(
         )
     shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
     key, value = np.zeros(shape), np.zeros(shape)
-    for number, ids in enumerate(track(far, "sensitivities", console=Console(stderr=True))):
+    for number, ids in enumerate(
+        track(far, "sensitivity of each channel", console=Console(stderr=True))
+    ):
         read_prompt(model, context, ids[:-queries], chunk)
         places = _far(window, context.length)
         if observe is not None:

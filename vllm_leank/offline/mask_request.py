@@ -11,9 +11,12 @@ import transformers
 
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
+from vllm_leank.mask.bits import check_bits_asked
 from vllm_leank.mask.checkpoint import Checkpoint
-from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.mask import BITS_ALIGN, Mask
 from vllm_leank.mask.select_channels import select_channels
+from vllm_leank.mask.statistics import Statistics
+from vllm_leank.offline.allocate import Allocation
 from vllm_leank.version import __version__
 
 
@@ -52,10 +55,7 @@ class MaskRequest:
         Raises:
             UserError: as above, or the window is out of range, or there is no such model.
         """
-        try:
-            window = Window(sink, recent)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        window = window_of(sink, recent)
         return cls(Checkpoint.open(model, model_id), ratio, align, window)
 
     def mask(self, scores: npt.NDArray[np.float64], provenance: dict[str, Any]) -> Mask:
@@ -75,9 +75,81 @@ class MaskRequest:
             | {
                 "ratio": float(self.ratio),
                 "achieved": round(1 - float(keep.mean()), 6),
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                "vllm_leank": __version__,
-                "transformers": transformers.__version__,
-                "torch": str(torch.__version__),
+                **made_by(),
             },
         )
+
+
+@dataclass(frozen=True)
+class BitsRequest:
+    """A mask for `checkpoint` of `bits` per element over K and V.
+
+    Raises:
+        UserError: bits or the model's id is out of range, or does not fit the model.
+    """
+
+    checkpoint: Checkpoint
+    bits: float
+    window: Window
+
+    def __post_init__(self) -> None:
+        check_bits_asked(self.bits)
+        geometry, window = self.checkpoint.geometry, self.window
+        Mask.full(
+            geometry,
+            model=self.checkpoint.id,
+            align=BITS_ALIGN,
+            sink=window.sink,
+            recent=window.recent,
+        )
+
+    @classmethod
+    def open(
+        cls, model: str, model_id: str | None, *, bits: float, sink: int, recent: int
+    ) -> "BitsRequest":
+        """The request with the options of the command line; reads the model's config.
+
+        Raises:
+            UserError: as above, or the window is out of range, or there is no such model.
+        """
+        return cls(Checkpoint.open(model, model_id), bits, window_of(sink, recent))
+
+    def mask(self, chosen: Allocation, statistics: Statistics, provenance: dict[str, Any]) -> Mask:
+        """The mask of these bits; `provenance` gets what every mask should tell."""
+        return Mask.from_bits(
+            chosen.k_bits,
+            chosen.v_bits,
+            self.checkpoint.geometry,
+            model=self.checkpoint.id,
+            statistics=statistics,
+            sink=self.window.sink,
+            recent=self.window.recent,
+            provenance=provenance
+            | {
+                "bits": float(self.bits),
+                "achieved": round(chosen.mean_bits, 6),
+                **made_by(),
+            },
+        )
+
+
+def window_of(sink: int, recent: int) -> Window:
+    """The window of options.
+
+    Raises:
+        UserError: they are out of range.
+    """
+    try:
+        return Window(sink, recent)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def made_by() -> dict[str, str]:
+    """Date and versions."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "vllm_leank": __version__,
+        "transformers": transformers.__version__,
+        "torch": str(torch.__version__),
+    }

@@ -51,12 +51,16 @@ class SimulatedArchive:
     """An attention hook under which queries read far K and V as an archive gives them back.
 
     Set `archive` between prompt and answer where prompts are computed with full attention; with
-    None everything is read as it is, in the same attention.
+    None everything is read as it is, in the same attention. Heads where `blind` (bool `[L, H]`) do
+    not see far tokens, as in an engine those do not that store nothing.
     """
 
-    def __init__(self, window: Window, archive: Archive | None = None):
+    def __init__(
+        self, window: Window, archive: Archive | None = None, blind: torch.Tensor | None = None
+    ):
         self.window = window
         self.archive = archive
+        self.blind = blind
 
     def __call__(
         self,
@@ -80,6 +84,7 @@ class SimulatedArchive:
         far_key, far_value = self.archive(
             layer, sink, key[:, :, sink:far_end], value[:, :, sink:far_end]
         )
+        blind = None if self.blind is None else self.blind[layer].to(query.device)
         outputs = []
         for start, end in _same_boundary(window, first, last):
             far = window.boundary(start + 1) - sink
@@ -88,7 +93,7 @@ class SimulatedArchive:
                 for dense, stored in ((key, far_key), (value, far_value))
             )
             part = query[:, :, start - first : end - first]
-            outputs.append(far_attention(part, keys, values, window, scaling=scaling))
+            outputs.append(far_attention(part, keys, values, window, blind=blind, scaling=scaling))
         return torch.cat(outputs, dim=1)
 
 

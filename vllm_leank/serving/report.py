@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.leank.report")
 
+BEYOND = 1.1
+"""Requests may be so many times as long as the prompts a mask was made from, without a warning."""
+
 LONG_REQUEST = 32_768
 """Tokens of the request that capacity is stated for, where the model takes as many."""
 
@@ -32,6 +35,8 @@ def log_capacity(vllm_config: "VllmConfig", num_blocks: int) -> None:
         return
     for line in report(settings, num_blocks, min(LONG_REQUEST, longest)):
         logger.info("%s", line)
+    if warning := beyond_calibration(settings.mask, longest):
+        logger.warning("%s", warning)
 
 
 def report(settings: Settings, num_blocks: int, length: int) -> list[str]:
@@ -70,6 +75,18 @@ def describe(settings: Settings) -> list[str]:
         f"leank cache: {archive:,} bytes per far token against {full:,} dense "
         f"({archive / full:.1%}); {kind} pages of {plan.archive_block} tokens",
     ]
+
+
+def beyond_calibration(mask: Mask, max_model_len: int) -> str | None:
+    """A warning where requests may be longer than any prompt that the mask was made from."""
+    longest = mask.provenance.get("longest_prompt")
+    if not isinstance(longest, int) or max_model_len <= BEYOND * longest:
+        return None
+    return (
+        f"leank mask: made from prompts of up to {longest:,} tokens, but requests may have "
+        f"{max_model_len:,}: answers of longer ones may be worse than measured. Calibrate with "
+        f"--max-tokens {max_model_len}, or serve with --max-model-len {longest}"
+    )
 
 
 def _kept(mask: Mask) -> str:

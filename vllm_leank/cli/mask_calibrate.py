@@ -1,0 +1,215 @@
+"""`leank mask calibrate`: make a mask from sample prompts, without training."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_leank.cli.outputs import check_new, report_mask
+from vllm_leank.errors import UserError
+from vllm_leank.mask.file import save_mask
+from vllm_leank.mask.folders import user_folder
+from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.names import file_name, model_name
+
+
+def calibrate(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Checkpoint: a directory or a hub id.")
+    ] = None,
+    model_option: Annotated[
+        str | None, typer.Option("--model", help="The same, as an option.", show_default=False)
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Bits per element of far K and V, 0.75 to 8: 4 makes the cache 4 times smaller "
+            "than 16 bits, 2 makes it 8 times smaller.",
+            show_default=False,
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --bits: share of the K channels to prune, 0..1, as LeanK does.",
+            show_default=False,
+        ),
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="With --ratio, what channels are chosen by: fisher, what the answer loses without "
+            "them, or energy, their part of logits times the attention on far tokens.",
+            show_default="fisher",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The mask file to write.", show_default="in your folder of masks, with --bits"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSONL, lines {"prompt_token_ids": [...]} or {"prompt": "..."}.',
+            show_default="built-in prompts",
+        ),
+    ] = None,
+    prompts: Annotated[
+        int | None,
+        typer.Option(
+            "--prompts",
+            "--max-prompts",
+            min=1,
+            help="Prompts to use; of --data the first ones.",
+            show_default="16, of --data 64",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest prompt. Should be what will be served; longer ones of --data are cut to "
+            "their last tokens.",
+            show_default="what the model takes, up to 32,768 on a GPU and 2,048 on a CPU",
+        ),
+    ] = None,
+    align: Annotated[
+        int | None,
+        typer.Option(
+            help="With --ratio: heads keep multiples of this many channels.", show_default="32"
+        ),
+    ] = None,
+    sink: Annotated[int, typer.Option(help="First tokens that stay dense.")] = 64,
+    recent: Annotated[int, typer.Option(help="Last tokens that stay dense.")] = 256,
+    query_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --score energy: take queries from the last tokens of each prompt only.",
+            show_default="all",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of built-in prompts and drawn labels.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="Where to run.", show_default="the GPU if there is one")
+    ] = None,
+    model_id: Annotated[
+        str | None,
+        typer.Option(help="The id the mask is found by.", show_default="name of the checkpoint"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+) -> None:
+    """Make a mask without training: bits for each channel, or LeanK's pruned channels.
+
+    How much the model's answers depend on each channel of far K and V is measured by one backward
+    pass per prompt. With --bits, `vllm serve MODEL --attention-backend leank` finds the mask by
+    itself.
+    """
+    name = _one_of(model, model_option)
+    _check_choice(bits, ratio, score, align, query_tokens)
+    out = out or _default_out(model_id or model_name(name), bits)
+    check_new(out, overwrite)
+
+    from vllm_leank.mask.checkpoint import usable_device
+    from vllm_leank.offline.calibration_prompts import calibration_prompts, longest_prompt
+    from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
+
+    request: BitsRequest | MaskRequest
+    if bits is not None:
+        request = BitsRequest.open(name, model_id, bits=bits, sink=sink, recent=recent)
+    else:
+        assert ratio is not None
+        request = MaskRequest.open(
+            name, model_id, ratio=ratio, align=align or 32, sink=sink, recent=recent
+        )
+    checkpoint, device = request.checkpoint, usable_device(device)
+    limit = longest_prompt(checkpoint, max_tokens, device)
+    read = calibration_prompts(
+        checkpoint, data, request.window, max_tokens=limit, count=prompts, seed=seed
+    )
+    where = "--max-tokens" if max_tokens else f"by default on {device}; --max-tokens changes it"
+    _say(f"{name}: calibrating on {read} (at most {limit:,}, {where})")
+    loaded = checkpoint.load(dtype, device)
+    if isinstance(request, BitsRequest):
+        from vllm_leank.offline.calibrate_bits import bits_mask
+
+        mask = bits_mask(request, loaded, read, seed)
+    elif score == "energy":
+        from vllm_leank.offline.calibrate import energy_mask
+
+        mask = energy_mask(request, loaded, read, query_tokens)
+    else:
+        from vllm_leank.offline.calibrate_bits import pruned_mask
+
+        mask = pruned_mask(request, loaded, read, seed)
+    save_mask(mask, out, overwrite=overwrite)
+    report_mask(out, mask, ratio)
+    _tell_of_others(out, mask)
+
+
+def _one_of(model: str | None, option: str | None) -> str:
+    if (model is None) == (option is None):
+        raise UserError("name one model: leank mask calibrate MODEL --bits 2")
+    name = model or option
+    assert name is not None
+    return name
+
+
+def _check_choice(
+    bits: float | None,
+    ratio: float | None,
+    score: str | None,
+    align: int | None,
+    query_tokens: int | None,
+) -> None:
+    """Refuse options that do not go together."""
+    if bits is None and ratio is None:
+        raise UserError(
+            "give --bits, as in --bits 2 for a cache 8 times smaller, or --ratio to prune K alone"
+        )
+    if bits is not None and ratio is not None:
+        raise UserError("--bits and --ratio exclude each other: give one")
+    if score not in (None, "fisher", "energy"):
+        raise UserError(f"--score is {score}; allowed: fisher, energy")
+    if bits is not None and score == "energy":
+        raise UserError("--score energy goes with --ratio; --bits takes fisher")
+    if bits is not None and align is not None:
+        raise UserError("--align goes with --ratio; --bits has widths of its own")
+    if query_tokens is not None and score != "energy":
+        raise UserError("--query-tokens goes with --score energy")
+
+
+def _default_out(model_id: str, bits: float | None) -> Path:
+    """A file in the user's folder, which is made here so that faults are known before the work."""
+    if bits is None:
+        raise UserError("--ratio needs --out, the mask file to write")
+    folder = user_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); give --out") from error
+    return folder / file_name(model_id, bits)
+
+
+def _tell_of_others(out: Path, mask: Mask) -> None:
+    """Say that a server has to choose, where the user has other masks of the model."""
+    from vllm_leank.mask.lookup import find_masks, preferred
+
+    if not out.is_relative_to(user_folder()):
+        return
+    fitting = [one for one in find_masks(mask.model) if one.geometry == mask.geometry]
+    others = [str(one.path) for one in preferred(fitting) if one.path != out]
+    if others:
+        _say(
+            f"{mask.model} has other masks, too: {', '.join(others)}. Remove them, or tell servers "
+            'which to use: "mask" in --additional-config'
+        )
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)

@@ -1,0 +1,24 @@
+"""What a model is called: the id that masks are made and found by."""
+
+import os
+import re
+from pathlib import Path
+
+# A checkpoint's folder often has a name that says nothing; then the folder above it counts.
+_NAMELESS = {"model", "checkpoint", "hf"}
+
+
+def model_name(model: str) -> str:
+    """The hub id of a model, or the name of a local directory; that of the hub's cache has both."""
+    if not os.path.isdir(model):
+        return model
+    path = Path(os.path.abspath(model))
+    for part in path.parts:
+        if cached := re.fullmatch(r"models--(.+?)--(.+)", part):
+            return f"{cached[1]}/{cached[2]}"
+    return path.parent.name if path.name.lower() in _NAMELESS else path.name
+
+
+def file_name(model_id: str, bits: float) -> str:
+    """Name of the file of a mask of so many bits, in the user's folder."""
+    return re.sub(r"[^\w.-]+", "--", model_id) + f"-{bits:g}bit.yaml"

@@ -1,0 +1,94 @@
+"""What a calibration reads: prompts of a file, or those that every machine has."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_leank.core.window import GRANULE, Window
+from vllm_leank.errors import UserError
+from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.offline.builtin_prompts import builtin_prompts
+from vllm_leank.offline.fisher import QUERIES
+from vllm_leank.offline.prompts import read_prompts
+
+FROM_DATA, BUILT_IN = 64, 16
+"""How many prompts are read when it is not said."""
+
+ON_GPU, ON_CPU = 32768, 2048
+"""Longest prompt when it is not said."""
+
+_SHORTEST = 8
+"""The longest built-in prompt is so many times as long as the shortest."""
+
+
+@dataclass(frozen=True)
+class CalibrationPrompts:
+    """Token ids of prompts, and what a mask's provenance says of them."""
+
+    ids: list[list[int]]
+    provenance: dict[str, Any]
+
+    def __str__(self) -> str:
+        source = "built-in prompts" if self.provenance["data"] == "built-in" else "prompts"
+        lengths = sorted(map(len, self.ids))
+        return f"{len(self.ids)} {source} of {lengths[0]:,} to {lengths[-1]:,} tokens"
+
+
+def longest_prompt(checkpoint: Checkpoint, limit: int | None, device: str) -> int:
+    """`limit`, by default what the device reads in minutes, but no more than the model serves."""
+    if limit is None:
+        limit = ON_GPU if torch.device(device).type == "cuda" else ON_CPU
+    return checkpoint.max_tokens(limit)
+
+
+def calibration_prompts(
+    checkpoint: Checkpoint,
+    data: Path | None,
+    window: Window,
+    *,
+    max_tokens: int,
+    count: int | None = None,
+    seed: int = 0,
+) -> CalibrationPrompts:
+    """The first `count` prompts of a JSONL file (`read_prompts`), or as many built-in ones.
+
+    Prompts of a file are cut to their last `max_tokens`; built-in ones have lengths up to it.
+
+    Raises:
+        UserError: the file cannot be used, or `max_tokens` leaves no far tokens.
+    """
+    if data is not None:
+        ids = read_prompts(
+            data,
+            checkpoint.encode,
+            vocab_size=checkpoint.config.vocab_size,
+            max_prompts=count or FROM_DATA,
+            max_tokens=max_tokens,
+        )
+        source = {
+            "data": data.name,
+            "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
+        }
+    else:
+        # The shortest has a few far tokens for each of its last.
+        least = window.sink + window.recent + QUERIES + 4 * GRANULE
+        if max_tokens < least:
+            raise UserError(
+                f"built-in prompts of {max_tokens} tokens have hardly any far ones; with sink "
+                f"{window.sink} and recent {window.recent} give at least --max-tokens {least}"
+            )
+        named = builtin_prompts(
+            checkpoint,
+            count or BUILT_IN,
+            min_tokens=max(least, max_tokens // _SHORTEST),
+            max_tokens=max_tokens,
+            seed=seed,
+        )
+        ids = [sample.prompt + sample.answer for _, sample in named]
+        source = {"data": "built-in"}
+    lengths = [len(one) for one in ids]
+    counts = {"prompts": len(ids), "tokens": sum(lengths), "longest_prompt": max(lengths)}
+    return CalibrationPrompts(ids, source | counts)
