@@ -234,7 +234,7 @@ MUTATIONS = (
     ),
     Mutation(
         "compaction leaves old bytes in a page on the device",
-        "kernels/store.py",
+        "kernels/whole_store.py",
         "if token + 32 == stop:",
         "if token + 32 > stop:",
         "test_kernels.py::test_pages_are_those_of_the_reference",
