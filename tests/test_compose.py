@@ -113,7 +113,7 @@ def test_bits_that_fit_no_page_are_refused():
     )
     with pytest.raises(UserError, match=r"cannot be joined so: .* 16 bits beside fewer"):
         compose([bits_of(8, 2), half], "union")
-    with pytest.raises(UserError, match=r"so: layers\[0\]\[0\]\.k: has 32 channels of 2 bits, which no"):
+    with pytest.raises(UserError, match=r"layers\[0\]\[0\]\.k: has 32 channels of 2 bits, which"):
         compose([bits_of(2, 2), half])
     with pytest.raises(MaskError, match="no model id"):
         compose([bits_of(2, 2)], model_id="a b")
