@@ -158,7 +158,7 @@ def verify(
         print(json.dumps(report, indent=2))
     else:
         print(f"mask: {found.path}, {found.k_kept:.1%} of K and {found.v_kept:.1%} of V kept")
-        print(f"archive: {verifier.archive_format.archive}, {found.bits:.2f} bits in the mask")
+        print(f"archive: {verifier.archive_format.name}, mask of {found.bits:.2f} bits per element")
         how = "" if window.exact else "; prompts read pruned"
         print(f"window: sink {window.sink}, recent {window.recent} tokens dense{how}")
         _print(comparisons, summary, thresholds, verdict, notes)
@@ -236,7 +236,7 @@ def _print(
         _row(table, escape(source), part)
     table.add_section()
     for length in by_length(comparisons):
-        _row(table, f"{length.least:,} to {length.most:,} tokens", length.summary)
+        _row(table, f"up to {length.most:,} tokens", length.summary)
     table.add_section()
     _row(table, "all", summary)
     console.print(table)
