@@ -8,19 +8,29 @@ import numpy as np
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from mask_samples import full_mask, random_mask
-from oracle import Oracle
+from mask_samples import coded_mask, full_mask, random_mask, statistics_of
+from oracle import Oracle, heads_of
 from recall.demo import MODEL
 from recall.tasks import make_sample
 from transformers import AutoModelForCausalLM
+from vllm_leank.kernels.codecs import codec_of
 
+from vllm_leank.core.formats import find_format
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.lookup import find_masks
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.prompts import Sample
-from vllm_leank.offline.verify import Comparison, Summary, Thresholds, Verifier
+from vllm_leank.offline.served_archive import ServedArchive
+from vllm_leank.offline.simulate import SimulatedPruning
+from vllm_leank.offline.verify import (
+    Comparison,
+    Summary,
+    Thresholds,
+    Verifier,
+    by_length,
+)
 
 WINDOW = Window(32, 64)
 PROMPT = torch.randint(256, (230,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -55,6 +65,85 @@ def test_figures_are_those_of_the_oracle(model, tiny_llama_dir, answer, exact):
     assert found.positions == len(written)
     assert found.agree == int((dense.argmax(-1) == pruned.argmax(-1)).sum())
     assert (found.dense_right, found.leank_right) == ((False, False) if answer else (None, None))
+
+
+def whole_mask(model_dir):
+    """Whole channels, with means for those that are pruned."""
+    keep = random_mask(model_dir, [32, 0, 16, 64])
+    return Mask.from_bits(
+        keep.k_bits,
+        keep.v_bits,
+        keep.geometry,
+        model="whole",
+        provenance={"method": "random"},
+        statistics=statistics_of(keep.k_bits.shape),
+    )
+
+
+ARCHIVES = [(coded_mask, "packed"), (whole_mask, "auto"), (whole_mask, "fp8")]
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "pruned"])
+@pytest.mark.parametrize(("make", "name"), ARCHIVES)
+def test_far_tokens_are_read_as_served(model, tiny_llama_dir, make, name, exact):
+    mask, window, answer = make(tiny_llama_dir), Window(32, 64, exact), [7, 3, 250, 3, 9] * 8
+    found = compare(model, mask, answer, window, chunk=100, archive_dtype=name)
+    ids, until = PROMPT + answer, window.exact_until(len(PROMPT))
+    dense = Oracle(tiny_llama_dir, np.ones_like(mask.keep), 32, 64).logits(ids, len(PROMPT))
+    served = Oracle(tiny_llama_dir, mask, 32, 64, archive_format=find_format(name))
+    p, q = (one[len(PROMPT) :].log_softmax(-1) for one in (dense, served.logits(ids, until)))
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=2e-3)
+    assert found.kl > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("make", "name"), ARCHIVES)
+def test_an_archive_gives_back_the_bits_of_its_codec(tiny_llama_dir, make, name, dtype):
+    mask = make(tiny_llama_dir)
+    archive = ServedArchive(mask, name)
+    key, value = torch.randn(2, 2, 2, 96, 64).to(dtype)
+    codec = codec_of(find_format(name))
+    for layer, heads in enumerate(heads_of(mask)):
+        given = archive(layer, 32, key, value)
+        for index, head in enumerate(heads):
+            assert archive.blind[layer, index] != head.profile.stores
+            for row in range(2 * head.profile.stores):
+                expected = codec.round(key[row, index], value[row, index], head)
+                for part, found in zip(expected, given, strict=True):
+                    assert found[row, index].equal(part)
+
+
+def test_masks_of_whole_channels_give_the_figures_of_pruned_keys(model, tiny_llama_dir):
+    mask = random_mask(tiny_llama_dir, [32, 0, 16, 64])
+    new = Verifier(model, mask, WINDOW)
+    old = Verifier(model, mask, WINDOW)
+    pruning = SimulatedPruning(WINDOW)
+    keep = torch.tensor(mask.keep)
+
+    def attend(layer, *args):
+        old._hooked.add(layer)
+        archive = old._simulated.archive
+        masks = keep if archive is old._archive else torch.ones_like(keep)
+        pruning.keep = None if archive is None else masks
+        return pruning(layer, *args)
+
+    old._attend = attend
+    samples = [("here", Sample(PROMPT, [7, 3, 250, 3, 9] * 8))]
+    (found,), (before,) = new.compare(samples), old.compare(samples)
+    assert found.kl == pytest.approx(before.kl, rel=1e-4)
+    assert (found.agree, found.positions) == (before.agree, before.positions)
+
+
+def test_short_and_long_samples_are_told_apart():
+    short, long, longest = (
+        Comparison("a", n - 10, 10, 9, n / 1e4, None, None) for n in (50, 60, 100)
+    )
+    assert [(one.least, one.most) for one in by_length([long, short, longest])] == [
+        (50, 50),
+        (60, 100),
+    ]
+    assert by_length([long, short, longest])[1].summary == Summary.of([long, longest])
+    assert len(by_length([long, longest])) == 1
 
 
 def test_a_mask_that_keeps_everything_changes_nothing(model, tiny_llama_dir):

@@ -53,6 +53,9 @@ def verify(
         int | None, typer.Option(help="Last tokens that stay dense.", show_default="the mask's")
     ] = None,
     prefill: Annotated[str, typer.Option(help="How prompts are read: exact or pruned.")] = "exact",
+    archive_dtype: Annotated[
+        str, typer.Option(help="How far tokens are stored, as the server's option says.")
+    ] = "auto",
     min_top1: Annotated[
         float, typer.Option(help="Least share of tokens with the same most likely token, 0..1.")
     ] = 0.95,
@@ -74,8 +77,8 @@ def verify(
 
     Both read the same prompts and the same continuations: the known answer, or what the model
     writes with dense attention. Compared are the distributions of the next token, and how many
-    answers would be right. Runs the model in transformers, with the far tokens that leank prunes
-    pruned; numbers are not rounded to fewer bits.
+    answers would be right. Runs the model in transformers, with far tokens as leank's archive gives
+    them back: rounded to its bits, channels that are not stored as their means.
 
     Exit code 1 if a threshold is missed.
     """
@@ -86,7 +89,7 @@ def verify(
     from vllm_leank.mask.checkpoint import Checkpoint, usable_device
     from vllm_leank.mask.lookup import resolve_mask
     from vllm_leank.mask.settings import plan_settings
-    from vllm_leank.offline.verify import Summary, Thresholds, Verifier
+    from vllm_leank.offline.verify import Summary, Thresholds, Verifier, by_length
 
     begin = time.monotonic()
     thresholds = Thresholds(min_top1, max_kl, min_answers)
@@ -94,7 +97,16 @@ def verify(
     checkpoint = Checkpoint.open(model)
     found = resolve_mask(mask, model, checkpoint.geometry)
     # As served; the window does not depend on the bytes of a number.
-    options = parse_options({KEY: {"sink": sink, "recent": recent, "prefill": prefill}})
+    options = parse_options(
+        {
+            KEY: {
+                "sink": sink,
+                "recent": recent,
+                "prefill": prefill,
+                "archive_dtype": archive_dtype,
+            }
+        }
+    )
     window = plan_settings(found, options, itemsize=2).window
     samples, notes = _samples(
         checkpoint,
@@ -107,7 +119,7 @@ def verify(
         seed=seed,
     )
     loaded = checkpoint.load(dtype, device)
-    verifier = Verifier(loaded, found, window, tokens=tokens)
+    verifier = Verifier(loaded, found, window, archive_dtype=archive_dtype, tokens=tokens)
     comparisons = list(
         track(
             verifier.compare(samples),
@@ -132,9 +144,11 @@ def verify(
             "mask": {"path": str(found.path), "sha256": found.sha256, "k_kept": found.k_kept},
             "window": {"sink": window.sink, "recent": window.recent},
             "prefill": prefill,
+            "archive_dtype": verifier.archive_format.name,
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "device": device,
             **asdict(summary),
+            "lengths": [asdict(one) for one in by_length(comparisons)],
             "thresholds": asdict(thresholds),
             "reached": verdict,
             "notes": notes,
@@ -144,6 +158,7 @@ def verify(
         print(json.dumps(report, indent=2))
     else:
         print(f"mask: {found.path}, {found.k_kept:.1%} of K and {found.v_kept:.1%} of V kept")
+        print(f"archive: {verifier.archive_format.name}, mask of {found.bits:.2f} bits per element")
         how = "" if window.exact else "; prompts read pruned"
         print(f"window: sink {window.sink}, recent {window.recent} tokens dense{how}")
         _print(comparisons, summary, thresholds, verdict, notes)
@@ -202,7 +217,7 @@ def _print(
     from rich.markup import escape
     from rich.table import Table
 
-    from vllm_leank.offline.verify import Summary
+    from vllm_leank.offline.verify import Summary, by_length
 
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD)
@@ -219,6 +234,9 @@ def _print(
     for source in dict.fromkeys(one.source for one in comparisons):
         part = Summary.of([one for one in comparisons if one.source == source])
         _row(table, escape(source), part)
+    table.add_section()
+    for length in by_length(comparisons):
+        _row(table, f"up to {length.most:,} tokens", length.summary)
     table.add_section()
     _row(table, "all", summary)
     console.print(table)

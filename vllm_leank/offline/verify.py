@@ -2,8 +2,8 @@
 
 Both read the same prompt as when served, with full attention (unless the window says that prompts
 are read pruned), and then the same continuation, token by token what the engine would compute: with
-all channels of far keys, and with those that the mask keeps. What differs between the two
-distributions of each next token is the mask's doing.
+far K and V as they are, and as the engine's archive gives them back. What differs between the two
+distributions of each next token is the doing of the mask and the archive's format.
 
 It runs in transformers (`simulate.py`), so it judges the mask and not the engine.
 """
@@ -16,12 +16,14 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.attention_hook import hooked_attention
 from vllm_leank.offline.prompts import Sample
-from vllm_leank.offline.simulate import SimulatedPruning
+from vllm_leank.offline.served_archive import ServedArchive
+from vllm_leank.offline.simulate import Archive, SimulatedArchive
 
 ROWS = 64
 """Next-token distributions compared at once: bounds the memory of large vocabularies."""
@@ -81,6 +83,30 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Length:
+    """The summary of samples of about one length: the fewest and most tokens they have."""
+
+    least: int
+    most: int
+    summary: Summary
+
+
+def by_length(comparisons: Sequence[Comparison]) -> list[Length]:
+    """Short samples, then long ones: those of more than half the tokens of the longest. Only long
+    ones where there are no others. What rounding costs may grow with the far tokens.
+    """
+    sizes = [one.prompt_tokens + one.positions for one in comparisons]
+    found = []
+    for is_long in (False, True):
+        part = [i for i, size in enumerate(sizes) if (2 * size > max(sizes)) == is_long]
+        if part:
+            tokens = [sizes[i] for i in part]
+            summary = Summary.of([comparisons[i] for i in part])
+            found.append(Length(min(tokens), max(tokens), summary))
+    return found
+
+
+@dataclass(frozen=True)
 class Thresholds:
     """What a mask must reach to pass.
 
@@ -114,7 +140,8 @@ class Thresholds:
 class Verifier:
     """Compares samples under a mask with full attention.
 
-    Prompts are computed `chunk` tokens at a time. A sample without an answer is continued with what
+    Far tokens are stored in the format that `archive_dtype` and the mask decide. Prompts are
+    computed `chunk` tokens at a time. A sample without an answer is continued with what
     the model itself writes, `tokens` at most.
     """
 
@@ -124,6 +151,7 @@ class Verifier:
         mask: Mask,
         window: Window,
         *,
+        archive_dtype: str = NATIVE.name,
         tokens: int = 32,
         chunk: int = 1024,
     ):
@@ -131,10 +159,9 @@ class Verifier:
         self.tokens = tokens
         self.chunk = chunk
         self.geometry = mask.geometry
-        self._keep = torch.tensor(mask.keep, device=model.device)
-        # Dense is the same computation with every channel, so that nothing but the mask differs.
-        self._full = torch.ones_like(self._keep)
-        self._pruning = SimulatedPruning(window)
+        self._archive = ServedArchive(mask, archive_dtype)
+        self.archive_format = self._archive.archive_format
+        self._simulated = SimulatedArchive(window)
         self._hooked: set[int] = set()
 
     def compare(self, samples: Iterable[tuple[str, Sample]]) -> Iterator[Comparison]:
@@ -152,11 +179,12 @@ class Verifier:
         cache = other = DynamicCache()
         first = other_first = self._read(sample.prompt, cache, None)
         answer = sample.answer or self._write(first, cache)
-        if not self._pruning.window.exact:
+        if not self._simulated.window.exact:
             other = DynamicCache()
-            other_first = self._read(sample.prompt, other, self._keep)
-        dense = self._logits(answer, cache, self._full)
-        pruned = self._logits(answer, other, self._keep)
+            other_first = self._read(sample.prompt, other, self._archive)
+        # Dense is the same computation, so that nothing but the archive differs.
+        dense = self._logits(answer, cache, _as_it_is)
+        pruned = self._logits(answer, other, self._archive)
         kl, agree = divergence(dense, pruned)
         right: list[bool | None] = [None, None]
         if sample.answer:
@@ -168,10 +196,10 @@ class Verifier:
         return Comparison(source, len(sample.prompt), len(answer), agree, kl, *right)
 
     def _read(
-        self, prompt: list[int], cache: DynamicCache, keep: torch.Tensor | None
+        self, prompt: list[int], cache: DynamicCache, archive: Archive | None
     ) -> torch.Tensor:
         """Fill the cache with a prompt; the most likely token after it, `[1]`."""
-        self._pruning.keep = keep
+        self._use(archive)
         for at in range(0, len(prompt), self.chunk):
             logits = self._forward(prompt[at : at + self.chunk], cache, logits_to_keep=1)
         L, H, D = self.geometry.num_layers, self.geometry.num_kv_heads, self.geometry.head_dim
@@ -185,7 +213,7 @@ class Verifier:
 
     def _write(self, first: torch.Tensor, cache: DynamicCache) -> list[int]:
         """What the model writes, greedily and dense; the cache is as it was before."""
-        self._pruning.keep = None
+        self._use(None)
         end = self.model.generation_config.eos_token_id
         ends = set(end if isinstance(end, list) else [end])
         written = [int(first)]
@@ -195,9 +223,9 @@ class Verifier:
             cache.crop(1 - len(written))
         return written
 
-    def _logits(self, answer: list[int], cache: DynamicCache, keep: torch.Tensor) -> torch.Tensor:
+    def _logits(self, answer: list[int], cache: DynamicCache, archive: Archive) -> torch.Tensor:
         """Logits `[T, vocabulary]` after each token of `answer`; the cache is as it was before."""
-        self._pruning.keep = keep
+        self._use(archive)
         logits = self._forward(answer, cache)
         cache.crop(-len(answer))
         return logits
@@ -216,7 +244,20 @@ class Verifier:
         scaling: float | None,
     ) -> torch.Tensor | None:
         self._hooked.add(layer)
-        return self._pruning(layer, query, key, value, attention_mask, scaling)
+        if self._simulated.archive is None:
+            return None
+        return self._simulated(layer, query, key, value, attention_mask, scaling)
+
+    def _use(self, archive: Archive | None) -> None:
+        """What queries read of far tokens from now on; None leaves attention as it is."""
+        self._simulated.archive = archive
+        self._simulated.blind = self._archive.blind if archive is self._archive else None
+
+
+def _as_it_is(
+    layer: int, first: int, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return key, value
 
 
 def divergence(dense: torch.Tensor, pruned: torch.Tensor) -> tuple[float, int]:
