@@ -49,55 +49,29 @@ def power(exponent):
     return 2.0**exponent
 
 
+@triton.constexpr_function
+def unpack_asm(mask):
+    """PTX that makes four fp16 numbers of four bytes, each of which `mask` cuts a code out of."""
+    if mask == 0xFF:
+        return "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;"
+    return (
+        f"{{ .reg .b32 t; and.b32 t, $2, 0x{mask * 0x01010101:08x};"
+        " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }"
+    )
+
+
 @triton.jit
 def read_codes(x, BITS: tl.constexpr, PART: tl.constexpr, ASM: tl.constexpr):
     """Part `PART` of bytes `x` of `8 / BITS` codes each, as fp16 numbers: the code times
     `2^(BITS * PART - 24)`.
     """
     MASK: tl.constexpr = ((1 << BITS) - 1) << (BITS * PART)
-    if not ASM:
-        y = ((x & MASK).to(tl.float32) * (2.0**-24)).to(tl.float16)
-    elif BITS == 8:
+    if ASM:
         y = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;",
-            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-        )  # fmt: skip
-    elif MASK == 0x0F:
-        y = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; and.b32 t, $2, 0x0f0f0f0f;"
-            " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }",
-            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-        )  # fmt: skip
-    elif MASK == 0xF0:
-        y = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; and.b32 t, $2, 0xf0f0f0f0;"
-            " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }",
-            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-        )  # fmt: skip
-    elif MASK == 0x03:
-        y = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; and.b32 t, $2, 0x03030303;"
-            " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }",
-            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-        )  # fmt: skip
-    elif MASK == 0x0C:
-        y = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; and.b32 t, $2, 0x0c0c0c0c;"
-            " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }",
-            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-        )  # fmt: skip
-    elif MASK == 0x30:
-        y = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; and.b32 t, $2, 0x30303030;"
-            " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }",
-            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-        )  # fmt: skip
+            unpack_asm(MASK), "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4
+        )
     else:
-        y = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; and.b32 t, $2, 0xc0c0c0c0;"
-            " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }",
-            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-        )  # fmt: skip
+        y = ((x & MASK).to(tl.float32) * (2.0**-24)).to(tl.float16)
     return y
 
 
