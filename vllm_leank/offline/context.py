@@ -6,6 +6,7 @@ or with gradients, at the cost of its own tokens alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers
@@ -114,11 +115,26 @@ def hidden_states(
 
     The decoder runs without its head, and without a cache: hooks keep K and V themselves.
     """
-    tokens = torch.tensor([list(ids)], device=model.device)
+    return model.base_model(**_inputs(model, context, ids)).last_hidden_state
+
+
+def logits(
+    model: transformers.PreTrainedModel, context: Context, ids: Sequence[int]
+) -> torch.Tensor:
+    """Logits `[T, vocabulary]` of tokens that stand right after the context."""
+    return model(**_inputs(model, context, ids)).logits[0]
+
+
+def _inputs(
+    model: transformers.PreTrainedModel, context: Context, ids: Sequence[int]
+) -> dict[str, Any]:
+    """Arguments of a model for tokens that stand right after the context."""
     first = context.length
-    positions = torch.arange(first, first + len(ids), device=model.device)[None]
-    output = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
-    return output.last_hidden_state
+    return {
+        "input_ids": torch.tensor([list(ids)], device=model.device),
+        "position_ids": torch.arange(first, first + len(ids), device=model.device)[None],
+        "use_cache": False,
+    }
 
 
 @dataclass(frozen=True)
@@ -146,11 +162,6 @@ class AfterContext:
 def logits_after(
     model: transformers.PreTrainedModel, context: Context, ids: Sequence[int], hook: AttentionHook
 ) -> torch.Tensor:
-    """Logits `[T, vocabulary]` of tokens that stand right after the context, under `hook`.
-
-    `hook` gets K and V of all tokens.
-    """
-    tokens = torch.tensor([list(ids)], device=model.device)
-    positions = torch.arange(context.length, context.length + len(ids), device=model.device)[None]
+    """As `logits`, under `hook`, which gets K and V of all tokens."""
     with hooked_attention(model, AfterContext(context, hook), mask=False):
-        return model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0]
+        return logits(model, context, ids)

@@ -22,7 +22,7 @@ from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.offline.attention_hook import hooked_attention
-from vllm_leank.offline.context import Context, read_prompt
+from vllm_leank.offline.context import Context, logits, read_prompt
 from vllm_leank.offline.far_attention import far_attention
 
 QUERIES = 160
@@ -145,16 +145,16 @@ class FarSquares:
         return [whole[:, :, :start], far, whole[:, :, stop:]]
 
 
-def draw_labels(logits: torch.Tensor, seed: Sequence[int], draw: int) -> torch.Tensor:
-    """Tokens `[T]` from the distributions of `logits` `[T, vocabulary]`, the same for equal seeds.
+def draw_labels(scores: torch.Tensor, seed: Sequence[int], draw: int) -> torch.Tensor:
+    """Tokens `[T]` by logits `scores` `[T, vocabulary]`, the same for equal seeds.
 
     They are drawn on the CPU, as another device has other random numbers.
     """
     rng = np.random.default_rng([*seed, draw])
-    rolls = torch.from_numpy(rng.random(len(logits)))[:, None]
-    steps = logits.softmax(-1).cumsum(-1).double().cpu()
+    rolls = torch.from_numpy(rng.random(len(scores)))[:, None]
+    steps = scores.softmax(-1).cumsum(-1).double().cpu()
     labels = torch.searchsorted(steps, rolls * steps[:, -1:], right=True)[:, 0]
-    return labels.clamp(max=logits.shape[-1] - 1).to(logits.device)
+    return labels.clamp(max=scores.shape[-1] - 1).to(scores.device)
 
 
 def _draw(
@@ -165,14 +165,11 @@ def _draw(
     seed: Sequence[int],
 ) -> None:
     """Run the last tokens of a prompt and go back from drawn labels."""
-    first = squares.context.length
-    tokens = torch.tensor([list(ids)], device=model.device)
-    positions = torch.arange(first, first + len(ids), device=model.device)[None]
     with hooked_attention(model, squares, mask=False):
-        logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0].float()
+        scores = logits(model, squares.context, ids).float()
         for draw in range(draws):
-            labels = draw_labels(logits.detach(), seed, draw)
-            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            labels = draw_labels(scores.detach(), seed, draw)
+            loss = torch.nn.functional.cross_entropy(scores, labels, reduction="sum")
             loss.backward(retain_graph=draw + 1 < draws)
 
 
