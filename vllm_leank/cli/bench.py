@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from vllm_leank.bench.serve import DEFAULT_VARIANTS, VARIANTS
+from vllm_leank.cli.options import RecentOfMask, SinkOfMask
 from vllm_leank.cli.outputs import check_new
 from vllm_leank.core.formats import NATIVE, find_format, formats_for
 from vllm_leank.errors import UserError
@@ -37,12 +38,8 @@ def attention(
             show_default="none",
         ),
     ] = None,
-    sink: Annotated[
-        int | None, typer.Option(help="First tokens that stay dense.", show_default="the mask's")
-    ] = None,
-    recent: Annotated[
-        int | None, typer.Option(help="Last tokens that stay dense.", show_default="the mask's")
-    ] = None,
+    sink: SinkOfMask = None,
+    recent: RecentOfMask = None,
     layers: Annotated[
         str | None, typer.Option(metavar="0,5,9", help="Layers to measure.", show_default="all")
     ] = None,
@@ -109,12 +106,8 @@ def serve(
     mask: Annotated[
         Path | None, typer.Option(help="Mask file.", show_default="looked up by model")
     ] = None,
-    sink: Annotated[
-        int | None, typer.Option(help="First tokens that stay dense.", show_default="the mask's")
-    ] = None,
-    recent: Annotated[
-        int | None, typer.Option(help="Last tokens that stay dense.", show_default="the mask's")
-    ] = None,
+    sink: SinkOfMask = None,
+    recent: RecentOfMask = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32000,
     output_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens per request that are measured.")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_leank.cli.options import ModelId, Recent, Sink
 from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import load_mask, save_mask
@@ -49,12 +50,9 @@ def import_file(
         ),
     ] = None,
     align: Annotated[int, typer.Option(help="Heads keep multiples of this many channels.")] = 32,
-    sink: Annotated[int, typer.Option(help="First tokens that stay dense.")] = 128,
-    recent: Annotated[int, typer.Option(help="Last tokens that stay dense.")] = 768,
-    model_id: Annotated[
-        str | None,
-        typer.Option(help="The id the mask is found by.", show_default="name of the checkpoint"),
-    ] = None,
+    sink: Sink = 128,
+    recent: Recent = 768,
+    model_id: ModelId = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Turn a mask or the scaling factors of the official LeanK code into a mask file."""

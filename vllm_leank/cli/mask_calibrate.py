@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_leank.cli.options import Device, Dtype, ModelId, Recent, Sink
 from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import save_mask
@@ -81,8 +82,8 @@ def calibrate(
             help="With --ratio: heads keep multiples of this many channels.", show_default="32"
         ),
     ] = None,
-    sink: Annotated[int, typer.Option(help="First tokens that stay dense.")] = 64,
-    recent: Annotated[int, typer.Option(help="Last tokens that stay dense.")] = 256,
+    sink: Sink = 64,
+    recent: Recent = 256,
     query_tokens: Annotated[
         int | None,
         typer.Option(
@@ -92,14 +93,9 @@ def calibrate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of built-in prompts and drawn labels.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="Where to run.", show_default="the GPU if there is one")
-    ] = None,
-    model_id: Annotated[
-        str | None,
-        typer.Option(help="The id the mask is found by.", show_default="name of the checkpoint"),
-    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    model_id: ModelId = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Make a mask without training: bits for each channel, or LeanK's pruned channels.

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
+from vllm_leank.cli.options import Device, Dtype
 from vllm_leank.cli.outputs import check_new
 from vllm_leank.errors import UserError
 
@@ -22,10 +23,8 @@ def heads(
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Longer prompts are cut to their last tokens.")
     ] = 8192,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="Where to run.", show_default="the GPU if there is one")
-    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
     out: Annotated[
         Path | None,
         typer.Option(

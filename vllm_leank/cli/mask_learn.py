@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_leank.cli.options import Device, Dtype, ModelId, Recent, Sink
 from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.mask.file import save_mask
 
@@ -28,8 +29,8 @@ def learn(
         ),
     ] = None,
     align: Annotated[int, typer.Option(help="Heads keep multiples of this many channels.")] = 32,
-    sink: Annotated[int, typer.Option(help="First tokens that stay dense.")] = 64,
-    recent: Annotated[int, typer.Option(help="Last tokens that stay dense.")] = 256,
+    sink: Sink = 64,
+    recent: Recent = 256,
     steps: Annotated[
         int, typer.Option(help="Steps of stage 1; stage 2 takes a tenth as many.")
     ] = 2000,
@@ -43,14 +44,9 @@ def learn(
         int, typer.Option(help="Prompt tokens computed at once; fewer take less memory.")
     ] = 4096,
     seed: Annotated[int, typer.Option(help="Of the data.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="Where to run.", show_default="the GPU if there is one")
-    ] = None,
-    model_id: Annotated[
-        str | None,
-        typer.Option(help="The id the mask is found by.", show_default="name of the checkpoint"),
-    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    model_id: ModelId = None,
     state: Annotated[
         Path | None,
         typer.Option(

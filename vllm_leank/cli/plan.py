@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_leank.cli.options import RecentOfMask, SinkOfMask
 from vllm_leank.cli.sizes import parse_size, readable
 from vllm_leank.core.capacity import (
     BATCHED_TOKENS,
@@ -82,12 +83,8 @@ def plan(
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0, max=1, help="As given to vLLM.")
     ] = UTILIZATION,
-    sink: Annotated[
-        int | None, typer.Option(help="First tokens that stay dense.", show_default="the mask's")
-    ] = None,
-    recent: Annotated[
-        int | None, typer.Option(help="Last tokens that stay dense.", show_default="the mask's")
-    ] = None,
+    sink: SinkOfMask = None,
+    recent: RecentOfMask = None,
     prefill: Annotated[str, typer.Option(help="How prompts are read: exact or pruned.")] = "exact",
     max_num_batched_tokens: Annotated[
         int,

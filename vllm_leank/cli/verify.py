@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_leank.cli.options import Device, Dtype, RecentOfMask, SinkOfMask
 from vllm_leank.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,12 +47,8 @@ def verify(
     tokens: Annotated[
         int, typer.Option(min=1, help="Tokens the model writes after a prompt without answer.")
     ] = 32,
-    sink: Annotated[
-        int | None, typer.Option(help="First tokens that stay dense.", show_default="the mask's")
-    ] = None,
-    recent: Annotated[
-        int | None, typer.Option(help="Last tokens that stay dense.", show_default="the mask's")
-    ] = None,
+    sink: SinkOfMask = None,
+    recent: RecentOfMask = None,
     prefill: Annotated[str, typer.Option(help="How prompts are read: exact or pruned.")] = "exact",
     archive_dtype: Annotated[
         str, typer.Option(help="How far tokens are stored, as the server's option says.")
@@ -67,10 +64,8 @@ def verify(
         typer.Option(help="Least share of dense attention's right answers that are kept, 0..1."),
     ] = 0.9,
     seed: Annotated[int, typer.Option(min=0, help="Of the needles.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="Where to run.", show_default="the GPU if there is one")
-    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check that a mask keeps a model's answers: dense attention against leank, PASS or FAIL.

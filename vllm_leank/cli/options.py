@@ -1,0 +1,25 @@
+"""Options that several commands take, each with the same words everywhere."""
+
+from typing import Annotated
+
+import typer
+
+Sink = Annotated[int, typer.Option(help="First tokens that stay dense.")]
+Recent = Annotated[int, typer.Option(help="Last tokens that stay dense.")]
+
+SinkOfMask = Annotated[
+    int | None, typer.Option(help="First tokens that stay dense.", show_default="the mask's")
+]
+RecentOfMask = Annotated[
+    int | None, typer.Option(help="Last tokens that stay dense.", show_default="the mask's")
+]
+
+ModelId = Annotated[
+    str | None,
+    typer.Option(help="The id the mask is found by.", show_default="name of the checkpoint"),
+]
+
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to run.", show_default="the GPU if there is one")
+]
