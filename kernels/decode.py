@@ -72,7 +72,7 @@ def _share(
 )
 def _decode_kernel(
     q_ptr, output_ptr, partial_ptr, lse_ptr, window_ptr, archive_ptr, side_ptr,
-    window_desc, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9,
+    window_desc, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10,
     window_table_ptr, archive_table_ptr, seq_lens_ptr, exact_until_ptr,
     work_ptr, order_ptr, numbers_ptr, scale_log2, archive_units, split_units,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
@@ -117,7 +117,7 @@ def _decode_kernel(
             first = SINK // TILE + n_archive * split // splits
             last = SINK // TILE + n_archive * (split + 1) // splits
             p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table
-            descs = (d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
+            descs = (d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10)
             for c in tl.static_range(len(VARIANTS)):
                 if variant == VARIANTS[c]:
                     m, l, acc = TILES.fold_columns(

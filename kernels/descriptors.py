@@ -9,7 +9,7 @@ from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.core.formats.whole import CHUNK_WIDTHS
 from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
 
-PARTS = 10
+PARTS = 11
 """Descriptors of archive pages that kernels take."""
 
 ROW_WIDTHS = (16, 32, 64, 128, 256)
@@ -63,12 +63,15 @@ def _packed(pages: torch.Tensor, layout: CacheLayout, tile: int) -> list[Any]:
         part = layout.archive_format.head_part(profile, tile, 1, 0, 0)
         keys |= {chunk.width for chunk in part.k_chunks}
         values |= {chunk.width for chunk in part.v_chunks}
-    return [
+    block = layout.archive_block
+    parts = [
         _describe(pages, width, [1, tile, width]) if width in keys else None for width in ROW_WIDTHS
-    ] + [
-        _describe(pages, layout.archive_block, [1, width, tile]) if width in values else None
+    ]
+    parts += [
+        _describe(pages, block, [1, width, tile]) if width in values else None
         for width in ROW_WIDTHS
     ]
+    return [*parts, _describe(pages.view(torch.float16), block, [1, 1, tile])]
 
 
 def stand_ins(pages: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -19,7 +19,7 @@ from vllm_leank.kernels.codes import (
     turn,
     width_index,
 )
-from vllm_leank.kernels.pages import load_tile
+from vllm_leank.kernels.pages import load_tile, scale_tile
 
 
 @triton.jit
@@ -127,9 +127,11 @@ def fold_archive(
                 s = _add_scores(s, x, parts, first_part(VARIANT, c), c, ASM)
         o_token = token + tl.arange(0, TILE)
         seen = (o_token >= SINK) & (o_token < boundary)
-        p_scale = side_ptr + page.to(tl.int64) * stride_side + side_offset
+        v_scale = scale_tile(
+            descs[10], side_ptr, page, side_offset, slot, stride_side, TILE, BLOCK, TMA
+        ).to(tl.float32)
         # Scales of slots that hold no token may hold anything.
-        v_scale = tl.where(seen, tl.load(p_scale + slot + tl.arange(0, TILE)).to(tl.float32), 0.0)
+        v_scale = tl.where(seen, v_scale, 0.0)
         s = tl.where(seen[:, None], s * unit[None, :] + added[None, :], float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 0))
         alpha = tl.exp2(m - m_new)

@@ -75,3 +75,18 @@ def value_tile(
     """An archive tile of a head's V, which begins at `offset`, `[D_PAD, TILE]`."""
     return load_tile(desc, ptr, page, offset, 0, slot, stride_page, BLOCK,
                      D_PAD, TILE, D, TILE, TMA)  # fmt: skip
+
+
+@triton.jit
+def scale_tile(
+    desc, ptr, page, offset, slot, stride_page,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Scales of a tile's tokens, `[TILE]`, one number each, of a head whose scales begin `offset`
+    numbers into the page.
+    """
+    if TMA:
+        scales = desc.load([page, offset // BLOCK, slot]).reshape(TILE)
+    else:
+        scales = tl.load(ptr + page.to(tl.int64) * stride_page + offset + slot + tl.arange(0, TILE))
+    return scales
