@@ -48,11 +48,13 @@ class LayerCache:
     @cached_property
     def head_pages(self) -> tuple[HeadPages | None, ...]:
         """Per KV head, its part of the archive's pages; None for one that stores nothing."""
-        layout, side_bytes = self.layout, self.layout.archive_format.side_bytes
+        layout, form = self.layout, self.layout.archive_format
         return tuple(
             None
             if part is None
-            else HeadPages(self.archive_pages, part, layout.archive_block, side_bytes)
+            else HeadPages(
+                self.archive_pages, part, layout.archive_block, form.side_bytes, form.together
+            )
             for part in layout.heads
         )
 

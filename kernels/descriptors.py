@@ -56,7 +56,8 @@ def _whole(pages: torch.Tensor, layout: CacheLayout, tile: int) -> list[Any]:
 
 def _packed(pages: torch.Tensor, layout: CacheLayout, tile: int) -> list[Any]:
     """For each of `ROW_WIDTHS` bytes, rows of one K field, tiles `[1, tile, width]`; then for as
-    many rows of one V field, each a dimension's tokens, tiles `[1, width, tile]`.
+    many rows of one V field, each a dimension's tokens, tiles `[1, width, tile]`; then scales of V,
+    tiles `[1, 1, tile]`. Of halves of words, if they have `lanes`.
     """
     keys, values = set(), set()
     for profile in layout.variants:
@@ -64,13 +65,15 @@ def _packed(pages: torch.Tensor, layout: CacheLayout, tile: int) -> list[Any]:
         keys |= {chunk.width for chunk in part.k_chunks}
         values |= {chunk.width for chunk in part.v_chunks}
     block = layout.archive_block
-    parts = [
-        _describe(pages, width, [1, tile, width]) if width in keys else None for width in ROW_WIDTHS
-    ]
-    parts += [
-        _describe(pages, block, [1, width, tile]) if width in values else None
-        for width in ROW_WIDTHS
-    ]
+    halves = pages.view(torch.uint16)
+    parts: list[Any] = [None] * (2 * len(ROW_WIDTHS))
+    for i, width in enumerate(ROW_WIDTHS):
+        if width in keys and width < 32:
+            parts[i] = _describe(pages, width, [1, tile, width])
+        elif width in keys:
+            parts[i] = _describe(halves, width // 2, [1, tile, width // 2])
+        if width in values:
+            parts[len(ROW_WIDTHS) + i] = _describe(halves, block // 2, [1, width, tile // 2])
     return [*parts, _describe(pages.view(torch.float16), block, [1, 1, tile])]
 
 

@@ -10,33 +10,39 @@ import triton
 import triton.language as tl
 from vllm_leank.kernels.codes import (
     CODE_UNIT,
-    field_offset,
     first_channel,
     first_part,
+    first_product,
+    lanes,
+    load_field,
     power,
     read_codes,
     row_bytes,
+    shift,
     turn,
-    width_index,
 )
-from vllm_leank.kernels.pages import load_tile, scale_tile
+from vllm_leank.kernels.pages import scale_tile
+
+SUM_ROWS = tl.constexpr(16)
 
 
 @triton.jit
 def _query_part(
     p_q, m_q, p_order, p_factor, unit, first, W: tl.constexpr, BITS: tl.constexpr,
-    PART: tl.constexpr,
+    PART: tl.constexpr, LANE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """What a part of the bytes of one K field is multiplied by, fp16 `[W, N]` in units of `unit`;
-    and what half of the largest code gives, to be taken off, `[N]`.
+    """What a part of the bytes of one K field is multiplied by, or of every other of them with two
+    lanes, fp16 `[W / LANES, N]` in units of `unit`; and what half of the largest code gives, to be
+    taken off, `[N]`.
     """
-    o_w = first + PART * W + tl.arange(0, W)
+    SHIFT: tl.constexpr = shift(BITS, PART, LANE)
+    o_w = first + PART * W + tl.arange(0, W // LANES) * LANES + LANE
     channel = tl.load(p_order + o_w)
     q = tl.load(p_q[None, :] + channel[:, None], mask=m_q[None, :], other=0.0).to(tl.float32)
     q = q * tl.load(p_factor + o_w)[:, None] / unit[None, :]
     # Codes are read as they lie in their bytes.
-    q = (q * power(-BITS * PART)).to(tl.float16)
-    half = tl.sum(q.to(tl.float32), 0) * (power(BITS * PART) * (power(BITS) - 1) / 2)
+    q = (q * power(-SHIFT)).to(tl.float16)
+    half = tl.sum(q.to(tl.float32), 0) * (power(SHIFT) * (power(BITS) - 1) / 2)
     return q, half
 
 
@@ -53,29 +59,52 @@ def _query(
     channel = tl.load(p_order + o_d, mask=m_d, other=0)
     q = tl.load(p_q[None, :] + channel[:, None], mask=m_d[:, None] & m_q[None, :], other=0.0)
     q = q.to(tl.float32)
-    # In units of the largest, they fit into fp16.
+    # The largest is 256, so that all fit into fp16, and with the codes' shifts keep their digits.
     factor = tl.load(p_factor + o_d, mask=m_d, other=0.0)
-    unit = tl.maximum(tl.max(tl.abs(q * factor[:, None]), 0), 1e-30)
+    unit = tl.maximum(tl.max(tl.abs(q * factor[:, None]), 0) / 256, 1e-30)
     offset = tl.sum(q * tl.load(p_mean + o_d, mask=m_d, other=0.0)[:, None], 0)
     parts = ()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, c) > 0:
             for i in tl.static_range(1 << c):
-                part, half = _query_part(
-                    p_q, m_q, p_order, p_factor, unit, first_channel(VARIANT, c),
-                    row_bytes(VARIANT, c), 8 >> c, i,
-                )  # fmt: skip
-                parts = parts + (part,)  # noqa: RUF005
-                offset -= half * unit
+                for lane in tl.static_range(lanes(VARIANT, c)):
+                    part, half = _query_part(
+                        p_q, m_q, p_order, p_factor, unit, first_channel(VARIANT, c),
+                        row_bytes(VARIANT, c), 8 >> c, i, lane, lanes(VARIANT, c),
+                    )  # fmt: skip
+                    parts = parts + (part,)  # noqa: RUF005
+                    offset -= half * unit
     return parts, unit, offset
 
 
 @triton.jit
-def _add_scores(s, x, parts, FIRST: tl.constexpr, C: tl.constexpr, ASM: tl.constexpr):
-    """Add to scores `[TILE, N]` what bytes `x` `[TILE, W]` of one K field give."""
+def _add_scores(
+    s, x, parts, FIRST: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    """Add to scores `[TILE, N]` what a tile `x` of one K field gives."""
     for i in tl.static_range(1 << C):
-        s = tl.dot(read_codes(x, 8 >> C, i, ASM), parts[FIRST + i], acc=s)
+        for lane in tl.static_range(LANES):
+            codes = read_codes(x, 8 >> C, i, lane, ASM)
+            s = tl.dot(codes, parts[FIRST + LANES * i + lane], acc=s)
     return s
+
+
+@triton.jit
+def _sum_rows(x):
+    """Sums over rows of `x` `[M, N]` as `[SUM_ROWS, N]`, of which each thread has all that it needs:
+    a sum over all rows would make threads wait for each other.
+    """
+    return tl.sum(tl.reshape(x, (x.shape[0] // SUM_ROWS, SUM_ROWS, x.shape[1])), 0)
+
+
+@triton.jit
+def _split_granules(x):
+    """Rows `[TILE, N]` of the granules of even number, and of odd number, `[TILE / 2, N]` each."""
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    x = tl.permute(tl.reshape(x, (M // 64, 2, 32, N)), (0, 2, 3, 1))
+    even, odd = tl.split(x)
+    return tl.reshape(even, (M // 2, N)), tl.reshape(odd, (M // 2, N))
 
 
 @triton.jit
@@ -105,9 +134,8 @@ def fold_archive(
         if row_bytes(VARIANT, 3 + c) > 0:
             for _ in tl.static_range(1 << c):
                 sums = sums + (tl.zeros([row_bytes(VARIANT, 3 + c), N], tl.float32),)  # noqa: RUF005
-    # Each row keeps sums of its own until the end: a sum over rows would make all warps wait.
-    l_rows = tl.zeros([TILE, N], tl.float32)
-    s_rows = tl.zeros([TILE, N], tl.float32)
+    l_rows = tl.zeros([SUM_ROWS, N], tl.float32)
+    s_rows = tl.zeros([SUM_ROWS, N], tl.float32)
     # One tile ahead, so that the pipeline of tiles does not wait for the block table.
     next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
     for i in tl.range(first, last, num_stages=STAGES):
@@ -118,13 +146,11 @@ def fold_archive(
         s = tl.zeros([TILE, N], tl.float32)
         for c in tl.static_range(3):
             if row_bytes(VARIANT, c) > 0:
-                x = load_tile(
-                    descs[width_index(row_bytes(VARIANT, c))], archive_ptr, page,
-                    offset + field_offset(VARIANT, c, BLOCK), slot, 0, stride_page,
-                    row_bytes(VARIANT, c), TILE, row_bytes(VARIANT, c), TILE,
-                    row_bytes(VARIANT, c), TMA,
+                x = load_field(
+                    descs, archive_ptr, page, offset, slot, stride_page, VARIANT, c, TILE, BLOCK,
+                    TMA,
                 )  # fmt: skip
-                s = _add_scores(s, x, parts, first_part(VARIANT, c), c, ASM)
+                s = _add_scores(s, x, parts, first_product(VARIANT, c), c, lanes(VARIANT, c), ASM)
         o_token = token + tl.arange(0, TILE)
         seen = (o_token >= SINK) & (o_token < boundary)
         v_scale = scale_tile(
@@ -137,20 +163,23 @@ def fold_archive(
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(s - m_new[None, :])
         m = m_new
-        l_rows = l_rows * alpha[None, :] + p
-        p = (p * v_scale[:, None]).to(tl.float16)
-        s_rows = s_rows * alpha[None, :] + p.to(tl.float32)
+        l_rows = l_rows * alpha[None, :] + _sum_rows(p)
+        p = p * v_scale[:, None]
+        s_rows = s_rows * alpha[None, :] + _sum_rows(p)
+        even, odd = _split_granules(p)
+        weights = even.to(tl.float16), (odd * power(-shift(0, 0, 1))).to(tl.float16)
         new_sums = ()
         for c in tl.static_range(3):
             if row_bytes(VARIANT, 3 + c) > 0:
-                x = load_tile(
-                    descs[5 + width_index(row_bytes(VARIANT, 3 + c))], archive_ptr, page,
-                    offset + field_offset(VARIANT, 3 + c, BLOCK), 0, slot, stride_page, BLOCK,
-                    row_bytes(VARIANT, 3 + c), TILE, row_bytes(VARIANT, 3 + c), TILE, TMA,
+                x = load_field(
+                    descs, archive_ptr, page, offset, slot, stride_page, VARIANT, 3 + c, TILE,
+                    BLOCK, TMA,
                 )  # fmt: skip
                 for part in tl.static_range(1 << c):
                     total = sums[first_part(VARIANT, 3 + c) + part] * alpha[None, :]
-                    total = tl.dot(read_codes(x, 8 >> c, part, ASM), p, acc=total)
+                    for lane in tl.static_range(2):
+                        codes = read_codes(x, 8 >> c, part, lane, ASM)
+                        total = tl.dot(codes, weights[lane], acc=total)
                     new_sums = new_sums + (total,)  # noqa: RUF005
         sums = new_sums
 

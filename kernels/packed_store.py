@@ -90,9 +90,10 @@ def _store_values(
         first = first_channel(VARIANT, 3 + C) + part * R
         x = _steps(p_tokens, p_order, p_mean, p_factor, first, R, False)
         codes |= _codes(x * inverse[None, :], 8 >> C) << ((8 >> C) * part)
-    p_rows = p_page + field_offset(VARIANT, 3 + C, BLOCK) + slot
+    # Tokens of two granules alternate.
+    p_rows = p_page + field_offset(VARIANT, 3 + C, BLOCK) + slot // 64 * 64 + slot // 32 % 2
     p_rows += tl.arange(0, R)[:, None] * BLOCK
-    tl.store(p_rows + tl.arange(0, 32)[None, :], codes.to(tl.uint8))
+    tl.store(p_rows + 2 * tl.arange(0, 32)[None, :], codes.to(tl.uint8))
 
 
 @triton.jit
