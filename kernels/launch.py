@@ -15,6 +15,7 @@ from vllm_leank.kernels.batch import MAX_DECODE_QUERIES
 from vllm_leank.kernels.codecs import codec_of
 
 from vllm_leank.core.pages import CacheLayout
+from vllm_leank.core.window import GRANULE
 
 ONE_WAVE = 256
 """Programs that run at the same time: two on each multiprocessor of a large GPU."""
@@ -167,7 +168,7 @@ def choose_extend(group: int, layout: CacheLayout, device: Device) -> ExtendLaun
     block = layout.archive_block
     return ExtendLaunch(
         rows=max(rows, 1 << (group - 1).bit_length()),
-        tile=min(block & -block, tile),
+        tile=max(min(block & -block, tile), GRANULE * layout.archive_format.together),
         tma=device.tma,
         warps=warps,
         stages=stages,
