@@ -71,11 +71,6 @@ def _packed(pages: torch.Tensor, layout: CacheLayout, tile: int) -> list[Any]:
     ]
 
 
-def stand_ins(pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What kernels that load through pointers take instead of descriptors."""
-    return (pages,) * (1 + PARTS)
-
-
 def _describe(pages: torch.Tensor, row: int, tile: list[int]) -> Any:
     items = pages[0].numel()
     # A layer that keeps nothing has no rows; one is described all the same, and never read.
