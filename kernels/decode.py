@@ -180,25 +180,29 @@ def decode(
     """Attention of one query per request; see `reference.attend`.
 
     Args:
-        query: `[num_reqs, num_heads, head_dim]`, after RoPE; row i is the last token of request i.
+        query: `[num_reqs or more, num_heads, head_dim]`, after RoPE; row i is the last token of
+            request i.
         output: like `query`; rows of padded requests (length 0) are set to zero.
         cache: the layer's pages.
         batch: the step's requests.
         scale: factor of the QK product.
     """
-    num_reqs, num_heads, _ = query.shape
+    rows, *heads = query.shape
+    num_reqs = min(rows, batch.num_reqs)
     shape = cache.prepared(_shape, num_reqs)
     launches = cache.prepared(
-        _launches, shape, query.shape[1:], query.stride(), output.stride(), batch.table_strides,
+        _launches, shape, *heads, query.stride(), output.stride(), batch.table_strides,
         scale,
     )  # fmt: skip
-    # A CUDA graph needs memory of its own.
-    captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
-    partial, lse = batch.prepared(_scratch, num_reqs, *launches.scratch, captured)
+    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        # A graph needs memory of its own, which stays its own when the batch is gone.
+        partial, lse = _scratch(batch, num_reqs, *launches.scratch)
+    else:
+        partial, lse = batch.prepared(_scratch, num_reqs, *launches.scratch)
     attend_to = query, output, partial, lse, batch.window_table, batch.archive_table
     lengths = batch.seq_lens, batch.exact_until
     launches.attend((shape.programs, num_reqs, 1), *attend_to, *lengths)
-    launches.combine((num_heads, num_reqs, 1), output, partial, lse, *lengths)
+    launches.combine((heads[0], num_reqs, 1), output, partial, lse, *lengths)
 
 
 def _shape(cache: LayerCache, num_reqs: int) -> DecodeLaunch:
@@ -206,7 +210,7 @@ def _shape(cache: LayerCache, num_reqs: int) -> DecodeLaunch:
 
 
 def _scratch(
-    batch: Batch, num_reqs: int, programs: int, group: int, head_dim: int, captured: bool
+    batch: Batch, num_reqs: int, programs: int, group: int, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What programs leave to be combined: outputs, and logarithms of the sums of weights. Layers
     take the same, one after the other.
@@ -227,14 +231,14 @@ class _Launches(NamedTuple):
 def _launches(
     cache: LayerCache,
     shape: DecodeLaunch,
-    heads: tuple[int, int],
+    num_heads: int,
+    head_dim: int,
     query_strides: tuple[int, ...],
     output_strides: tuple[int, ...],
     table_strides: tuple[int, int],
     scale: float,
 ) -> _Launches:
     layout, window, tables = cache.layout, cache.window, cache.tables
-    num_heads, head_dim = heads
     num_kv_heads = len(layout.profiles)
     group = num_heads // num_kv_heads
     work = tables.work(shape.programs)

@@ -61,8 +61,8 @@ class Launch:
 
 
 class _Direct:
-    """A compiled kernel and its arguments as Triton's launcher in C takes them: addresses instead of
-    tensors, and tensor descriptors encoded, which Triton would do anew at every launch.
+    """A compiled kernel and its arguments as Triton's launcher in C takes them: addresses instead
+    of tensors, and tensor descriptors encoded, which Triton would do anew at every launch.
 
     Not public are `CudaLauncher`, what it calls, and the order in which it passes arguments on
     (`triton/backends/nvidia/driver.py` of the versions in `DIRECT`).
@@ -163,8 +163,8 @@ class _Slot(NamedTuple):
 
 
 def _c_launcher(launch: Any) -> tuple[Any, Iterator[Any]]:
-    """Triton's launcher in C, and how it wants each descriptor encoded. For kernels with descriptors
-    `launch` is a function around it.
+    """Triton's launcher in C, and how it wants each descriptor encoded. For kernels with
+    descriptors `launch` is a function around it.
     """
     if inspect.isbuiltin(launch):
         return launch, iter(())
