@@ -115,8 +115,9 @@ class _Direct:
         of launches.
         """
         runtime = triton.knobs.runtime
-        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-            return False
+        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+            if getattr(hook, "calls", hook):
+                return False
         arguments = self._take(values)
         if arguments is None:
             return False
