@@ -22,7 +22,7 @@ class Prepares:
         found = self._prepared.get(key)
         if found is None:
             found = self._prepared[key] = prepare(self, *facts)
-        return found  # type: ignore[no-any-return]
+        return found
 
     @cached_property
     def _prepared(self) -> dict[Any, Any]:
