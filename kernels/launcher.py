@@ -86,12 +86,13 @@ class _Direct:
                 slots[parameter.name] = _Slot.of(
                     parameter, changing[parameter.name], len(self._arguments)
                 )
-            value = None if parameter.is_constexpr else fixed.get(parameter.name)
+            value: Any = None if parameter.is_constexpr else fixed.get(parameter.name)
             if isinstance(value, TensorDescriptor):
                 self._arguments += make_tensordesc_arg(value, next(metas))
+            elif isinstance(value, torch.Tensor):
+                self._arguments.append(value.data_ptr())
             else:
-                is_tensor = isinstance(value, torch.Tensor)
-                self._arguments.append(value.data_ptr() if is_tensor else value)
+                self._arguments.append(value)
         self._slots = [slots[name] for name in changing]
 
     @classmethod
@@ -102,7 +103,7 @@ class _Direct:
         is left: in the interpreter, with other versions of Triton, and for kernels that need
         memory beside their arguments.
         """
-        run = getattr(compiled, "run", None)
+        run: Any = getattr(compiled, "run", None)
         if not triton.__version__.startswith(DIRECT) or type(run).__name__ != "CudaLauncher":
             return None
         if run.global_scratch_size or run.profile_scratch_size:
