@@ -77,11 +77,6 @@ def _packed(pages: torch.Tensor, layout: CacheLayout, tile: int) -> list[Any]:
     return [*parts, _describe(pages.view(torch.float16), block, [1, 1, tile])]
 
 
-def stand_ins(pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What kernels that load through pointers take instead of descriptors."""
-    return (pages,) * (1 + PARTS)
-
-
 def _describe(pages: torch.Tensor, row: int, tile: list[int]) -> Any:
     items = pages[0].numel()
     # A layer that keeps nothing has no rows; one is described all the same, and never read.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from heapq import heapify, heapreplace
+from typing import NamedTuple
 
 import torch
 from vllm_leank.kernels.batch import MAX_DECODE_QUERIES
@@ -67,8 +68,7 @@ class Device:
         return cls(tma=major in TMA_CAPABILITIES and not interpreted)
 
 
-@dataclass(frozen=True)
-class DecodeLaunch:
+class DecodeLaunch(NamedTuple):
     """Launch of the decode kernel.
 
     Attributes:
