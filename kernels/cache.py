@@ -75,19 +75,21 @@ class LayerCache(Prepares):
 
         return Tables(self.layout, self.heads, self.window, self.window_pages.device)
 
-    def descriptor_arguments(self, tile: int, tma: bool) -> dict[str, Any]:
-        """What kernels take as tensor descriptors of the pages, for archive tiles of `tile` tokens:
-        `window_desc` of window pages, and `d0` to `d9` of the archive's. Without `tma`, where they
-        load through pointers, stand-ins.
+    def descriptor_arguments(self, tile: int, window_tile: int, tma: bool) -> dict[str, Any]:
+        """What kernels take as tensor descriptors of the pages, for archive tiles of `tile` tokens
+        and window tiles of `window_tile`: `window_desc` of window pages, and `d0` to `d10` of the
+        archive's. Without `tma`, where they load through pointers, stand-ins.
         """
-        return self.prepared(_descriptor_arguments, tile, tma)
+        return self.prepared(_descriptor_arguments, tile, window_tile, tma)
 
 
-def _descriptor_arguments(cache: LayerCache, tile: int, tma: bool) -> dict[str, Any]:
+def _descriptor_arguments(
+    cache: LayerCache, tile: int, window_tile: int, tma: bool
+) -> dict[str, Any]:
     from vllm_leank.kernels.descriptors import PARTS, describe_pages
 
     pages = cache.window_pages, cache.archive_pages
     parts: Iterable[Any] = repeat(cache.archive_pages)
     if tma:
-        parts = describe_pages(*pages, cache.layout, tile)
+        parts = describe_pages(*pages, cache.layout, tile, window_tile)
     return dict(zip(("window_desc", *(f"d{i}" for i in range(PARTS))), parts, strict=False))

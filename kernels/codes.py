@@ -28,6 +28,12 @@ def first_channel(variant, field):
 
 
 @triton.constexpr_function
+def stored_values(variant):
+    """Channels of V with any bits."""
+    return sum(row_bytes(variant, 3 + c) << c for c in range(3))
+
+
+@triton.constexpr_function
 def first_part(variant, field):
     """Parts of bytes, one code of each, in the fields of K, or of V, before this one."""
     return sum(1 << (f % 3) for f in range(field // 3 * 3, field) if row_bytes(variant, f))

@@ -39,11 +39,12 @@ def _decode_kernel(
     BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
     ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
     TILES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
-    STAGES: tl.constexpr, WINDOW_STAGES: tl.constexpr,
+    STAGES: tl.constexpr, WINDOW_STAGES: tl.constexpr, WINDOW_TILE: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    i_work, i_req = tl.program_id(0), tl.program_id(1)
+    # Programs that run together do the same for many requests, so that they share instructions.
+    i_req, i_work = tl.program_id(0), tl.program_id(1)
     p_work = work_ptr + 8 * i_work
     head = tl.load(p_work)
     split = tl.load(p_work + 1)
@@ -56,6 +57,8 @@ def _decode_kernel(
         SINK, RECENT, H, D, TILE, WINDOW_BYTES, ROWS, ONE_WAVE,
     )  # fmt: skip
     if split < splits:
+        i_partial = (i_req * tl.num_programs(1) + i_work).to(tl.int64)
+        p_partial = partial_ptr + i_partial * (G * D)
         o_g = tl.arange(0, G_PAD)
         o_d = tl.arange(0, D_PAD)
         p_q = q_ptr + i_req.to(tl.int64) * stride_q_token + (head * G + o_g) * stride_q_head
@@ -79,32 +82,39 @@ def _decode_kernel(
                     m, l, acc = TILES.fold_columns(
                         m, l, acc, first, last, boundary, q, p_q, o_g < G, scale_log2,
                         head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr,
-                        side_ptr, stride_archive_page, stride_side,
+                        side_ptr, stride_archive_page, stride_side, p_partial,
                         SINK, H, D, D_PAD, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,
                     )  # fmt: skip
 
+        PARTS: tl.constexpr = 32 // WINDOW_TILE
         first = n_dense * split // splits
         last = n_dense * (split + 1) // splits
         p_table = window_table_ptr + i_req.to(tl.int64) * stride_window_table
         full = tl.minimum(last, n_dense - 1)
         # What the archive gave to the sum goes on in one of the rows.
-        l_rows = tl.where(tl.arange(0, 32)[:, None] == 0, l[None, :], 0.0)
+        o_row = tl.arange(0, WINDOW_TILE)[:, None]
+        l_rows = tl.where(o_row == 0, l[None, :], 0.0)
         next_page = tl.load(p_table + skip_archived(first, boundary, SINK))
-        for i in tl.range(first, full, num_stages=WINDOW_STAGES):
+        for i in tl.range(first * PARTS, full * PARTS, num_stages=WINDOW_STAGES):
             page = next_page
-            following = tl.minimum(i + 1, full - 1)
+            following = tl.minimum((i + 1) // PARTS, full - 1)
             next_page = tl.load(p_table + skip_archived(following, boundary, SINK))
-            k, v = window_tile(window_desc, window_ptr, page, head, stride_window_page, D, D_PAD,
-                               TMA)  # fmt: skip
+            k, v = window_tile(
+                window_desc, window_ptr, page, head, i % PARTS * WINDOW_TILE, stride_window_page,
+                D, D_PAD, WINDOW_TILE, TMA,
+            )  # fmt: skip
             m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, 0, scale_log2, False)
         if last == n_dense:
             # The last page may be partly unwritten: what is there must not reach the product.
             page = tl.load(p_table + skip_archived(n_dense - 1, boundary, SINK))
-            k, v = window_tile(window_desc, window_ptr, page, head, stride_window_page, D, D_PAD,
-                               TMA)  # fmt: skip
-            written = (tl.arange(0, 32) <= (length - 1) % 32)[:, None]
-            v = tl.where(written, v, 0.0)
-            m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, written, scale_log2, True)
+            for row in tl.range(0, (length - 1) % 32 + 1, WINDOW_TILE, num_stages=1):
+                k, v = window_tile(
+                    window_desc, window_ptr, page, head, row, stride_window_page, D, D_PAD,
+                    WINDOW_TILE, TMA,
+                )  # fmt: skip
+                written = row + o_row <= (length - 1) % 32
+                v = tl.where(written, v, 0.0)
+                m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, written, scale_log2, True)
 
         l = tl.sum(l_rows, 0)
         if splits == 1:
@@ -115,9 +125,8 @@ def _decode_kernel(
                 mask=(o_g[None, :] < G) & (o_d[:, None] < D),
             )  # fmt: skip
         else:
-            i_partial = (i_req * tl.num_programs(0) + i_work).to(tl.int64)
             tl.store(
-                partial_ptr + i_partial * (G * D) + o_g[None, :] * D + o_d[:, None],
+                p_partial + o_g[None, :] * D + o_d[:, None],
                 acc / l[None, :],
                 mask=(o_g[None, :] < G) & (o_d[:, None] < D),
             )  # fmt: skip
@@ -136,7 +145,7 @@ def _combine_kernel(
     ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    i_head, i_req = tl.program_id(0), tl.program_id(1)
+    i_req, i_head = tl.program_id(0), tl.program_id(1)
     head, g = i_head // G, i_head % G
     first = tl.load(heads_ptr + 3 * head)
     splits = tl.load(heads_ptr + 3 * head + 1)
@@ -201,8 +210,8 @@ def decode(
         partial, lse = batch.prepared(_scratch, num_reqs, *launches.scratch)
     attend_to = query, output, partial, lse, batch.window_table, batch.archive_table
     lengths = batch.seq_lens, batch.exact_until
-    launches.attend((shape.programs, num_reqs, 1), *attend_to, *lengths)
-    launches.combine((heads[0], num_reqs, 1), output, partial, lse, *lengths)
+    launches.attend((num_reqs, shape.programs, 1), *attend_to, *lengths)
+    launches.combine((num_reqs, heads[0], 1), output, partial, lse, *lengths)
 
 
 def _shape(cache: LayerCache, num_reqs: int) -> DecodeLaunch:
@@ -267,7 +276,7 @@ def _launches(
         ("q_ptr", "output_ptr", "partial_ptr", "lse_ptr", "window_table_ptr", "archive_table_ptr",
          *lengths),
         **shared,
-        **cache.descriptor_arguments(shape.tile, shape.tma),
+        **cache.descriptor_arguments(shape.tile, shape.window_tile, shape.tma),
         window_ptr=cache.window_pages, archive_ptr=archive, side_ptr=side,
         work_ptr=work.programs,
         order_ptr=tables.order,
@@ -284,6 +293,7 @@ def _launches(
         TMA=shape.tma,
         STAGES=shape.stages,
         WINDOW_STAGES=shape.window_stages,
+        WINDOW_TILE=shape.window_tile,
         num_warps=shape.warps,
         maxnreg=shape.registers,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_leank.kernels.codecs import codec_of
 
 from vllm_leank.core.formats.whole import CHUNK_WIDTHS
-from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
+from vllm_leank.core.pages import CacheLayout
 
 PARTS = 11
 """Descriptors of archive pages that kernels take."""
@@ -17,7 +17,11 @@ ROW_WIDTHS = (16, 32, 64, 128, 256)
 
 
 def describe_pages(
-    window_pages: torch.Tensor, archive_pages: torch.Tensor, layout: CacheLayout, tile: int
+    window_pages: torch.Tensor,
+    archive_pages: torch.Tensor,
+    layout: CacheLayout,
+    tile: int,
+    window_tile: int,
 ) -> tuple[Any, ...]:
     """Views of the pages as `[page, row, column]`, each with rows of one length.
 
@@ -29,14 +33,15 @@ def describe_pages(
         archive_pages: see `LayerCache`.
         layout: the layer's.
         tile: tokens of an archive tile.
+        window_tile: tokens of a window tile.
 
     Returns:
-        Rows of K and V of one token and head in window pages, tiles `[1, 32, head_dim]`; then
+        Rows of K and V of one token and head in window pages, tiles `[1, window_tile, head_dim]`; then
         `PARTS` of the archive, as the format's folds take them: see `_whole` and `_packed`. What no
         layer has stands for the pages alone.
     """
     padded = 1 << (layout.head_dim - 1).bit_length()
-    window = _describe(window_pages.flatten(1, 2), 2 * layout.head_dim, [1, WINDOW_BLOCK, padded])
+    window = _describe(window_pages.flatten(1, 2), 2 * layout.head_dim, [1, window_tile, padded])
     whole = codec_of(layout.archive_format).whole_channels
     parts = (_whole if whole else _packed)(archive_pages, layout, tile)
     return window, *(archive_pages if one is None else one for one in parts)

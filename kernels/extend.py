@@ -17,6 +17,8 @@ from vllm_leank.kernels.launch import choose_extend
 from vllm_leank.kernels.launcher import Launch
 from vllm_leank.kernels.pages import window_tile
 
+from vllm_leank.core.pages import WINDOW_BLOCK
+
 
 @triton.jit(
     do_not_specialize=["stride_window_table", "stride_archive_table"],
@@ -88,8 +90,8 @@ def _extend_kernel(
             next_page = tl.load(
                 p_table + skip_archived(tl.minimum(i + 1, n_dense - 1), first_boundary, SINK)
             )
-            k, v = window_tile(window_desc, window_ptr, page, head, stride_window_page, D, D_PAD,
-                               TMA)  # fmt: skip
+            k, v = window_tile(window_desc, window_ptr, page, head, 0, stride_window_page, D, D_PAD,
+                               32, TMA)  # fmt: skip
             v = tl.where((token <= newest)[:, None], v, 0.0)
             seen = token[None, :] <= position[:, None]
             seen &= (token < SINK)[None, :] | (token[None, :] >= boundary[:, None])
@@ -142,7 +144,7 @@ def _prepare(
         _extend_kernel,
         ("q_ptr", "output_ptr", "window_table_ptr", "archive_table_ptr", "query_start_ptr",
          "seq_lens_ptr", "exact_until_ptr"),
-        **cache.descriptor_arguments(shape.tile, shape.tma),
+        **cache.descriptor_arguments(shape.tile, WINDOW_BLOCK, shape.tma),
         window_ptr=cache.window_pages,
         archive_ptr=cache.archive_pages,
         side_ptr=cache.side,

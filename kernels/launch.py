@@ -80,7 +80,7 @@ class DecodeLaunch(NamedTuple):
             wave; 0 if it is not.
         combined: splits of a head that are combined at once; a power of two.
         wave: programs that run at the same time.
-        warps, stages, window_stages, registers: see `DecodeShape`.
+        warps, stages, window_stages, window_tile, registers: see `DecodeShape`.
     """
 
     programs: int
@@ -93,6 +93,7 @@ class DecodeLaunch(NamedTuple):
     warps: int
     stages: int
     window_stages: int
+    window_tile: int
     registers: int | None
 
 
@@ -151,6 +152,7 @@ def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeL
         warps=shape.warps,
         stages=shape.stages,
         window_stages=shape.window_stages,
+        window_tile=shape.window_tile,
         registers=shape.registers,
     )
 

@@ -19,62 +19,60 @@ from vllm_leank.kernels.codes import (
     read_codes,
     row_bytes,
     shift,
-    turn,
+    stored_values,
 )
 from vllm_leank.kernels.pages import scale_tile
 
 SUM_ROWS = tl.constexpr(16)
+"""Rows of partial sums: those of one matrix instruction."""
 
 
 @triton.jit
-def _query_part(
-    p_q, m_q, p_order, p_factor, unit, first, W: tl.constexpr, BITS: tl.constexpr,
-    PART: tl.constexpr, LANE: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """What a part of the bytes of one K field is multiplied by, or of every other of them with two
-    lanes, fp16 `[W / LANES, N]` in units of `unit`; and what half of the largest code gives, to be
-    taken off, `[N]`.
-    """
-    SHIFT: tl.constexpr = shift(BITS, PART, LANE)
-    o_w = first + PART * W + tl.arange(0, W // LANES) * LANES + LANE
-    channel = tl.load(p_order + o_w)
-    q = tl.load(p_q[None, :] + channel[:, None], mask=m_q[None, :], other=0.0).to(tl.float32)
-    q = q * tl.load(p_factor + o_w)[:, None] / unit[None, :]
-    # Codes are read as they lie in their bytes.
-    q = (q * power(-SHIFT)).to(tl.float16)
-    half = tl.sum(q.to(tl.float32), 0) * (power(SHIFT) * (power(BITS) - 1) / 2)
-    return q, half
-
-
-@triton.jit
-def _query(
-    p_q, m_q, p_order, p_mean, p_factor, D: tl.constexpr, D_PAD: tl.constexpr,
+def _write_query(
+    p_scratch, p_q, m_q, p_order, p_mean, p_factor, D: tl.constexpr, D_PAD: tl.constexpr,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """The queries as codes of K are multiplied by them, a tuple of parts; the unit that they are
-    in; and what has to be added to each query's scores.
+    """Write the queries in the order of stored channels, in units of `unit`, fp16, to
+    `[N, D]` at `p_scratch`. Returns `unit`, and what has to be added to each query's scores.
     """
+    N: tl.constexpr = m_q.shape[0]
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
     channel = tl.load(p_order + o_d, mask=m_d, other=0)
     q = tl.load(p_q[None, :] + channel[:, None], mask=m_d[:, None] & m_q[None, :], other=0.0)
     q = q.to(tl.float32)
+    added = tl.sum(q * tl.load(p_mean + o_d, mask=m_d, other=0.0)[:, None], 0)
+    q *= tl.load(p_factor + o_d, mask=m_d, other=0.0)[:, None]
     # The largest is 256, so that all fit into fp16, and with the codes' shifts keep their digits.
-    factor = tl.load(p_factor + o_d, mask=m_d, other=0.0)
-    unit = tl.maximum(tl.max(tl.abs(q * factor[:, None]), 0) / 256, 1e-30)
-    offset = tl.sum(q * tl.load(p_mean + o_d, mask=m_d, other=0.0)[:, None], 0)
+    unit = tl.maximum(tl.max(tl.abs(q), 0), 1e-30) / 256
+    q = (q * (1 / unit)[None, :]).to(tl.float16)
+    p_scratch += o_d[:, None] + tl.arange(0, N)[None, :] * D
+    tl.store(p_scratch, q, mask=m_d[:, None] & m_q[None, :])
+    # Half of the largest code of each class stands for 0.
+    half = tl.where(o_d < first_channel(VARIANT, 2), 7.5, 1.5)
+    half = tl.where(o_d < first_channel(VARIANT, 1), 127.5, half)
+    return unit, added - tl.sum(q.to(tl.float32) * half[:, None], 0) * unit
+
+
+@triton.jit
+def _read_query(p_scratch, m_q, D: tl.constexpr, VARIANT: tl.constexpr):
+    """What the parts of bytes of each K field are multiplied by, or with two lanes every other byte
+    of them: fp16 `[bytes / lanes, N]`, a tuple.
+    """
+    N: tl.constexpr = m_q.shape[0]
     parts = ()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, c) > 0:
             for i in tl.static_range(1 << c):
                 for lane in tl.static_range(lanes(VARIANT, c)):
-                    part, half = _query_part(
-                        p_q, m_q, p_order, p_factor, unit, first_channel(VARIANT, c),
-                        row_bytes(VARIANT, c), 8 >> c, i, lane, lanes(VARIANT, c),
-                    )  # fmt: skip
-                    parts = parts + (part,)  # noqa: RUF005
-                    offset -= half * unit
-    return parts, unit, offset
+                    o_w = tl.arange(0, row_bytes(VARIANT, c) // lanes(VARIANT, c))
+                    o_w = o_w * lanes(VARIANT, c) + lane
+                    o_w += first_channel(VARIANT, c) + i * row_bytes(VARIANT, c)
+                    p_part = p_scratch + o_w[:, None] + tl.arange(0, N)[None, :] * D
+                    q = tl.load(p_part, mask=m_q[None, :], other=0.0)
+                    # Codes are read as they lie in their bytes.
+                    parts = parts + (q * power(-shift(8 >> c, i, lane)),)  # noqa: RUF005
+    return parts
 
 
 @triton.jit
@@ -111,22 +109,29 @@ def _split_granules(x):
 def fold_archive(
     m, l, acc, first, last, boundary, q, p_q, m_q, scale_log2,
     head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
-    stride_page, stride_side,
+    stride_page, stride_side, p_scratch,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     VARIANT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `fold_columns.fold_archive`, for a head whose fields `VARIANT` describes. It comes first:
     `m`, `l` and `acc` have taken nothing in yet.
+
+    Channels change their order in memory of the program's own, fp32 `[N, D]` at `p_scratch`: in
+    registers that takes thousands of instructions, and where programs are short, it is fetching
+    instructions that they wait for.
     """
     ASM: tl.constexpr = TILES.ASM
     N: tl.constexpr = m.shape[0]
     offset = tl.load(p_head + 2)
     side_offset = tl.load(p_head + 4)
-    parts, unit, added = _query(
-        p_q, m_q, order_ptr + head * D, numbers_ptr + head * D, numbers_ptr + (H + head) * D,
-        D, D_PAD, VARIANT,
+    p_query = p_scratch.to(tl.pointer_type(tl.float16))
+    unit, added = _write_query(
+        p_query, p_q, m_q, order_ptr + head * D, numbers_ptr + head * D,
+        numbers_ptr + (H + head) * D, D, D_PAD, VARIANT,
     )  # fmt: skip
+    tl.debug_barrier()
+    parts = _read_query(p_query, m_q, D, VARIANT)
     unit *= CODE_UNIT * scale_log2
     added *= scale_log2
     sums = ()
@@ -135,7 +140,9 @@ def fold_archive(
             for _ in tl.static_range(1 << c):
                 sums = sums + (tl.zeros([row_bytes(VARIANT, 3 + c), N], tl.float32),)  # noqa: RUF005
     l_rows = tl.zeros([SUM_ROWS, N], tl.float32)
-    s_rows = tl.zeros([SUM_ROWS, N], tl.float32)
+    # Sums of weights times scales, as products see them: in each row the same.
+    scaled_rows = tl.zeros([SUM_ROWS, N], tl.float32)
+    ones = tl.full([SUM_ROWS, TILE // 2], 1.0, tl.float16)
     # One tile ahead, so that the pipeline of tiles does not wait for the block table.
     next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
     for i in tl.range(first, last, num_stages=STAGES):
@@ -164,10 +171,11 @@ def fold_archive(
         p = tl.exp2(s - m_new[None, :])
         m = m_new
         l_rows = l_rows * alpha[None, :] + _sum_rows(p)
-        p = p * v_scale[:, None]
-        s_rows = s_rows * alpha[None, :] + _sum_rows(p)
-        even, odd = _split_granules(p)
+        even, odd = _split_granules(p * v_scale[:, None])
         weights = even.to(tl.float16), (odd * power(-shift(0, 0, 1))).to(tl.float16)
+        scaled_rows *= alpha[None, :]
+        for lane in tl.static_range(2):
+            scaled_rows = tl.dot(ones * power(shift(0, 0, lane)), weights[lane], acc=scaled_rows)
         new_sums = ()
         for c in tl.static_range(3):
             if row_bytes(VARIANT, 3 + c) > 0:
@@ -183,12 +191,13 @@ def fold_archive(
                     new_sums = new_sums + (total,)  # noqa: RUF005
         sums = new_sums
 
-    far, scaled = tl.sum(l_rows, 0), tl.sum(s_rows, 0)
+    far, scaled = tl.sum(l_rows, 0), tl.sum(scaled_rows, 0) / SUM_ROWS
+    # What was read of the queries, others may still read.
+    tl.debug_barrier()
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
-    mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
-    acc += mean[:, None] * far[None, :]
-    places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
+    o_n = tl.arange(0, N)
+    p_order = order_ptr + (H + head) * D
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
             for part in tl.static_range(1 << c):
@@ -197,8 +206,13 @@ def fold_archive(
                 y = sums[first_part(VARIANT, 3 + c) + part] * power(24 - (8 >> c) * part)
                 y -= scaled[None, :] * ((power(8 >> c) - 1) / 2)
                 y *= tl.load(numbers_ptr + (3 * H + head) * D + o_r)[:, None]
-                acc = turn(
-                    acc, places, y,
-                    first_channel(VARIANT, 3 + c) + part * row_bytes(VARIANT, 3 + c),
-                )  # fmt: skip
-    return m, l + far, acc
+                p_y = p_scratch + tl.load(p_order + o_r)[:, None] + o_n[None, :] * D
+                tl.store(p_y, y, mask=m_q[None, :])
+    tl.debug_barrier()
+    places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
+    stored = places < stored_values(VARIANT)
+    acc += tl.load(
+        p_scratch + o_d[:, None] + o_n[None, :] * D, mask=stored[:, None] & m_q[None, :], other=0.0
+    )
+    mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
+    return m, l + far, acc + mean[:, None] * far[None, :]

@@ -33,15 +33,17 @@ def load_tile(
 
 @triton.jit
 def window_tile(
-    window_desc, window_ptr, page, head, stride_page,
-    D: tl.constexpr, D_PAD: tl.constexpr, TMA: tl.constexpr,
+    window_desc, window_ptr, page, head, row, stride_page,
+    D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """K and V of one head in a window page, `[32, D_PAD]` each."""
+    """K and V of `TILE` tokens of one head in a window page, from token `row` of it on, each
+    `[TILE, D_PAD]`.
+    """
     offset = head * (32 * 2 * D)
-    k = load_tile(window_desc, window_ptr, page, offset, 0, 0, stride_page, 2 * D,
-                  32, D_PAD, 32, D, TMA)  # fmt: skip
-    v = load_tile(window_desc, window_ptr, page, offset, 0, D, stride_page, 2 * D,
-                  32, D_PAD, 32, D, TMA)  # fmt: skip
+    k = load_tile(window_desc, window_ptr, page, offset, row, 0, stride_page, 2 * D,
+                  TILE, D_PAD, TILE, D, TMA)  # fmt: skip
+    v = load_tile(window_desc, window_ptr, page, offset, row, D, stride_page, 2 * D,
+                  TILE, D_PAD, TILE, D, TMA)  # fmt: skip
     return k, v
 
 

@@ -32,7 +32,7 @@ def share(
     DENSE_UNITS: tl.constexpr = 32 * 2 * D * WINDOW_BYTES // 256
     if ROWS > 0:
         o_row = tl.arange(0, ROWS)
-        m_row = o_row < tl.num_programs(1)
+        m_row = o_row < tl.num_programs(0)
         lengths = tl.load(seq_lens_ptr + o_row, mask=m_row, other=0)
         prompts = tl.load(exact_until_ptr + o_row, mask=m_row, other=0)
         _, n_dense, n_archive = _span(lengths, prompts, SINK, RECENT, TILE)
