@@ -149,7 +149,8 @@ def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeL
         rows=FEW_HEADS if is_few else 0,
         combined=MOST_COMBINED if programs > MOST_COMBINED else LEAST_COMBINED,
         wave=shape.wave,
-        warps=shape.warps,
+        # The sums over V of a larger head are more than a warp can hold.
+        warps=max(shape.warps, layout.head_dim // 128),
         stages=shape.stages,
         window_stages=shape.window_stages,
         window_tile=shape.window_tile,
