@@ -152,19 +152,10 @@ def load_field(
 
 
 @triton.jit
-def turn(acc, places, y, FIRST: tl.constexpr):
-    """Add rows `y` `[R, N]` to rows of `acc` `[D, N]`: row `d` gets that of `places[d] - FIRST`, if
-    there is one. `places` `[D]` are where channels stand in stored order.
-    """
-    R: tl.constexpr = y.shape[0]
-    place = places - FIRST
-    index = tl.broadcast_to(tl.minimum(tl.maximum(place, 0), R - 1)[:, None], acc.shape)
-    return acc + tl.where(((place >= 0) & (place < R))[:, None], tl.gather(y, index, 0), 0.0)
-
-
-@triton.jit
 def turn_rows(acc, places, y, FIRST: tl.constexpr):
-    """Add columns `y` `[M, R]` to columns of `acc` `[M, D]`; see `turn`."""
+    """Add columns `y` `[M, R]` to columns of `acc` `[M, D]`: column `d` gets that of
+    `places[d] - FIRST`, if there is one. `places` `[D]` are where channels stand in stored order.
+    """
     R: tl.constexpr = y.shape[1]
     place = places - FIRST
     index = tl.broadcast_to(tl.minimum(tl.maximum(place, 0), R - 1)[None, :], acc.shape)
