@@ -44,6 +44,7 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.uint16: "u16",
 }
 
 
