@@ -129,18 +129,19 @@ def calibrate(
     where = "--max-tokens" if max_tokens else f"by default on {device}; --max-tokens changes it"
     _say(f"{name}: calibrating on {read} (at most {limit:,}, {where})")
     loaded = checkpoint.load(dtype, device)
-    if isinstance(request, BitsRequest):
-        from vllm_leank.offline.calibrate_bits import bits_mask
-
-        mask = bits_mask(request, loaded, read, seed)
-    elif score == "energy":
+    if score == "energy":
+        assert isinstance(request, MaskRequest)
         from vllm_leank.offline.calibrate import energy_mask
 
         mask = energy_mask(request, loaded, read, query_tokens)
     else:
-        from vllm_leank.offline.calibrate_bits import pruned_mask
+        from vllm_leank.offline.calibrate_bits import bits_mask, measure, pruned_mask
 
-        mask = pruned_mask(request, loaded, read, seed)
+        measured = measure(loaded, read, request.window, seed)
+        if isinstance(request, BitsRequest):
+            mask = bits_mask(request, measured)
+        else:
+            mask = pruned_mask(request, measured)
     save_mask(mask, out, overwrite=overwrite)
     report_mask(out, mask, ratio)
     _tell_of_others(out, mask)
