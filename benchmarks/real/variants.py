@@ -6,7 +6,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from baselines.kitty import Kitty
 from baselines.kivi import Kivi
@@ -82,23 +81,28 @@ class Archives:
         mask = pruned_mask(request, self.measured)
         return self._served(f"leank 70% pruned{suffix}, zeros", mask, archive_dtype)
 
-    def with_means(self) -> Variant:
-        """Channels of K that are not kept read as their means after RoPE."""
-        k_bits, v_bits = _whole(select_channels(self.measured.k_cost, RATIO, ALIGN))
+    def with_means(self, all_values: bool) -> Variant:
+        """Channels of K that are not kept read as their means after RoPE.
+
+        V is kept of heads that keep any K, or of all, so that no head is blind.
+        """
+        k_bits, v_bits = _whole(select_channels(self.measured.k_cost, RATIO, ALIGN), all_values)
         mask = Mask.from_bits(
             k_bits,
             v_bits,
             self.checkpoint.geometry,
             model=self.checkpoint.id,
-            provenance={},
+            provenance=self.measured.provenance,
             statistics=self.measured.statistics.for_mask(),
             sink=self.window.sink,
             recent=self.window.recent,
         )
-        return self._served("leank 70% pruned, means", mask)
+        suffix = ", V of all heads" if all_values else ""
+        return self._served(f"leank 70% pruned, means{suffix}", mask)
 
     def with_turned_means(self) -> Variant:
-        """The same with means before RoPE, turned to the middle of each page of 128 tokens.
+        """The same with means before RoPE, turned to the middle of each page of 128 tokens, and V
+        of all heads.
 
         Means after RoPE where it is not known how the model turns K.
         """
@@ -112,18 +116,14 @@ class Archives:
                 key, value = context.key(layer)[:, :, far], context.value(layer)[:, :, far]
                 meter(layer, self.window.sink, key, value)
         statistics = meter.statistics()
-        keep = select_channels(
-            self.measured.sensitivities.key * statistics.k_scale**2, RATIO, ALIGN
-        )
-        k_bits, v_bits = _whole(keep)
-        archive = StaticArchive(k_bits, v_bits, statistics, rotation)
-        blind = torch.tensor(~keep.any(-1))
+        costs = self.measured.sensitivities.key * statistics.k_scale**2
+        k_bits, v_bits = _whole(select_channels(costs, RATIO, ALIGN), all_values=True)
         return Variant(
-            "leank 70% pruned, means before RoPE",
-            SimulatedArchive(self.window, archive, blind),
+            "leank 70% pruned, means before RoPE, V of all heads",
+            SimulatedArchive(self.window, StaticArchive(k_bits, v_bits, statistics, rotation)),
             float((k_bits > 0).sum() + (v_bits > 0).sum()) * MODEL_BYTES,
             self.window.sink + self.window.recent,
-            {"before_rope": statistics.before_rope, "blind_heads": int(blind.sum())},
+            {"before_rope": statistics.before_rope},
         )
 
     def _served(self, name: str, mask: Mask, archive_dtype: str = "auto") -> Variant:
@@ -143,9 +143,9 @@ class Archives:
         return Variant(name, hook, token_bytes, self.window.sink + self.window.recent, detail)
 
 
-def _whole(keep: np.ndarray) -> tuple[BitsArray, BitsArray]:
-    """16 bits for kept channels of K, and for V of heads that keep any, `[L, H, D]`."""
-    of_value = np.broadcast_to(keep.any(-1, keepdims=True), keep.shape)
+def _whole(keep: np.ndarray, all_values: bool) -> tuple[BitsArray, BitsArray]:
+    """16 bits for kept channels of K, and for V of heads that keep any or of all, `[L, H, D]`."""
+    of_value = np.broadcast_to(keep.any(-1, keepdims=True) | all_values, keep.shape)
     return np.where(keep, 16, 0).astype(np.uint8), np.where(of_value, 16, 0).astype(np.uint8)
 
 
@@ -159,7 +159,7 @@ def makers(
             yield from (partial(archives.packed, one) for one in bits)
         elif group == "pruned":
             yield partial(archives.pruned, "auto")
-            yield archives.with_means
+            yield from (partial(archives.with_means, every) for every in (False, True))
         elif group == "turned":
             yield archives.with_turned_means
         elif group == "fp8":
