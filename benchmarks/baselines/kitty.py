@@ -33,7 +33,7 @@ class Kitty(RoundedCache):
         self, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         whole = key.shape[2] // self.PAGE * self.PAGE
-        keys = key.float()
+        keys = key.to(torch.float32, copy=True)
         pages = keys[:, :, :whole].mT.unflatten(-1, (-1, self.PAGE))  # [B, H, D, pages, 128]
         sizes = pages.abs().mean(-1)
         best = sizes.topk(sizes.shape[2] // 8, dim=2).indices

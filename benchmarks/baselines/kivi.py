@@ -32,6 +32,6 @@ class Kivi(RoundedCache):
         self, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         whole = key.shape[2] // self.residual * self.residual
-        keys = key.float()
+        keys = key.to(torch.float32, copy=True)
         keys[:, :, :whole] = round_groups(keys[:, :, :whole].mT, self.GROUP, self.bits).mT
         return keys, round_groups(value, self.GROUP, self.bits)

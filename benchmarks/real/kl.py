@@ -35,7 +35,7 @@ from vllm_leank.bench.machine import head_commit, machine
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.mask.checkpoint import DTYPES, Checkpoint, usable_device
+from vllm_leank.mask.checkpoint import DTYPES, Checkpoint
 from vllm_leank.offline.builtin_prompts import Named, builtin_prompts
 from vllm_leank.offline.calibration_prompts import calibration_prompts, longest_prompt
 from vllm_leank.offline.context import Context, logits_after, read_prompt
@@ -112,8 +112,8 @@ class Study:
         if unknown := set(groups) - set(GROUPS):
             raise UserError(f"--variants has {sorted(unknown)}; allowed: {', '.join(GROUPS)}")
         window = Window(args.sink, args.recent)
-        device = usable_device(args.device)
         checkpoint = Checkpoint.open(args.model)
+        device = checkpoint.place(args.device, args.dtype)
         texts = unseen_texts(args.texts) if args.unseen else {}
         model = checkpoint.load(args.dtype, device)
         longest = longest_prompt(checkpoint, args.max_tokens, device)
@@ -242,7 +242,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--texts", type=Path, help="folder that unseen_texts.py wrote")
     options.add_argument("--sink", type=int, default=64)
     options.add_argument("--recent", type=int, default=256)
-    options.add_argument("--device", help="cuda, cpu; by default the GPU if there is one")
+    options.add_argument(
+        "--device", help="cpu, cuda, cuda:1, or auto: all GPUs; by default the GPU"
+    )
     options.add_argument("--dtype", default="auto", choices=DTYPES)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--commit", help="of the code measured; asked of git when not given")

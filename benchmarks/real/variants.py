@@ -15,7 +15,6 @@ from baselines.vllm_fp8 import VllmFp8
 
 from vllm_leank.core.pages import archive_token_bytes
 from vllm_leank.core.window import Window
-from vllm_leank.mask.bits import BitsArray
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.select_channels import select_channels
@@ -25,10 +24,10 @@ from vllm_leank.offline.calibrate_bits import Measured, bits_mask, measure, prun
 from vllm_leank.offline.calibration_prompts import CalibrationPrompts
 from vllm_leank.offline.context import Context, read_prompt
 from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
-from vllm_leank.offline.rope import rotation_of_model
+from vllm_leank.offline.rope import Rotation, rotation_of_model
 from vllm_leank.offline.served_archive import ServedArchive
 from vllm_leank.offline.simulate import SimulatedArchive
-from vllm_leank.offline.statistics import StatisticsMeter
+from vllm_leank.offline.statistics import ChannelStatistics, StatisticsMeter
 
 RATIO, ALIGN = 0.7, 32
 
@@ -81,15 +80,12 @@ class Archives:
         mask = pruned_mask(request, self.measured)
         return self._served(f"leank 70% pruned{suffix}, zeros", mask, archive_dtype)
 
-    def with_means(self, all_values: bool) -> Variant:
-        """Channels of K that are not kept read as their means after RoPE.
-
-        V is kept of heads that keep any K, or of all, so that no head is blind.
-        """
-        k_bits, v_bits = _whole(select_channels(self.measured.k_cost, RATIO, ALIGN), all_values)
+    def with_means(self) -> Variant:
+        """Channels of K that are not kept read as their means after RoPE."""
+        keep = select_channels(self.measured.k_cost, RATIO, ALIGN)
         mask = Mask.from_bits(
-            k_bits,
-            v_bits,
+            np.where(keep, 16, 0).astype(np.uint8),
+            np.where(keep.any(-1, keepdims=True), 16, np.zeros_like(keep)).astype(np.uint8),
             self.checkpoint.geometry,
             model=self.checkpoint.id,
             provenance=self.measured.provenance,
@@ -97,12 +93,14 @@ class Archives:
             sink=self.window.sink,
             recent=self.window.recent,
         )
-        suffix = ", V of all heads" if all_values else ""
-        return self._served(f"leank 70% pruned, means{suffix}", mask)
+        return self._served("leank 70% pruned, means", mask)
+
+    def with_all_values(self) -> Variant:
+        """The same with V of all heads, so that no head is blind."""
+        return self._with_values("means", self.measured.statistics, None)
 
     def with_turned_means(self) -> Variant:
-        """The same with means before RoPE, turned to the middle of each page of 128 tokens, and V
-        of all heads.
+        """The same with means before RoPE, turned to the middle of each page of 128 tokens.
 
         Means after RoPE where it is not known how the model turns K.
         """
@@ -115,13 +113,19 @@ class Archives:
             for layer in range(self.checkpoint.geometry.num_layers):
                 key, value = context.key(layer)[:, :, far], context.value(layer)[:, :, far]
                 meter(layer, self.window.sink, key, value)
-        statistics = meter.statistics()
+        return self._with_values("means before RoPE", meter.statistics(), rotation)
+
+    def _with_values(
+        self, means: str, statistics: ChannelStatistics, rotation: Rotation | None
+    ) -> Variant:
+        """What no engine has: kept channels of K, means of the others, and V of all heads."""
         costs = self.measured.sensitivities.key * statistics.k_scale**2
-        k_bits, v_bits = _whole(select_channels(costs, RATIO, ALIGN), all_values=True)
+        k_bits = np.where(select_channels(costs, RATIO, ALIGN), 16, 0).astype(np.uint8)
+        archive = StaticArchive(k_bits, np.full_like(k_bits, 16), statistics, rotation)
         return Variant(
-            "leank 70% pruned, means before RoPE, V of all heads",
-            SimulatedArchive(self.window, StaticArchive(k_bits, v_bits, statistics, rotation)),
-            float((k_bits > 0).sum() + (v_bits > 0).sum()) * MODEL_BYTES,
+            f"leank 70% pruned, {means}, V of all heads",
+            SimulatedArchive(self.window, archive),
+            float((k_bits > 0).sum() + k_bits.size) * MODEL_BYTES,
             self.window.sink + self.window.recent,
             {"before_rope": statistics.before_rope},
         )
@@ -143,12 +147,6 @@ class Archives:
         return Variant(name, hook, token_bytes, self.window.sink + self.window.recent, detail)
 
 
-def _whole(keep: np.ndarray, all_values: bool) -> tuple[BitsArray, BitsArray]:
-    """16 bits for kept channels of K, and for V of heads that keep any or of all, `[L, H, D]`."""
-    of_value = np.broadcast_to(keep.any(-1, keepdims=True) | all_values, keep.shape)
-    return np.where(keep, 16, 0).astype(np.uint8), np.where(of_value, 16, 0).astype(np.uint8)
-
-
 def makers(
     archives: Archives, bits: Sequence[float], groups: Sequence[str]
 ) -> Iterator[Callable[[], Variant]]:
@@ -159,7 +157,7 @@ def makers(
             yield from (partial(archives.packed, one) for one in bits)
         elif group == "pruned":
             yield partial(archives.pruned, "auto")
-            yield from (partial(archives.with_means, every) for every in (False, True))
+            yield from (archives.with_means, archives.with_all_values)
         elif group == "turned":
             yield archives.with_turned_means
         elif group == "fp8":

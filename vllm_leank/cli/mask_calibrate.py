@@ -109,7 +109,6 @@ def calibrate(
     out = out or _default_out(model_id or model_name(name), bits)
     check_new(out, overwrite)
 
-    from vllm_leank.mask.checkpoint import usable_device
     from vllm_leank.offline.calibration_prompts import calibration_prompts, longest_prompt
     from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
 
@@ -121,7 +120,8 @@ def calibrate(
         request = MaskRequest.open(
             name, model_id, ratio=ratio, align=align or 32, sink=sink, recent=recent
         )
-    checkpoint, device = request.checkpoint, usable_device(device)
+    checkpoint = request.checkpoint
+    device = checkpoint.place(device, dtype)
     limit = longest_prompt(checkpoint, max_tokens, device)
     read = calibration_prompts(
         checkpoint, data, request.window, max_tokens=limit, count=prompts, seed=seed
