@@ -22,16 +22,16 @@ def test_samples_begin_at_different_lines_and_repeat_nothing(checkpoint):
     for kind, sample in found:
         assert kind == "lines"
         assert (len(sample.prompt), len(sample.answer)) == (236, 64)
-        texts.append(checkpoint.tokenizer.decode(sample.prompt + sample.answer))
+        texts.append(checkpoint.tokenizer.decode((sample.prompt + sample.answer)[1:]))
     assert len(set(texts)) == 3
     for text in texts:
-        lines = text.splitlines()[:-1]
+        lines = text.splitlines()[:33]
         assert len(set(lines)) == len(lines) == 33
         assert all(len(line) == 8 for line in lines)
 
 
 def test_a_text_that_is_too_short_gives_none(checkpoint):
-    assert not unseen_prompts(checkpoint, "lines", TEXT, 3, len(TEXT) + 1, seed=0)
+    assert not unseen_prompts(checkpoint, "lines", TEXT, 3, len(TEXT) + 2, seed=0)
     assert not unseen_prompts(checkpoint, "none", "", 3, 10, seed=0)
 
 
