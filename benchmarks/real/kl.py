@@ -38,11 +38,11 @@ from vllm_leank.offline.attention_hook import AttentionHook
 from vllm_leank.offline.builtin_prompts import Named, builtin_prompts
 from vllm_leank.offline.calibrate import measure_heads
 from vllm_leank.offline.context import Context, logits_after, read_prompt
+from vllm_leank.offline.divergence import divergence
 from vllm_leank.offline.fisher import QUERIES, sensitivities
 from vllm_leank.offline.rope import rotation_of_model
 from vllm_leank.offline.simulate import SimulatedArchive, SimulatedPruning
 from vllm_leank.offline.statistics import StatisticsMeter
-from vllm_leank.offline.verify import divergence
 from vllm_leank.offline.written_prompts import written_prompts
 
 RATIO, ALIGN = 0.7, 32
@@ -149,9 +149,9 @@ def judge(
         read_prompt(model, context, sample.prompt, 4096)
         expected = logits_after(model, context, sample.answer, dense)
         for one in archives:
-            kl, agree = divergence(expected, logits_after(model, context, sample.answer, one.hook))
+            found = divergence(expected, logits_after(model, context, sample.answer, one.hook))
             for name in (kind, "all"):
-                sums[one.name][name] += (kl, agree, len(sample.answer))
+                sums[one.name][name] += (found.total, found.agree, len(sample.answer))
     return {
         name: {
             kind: {"kl": round(kl / count, 6), "top1": round(agree / count, 4)}
