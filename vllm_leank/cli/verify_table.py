@@ -15,6 +15,7 @@ from vllm_leank.offline.verify.words import (
     percent,
     remarks,
     setting_lines,
+    verdict,
 )
 
 _MARKS = {True: "[green]ok[/]", False: "[red]no[/]", None: "- "}
@@ -38,7 +39,7 @@ def print_findings(findings: Findings, report: Path | None) -> None:
         console.print(line, markup=False, soft_wrap=True)
     if report is not None:
         console.print(f"{report}: plots and the worst prompts", markup=False, soft_wrap=True)
-    console.print(f"[bold {_COLORS[findings.outcome]}]{findings.verdict}[/]")
+    console.print(f"[bold {_COLORS[findings.outcome]}]{escape(verdict(findings))}[/]")
 
 
 def _table(*names: str) -> Table:

@@ -51,23 +51,37 @@ class Generated:
         return fit(sample, lambda made: len(made.prompt) + len(made.answer), length)
 
 
+FULL = 0.95
+"""Share of the wanted tokens that is near enough."""
+
+
 def fit(make: Callable[[int], T], count: Callable[[T], int], tokens: int) -> T:
-    """What `make` gives for the largest number of pieces that tokens per piece, as measured on few
-    pieces, allow; `count` tells its tokens.
+    """What `make` gives for so many pieces that it has nearly `tokens` tokens, and no more.
+
+    More pieces have more tokens, of which `count` tells the number.
 
     Raises:
         UserError: not even one piece fits.
     """
     small, large = count(make(8)), count(make(24))
     per_piece = max(1, (large - small) / 16)
-    size = 8 + math.floor((tokens - small) / per_piece)
-    while size >= 1:
+    size = max(1, 8 + math.floor((tokens - small) / per_piece))
+    best, fits, exceeds = None, 0, math.inf
+    while fits + 1 < exceeds:
         found = make(size)
-        excess = count(found) - tokens
-        if excess <= 0:
-            return found
-        size -= math.ceil(excess / per_piece)
-    raise UserError(f"{tokens} tokens have no room for a question; samples must be longer")
+        if (length := count(found)) <= tokens:
+            best, fits = found, size
+            if length >= FULL * tokens:
+                break
+        else:
+            exceeds = size
+        size += math.floor((tokens - length) / per_piece)
+        if not fits < size < exceeds:
+            # Pieces are not as long as the first ones.
+            size = 2 * fits if exceeds == math.inf else (fits + int(exceeds)) // 2
+    if best is None:
+        raise UserError(f"{tokens} tokens have no room for a question; samples must be longer")
+    return best
 
 
 def least_tokens(window: Window) -> int:

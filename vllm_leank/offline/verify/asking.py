@@ -7,8 +7,7 @@ and no more where the model does not know even those.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from vllm_leank.offline.divergence import divergence
-from vllm_leank.offline.verify.comparison import Comparison, right_answer
+from vllm_leank.offline.verify.comparison import Comparison, right_answers
 from vllm_leank.offline.verify.haystacks import Haystack
 from vllm_leank.offline.verify.reader import Reader
 
@@ -61,17 +60,14 @@ def ask_haystack(reader: Reader, haystack: Haystack, unit: int) -> Iterator[Comp
     reader.read(haystack.context)
     end = reader.length
     for question, answer in haystack.questions:
-        first, served_first = reader.read(question)
-        found = divergence(reader.dense(answer), reader.served(answer))
+        firsts = reader.read(question)
+        found = reader.compare(answer)
         yield Comparison.of(
             haystack.kind,
             unit,
             haystack.context + question,
             answer,
             found,
-            (
-                right_answer(answer, first, found.dense_top),
-                right_answer(answer, served_first, found.other_top),
-            ),
+            right_answers(answer, firsts, found),
         )
         reader.cut(end)

@@ -27,16 +27,19 @@ def kl_by_position(findings: Findings) -> str:
     kinds = list(dict.fromkeys(kind for kind, _ in lines))
     named = set()
     for (kind, _), points in lines.items():
-        x, y = zip(*points, strict=True)
+        lengths, losses = zip(*points, strict=True)
         label = None if kind in named else kind
         named.add(kind)
         color = f"C{kinds.index(kind)}"
-        axes.plot(x, y, marker=".", linewidth=0.7, alpha=0.6, color=color, label=label)
+        axes.plot(lengths, losses, marker=".", linewidth=0.7, alpha=0.6, color=color, label=label)
     groups = findings.lengths
     x = sorted({one.prompt_tokens + COMPARED for one in findings.texts})
-    means = np.array([max(group.kl.value, FLOOR) for group in groups])
-    ends = [(group.kl.low or means[i], group.kl.high or means[i]) for i, group in enumerate(groups)]
-    low, high = np.maximum(np.array(ends).T, FLOOR)
+    # Without an interval, one of no width.
+    estimates = [
+        (kl.value if kl.low is None else kl.low, kl.value, kl.value if kl.high is None else kl.high)
+        for kl in (group.kl for group in groups)
+    ]
+    low, means, high = np.maximum(np.array(estimates).T, FLOOR)
     spread = np.abs([means - low, high - means])
     axes.errorbar(x, means, spread, color="black", capsize=4, linewidth=2, label="mean, 95%")
     limit = max(findings.thresholds.kl, FLOOR)
@@ -65,11 +68,11 @@ def kl_by_layer(findings: Findings) -> str:
 
 
 def _svg(figure: "Figure") -> str:
-    """A figure without the head of a file of its own; text stays text, and nothing is a formula."""
+    """A figure without the head of a file of its own; text stays text."""
     import matplotlib
 
     buffer = io.StringIO()
-    options = {"svg.fonttype": "none", "svg.hashsalt": "leank", "text.parse_math": False}
+    options = {"svg.fonttype": "none", "svg.hashsalt": "leank"}
     with matplotlib.rc_context(options):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

@@ -67,11 +67,18 @@ class Comparison:
         }
 
 
-def right_answer(answer: Sequence[int], first: int, tops: Sequence[int]) -> bool:
-    """Whether greedy decoding would write `answer`: `first` is the most likely token before it,
-    `tops` are those after each of its tokens.
+def right_answers(
+    answer: Sequence[int], firsts: tuple[int, int], found: Divergence
+) -> tuple[bool, bool]:
+    """Whether greedy decoding would write `answer`, dense and with leank.
+
+    `firsts` are the most likely tokens before it, and `found` is what comes after its tokens.
     """
-    return list(answer) == [first, *map(int, tops)][: len(answer)]
+    dense, leank = (
+        list(answer) == [first, *tops.tolist()][: len(answer)]
+        for first, tops in zip(firsts, (found.dense_top, found.other_top), strict=True)
+    )
+    return dense, leank
 
 
 @dataclass(frozen=True)

@@ -110,12 +110,17 @@ class Findings:
         if not self.layers:
             return np.zeros(0)
         total = sum((one.alone for one in self.layers), np.zeros(len(self.layers[0].alone)))
-        return total / sum(one.tokens for one in self.layers)
+        return total / self.layer_tokens
+
+    @property
+    def layer_tokens(self) -> int:
+        """Tokens on which layers were looked at."""
+        return sum(one.tokens for one in self.layers)
 
     @property
     def layers_together(self) -> float:
         """KL per token of all layers, over the same tokens."""
-        return sum(one.together for one in self.layers) / sum(one.tokens for one in self.layers)
+        return sum(one.together for one in self.layers) / self.layer_tokens
 
     @property
     def layer_bits(self) -> npt.NDArray[np.float64]:
@@ -125,15 +130,6 @@ class Findings:
             mask.k_bits.mean(axis=(1, 2)) + mask.v_bits.mean(axis=(1, 2))
         ) / 2
         return bits
-
-    @property
-    def verdict(self) -> str:
-        """The last line."""
-        return {
-            Outcome.PASS: "PASS",
-            Outcome.FAIL: "FAIL",
-            Outcome.NOT_JUDGED: "PASS as far as judged; answers were not judged",
-        }[self.outcome]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

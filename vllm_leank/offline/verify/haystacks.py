@@ -5,7 +5,6 @@ one. All facts lie among the far tokens. Kinds differ in how hard they are, sinc
 lose what it knows: an answer says something of a mask where dense attention has it right.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,15 +126,10 @@ def _with_numbers(
 
 def _sentences(rng: np.random.Generator) -> Iterator[str]:
     """Prose that calibration does not read, without end; filler where the machine has none."""
-    texts = _prose()
+    texts = Texts(prose(), held_out=True)
     if not texts:
         return itertools.cycle(NOISE)
     return (piece for text in texts.pieces(rng) for piece in essay_pieces(text))
-
-
-@functools.cache
-def _prose() -> Texts:
-    return Texts(prose(), held_out=True)
 
 
 def _places(rng: np.random.Generator, low: float, high: float) -> list[float]:

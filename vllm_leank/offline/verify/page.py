@@ -1,5 +1,6 @@
 """One page to look at: figures, plots and the worst prompts of findings, in a single file."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -11,7 +12,14 @@ from vllm_leank.offline.verify.charts import kl_by_layer, kl_by_position
 from vllm_leank.offline.verify.comparison import Comparison
 from vllm_leank.offline.verify.findings import Findings
 from vllm_leank.offline.verify.verdict import Outcome
-from vllm_leank.offline.verify.words import answers_line, nats, percent, remarks, setting_lines
+from vllm_leank.offline.verify.words import (
+    answers_line,
+    nats,
+    percent,
+    remarks,
+    setting_lines,
+    verdict,
+)
 from vllm_leank.version import __version__
 
 WORST = 6
@@ -20,7 +28,8 @@ WORST = 6
 LOUD = 0.5
 """Nats at which a token has its full colour."""
 
-Decode = Callable[[int], str]
+Decode = Callable[[Sequence[int]], str]
+"""Text of token ids."""
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
@@ -50,12 +59,12 @@ def write_page(path: Path, findings: Findings, checkpoint: Checkpoint) -> None:
 
 
 def page(findings: Findings, decode: Decode) -> str:
-    """The page as HTML that needs no other file; `decode` gives the text of a token."""
+    """The page as HTML that needs no other file; `decode` gives the text of tokens."""
     title = f"leank verify: {findings.setting.model}"
     mark = {Outcome.PASS: "ok", Outcome.FAIL: "no"}.get(findings.outcome, "")
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="verdict {mark}">{escape(findings.verdict)}</p>',
+        f'<p class="verdict {mark}">{escape(verdict(findings))}</p>',
         *_paragraphs(setting_lines(findings)),
         "<h2>Next tokens</h2>",
         _figures(findings),
@@ -76,8 +85,8 @@ def page(findings: Findings, decode: Decode) -> str:
         parts += [
             "<h2>KL by layer</h2>",
             f"<p>One layer alone reads its archive, all others are dense, over "
-            f"{sum(one.tokens for one in findings.layers)} tokens at the longest length. All "
-            f"together: {findings.layers_together:.5f}; the sum of the single ones: "
+            f"{findings.layer_tokens} tokens at the longest length. All together: "
+            f"{findings.layers_together:.5f}; the sum of the single ones: "
             f"{findings.layer_kl.sum():.5f}. A layer that costs much wants more bits.</p>",
             kl_by_layer(findings),
         ]
@@ -162,27 +171,35 @@ def _prompt(one: Comparison, decode: Decode) -> str:
         f"{one.source}, {one.prompt_tokens:,} tokens read, KL {one.kl:.4f}, same top-1 "
         f"{one.found.agree} of {len(one.tokens)}{right}"
     )
-    before = escape("".join(map(decode, one.before)))
-    # What is known after a token is the expectation of the one that follows it.
-    spans = [escape(decode(one.tokens[0]))]
+    first, *rest = _pieces(one.tokens, decode)
+    spans = [escape(first)]
     found = one.found
-    for token, kl, dense, leank in zip(
-        one.tokens[1:], found.kl[:-1], found.dense_top[:-1], found.other_top[:-1], strict=True
+    # What is known after a token is the expectation of the one that follows it.
+    for text, kl, dense, leank in zip(
+        rest, found.kl[:-1], found.dense_top[:-1], found.other_top[:-1], strict=True
     ):
-        hint = f"KL {kl:.4f}; dense {decode(int(dense))!r}, leank {decode(int(leank))!r}"
+        hint = f"KL {kl:.4f}; dense {decode([int(dense)])!r}, leank {decode([int(leank)])!r}"
         color = f"rgba(220,40,30,{min(1.0, kl / LOUD):.2f})"
-        text = escape(decode(token))
-        spans.append(f'<span style="background:{color}" title="{escape(hint)}">{text}</span>')
+        spans.append(
+            f'<span style="background:{color}" title="{escape(hint)}">{escape(text)}</span>'
+        )
+    before = escape(decode(one.before))
     return (
         f"<h3>{escape(head)}</h3>\n"
         f'<pre><span class="before">… {before}</span>{"".join(spans)}</pre>'
     )
 
 
+def _pieces(ids: Sequence[int], decode: Decode) -> list[str]:
+    """What each token adds to the text; characters of several tokens come with their last."""
+    texts = [decode(ids[:end]).rstrip("\N{REPLACEMENT CHARACTER}") for end in range(len(ids) + 1)]
+    return [after[len(before) :] for before, after in itertools.pairwise(texts)]
+
+
 def _decoder(checkpoint: Checkpoint) -> Decode:
-    """Text of single tokens; their ids where there is no tokenizer."""
+    """Text of tokens; their ids where there is no tokenizer."""
     try:
         tokenizer = checkpoint.tokenizer
     except UserError:
-        return lambda token: f" {token}"
-    return lambda token: str(tokenizer.decode([token]))
+        return lambda ids: "".join(f"{token} " for token in ids)
+    return lambda ids: str(tokenizer.decode(list(ids)))

@@ -15,7 +15,7 @@ from vllm_leank.offline.divergence import Divergence
 from vllm_leank.offline.known_tokens import check_known
 from vllm_leank.offline.needles import least_tokens
 from vllm_leank.offline.prompts import Sample, read_samples
-from vllm_leank.offline.verify.comparison import Comparison, right_answer
+from vllm_leank.offline.verify.comparison import Comparison, right_answers
 from vllm_leank.offline.verify.plan import COMPARED
 from vllm_leank.offline.verify.reader import Reader
 
@@ -128,13 +128,8 @@ def compare_sample(reader: Reader, named: Named, unit: int, room: int) -> Compar
     """What follows a prompt: its answer, or what the model writes."""
     name, (prompt, answer) = named
     reader.begin(len(prompt) + (len(answer) or room))
-    first, served_first = reader.read(prompt)
-    tokens = answer or reader.write(first, room)
+    firsts = reader.read(prompt)
+    tokens = answer or reader.write(firsts[0], room)
     found = reader.compare(tokens)
-    right: tuple[bool | None, bool | None] = (None, None)
-    if answer:
-        right = (
-            right_answer(answer, first, found.dense_top),
-            right_answer(answer, served_first, found.other_top),
-        )
+    right = right_answers(answer, firsts, found) if answer else (None, None)
     return Comparison.of(name, unit, prompt, tokens, found, right)

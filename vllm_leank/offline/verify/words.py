@@ -1,10 +1,12 @@
 """Findings in words, alike in the terminal and on the page."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from vllm_leank.offline.intervals import Estimate
 from vllm_leank.offline.verify.findings import Findings
-from vllm_leank.offline.verify.verdict import LEAST_ANSWERS
+from vllm_leank.offline.verify.verdict import LEAST_ANSWERS, Check, Outcome
 
 WORST_LAYERS = 4
 """Layers that are named."""
@@ -53,17 +55,23 @@ def answers_line(findings: Findings) -> str:
     )
 
 
+def verdict(findings: Findings) -> str:
+    """The last line."""
+    missed = _named([check for check in findings.checks if check.ok is False])
+    return {
+        Outcome.PASS: "PASS",
+        Outcome.FAIL: f"FAIL: {missed}",
+        Outcome.NOT_JUDGED: "PASS as far as judged; answers were not judged",
+    }[findings.outcome]
+
+
 def remarks(findings: Findings) -> list[str]:
     """What else should be known."""
     lines = []
     if unsure := [check for check in findings.checks if not check.sure]:
-        what = ", ".join(
-            _NAMES[check.what] + (f" ({check.where})" if check.what != "answers" else "")
-            for check in unsure
-        )
         lines.append(
-            f"not sure: intervals reach over what is asked: {what}. More --texts, --needles or "
-            "--data would tell"
+            f"not sure, as their intervals reach over what is asked: {_named(unsure)}; more "
+            "--texts, --needles or --data would tell"
         )
     if len(kl := findings.layer_kl):
         bits = findings.layer_bits
@@ -72,7 +80,14 @@ def remarks(findings: Findings) -> list[str]:
             for layer in np.argsort(-kl)[:WORST_LAYERS]
         )
         lines.append(
-            f"layers that cost most, in KL when only they are archived: {worst}; all layers "
-            f"together {findings.layers_together:.5f}"
+            f"layers that cost most, in KL when only they are archived: {worst}; all together "
+            f"{findings.layers_together:.5f}, on {findings.layer_tokens} tokens"
         )
     return [*lines, *findings.notes]
+
+
+def _named(checks: Sequence[Check]) -> str:
+    return ", ".join(
+        _NAMES[check.what] + (f" ({check.where})" if check.what != "answers" else "")
+        for check in checks
+    )
