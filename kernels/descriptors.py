@@ -36,9 +36,9 @@ def describe_pages(
         window_tile: tokens of a window tile.
 
     Returns:
-        Rows of K and V of one token and head in window pages, tiles `[1, window_tile, head_dim]`; then
-        `PARTS` of the archive, as the format's folds take them: see `_whole` and `_packed`. What no
-        layer has stands for the pages alone.
+        Rows of K and V of one token and head in window pages, tiles `[1, window_tile, head_dim]`;
+        then `PARTS` of the archive, as the format's folds take them: see `_whole` and `_packed`.
+        What no layer has stands for the pages alone.
     """
     padded = 1 << (layout.head_dim - 1).bit_length()
     window = _describe(window_pages.flatten(1, 2), 2 * layout.head_dim, [1, window_tile, padded])

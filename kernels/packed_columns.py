@@ -89,15 +89,15 @@ def _add_scores(
 
 @triton.jit
 def _sum_rows(x):
-    """Sums over rows of `x` `[M, N]` as `[SUM_ROWS, N]`, of which each thread has all that it needs:
-    a sum over all rows would make threads wait for each other.
+    """Sums over rows of `x` `[M, N]` as `[SUM_ROWS, N]`, for which each thread has what it needs: a
+    sum over all rows would make threads wait for each other.
     """
     return tl.sum(tl.reshape(x, (x.shape[0] // SUM_ROWS, SUM_ROWS, x.shape[1])), 0)
 
 
 @triton.jit
 def _split_granules(x):
-    """Rows `[TILE, N]` of the granules of even number, and of odd number, `[TILE / 2, N]` each."""
+    """Rows `[TILE, N]` of granules of even and of odd number, `[TILE / 2, N]` each."""
     M: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
     x = tl.permute(tl.reshape(x, (M // 64, 2, 32, N)), (0, 2, 3, 1))

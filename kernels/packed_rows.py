@@ -66,8 +66,7 @@ def _query(
 
 @triton.jit
 def _split_granules(x):
-    """Columns `[M, TILE]` of the granules of even number, and of odd number, `[M, TILE / 2]` each.
-    """
+    """Columns `[M, TILE]` of granules of even and of odd number, `[M, TILE / 2]` each."""
     M: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
     x = tl.permute(tl.reshape(x, (M, N // 64, 2, 32)), (0, 1, 3, 2))

@@ -143,7 +143,8 @@ def _granule(
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
             squares += _square_values(p_k + D, p_order, p_mean, p_factor, c, VARIANT)
-    scale = tl.sqrt_rn(tl.div_rn(squares, tl.full([32], max(stored_values(VARIANT), 1), tl.float32)))
+    count = tl.full([32], max(stored_values(VARIANT), 1), tl.float32)
+    scale = tl.sqrt_rn(tl.div_rn(squares, count))
     scale = tl.clamp(scale, LEAST, LARGEST).to(tl.float16)
     tl.store(p_scale + slot + o_32, scale)
     inverse = tl.div_rn(tl.full([32], 1.0, tl.float32), scale.to(tl.float32))

@@ -77,7 +77,7 @@ class CacheBuilder:
         head_dim: channels of a head.
         group: query heads of each KV head.
         window: the dense window.
-        archive_block: tokens of an archive page, or more, where formats need whole pairs of granules.
+        archive_block: tokens of an archive page, or more, where a format needs pairs of granules.
         dtype: of window pages, queries, keys and values.
         archive_format: how far tokens are stored.
         num_blocks: blocks of each pool.

@@ -9,7 +9,8 @@ import pytest
 from recall import vocab
 from recall.evaluate_engine import main, summarise
 from recall.tasks import TASKS, make_sample
-from recall.wilson import interval
+
+from vllm_leank.offline.intervals import wilson
 
 NAMES = vocab.tokens()
 ARGS = ("--samples", "3", "--lengths", "128", "160", "--tasks", "single", "tracking")
@@ -25,7 +26,7 @@ ARGS = ("--samples", "3", "--lengths", "128", "160", "--tasks", "single", "track
     ],
 )
 def test_intervals_are_wilsons(right, n, expected):
-    assert interval(right, n) == pytest.approx(expected, abs=1e-4)
+    assert wilson(right, n) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_summary_counts_what_was_lost():

@@ -1,198 +1,23 @@
-"""`leank verify`: its figures against the oracle, its verdicts, and what it refuses."""
+"""`leank verify` as a command: what it prints and writes, its exit codes, and what it refuses."""
 
+import html
 import json
-import math
+import re
 import shutil
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import torch
 from byte_tokenizer import byte_tokenizer
-from mask_samples import coded_mask, full_mask, random_mask, statistics_of
-from oracle import Oracle, heads_of
+from mask_samples import full_mask, random_mask
 from recall.demo import MODEL
 from recall.tasks import make_sample
-from transformers import AutoModelForCausalLM
-from vllm_leank.kernels.codecs import codec_of
 
-from vllm_leank.core.formats import find_format
-from vllm_leank.core.window import Window
-from vllm_leank.errors import UserError
+from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.lookup import find_masks
 from vllm_leank.mask.mask import Mask
-from vllm_leank.offline.prompts import Sample
-from vllm_leank.offline.served_archive import ServedArchive
-from vllm_leank.offline.simulate import SimulatedPruning
-from vllm_leank.offline.verify import (
-    Comparison,
-    Summary,
-    Thresholds,
-    Verifier,
-    by_length,
-)
-
-WINDOW = Window(32, 64)
-PROMPT = torch.randint(256, (230,), generator=torch.Generator().manual_seed(0)).tolist()
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama_dir):
-    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-
-
-def compare(model, mask, answer, window=WINDOW, **options):
-    verifier = Verifier(model, mask, window, **options)
-    (comparison,) = verifier.compare([("here", Sample(PROMPT, answer))])
-    return comparison
-
-
-@pytest.mark.parametrize("answer", [[7, 3, 250, 3, 9] * 8, []])
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "pruned"])
-def test_figures_are_those_of_the_oracle(model, tiny_llama_dir, answer, exact):
-    mask = random_mask(tiny_llama_dir, [32, 0, 16, 64])
-    window = Window(32, 64, exact)
-    found = compare(model, mask, answer, window, tokens=5, chunk=100)
-    full = Oracle(tiny_llama_dir, np.ones_like(mask.keep), 32, 64)
-    written = answer or full.greedy(PROMPT, 5)[0]
-    dense = full.logits(PROMPT + written, len(PROMPT))[len(PROMPT) :].log_softmax(-1)
-    exact_until = window.exact_until(len(PROMPT))
-    pruned = Oracle(tiny_llama_dir, mask.keep, 32, 64).logits(PROMPT + written, exact_until)
-    pruned = pruned[len(PROMPT) :].log_softmax(-1)
-    kl = float((dense.exp() * (dense - pruned)).sum())
-    assert kl > 0.01
-    assert found.kl == pytest.approx(kl, rel=1e-3)
-    assert found.positions == len(written)
-    assert found.agree == int((dense.argmax(-1) == pruned.argmax(-1)).sum())
-    assert (found.dense_right, found.leank_right) == ((False, False) if answer else (None, None))
-
-
-def whole_mask(model_dir):
-    """Whole channels, with means for those that are pruned."""
-    keep = random_mask(model_dir, [32, 0, 16, 64])
-    return Mask.from_bits(
-        keep.k_bits,
-        keep.v_bits,
-        keep.geometry,
-        model="whole",
-        provenance={"method": "random"},
-        statistics=statistics_of(keep.k_bits.shape),
-    )
-
-
-ARCHIVES = [(coded_mask, "packed"), (whole_mask, "auto"), (whole_mask, "fp8")]
-
-
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "pruned"])
-@pytest.mark.parametrize(("make", "name"), ARCHIVES)
-def test_far_tokens_are_read_as_served(model, tiny_llama_dir, make, name, exact):
-    mask, window, answer = make(tiny_llama_dir), Window(32, 64, exact), [7, 3, 250, 3, 9] * 8
-    found = compare(model, mask, answer, window, chunk=100, archive_dtype=name)
-    ids, until = PROMPT + answer, window.exact_until(len(PROMPT))
-    dense = Oracle(tiny_llama_dir, np.ones_like(mask.keep), 32, 64).logits(ids, len(PROMPT))
-    served = Oracle(tiny_llama_dir, mask, 32, 64, archive_format=find_format(name))
-    p, q = (one[len(PROMPT) :].log_softmax(-1) for one in (dense, served.logits(ids, until)))
-    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=2e-3)
-    assert found.kl > 0.01
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("make", "name"), ARCHIVES)
-def test_an_archive_gives_back_the_bits_of_its_codec(tiny_llama_dir, make, name, dtype):
-    mask = make(tiny_llama_dir)
-    archive = ServedArchive(mask, name)
-    key, value = torch.randn(2, 2, 2, 96, 64).to(dtype)
-    codec = codec_of(find_format(name))
-    for layer, heads in enumerate(heads_of(mask)):
-        given = archive(layer, 32, key, value)
-        for index, head in enumerate(heads):
-            assert archive.blind[layer, index] != head.profile.stores
-            for row in range(2 * head.profile.stores):
-                expected = codec.round(key[row, index], value[row, index], head)
-                for part, found in zip(expected, given, strict=True):
-                    assert found[row, index].equal(part)
-
-
-def test_masks_of_whole_channels_give_the_figures_of_pruned_keys(model, tiny_llama_dir):
-    mask = random_mask(tiny_llama_dir, [32, 0, 16, 64])
-    new = Verifier(model, mask, WINDOW)
-    old = Verifier(model, mask, WINDOW)
-    pruning = SimulatedPruning(WINDOW)
-    keep = torch.tensor(mask.keep)
-
-    def attend(layer, *args):
-        old._hooked.add(layer)
-        archive = old._simulated.archive
-        masks = keep if archive is old._archive else torch.ones_like(keep)
-        pruning.keep = None if archive is None else masks
-        return pruning(layer, *args)
-
-    old._attend = attend
-    samples = [("here", Sample(PROMPT, [7, 3, 250, 3, 9] * 8))]
-    (found,), (before,) = new.compare(samples), old.compare(samples)
-    assert found.kl == pytest.approx(before.kl, rel=1e-4)
-    assert (found.agree, found.positions) == (before.agree, before.positions)
-
-
-def test_short_and_long_samples_are_told_apart():
-    short, long, longest = (
-        Comparison("a", n - 10, 10, 9, n / 1e4, None, None) for n in (50, 60, 100)
-    )
-    assert [(one.least, one.most) for one in by_length([long, short, longest])] == [
-        (50, 50),
-        (60, 100),
-    ]
-    assert by_length([long, short, longest])[1].summary == Summary.of([long, longest])
-    assert len(by_length([long, longest])) == 1
-
-
-def test_a_mask_that_keeps_everything_changes_nothing(model, tiny_llama_dir):
-    found = compare(model, full_mask(tiny_llama_dir), [], tokens=4)
-    assert (found.positions, found.agree, found.kl) == (4, 4, 0)
-
-
-def test_answers_are_right_when_greedy_decoding_would_write_them(model, tiny_llama_dir):
-    mask = random_mask(tiny_llama_dir, [0])
-    dense, _ = Oracle(tiny_llama_dir, np.ones_like(mask.keep), 32, 64).greedy(PROMPT, 6)
-    pruned, _ = Oracle(tiny_llama_dir, mask.keep, 32, 64).greedy(PROMPT, 6)
-    assert dense[0] == pruned[0]
-    assert dense != pruned
-    for answer, right in (
-        (dense, (True, False)),
-        (pruned, (False, True)),
-        (dense[:1], (True,) * 2),
-    ):
-        found = compare(model, mask, answer)
-        assert (found.dense_right, found.leank_right) == right
-
-
-def test_writing_stops_at_the_end(model, tiny_llama_dir):
-    mask = full_mask(tiny_llama_dir)
-    written, _ = Oracle(tiny_llama_dir, mask.keep, 32, 64).greedy(PROMPT, 6)
-    model.generation_config.eos_token_id = [511, written[2]]
-    try:
-        assert compare(model, mask, []).positions == written.index(written[2]) + 1
-    finally:
-        model.generation_config.eos_token_id = None
-
-
-def test_summaries_and_verdicts():
-    asked = [
-        Comparison("a", 100, 10, 10, 0.2, True, True),
-        Comparison("a", 100, 10, 5, 1.8, True, False),
-        Comparison("b", 100, 20, 20, 0.0, False, True),
-        Comparison("b", 100, 10, 10, 0.0, None, None),
-    ]
-    summary = Summary.of(asked)
-    assert summary == Summary(4, 50, 0.9, 0.04, 3, 2, 2, 0.5)
-    assert Thresholds(0.9, 0.04, 0.5).judge(summary) == dict.fromkeys(
-        ("top1", "kl", "answers"), True
-    )
-    assert not any(Thresholds(0.91, 0.03, 0.51).judge(summary).values())
-    assert Thresholds(0, 1, 1).judge(Summary.of(asked[2:]))["answers"] is None
-    for bad in ((1.1, 0, 0), (0, -1, 0), (0, math.nan, 0), (0, 0, 2)):
-        with pytest.raises(UserError, match="must"):
-            Thresholds(*bad)
+from vllm_leank.offline.verify.texts import file_samples
 
 
 @pytest.fixture(scope="module")
@@ -206,62 +31,146 @@ def with_tokenizer(tiny_llama_dir, tmp_path_factory):
     return directory
 
 
-ARGS = ("--needles", 2, "--max-tokens", 700, "--sink", 32, "--recent", 64, "--json")
+WINDOW = ("--sink", 32, "--recent", 64)
 
 
-def test_needles_come_with_the_command(leank, with_tokenizer):
-    full, none = with_tokenizer / "full.yaml", with_tokenizer / "none.yaml"
-    code, out, _ = leank("verify", with_tokenizer, "--mask", full, *ARGS)
+def test_texts_and_needles_come_with_the_command(leank, with_tokenizer):
+    full = with_tokenizer / "full.yaml"
+    args = ("--mask", full, "--texts", 3, "--needles", 16, "--max-tokens", 1500, *WINDOW, "--json")
+    code, out, err = leank("verify", with_tokenizer, *args)
     report = json.loads(out)
-    assert code == 0
-    assert report["pass"] is True
-    assert (report["top1"], report["kl"], report["answers"]) == (1, 0, 2)
-    assert report["window"] == {"sink": 32, "recent": 64}
-    assert [one["source"] for one in report["each"]] == ["needle among keys", "four needles"]
-    assert all(170 < one["prompt_tokens"] + one["positions"] <= 700 for one in report["each"])
     # A random model knows no answer.
-    assert report["reached"] == {"top1": True, "kl": True, "answers": None}
-    assert report["notes"] == ["answers: not judged, as dense attention gets none right either"]
+    assert code == 3
+    assert (report["outcome"], report["exit_code"]) == ("not_judged", 3)
+    assert [group["name"] for group in report["groups"]] == ["1,024 tokens", "1,500 tokens"]
+    for group in report["groups"]:
+        assert group["positions"] == 3 * 64
+        assert group["kl"] == {"value": 0, "low": 0, "high": 0}
+        assert group["top1"] == {"value": 1, "low": 1, "high": 1}
+    assert report["window"] == {"sink": 32, "recent": 64}
+    assert report["answers"]["dense_right"] == 0
+    assert report["checks"][-1]["ok"] is None
+    texts = [one for one in report["each"] if one["dense_right"] is None]
+    assert [one["prompt_tokens"] for one in texts] == [960, 1436] * 3
+    assert [one["source"] for one in texts[::2]] == ["python", "tables", "prose"]
+    needles = report["each"][6:]
+    # Each kind was given up at the short length.
+    assert {one["source"] for one in needles} == {
+        "value among keys",
+        "number in prose",
+        "short number in prose",
+    }
+    assert min(one["prompt_tokens"] for one in needles) < 1024
+    assert all(one["prompt_tokens"] + one["positions"] <= 1500 for one in needles)
+    assert [one["kl"] for one in report["layers"]] == [0, 0]
+    (note,) = report["notes"]
+    assert re.fullmatch(r"needles: dense attention has 0 of \d+ right; it knows no more", note)
+    assert re.search(r"about \d+ \w+, at most 10 minutes \(--minutes\): 3 texts at 1,024, 1,5", err)
 
-    code, out, _ = leank("verify", with_tokenizer, "--mask", none, *ARGS)
-    report = json.loads(out)
+
+def test_a_mask_of_nothing_fails(leank, with_tokenizer):
+    none = with_tokenizer / "none.yaml"
+    args = ("--mask", none, "--texts", 2, "--needles", 0, "--max-tokens", 700, *WINDOW)
+    code, out, _ = leank("verify", with_tokenizer, *args)
     assert code == 1
-    assert report["pass"] is False
-    assert report["kl"] > 0.1
+    assert out.endswith("\nFAIL: same top-1 (700 tokens), KL (700 tokens)\n")
+    assert "answers kept: not judged, as dense attention has 0 of 0 right" in out
 
 
-@pytest.fixture
-def recall_data(tmp_path):
-    """Two questions with answers, one without, and a prompt that has no far tokens."""
-    samples = [make_sample(task, 1024, 0) for task in ("multivalue", "tracking", "single")]
+@pytest.fixture(scope="module")
+def recall_data(tmp_path_factory):
+    """Sixteen questions with answers, one without, and a prompt that has no far tokens."""
+    tasks = ("multivalue", "tracking", "single", "multikey")
+    samples = [make_sample(tasks[i % 4], 288, i) for i in range(17)]
     lines = [{"prompt_token_ids": one.prompt_token_ids} for one in samples]
-    for line, one in zip(lines[:2], samples, strict=False):
+    for line, one in zip(lines[:16], samples, strict=False):
         line["answer_token_ids"] = one.answer_token_ids
     lines.append({"prompt": "what is bako ="})
-    path = tmp_path / "recall.jsonl"
+    path = tmp_path_factory.mktemp("recall") / "re$c<a>ll.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return path
 
 
+class Page(HTMLParser):
+    """Counts tags, and knows the page's text and what it would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.loads = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        urls = [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.loads += [url for url in urls if not url.startswith("#")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
 def test_the_bundled_model_passes_with_its_mask_only(leank, recall_data, tmp_path):
-    code, out, _ = leank("verify", MODEL, "--data", recall_data)
+    args = ("--data", recall_data, "--max-prompts", 18, *WINDOW)
+    code, out, _ = leank("verify", MODEL, *args, "--report", tmp_path / "page.html")
     assert code == 0
-    for text in ("PASS", "2 of 2", "recall.jsonl: 1 prompts without", "needles were left out: the"):
+    for text in (
+        "right answers kept: 16 of 16 = 100.0% (80.6-100.0), asked: at least 90.0%",
+        "re$c<a>ll.jsonl: 1 prompts without far tokens were left out",
+        "built-in texts were left out: the tokenizer of",
+        "needles were left out: the tokenizer of",
+        "page.html: plots and the worst prompts",
+    ):
         assert text in out
-    assert "--data" not in out
+    assert out.endswith("\nPASS\n")
+    source = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(source)
+    # The name of the file is no tag, and nothing comes from elsewhere.
+    assert "a" not in page.tags
+    assert page.loads == []
+    assert "re$c<a>ll.jsonl" in page.text
+    assert page.text.count("tokens read, KL") == 6
+
+    code, _, err = leank("verify", MODEL, *args, "--report", tmp_path / "page.html")
+    assert code == 2
+    assert "page.html: exists already" in err
+
     (shipped,) = find_masks(str(MODEL))
     keep = np.random.default_rng(0).permuted(shipped.keep, axis=-1)
     mask = Mask.from_keep(keep, shipped.geometry, model="random", provenance={"method": "random"})
     save_mask(mask, tmp_path / "random.yaml")
-    code, out, _ = leank("verify", MODEL, "--data", recall_data, "--mask", tmp_path / "random.yaml")
+    code, out, _ = leank("verify", MODEL, *args, "--mask", tmp_path / "random.yaml")
     assert code == 1
-    assert "FAIL" in out
-    assert "2 of 2" in out
+    assert re.search(r"right answers kept: \d of 16 = ", out)
+    assert re.search(r"\nFAIL: .*right answers\n", out)
+
+    # Fifteen answers are too few to judge by.
+    code, out, _ = leank("verify", MODEL, "--data", recall_data, "--max-prompts", 15, *WINDOW)
+    assert code == 3
+    assert "not judged, as dense attention has 15 of 15 right, and it takes 16 to judge by" in out
+    assert out.endswith("\nPASS as far as judged; answers were not judged\n")
+
+
+def test_a_page_shows_plots_and_texts(leank, with_tokenizer, tmp_path):
+    page = tmp_path / "page.html"
+    none = with_tokenizer / "none.yaml"
+    args = ("--mask", none, "--texts", 2, "--needles", 0, "--max-tokens", 1400, *WINDOW)
+    leank("verify", with_tokenizer, *args, "--report", page)
+    source = page.read_text(encoding="utf-8")
+    parsed = Page(source)
+    assert parsed.tags.count("svg") == 2
+    assert parsed.loads == []
+    for text in ("KL over position", "KL by layer", "KL, this layer alone", "1,024", "1,400"):
+        assert text in parsed.text
+    # Tokens tell what either would have written.
+    hints = re.findall(r'title="(KL [^"]+)"', source)
+    assert len(hints) == 2 * 2 * 63
+    pattern = re.compile(r"KL \d+\.\d{4}; dense ['\"].*['\"], leank ['\"].*['\"]$", re.S)
+    assert all(pattern.match(html.unescape(hint)) for hint in hints)
 
 
 def test_a_tokenizer_of_other_words_needs_prompts_of_its_own(leank):
     code, _, err = leank("verify", MODEL)
     assert code == 2
+    assert "built-in texts were left out: the tokenizer of" in err
     assert "needles were left out: the tokenizer of" in err
     assert err.endswith("; give prompts with far tokens by --data prompts.jsonl\n")
 
@@ -270,11 +179,15 @@ def test_a_tokenizer_of_other_words_needs_prompts_of_its_own(leank):
     ("args", "message"),
     [
         (["--min-top1", "1.5"], "--min-top1 is 1.5"),
-        (["--needles", 0], "nothing to compare"),
-        (["--max-tokens", 100, "--sink", 32, "--recent", 64], "they need 128"),
+        (["--needles", 0, "--texts", 0], "nothing to compare"),
+        (["--needles", 15], "--needles is 15; answers are judged by at least 16"),
+        (["--max-tokens", 100, *WINDOW], "they need 192"),
         (["--sink", 33], "sink is 33"),
         (["--data", "missing.jsonl"], "missing.jsonl: cannot be read"),
         (["--dtype", "int4"], "dtype is int4"),
+        (["--report", "page.pdf"], "page.pdf: the report is a page; name it .html"),
+        (["--report", "missing/page.html"], "missing: no such directory"),
+        (["--max-tokens", 16000, "--minutes", 0.01], "with up to 16,000 tokens; give --minutes"),
     ],
 )
 def test_what_cannot_be_done_is_refused(leank, with_tokenizer, args, message):
@@ -289,13 +202,7 @@ def test_without_a_tokenizer_needles_are_refused(leank, tiny_llama_dir, with_tok
     assert "cannot be loaded by transformers" in err
 
 
-def test_answers_of_all_lengths_fit(recall_data):
-    from vllm_leank.mask.checkpoint import Checkpoint
-    from vllm_leank.offline.verify_samples import file_samples
-
-    checkpoint = Checkpoint.open(str(MODEL))
-    samples, short = file_samples(
-        recall_data, checkpoint, WINDOW, max_samples=3, max_tokens=300, room=40
-    )
-    assert short == 0
-    assert [len(one.prompt) + len(one.answer) for _, one in samples] == [300, 300, 260]
+def test_prompts_are_read_with_their_answers_or_without(recall_data):
+    samples = file_samples(recall_data, Checkpoint.open(str(MODEL)), max_samples=17, room=40)
+    assert {name for name, _ in samples} == {recall_data.name}
+    assert [bool(one.answer) for _, one in samples] == [True] * 16 + [False]

@@ -39,8 +39,8 @@ from vllm_leank.mask.checkpoint import DTYPES, Checkpoint
 from vllm_leank.offline.builtin_prompts import Named, builtin_prompts
 from vllm_leank.offline.calibration_prompts import calibration_prompts, longest_prompt
 from vllm_leank.offline.context import Context, logits_after, read_prompt
+from vllm_leank.offline.divergence import divergence
 from vllm_leank.offline.simulate import SimulatedArchive
-from vllm_leank.offline.verify import divergence
 
 SEEN, UNSEEN = "kinds seen", "kinds unseen"
 
@@ -89,7 +89,7 @@ def judge(
         for one in variants:
             found = divergence(expected, logits_after(model, context, sample.answer, one.hook))
             for name in (group, kind):
-                sums[one.name][name].add(*found, len(sample.answer))
+                sums[one.name][name].add(found.total, found.agree, len(sample.answer))
     return sums
 
 

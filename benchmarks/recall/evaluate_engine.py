@@ -26,8 +26,8 @@ from rich.table import Table
 from recall.endpoint import Endpoint, EndpointError
 from recall.evaluate import LENGTHS, head_commit, machine
 from recall.tasks import TASKS, make_sample
-from recall.wilson import interval
 from vllm_leank.core.formats import NATIVE, known_formats
+from vllm_leank.offline.intervals import wilson
 
 MODEL = str(Path(__file__).with_name("model"))
 SLACK = 64  # tokens of the model's length beyond the longest sample
@@ -168,7 +168,7 @@ def summarise(right: Right, first: Right | None) -> dict[str, Any]:
 
 
 def _share(right: list[bool]) -> dict[str, Any]:
-    low, high = interval(sum(right), len(right))
+    low, high = wilson(sum(right), len(right))
     return {
         "n": len(right),
         "exact": sum(right),

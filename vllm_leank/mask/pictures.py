@@ -28,6 +28,15 @@ def check_picture(path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{path}: pictures are {', '.join(FORMATS)} files")
+    check_matplotlib()
+
+
+def check_matplotlib() -> None:
+    """Refuse to draw without matplotlib.
+
+    Raises:
+        UserError: it is missing.
+    """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:

@@ -33,10 +33,12 @@ def builtin_prompts(
     max_tokens: int,
     seed: int = 0,
     held_out: bool = False,
+    questions: bool = True,
 ) -> list[Named]:
     """`count` samples with the names of their kinds, of `min_tokens` to `max_tokens` at most.
 
-    The texts of `held_out` samples are others, for judging what was calibrated.
+    The texts of `held_out` samples are others, for judging what was calibrated. Without `questions`
+    all are texts, as long as they may be.
 
     Raises:
         UserError: lengths leave no room for a question.
@@ -52,7 +54,9 @@ def builtin_prompts(
         "prose": Texts(prose(), held_out),
     }
     # A Python without sources, say, has no text of that kind.
-    kinds = ["questions", *(kind for kind, source in texts.items() if source is None or source)]
+    kinds = [kind for kind, source in texts.items() if source is None or source]
+    if questions:
+        kinds.insert(0, "questions")
     prompts: list[Named] = []
     for i in range(count):
         kind = kinds[i % len(kinds)]

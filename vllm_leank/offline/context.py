@@ -22,6 +22,10 @@ class Context:
     """An attention hook that computes a prompt in chunks and keeps its K and V, `[1, H, S, D]`.
 
     Buffers stay from prompt to prompt and grow with the longest.
+
+    Attributes:
+        geometry: shape of the model's attention.
+        length: tokens of the prompt that are kept.
     """
 
     geometry: Geometry
@@ -59,6 +63,37 @@ class Context:
                 "AttentionInterface, so their K and V cannot be had"
             )
 
+    def cut(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        assert length <= self.length
+        self.length = length
+
+    def put(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write K and V `[1, H, T, D]` of tokens behind the context's; K and V of all, as views.
+
+        They belong to the context once `advance` says so; until then others may be written there.
+
+        Raises:
+            UserError: their shape is not what the model's config says.
+        """
+        H, D = self.geometry.num_kv_heads, self.geometry.head_dim
+        if layer >= self.geometry.num_layers or (key.shape[1], key.shape[3]) != (H, D):
+            raise UserError(
+                f"attention layer {layer} has {key.shape[1]} KV heads of {key.shape[3]}, "
+                f"unlike the model's config ({self.geometry})"
+            )
+        end = self.length + key.shape[2]
+        for store, new in ((self._keys, key), (self._values, value)):
+            old = store.get(layer)
+            if old is None or old.shape[2] < end:
+                store[layer] = new.new_empty(1, H, max(end, self._room), D)
+                if old is not None:
+                    store[layer][:, :, : self.length] = old[:, :, : self.length]
+            store[layer][:, :, self.length : end] = new
+        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
+
     def __call__(
         self,
         layer: int,
@@ -69,22 +104,12 @@ class Context:
         scaling: float | None,
     ) -> torch.Tensor:
         """Full causal attention of the chunk's queries over everything up to them."""
-        H, D = self.geometry.num_kv_heads, self.geometry.head_dim
-        if layer >= self.geometry.num_layers or (key.shape[1], key.shape[3]) != (H, D):
-            raise UserError(
-                f"attention layer {layer} has {key.shape[1]} KV heads of {key.shape[3]}, "
-                f"unlike the model's config ({self.geometry})"
-            )
-        end = self.length + key.shape[2]
-        for store, new in ((self._keys, key), (self._values, value)):
-            if layer not in store:
-                store[layer] = new.new_empty(1, H, self._room, D)
-            store[layer][:, :, self.length : end] = new
+        keys, values = self.put(layer, key, value)
         output = torch.nn.functional.scaled_dot_product_attention(
             query,
-            self._keys[layer][:, :, :end],
-            self._values[layer][:, :, :end],
-            attn_mask=causal_lower_right(key.shape[2], end),
+            keys,
+            values,
+            attn_mask=causal_lower_right(query.shape[2], keys.shape[2]),
             scale=scaling,
             enable_gqa=True,
         )
@@ -139,7 +164,10 @@ def _inputs(
 
 @dataclass(frozen=True)
 class AfterContext:
-    """An attention hook that gives `hook` the context's K and V before the new ones."""
+    """An attention hook that gives `hook` the context's K and V before the new ones.
+
+    The new ones stand in the context's memory, so no gradients reach them.
+    """
 
     context: Context
     hook: AttentionHook
@@ -154,14 +182,14 @@ class AfterContext:
         scaling: float | None,
     ) -> torch.Tensor | None:
         """Attention of tokens that stand right after the context."""
-        keys = torch.cat([self.context.key(layer), key], dim=2)
-        values = torch.cat([self.context.value(layer), value], dim=2)
+        keys, values = self.context.put(layer, key, value)
         return self.hook(layer, query, keys, values, attention_mask, scaling)
 
 
+@torch.no_grad()
 def logits_after(
     model: transformers.PreTrainedModel, context: Context, ids: Sequence[int], hook: AttentionHook
 ) -> torch.Tensor:
-    """As `logits`, under `hook`, which gets K and V of all tokens."""
+    """As `logits`, under `hook`, which gets K and V of all tokens; the context stays as it is."""
     with hooked_attention(model, AfterContext(context, hook), mask=False):
         return logits(model, context, ids)

@@ -5,7 +5,7 @@ import importlib.metadata
 import importlib.util
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ _LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
 class Texts:
     """Documents one after the other, from any of them on, for ever; a quarter is held out."""
 
-    def __init__(self, documents: list[Document], held_out: bool):
+    def __init__(self, documents: Sequence[Document], held_out: bool):
         self.documents = sorted(
             (one for one in documents if (zlib.crc32(one[0].encode()) % 4 == 3) == held_out),
             key=lambda one: one[0],
@@ -44,7 +44,8 @@ class Texts:
                 yield self.documents[i][1]() + "\n\n"
 
 
-def library_sources() -> list[Document]:
+@functools.cache
+def library_sources() -> Sequence[Document]:
     """The source files of Python's library."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [
@@ -55,7 +56,8 @@ def library_sources() -> list[Document]:
     return [(path.relative_to(root).as_posix(), functools.partial(_text, path)) for path in files]
 
 
-def prose() -> list[Document]:
+@functools.cache
+def prose() -> Sequence[Document]:
     """Python's help texts, and licences and descriptions of installed packages."""
     return [*_help_texts(), *_package_texts()]
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.offline.prompts import Sample, Tokenize
 from vllm_leank.offline.tasks import Exercise, Task
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,22 +44,44 @@ class Generated:
         return self._fitted(lambda size: task(np.random.default_rng(seed), size), length)
 
     def _fitted(self, make: Callable[[int], Exercise], length: int) -> Sample:
-        """The largest exercise that tokens per piece, as measured on small ones, allow."""
-
         def sample(size: int) -> Sample:
             exercise = make(size)
             return Sample(self.tokenize(exercise.prompt), self.tokenize_answer(exercise.answer))
 
-        small, large = _length(sample(8)), _length(sample(24))
-        per_piece = max(1, (large - small) / 16)
-        size = 8 + math.floor((length - small) / per_piece)
-        while size >= 1:
-            found = sample(size)
-            excess = _length(found) - length
-            if excess <= 0:
-                return found
-            size -= math.ceil(excess / per_piece)
-        raise UserError(f"{length} tokens have no room for a question; samples must be longer")
+        return fit(sample, lambda made: len(made.prompt) + len(made.answer), length)
+
+
+FULL = 0.95
+"""Share of the wanted tokens that is near enough."""
+
+
+def fit(make: Callable[[int], T], count: Callable[[T], int], tokens: int) -> T:
+    """What `make` gives for so many pieces that it has nearly `tokens` tokens, and no more.
+
+    More pieces have more tokens, of which `count` tells the number.
+
+    Raises:
+        UserError: not even one piece fits.
+    """
+    small, large = count(make(8)), count(make(24))
+    per_piece = max(1, (large - small) / 16)
+    size = max(1, 8 + math.floor((tokens - small) / per_piece))
+    best, fits, exceeds = None, 0, math.inf
+    while fits + 1 < exceeds:
+        found = make(size)
+        if (length := count(found)) <= tokens:
+            best, fits = found, size
+            if length >= FULL * tokens:
+                break
+        else:
+            exceeds = size
+        size += math.floor((tokens - length) / per_piece)
+        if not fits < size < exceeds:
+            # Pieces are not as long as the first ones.
+            size = 2 * fits if exceeds == math.inf else (fits + int(exceeds)) // 2
+    if best is None:
+        raise UserError(f"{tokens} tokens have no room for a question; samples must be longer")
+    return best
 
 
 def least_tokens(window: Window) -> int:
@@ -65,7 +90,3 @@ def least_tokens(window: Window) -> int:
     while window.boundary(length) == window.sink:
         length += 1
     return length
-
-
-def _length(sample: Sample) -> int:
-    return len(sample.prompt) + len(sample.answer)

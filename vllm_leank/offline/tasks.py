@@ -20,6 +20,34 @@ NOISE = (
 )
 """Filler for `multivalue` where no essay is given, repeated."""
 
+PLACES = (
+    "Lima",
+    "Oslo",
+    "Quito",
+    "Turin",
+    "Izmir",
+    "Kyoto",
+    "Perth",
+    "Dakar",
+    "Tampa",
+    "Bergen",
+    "Paris",
+    "Boston",
+    "Cairo",
+    "Delhi",
+    "Rome",
+    "Berlin",
+    "Madrid",
+    "Lisbon",
+    "Vienna",
+    "Athens",
+    "Dublin",
+    "Prague",
+    "Moscow",
+    "Tokyo",
+)
+"""Names that most tokenizers have few tokens for."""
+
 
 class Exercise(NamedTuple):
     """A prompt and the answer that continues it."""
@@ -33,7 +61,7 @@ Task = Callable[[np.random.Generator, int], Exercise]
 
 def retrieval(rng: np.random.Generator, size: int) -> Exercise:
     """`size` lines `uuid: uuid`, of which one is asked for."""
-    pairs = [(_uuid(rng), _uuid(rng)) for _ in range(size)]
+    pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(size)]
     key, value = pairs[rng.integers(size)]
     lines = "".join(f"{left}: {right}\n" for left, right in pairs)
     return Exercise(f"Keys and their values:\n\n{lines}\nThe value of {key} is", f" {value}")
@@ -62,5 +90,6 @@ def essay_pieces(text: str) -> list[str]:
     return [piece + " " for piece in re.findall(r"[^.!?]{1,400}[.!?]*", " ".join(text.split()))]
 
 
-def _uuid(rng: np.random.Generator) -> str:
+def random_uuid(rng: np.random.Generator) -> str:
+    """A UUID, version 4."""
     return str(uuid.UUID(bytes=rng.bytes(16), version=4))

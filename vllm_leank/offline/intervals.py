@@ -1,0 +1,54 @@
+"""How sure a measured figure is: intervals at 95%."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its interval; `low` and `high` are None where nothing tells how sure it is."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def ratio_estimate(sums: Sequence[float], counts: Sequence[float], seed: int = 0) -> Estimate:
+    """The sum of `sums` over that of `counts`, with an interval by bootstrap.
+
+    There is one of each for every independent sample, say a prompt. Samples are drawn again with
+    replacement, since the tokens of one prompt have much in common. One sample has no interval.
+    """
+    above, below = np.asarray(sums, float), np.asarray(counts, float)
+    value = float(above.sum() / below.sum())
+    n = len(above)
+    if n < 2:
+        return Estimate(value)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    low, high = np.percentile((draws @ above) / (draws @ below), (2.5, 97.5))
+    return Estimate(value, float(low), float(high))
+
+
+def share_estimate(right: int, n: int) -> Estimate:
+    """A share of `right` of `n`, with Wilson's interval."""
+    return Estimate(right / n, *wilson(right, n))
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval for a share of `right` of `n`, by default at 95%.
+
+    It holds for few samples and for shares of 0 and 1, where bootstrap has no width.
+    (E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.)
+    """
+    share, weight = right / n, z * z / n
+    middle = share + weight / 2
+    half = z * math.sqrt(share * (1 - share) / n + weight / (4 * n))
+    # At the ends one of the bounds is exactly 0 or 1, which rounding would miss.
+    low = 0.0 if right == 0 else (middle - half) / (1 + weight)
+    high = 1.0 if right == n else (middle + half) / (1 + weight)
+    return low, high
