@@ -136,7 +136,8 @@ def _share_work(heads: torch.Tensor, costs: Sequence[float], programs: int) -> W
     # Heads that read most begin first. Those of a profile follow each other, so that programs that
     # run together share instructions.
     order = sorted(range(len(costs)), key=lambda head: (-costs[head], int(heads[head, 0])))
-    rows, firsts = [], [0] * len(costs)
+    rows: list[tuple[int, ...]] = []
+    firsts = [0] * len(costs)
     for head in order:
         firsts[head] = len(rows)
         rows += [(head, i, counts[head], *heads[head].tolist()) for i in range(counts[head])]
