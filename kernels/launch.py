@@ -169,9 +169,12 @@ def choose_extend(group: int, layout: CacheLayout, device: Device) -> ExtendLaun
     codec = codec_of(layout.archive_format)
     rows, tile, warps, stages = codec.extend_shape if fits else EXTEND_SMALL
     block = layout.archive_block
+    # Granules whose tokens alternate are read together: longer tiles, of fewer rows.
+    together = GRANULE * layout.archive_format.together
+    rows, tile = rows * tile // max(tile, together), max(tile, together)
     return ExtendLaunch(
         rows=max(rows, 1 << (group - 1).bit_length()),
-        tile=max(min(block & -block, tile), GRANULE * layout.archive_format.together),
+        tile=min(block & -block, tile),
         tma=device.tma,
         warps=warps,
         stages=stages,
