@@ -64,7 +64,8 @@ def test_texts_and_needles_come_with_the_command(leank, with_tokenizer):
     assert all(one["prompt_tokens"] + one["positions"] <= 1500 for one in needles)
     assert [one["kl"] for one in report["layers"]] == [0, 0]
     (note,) = report["notes"]
-    assert re.fullmatch(r"needles: dense attention has 0 of \d+ right; it knows no more", note)
+    assert note.startswith("needles: dense attention has 0 of ")
+    assert note.endswith(" right, fewer than 16: it finds too few even in short contexts")
     assert re.search(r"about \d+ \w+, at most 10 minutes \(--minutes\): 3 texts at 1,024, 1,5", err)
 
 
