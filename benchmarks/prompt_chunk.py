@@ -127,9 +127,10 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
                 exact = partial(attend_exact, query, output, cache, batch, scale)
                 result["flash_ms"] = do_bench(exact, return_mode="median")
             expected = expected_output(query, cache, batch, scale)
-            ours = partial(extend.extend, query, output, cache, batch, scale)
             for name, choose in launches(args.launch).items():
                 output.fill_(float("nan"))
+                # A cache that has prepared nothing yet.
+                ours = partial(extend.extend, query, output, replace(cache), batch, scale)
                 with mock.patch.object(extend, "choose_extend", choose):
                     ms = do_bench(ours, return_mode="median")
                 cells.append(

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from vllm_leank.kernels.prepared import Prepares
 
 MAX_DECODE_QUERIES = 16
 """Queries after its prompt, at most, that a request may have in a step to be decoded: each as if it
@@ -30,7 +31,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Prepares):
     """The requests of one step, shared by all layers.
 
     Attributes:
@@ -61,10 +62,15 @@ class Batch:
     max_query_len: int
     max_seq_len: int
 
-    @property
+    @cached_property
     def num_reqs(self) -> int:
         """Requests, padding included."""
         return len(self.query_start_loc_cpu) - 1
+
+    @cached_property
+    def table_strides(self) -> tuple[int, int]:
+        """Entries from one request to the next in the window's and in the archive's table."""
+        return self.window_table.stride(0), self.archive_table.stride(0)
 
     @cached_property
     def num_decodes(self) -> int:

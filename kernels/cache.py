@@ -1,13 +1,16 @@
 """One layer's pages and what it takes to read them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm_leank.kernels.channels import HeadChannels
 from vllm_leank.kernels.codecs import Codec, codec_of
 from vllm_leank.kernels.head_pages import HeadPages
+from vllm_leank.kernels.prepared import Prepares
 
 from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.window import Window
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerCache:
+class LayerCache(Prepares):
     """One layer's pages, its mask and the rule for reading them.
 
     Attributes:
@@ -48,11 +51,13 @@ class LayerCache:
     @cached_property
     def head_pages(self) -> tuple[HeadPages | None, ...]:
         """Per KV head, its part of the archive's pages; None for one that stores nothing."""
-        layout, side_bytes = self.layout, self.layout.archive_format.side_bytes
+        layout, form = self.layout, self.layout.archive_format
         return tuple(
             None
             if part is None
-            else HeadPages(self.archive_pages, part, layout.archive_block, side_bytes)
+            else HeadPages(
+                self.archive_pages, part, layout.archive_block, form.side_bytes, form.together
+            )
             for part in layout.heads
         )
 
@@ -70,21 +75,21 @@ class LayerCache:
 
         return Tables(self.layout, self.heads, self.window, self.window_pages.device)
 
-    def descriptor_arguments(self, tile: int, tma: bool) -> tuple[Any, ...]:
-        """What kernels take as tensor descriptors of the pages, for archive tiles of `tile` tokens:
-        of window pages, of V, and of K by the width of chunks. Without `tma`, where they load
-        through pointers, stand-ins.
+    def descriptor_arguments(self, tile: int, window_tile: int, tma: bool) -> dict[str, Any]:
+        """What kernels take as tensor descriptors of the pages, for archive tiles of `tile` tokens
+        and window tiles of `window_tile`: `window_desc` of window pages, and `d0` to `d10` of the
+        archive's. Without `tma`, where they load through pointers, stand-ins.
         """
-        from vllm_leank.kernels.descriptors import describe_pages, stand_ins
+        return self.prepared(_descriptor_arguments, tile, window_tile, tma)
 
-        if not tma:
-            return stand_ins(self.archive_pages)
-        if tile not in self._descriptors:
-            self._descriptors[tile] = describe_pages(
-                self.window_pages, self.archive_pages, self.layout, tile
-            )
-        return self._descriptors[tile]
 
-    @cached_property
-    def _descriptors(self) -> dict[int, tuple[Any, ...]]:
-        return {}
+def _descriptor_arguments(
+    cache: LayerCache, tile: int, window_tile: int, tma: bool
+) -> dict[str, Any]:
+    from vllm_leank.kernels.descriptors import PARTS, describe_pages
+
+    pages = cache.window_pages, cache.archive_pages
+    parts: Iterable[Any] = repeat(cache.archive_pages)
+    if tma:
+        parts = describe_pages(*pages, cache.layout, tile, window_tile)
+    return dict(zip(("window_desc", *(f"d{i}" for i in range(PARTS))), parts, strict=False))

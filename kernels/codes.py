@@ -2,12 +2,14 @@
 
 A code becomes an fp16 number without any arithmetic: its bits are those of the number. Codes are
 below 1,024, so these numbers are subnormal, `code * 2^-24`, and exact; a code that lies `s` bits up
-in its byte is read as it lies, as `code * 2^(s - 24)`. The powers of two go into what the codes are
-multiplied by. That takes one AND and two byte permutations for four codes.
+is read as it lies, as `code * 2^(s - 24)`. The powers of two go into what the codes are multiplied
+by. So one AND reads a code from each half of a word, in the lower byte; for the upper bytes, all
+parts of them share one shift. A byte alone takes permutations as well.
 """
 
 import triton
 import triton.language as tl
+from vllm_leank.kernels.pages import load_tile
 
 CODE_UNIT = tl.constexpr(2.0**24)
 """What products of codes, read as fp16, have to be multiplied by."""
@@ -26,9 +28,21 @@ def first_channel(variant, field):
 
 
 @triton.constexpr_function
+def stored_values(variant):
+    """Channels of V with any bits."""
+    return sum(row_bytes(variant, 3 + c) << c for c in range(3))
+
+
+@triton.constexpr_function
 def first_part(variant, field):
     """Parts of bytes, one code of each, in the fields of K, or of V, before this one."""
     return sum(1 << (f % 3) for f in range(field // 3 * 3, field) if row_bytes(variant, f))
+
+
+@triton.constexpr_function
+def first_product(variant, field):
+    """Products with queries, one for each part of bytes and lane, in the fields of K before."""
+    return sum(lanes(variant, f) << f for f in range(field) if row_bytes(variant, f))
 
 
 @triton.constexpr_function
@@ -50,7 +64,29 @@ def power(exponent):
 
 
 @triton.constexpr_function
-def unpack_asm(mask):
+def lanes(variant, field):
+    """Bytes of a row that are read together: two, as halves of a word, or one of a row of K that
+    is too short for that. Rows of V are as long as a page.
+    """
+    return 1 if field < 3 and row_bytes(variant, field) < 32 else 2
+
+
+@triton.constexpr_function
+def shift(bits, part, lane):
+    """How far up a code is read: part `part` of bytes of so many bits, in byte `lane` of two. The
+    upper byte would leave the ten bits of a subnormal number; it is read six bits lower.
+    """
+    return bits * part + 2 * lane
+
+
+@triton.constexpr_function
+def code_mask(bits, part, lane):
+    """What cuts a code out of its byte, or half of a word."""
+    return ((1 << bits) - 1) << shift(bits, part, lane)
+
+
+@triton.constexpr_function
+def bytes_asm(mask):
     """PTX that makes four fp16 numbers of four bytes, each of which `mask` cuts a code out of."""
     if mask == 0xFF:
         return "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;"
@@ -60,35 +96,66 @@ def unpack_asm(mask):
     )
 
 
+@triton.constexpr_function
+def halves_asm(mask, lane):
+    """PTX that makes two fp16 numbers of two halves of a word."""
+    mask = f"0x{mask * 0x00010001:08x}"
+    if lane == 0:
+        return f"and.b32 $0, $1, {mask};"
+    return f"{{ .reg .b32 t; shr.u32 t, $1, 6; and.b32 $0, t, {mask}; }}"
+
+
 @triton.jit
-def read_codes(x, BITS: tl.constexpr, PART: tl.constexpr, ASM: tl.constexpr):
-    """Part `PART` of bytes `x` of `8 / BITS` codes each, as fp16 numbers: the code times
-    `2^(BITS * PART - 24)`.
+def read_codes(x, BITS: tl.constexpr, PART: tl.constexpr, LANE: tl.constexpr, ASM: tl.constexpr):
+    """Part `PART` of bytes `x` of `8 / BITS` codes each, or of bytes `LANE` of halves of words `x`,
+    as fp16 numbers: the code times `2^(shift - 24)`.
     """
-    MASK: tl.constexpr = ((1 << BITS) - 1) << (BITS * PART)
-    if ASM:
+    MASK: tl.constexpr = code_mask(BITS, PART, LANE)
+    if not ASM:
+        y = ((x >> (6 * LANE)) & MASK).to(tl.float32) * (2.0**-24)
+        y = y.to(tl.float16)
+    elif x.dtype == tl.uint8:
         y = tl.inline_asm_elementwise(
-            unpack_asm(MASK), "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4
+            bytes_asm(MASK), "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4
         )
     else:
-        y = ((x & MASK).to(tl.float32) * (2.0**-24)).to(tl.float16)
+        y = tl.inline_asm_elementwise(
+            halves_asm(MASK, LANE), "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2
+        )
     return y
 
 
 @triton.jit
-def turn(acc, places, y, FIRST: tl.constexpr):
-    """Add rows `y` `[R, N]` to rows of `acc` `[D, N]`: row `d` gets that of `places[d] - FIRST`, if
-    there is one. `places` `[D]` are where channels stand in stored order.
+def load_field(
+    descs, ptr, page, offset, slot, stride_page, VARIANT: tl.constexpr, FIELD: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """A tile of one field of a head that begins `offset` bytes into the page: of K `[TILE, bytes]`,
+    of V `[bytes, TILE]`, or with two `lanes` half as many columns, of halves of words.
     """
-    R: tl.constexpr = y.shape[0]
-    place = places - FIRST
-    index = tl.broadcast_to(tl.minimum(tl.maximum(place, 0), R - 1)[:, None], acc.shape)
-    return acc + tl.where(((place >= 0) & (place < R))[:, None], tl.gather(y, index, 0), 0.0)
+    W: tl.constexpr = row_bytes(VARIANT, FIELD)
+    LANES: tl.constexpr = lanes(VARIANT, FIELD)
+    first = (offset + field_offset(VARIANT, FIELD, BLOCK)) // LANES
+    if LANES == 2:
+        ptr = ptr.to(tl.pointer_type(tl.uint16))
+    if FIELD < 3:
+        tile = load_tile(
+            descs[width_index(W)], ptr, page, first, slot, 0, stride_page // LANES, W // LANES,
+            TILE, W // LANES, TILE, W // LANES, TMA,
+        )  # fmt: skip
+    else:
+        tile = load_tile(
+            descs[5 + width_index(W)], ptr, page, first, 0, slot // LANES, stride_page // LANES,
+            BLOCK // LANES, W, TILE // LANES, W, TILE // LANES, TMA,
+        )  # fmt: skip
+    return tile
 
 
 @triton.jit
 def turn_rows(acc, places, y, FIRST: tl.constexpr):
-    """Add columns `y` `[M, R]` to columns of `acc` `[M, D]`; see `turn`."""
+    """Add columns `y` `[M, R]` to columns of `acc` `[M, D]`: column `d` gets that of
+    `places[d] - FIRST`, if there is one. `places` `[D]` are where channels stand in stored order.
+    """
     R: tl.constexpr = y.shape[1]
     place = places - FIRST
     index = tl.broadcast_to(tl.minimum(tl.maximum(place, 0), R - 1)[None, :], acc.shape)

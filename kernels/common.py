@@ -1,7 +1,14 @@
-"""Device functions that the kernels share: the window rule."""
+"""What the kernels share: the window rule on the device, and how they take a step's requests."""
 
 import triton
 import triton.language as tl
+
+BATCH_POINTERS = [
+    "slots_ptr", "window_table_ptr", "archive_table_ptr", "query_start_ptr", "seq_lens_ptr",
+    "exact_until_ptr",
+]  # fmt: skip
+"""Parameters of kernels that are tensors of a `Batch`. They begin anywhere, as a part of a batch
+does: their addresses must not choose another compilation."""
 
 
 @triton.jit

@@ -7,9 +7,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_leank.kernels.codecs import codec_of
 
 from vllm_leank.core.formats.whole import CHUNK_WIDTHS
-from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
+from vllm_leank.core.pages import CacheLayout
 
-PARTS = 10
+PARTS = 11
 """Descriptors of archive pages that kernels take."""
 
 ROW_WIDTHS = (16, 32, 64, 128, 256)
@@ -17,7 +17,11 @@ ROW_WIDTHS = (16, 32, 64, 128, 256)
 
 
 def describe_pages(
-    window_pages: torch.Tensor, archive_pages: torch.Tensor, layout: CacheLayout, tile: int
+    window_pages: torch.Tensor,
+    archive_pages: torch.Tensor,
+    layout: CacheLayout,
+    tile: int,
+    window_tile: int,
 ) -> tuple[Any, ...]:
     """Views of the pages as `[page, row, column]`, each with rows of one length.
 
@@ -29,14 +33,15 @@ def describe_pages(
         archive_pages: see `LayerCache`.
         layout: the layer's.
         tile: tokens of an archive tile.
+        window_tile: tokens of a window tile.
 
     Returns:
-        Rows of K and V of one token and head in window pages, tiles `[1, 32, head_dim]`; then
-        `PARTS` of the archive, as the format's folds take them: see `_whole` and `_packed`. What no
-        layer has stands for the pages alone.
+        Rows of K and V of one token and head in window pages, tiles `[1, window_tile, head_dim]`;
+        then `PARTS` of the archive, as the format's folds take them: see `_whole` and `_packed`.
+        What no layer has stands for the pages alone.
     """
     padded = 1 << (layout.head_dim - 1).bit_length()
-    window = _describe(window_pages.flatten(1, 2), 2 * layout.head_dim, [1, WINDOW_BLOCK, padded])
+    window = _describe(window_pages.flatten(1, 2), 2 * layout.head_dim, [1, window_tile, padded])
     whole = codec_of(layout.archive_format).whole_channels
     parts = (_whole if whole else _packed)(archive_pages, layout, tile)
     return window, *(archive_pages if one is None else one for one in parts)
@@ -56,24 +61,25 @@ def _whole(pages: torch.Tensor, layout: CacheLayout, tile: int) -> list[Any]:
 
 def _packed(pages: torch.Tensor, layout: CacheLayout, tile: int) -> list[Any]:
     """For each of `ROW_WIDTHS` bytes, rows of one K field, tiles `[1, tile, width]`; then for as
-    many rows of one V field, each a dimension's tokens, tiles `[1, width, tile]`.
+    many rows of one V field, each a dimension's tokens, tiles `[1, width, tile]`; then scales of V,
+    tiles `[1, 1, tile]`. Of halves of words, if they have `lanes`.
     """
     keys, values = set(), set()
     for profile in layout.variants:
         part = layout.archive_format.head_part(profile, tile, 1, 0, 0)
         keys |= {chunk.width for chunk in part.k_chunks}
         values |= {chunk.width for chunk in part.v_chunks}
-    return [
-        _describe(pages, width, [1, tile, width]) if width in keys else None for width in ROW_WIDTHS
-    ] + [
-        _describe(pages, layout.archive_block, [1, width, tile]) if width in values else None
-        for width in ROW_WIDTHS
-    ]
-
-
-def stand_ins(pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What kernels that load through pointers take instead of descriptors."""
-    return (pages,) * (1 + PARTS)
+    block = layout.archive_block
+    halves = pages.view(torch.uint16)
+    parts: list[Any] = [None] * (2 * len(ROW_WIDTHS))
+    for i, width in enumerate(ROW_WIDTHS):
+        if width in keys and width < 32:
+            parts[i] = _describe(pages, width, [1, tile, width])
+        elif width in keys:
+            parts[i] = _describe(halves, width // 2, [1, tile, width // 2])
+        if width in values:
+            parts[len(ROW_WIDTHS) + i] = _describe(halves, block // 2, [1, width, tile // 2])
+    return [*parts, _describe(pages.view(torch.float16), block, [1, 1, tile])]
 
 
 def _describe(pages: torch.Tensor, row: int, tile: list[int]) -> Any:

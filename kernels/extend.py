@@ -10,25 +10,23 @@ import triton
 import triton.language as tl
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
-from vllm_leank.kernels.common import boundary_of, dense_pages, skip_archived
+from vllm_leank.kernels.common import BATCH_POINTERS, boundary_of, dense_pages, skip_archived
 from vllm_leank.kernels.decode import LOG2_E
 from vllm_leank.kernels.fold_rows import fold_window
 from vllm_leank.kernels.launch import choose_extend
-from vllm_leank.kernels.launcher import launch
+from vllm_leank.kernels.launcher import Launch
 from vllm_leank.kernels.pages import window_tile
 
+from vllm_leank.core.pages import WINDOW_BLOCK
 
-# Rows of a part of the batch begin anywhere: their addresses must not choose another compilation.
+
 @triton.jit(
     do_not_specialize=["stride_window_table", "stride_archive_table"],
-    do_not_specialize_on_alignment=[
-        "window_table_ptr", "archive_table_ptr", "query_start_ptr", "seq_lens_ptr",
-        "exact_until_ptr",
-    ],
-)  # fmt: skip
+    do_not_specialize_on_alignment=BATCH_POINTERS,
+)
 def _extend_kernel(
     q_ptr, output_ptr, window_ptr, archive_ptr, side_ptr,
-    window_desc, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9,
+    window_desc, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10,
     window_table_ptr, archive_table_ptr, query_start_ptr, seq_lens_ptr, exact_until_ptr,
     heads_ptr, order_ptr, numbers_ptr, scale_log2,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
@@ -72,7 +70,7 @@ def _extend_kernel(
         stop = boundary_of(newest + 1, SINK, RECENT)
         if (variant > 0) & (stop > SINK):
             p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table
-            descs = (d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
+            descs = (d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10)
             for c in tl.static_range(len(VARIANTS)):
                 if variant == VARIANTS[c]:
                     m, l, acc = TILES.fold_rows(
@@ -92,8 +90,8 @@ def _extend_kernel(
             next_page = tl.load(
                 p_table + skip_archived(tl.minimum(i + 1, n_dense - 1), first_boundary, SINK)
             )
-            k, v = window_tile(window_desc, window_ptr, page, head, stride_window_page, D, D_PAD,
-                               TMA)  # fmt: skip
+            k, v = window_tile(window_desc, window_ptr, page, head, 0, stride_window_page, D, D_PAD,
+                               32, TMA)  # fmt: skip
             v = tl.where((token <= newest)[:, None], v, 0.0)
             seen = token[None, :] <= position[:, None]
             seen &= (token < SINK)[None, :] | (token[None, :] >= boundary[:, None])
@@ -117,27 +115,56 @@ def extend(
         batch: the step's requests.
         scale: factor of the QK product.
     """
+    queries, launch = cache.prepared(
+        _prepare, query.shape[1:], query.stride(), output.stride(), batch.table_strides, scale
+    )
+    blocks = triton.cdiv(batch.max_query_len, queries)
+    launch(
+        (blocks, len(cache.layout.profiles), batch.num_reqs),
+        query, output, batch.window_table, batch.archive_table, batch.query_start_loc,
+        batch.seq_lens, batch.exact_until,
+    )  # fmt: skip
+
+
+def _prepare(
+    cache: LayerCache,
+    heads: tuple[int, int],
+    query_strides: tuple[int, ...],
+    output_strides: tuple[int, ...],
+    table_strides: tuple[int, int],
+    scale: float,
+) -> tuple[int, Launch]:
+    """The launch of a layer, and the queries that a program takes."""
     layout, window, tables = cache.layout, cache.window, cache.tables
-    _, num_heads, head_dim = query.shape
+    num_heads, head_dim = heads
     num_kv_heads = len(layout.profiles)
     group = num_heads // num_kv_heads
     shape = choose_extend(group, layout, tables.device)
-    archive, side = cache.archive_pages, cache.side
-    queries = shape.rows // group
-    grid = (triton.cdiv(batch.max_query_len, queries), num_kv_heads, batch.num_reqs)
-    launch(
-        _extend_kernel, grid,
-        query, output, cache.window_pages, archive, side,
-        *cache.descriptor_arguments(shape.tile, shape.tma),
-        batch.window_table, batch.archive_table, batch.query_start_loc, batch.seq_lens,
-        batch.exact_until, tables.heads, tables.order, tables.numbers, scale * LOG2_E,
-        query.stride(0), query.stride(1), output.stride(0), output.stride(1),
-        cache.window_pages.stride(0), archive.stride(0), side.stride(0),
-        batch.window_table.stride(0), batch.archive_table.stride(0),
+    launch = Launch(
+        _extend_kernel,
+        ("q_ptr", "output_ptr", "window_table_ptr", "archive_table_ptr", "query_start_ptr",
+         "seq_lens_ptr", "exact_until_ptr"),
+        **cache.descriptor_arguments(shape.tile, WINDOW_BLOCK, shape.tma),
+        window_ptr=cache.window_pages,
+        archive_ptr=cache.archive_pages,
+        side_ptr=cache.side,
+        heads_ptr=tables.heads,
+        order_ptr=tables.order,
+        numbers_ptr=tables.numbers,
+        scale_log2=scale * LOG2_E,
+        stride_q_token=query_strides[0],
+        stride_q_head=query_strides[1],
+        stride_o_token=output_strides[0],
+        stride_o_head=output_strides[1],
+        stride_window_page=cache.window_pages.stride(0),
+        stride_archive_page=cache.archive_pages.stride(0),
+        stride_side=cache.side.stride(0),
+        stride_window_table=table_strides[0],
+        stride_archive_table=table_strides[1],
         VARIANTS=tables.variants,
-        H=num_kv_heads,
         SINK=window.sink,
         RECENT=window.recent,
+        H=num_kv_heads,
         G=group,
         M=shape.rows,
         D=head_dim,
@@ -149,3 +176,4 @@ def extend(
         STAGES=shape.stages,
         num_warps=shape.warps,
     )  # fmt: skip
+    return shape.rows // group, launch

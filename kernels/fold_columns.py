@@ -22,10 +22,10 @@ def _rescale(scores, m):
 
 @triton.jit
 def fold_window(m, l_rows, acc, k, v, q, seen, scale_log2, MASKED: tl.constexpr):
-    """Take K and V of a window page into the running softmax.
+    """Take K and V of a window tile `[tokens, head_dim]` into the running softmax.
 
-    l_rows: the softmax's sum `[32, N]`, still to be summed over rows; seen: which tokens are seen,
-    `[32, 1]`, used with MASKED.
+    l_rows: the softmax's sum `[tokens, N]`, still to be summed over rows; seen: which tokens are
+    seen, `[tokens, 1]`, used with MASKED.
     """
     s = tl.dot(k, q) * scale_log2
     if MASKED:
@@ -75,7 +75,7 @@ def _add_scores(
 def fold_archive(
     m, l, acc, first, last, boundary, q, p_q, m_q, scale_log2,
     head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
-    stride_page, stride_side,
+    stride_page, stride_side, p_scratch,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr,
@@ -83,7 +83,8 @@ def fold_archive(
     """Take archive tiles `first` to `last` of a head that keeps `KEPT` channels into the running
     softmax of `N` columns of queries, which see the tokens from `SINK` to `boundary`.
 
-    m, l: `[N]`; acc: `[D_PAD, N]`; q: `[D_PAD, N]`; p_q, m_q: `[N]`, the queries and which exist.
+    m, l: `[N]`; acc: `[D_PAD, N]`; q: `[D_PAD, N]`; p_q, m_q: `[N]`, the queries and which exist;
+    p_scratch: the program's own memory, not used here.
     """
     p_channels = order_ptr + head * D
     k_offset = tl.load(p_head + 2)

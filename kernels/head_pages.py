@@ -1,5 +1,7 @@
 """One head's part of all archive pages: writes and reads granules in their fields."""
 
+from typing import Any
+
 import torch
 from vllm_leank.kernels.codecs.codec import Codec, Stored
 
@@ -17,16 +19,21 @@ class HeadPages:
         part: where the head's fields lie.
         block: tokens of an archive page.
         side_bytes: see `ArchiveFormat`.
+        together: granules whose tokens alternate in rows of V; see `ArchiveFormat`.
     """
 
-    def __init__(self, pages: torch.Tensor, part: HeadPart, block: int, side_bytes: int) -> None:
+    def __init__(
+        self, pages: torch.Tensor, part: HeadPart, block: int, side_bytes: int, together: int = 1
+    ) -> None:
         def field(chunk: Chunk) -> torch.Tensor:
             return pages[:, chunk.offset : chunk.offset + chunk.width * block]
 
         # [num_blocks, granules, 32, width] each
         self._keys = [field(c).unflatten(1, (-1, GRANULE, c.width)) for c in part.k_chunks]
-        # [num_blocks, width, granules, 32] each
-        self._values = [field(c).unflatten(1, (c.width, -1, GRANULE)) for c in part.v_chunks]
+        # [num_blocks, width, granules / together, 32, together] each
+        rows = (-1, GRANULE, together)
+        self._values = [field(c).unflatten(1, (c.width, *rows)) for c in part.v_chunks]
+        self._together = together
         granules = block // GRANULE
         side = pages.view(torch.uint8)[:, part.side_offset :]
         # [num_blocks, granules, side_bytes]
@@ -38,13 +45,19 @@ class HeadPages:
         for chunk, keys in zip(self._k_chunks, self._keys, strict=True):
             keys[pages, granules] = stored.key[..., _columns(chunk)]
         for chunk, values in zip(self._v_chunks, self._values, strict=True):
-            values[pages, :, granules] = stored.value[..., _columns(chunk)].transpose(1, 2)
+            value = stored.value[..., _columns(chunk)].transpose(1, 2)
+            values[self._place(pages, granules)] = value
         self._side[pages, granules] = stored.side
+
+    def _place(self, pages: torch.Tensor, granules: torch.Tensor) -> tuple[Any, ...]:
+        """Where granules of V lie, `[n, width, 32]`."""
+        rest = granules % self._together
+        return pages, slice(None), granules // self._together, slice(None), rest
 
     def clear(self, pages: torch.Tensor, granules: torch.Tensor, codec: Codec) -> None:
         """Make granules without a token readable: V is finite, whatever K may be."""
         for values in () if codec.any_codes else self._values:
-            values[pages, :, granules] = 0
+            values[self._place(pages, granules)] = 0
         self._side[pages, granules] = codec.empty_side.to(self._side.device)
 
     def read(self, pages: torch.Tensor) -> Stored:
@@ -52,7 +65,9 @@ class HeadPages:
         side = self._side[pages]
         nothing = side.new_empty((*side.shape[:2], GRANULE, 0))
         keys = [keys[pages] for keys in self._keys] or [nothing]
-        values = [values[pages].permute(0, 2, 3, 1) for values in self._values] or [nothing]
+        values = [
+            values[pages].permute(0, 2, 4, 3, 1).flatten(1, 2) for values in self._values
+        ] or [nothing]
         parts = torch.cat(keys, dim=-1), torch.cat(values, dim=-1), side
         return Stored(*(part.flatten(0, 1) for part in parts))
 

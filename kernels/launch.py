@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from heapq import heapify, heapreplace
+from typing import NamedTuple
 
 import torch
 from vllm_leank.kernels.batch import MAX_DECODE_QUERIES
 from vllm_leank.kernels.codecs import codec_of
 
 from vllm_leank.core.pages import CacheLayout
+from vllm_leank.core.window import GRANULE
 
 ONE_WAVE = 256
 """Programs that run at the same time: two on each multiprocessor of a large GPU."""
@@ -66,8 +68,7 @@ class Device:
         return cls(tma=major in TMA_CAPABILITIES and not interpreted)
 
 
-@dataclass(frozen=True)
-class DecodeLaunch:
+class DecodeLaunch(NamedTuple):
     """Launch of the decode kernel.
 
     Attributes:
@@ -79,7 +80,7 @@ class DecodeLaunch:
             wave; 0 if it is not.
         combined: splits of a head that are combined at once; a power of two.
         wave: programs that run at the same time.
-        warps, stages, window_stages, registers: see `DecodeShape`.
+        warps, stages, window_stages, window_tile, registers: see `DecodeShape`.
     """
 
     programs: int
@@ -92,6 +93,7 @@ class DecodeLaunch:
     warps: int
     stages: int
     window_stages: int
+    window_tile: int
     registers: int | None
 
 
@@ -147,9 +149,11 @@ def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeL
         rows=FEW_HEADS if is_few else 0,
         combined=MOST_COMBINED if programs > MOST_COMBINED else LEAST_COMBINED,
         wave=shape.wave,
-        warps=shape.warps,
+        # The sums over V of a larger head are more than a warp can hold.
+        warps=max(shape.warps, layout.head_dim // 128),
         stages=shape.stages,
         window_stages=shape.window_stages,
+        window_tile=shape.window_tile,
         registers=shape.registers,
     )
 
@@ -167,7 +171,7 @@ def choose_extend(group: int, layout: CacheLayout, device: Device) -> ExtendLaun
     block = layout.archive_block
     return ExtendLaunch(
         rows=max(rows, 1 << (group - 1).bit_length()),
-        tile=min(block & -block, tile),
+        tile=max(min(block & -block, tile), GRANULE * layout.archive_format.together),
         tma=device.tma,
         warps=warps,
         stages=stages,

@@ -10,94 +10,128 @@ import triton
 import triton.language as tl
 from vllm_leank.kernels.codes import (
     CODE_UNIT,
-    field_offset,
     first_channel,
     first_part,
+    first_product,
+    lanes,
+    load_field,
     power,
     read_codes,
     row_bytes,
-    turn,
-    width_index,
+    shift,
+    stored_values,
 )
-from vllm_leank.kernels.pages import load_tile
+from vllm_leank.kernels.pages import scale_tile
+
+SUM_ROWS = tl.constexpr(16)
+"""Rows of partial sums: those of one matrix instruction."""
 
 
 @triton.jit
-def _query_part(
-    p_q, m_q, p_order, p_factor, unit, first, W: tl.constexpr, BITS: tl.constexpr,
-    PART: tl.constexpr,
-):  # fmt: skip
-    """What a part of the bytes of one K field is multiplied by, fp16 `[W, N]` in units of `unit`;
-    and what half of the largest code gives, to be taken off, `[N]`.
-    """
-    o_w = first + PART * W + tl.arange(0, W)
-    channel = tl.load(p_order + o_w)
-    q = tl.load(p_q[None, :] + channel[:, None], mask=m_q[None, :], other=0.0).to(tl.float32)
-    q = q * tl.load(p_factor + o_w)[:, None] / unit[None, :]
-    # Codes are read as they lie in their bytes.
-    q = (q * power(-BITS * PART)).to(tl.float16)
-    half = tl.sum(q.to(tl.float32), 0) * (power(BITS * PART) * (power(BITS) - 1) / 2)
-    return q, half
-
-
-@triton.jit
-def _query(
-    p_q, m_q, p_order, p_mean, p_factor, D: tl.constexpr, D_PAD: tl.constexpr,
+def _write_query(
+    p_scratch, p_q, m_q, p_order, p_mean, p_factor, D: tl.constexpr, D_PAD: tl.constexpr,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """The queries as codes of K are multiplied by them, a tuple of parts; the unit that they are
-    in; and what has to be added to each query's scores.
+    """Write the queries in the order of stored channels, in units of `unit`, fp16, to
+    `[N, D]` at `p_scratch`. Returns `unit`, and what has to be added to each query's scores.
     """
+    N: tl.constexpr = m_q.shape[0]
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
     channel = tl.load(p_order + o_d, mask=m_d, other=0)
     q = tl.load(p_q[None, :] + channel[:, None], mask=m_d[:, None] & m_q[None, :], other=0.0)
     q = q.to(tl.float32)
-    # In units of the largest, they fit into fp16.
-    factor = tl.load(p_factor + o_d, mask=m_d, other=0.0)
-    unit = tl.maximum(tl.max(tl.abs(q * factor[:, None]), 0), 1e-30)
-    offset = tl.sum(q * tl.load(p_mean + o_d, mask=m_d, other=0.0)[:, None], 0)
+    added = tl.sum(q * tl.load(p_mean + o_d, mask=m_d, other=0.0)[:, None], 0)
+    q *= tl.load(p_factor + o_d, mask=m_d, other=0.0)[:, None]
+    # The largest is 256, so that all fit into fp16, and with the codes' shifts keep their digits.
+    unit = tl.maximum(tl.max(tl.abs(q), 0), 1e-30) / 256
+    q = (q * (1 / unit)[None, :]).to(tl.float16)
+    p_scratch += o_d[:, None] + tl.arange(0, N)[None, :] * D
+    tl.store(p_scratch, q, mask=m_d[:, None] & m_q[None, :])
+    # Half of the largest code of each class stands for 0.
+    half = tl.where(o_d < first_channel(VARIANT, 2), 7.5, 1.5)
+    half = tl.where(o_d < first_channel(VARIANT, 1), 127.5, half)
+    return unit, added - tl.sum(q.to(tl.float32) * half[:, None], 0) * unit
+
+
+@triton.jit
+def _read_query(p_scratch, m_q, D: tl.constexpr, VARIANT: tl.constexpr):
+    """What the parts of bytes of each K field are multiplied by, or with two lanes every other byte
+    of them: fp16 `[bytes / lanes, N]`, a tuple.
+    """
+    N: tl.constexpr = m_q.shape[0]
     parts = ()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, c) > 0:
             for i in tl.static_range(1 << c):
-                part, half = _query_part(
-                    p_q, m_q, p_order, p_factor, unit, first_channel(VARIANT, c),
-                    row_bytes(VARIANT, c), 8 >> c, i,
-                )  # fmt: skip
-                parts = parts + (part,)  # noqa: RUF005
-                offset -= half * unit
-    return parts, unit, offset
+                for lane in tl.static_range(lanes(VARIANT, c)):
+                    o_w = tl.arange(0, row_bytes(VARIANT, c) // lanes(VARIANT, c))
+                    o_w = o_w * lanes(VARIANT, c) + lane
+                    o_w += first_channel(VARIANT, c) + i * row_bytes(VARIANT, c)
+                    p_part = p_scratch + o_w[:, None] + tl.arange(0, N)[None, :] * D
+                    q = tl.load(p_part, mask=m_q[None, :], other=0.0)
+                    # Codes are read as they lie in their bytes.
+                    parts = parts + (q * power(-shift(8 >> c, i, lane)),)  # noqa: RUF005
+    return parts
 
 
 @triton.jit
-def _add_scores(s, x, parts, FIRST: tl.constexpr, C: tl.constexpr, ASM: tl.constexpr):
-    """Add to scores `[TILE, N]` what bytes `x` `[TILE, W]` of one K field give."""
+def _add_scores(
+    s, x, parts, FIRST: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    """Add to scores `[TILE, N]` what a tile `x` of one K field gives."""
     for i in tl.static_range(1 << C):
-        s = tl.dot(read_codes(x, 8 >> C, i, ASM), parts[FIRST + i], acc=s)
+        for lane in tl.static_range(LANES):
+            codes = read_codes(x, 8 >> C, i, lane, ASM)
+            s = tl.dot(codes, parts[FIRST + LANES * i + lane], acc=s)
     return s
+
+
+@triton.jit
+def _sum_rows(x):
+    """Sums over rows of `x` `[M, N]` as `[SUM_ROWS, N]`, for which each thread has what it needs: a
+    sum over all rows would make threads wait for each other.
+    """
+    return tl.sum(tl.reshape(x, (x.shape[0] // SUM_ROWS, SUM_ROWS, x.shape[1])), 0)
+
+
+@triton.jit
+def _split_granules(x):
+    """Rows `[TILE, N]` of granules of even and of odd number, `[TILE / 2, N]` each."""
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    x = tl.permute(tl.reshape(x, (M // 64, 2, 32, N)), (0, 2, 3, 1))
+    even, odd = tl.split(x)
+    return tl.reshape(even, (M // 2, N)), tl.reshape(odd, (M // 2, N))
 
 
 @triton.jit
 def fold_archive(
     m, l, acc, first, last, boundary, q, p_q, m_q, scale_log2,
     head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
-    stride_page, stride_side,
+    stride_page, stride_side, p_scratch,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     VARIANT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `fold_columns.fold_archive`, for a head whose fields `VARIANT` describes. It comes first:
     `m`, `l` and `acc` have taken nothing in yet.
+
+    Channels change their order in memory of the program's own, fp32 `[N, D]` at `p_scratch`: in
+    registers that takes thousands of instructions, and where programs are short, it is fetching
+    instructions that they wait for.
     """
     ASM: tl.constexpr = TILES.ASM
     N: tl.constexpr = m.shape[0]
     offset = tl.load(p_head + 2)
     side_offset = tl.load(p_head + 4)
-    parts, unit, added = _query(
-        p_q, m_q, order_ptr + head * D, numbers_ptr + head * D, numbers_ptr + (H + head) * D,
-        D, D_PAD, VARIANT,
+    p_query = p_scratch.to(tl.pointer_type(tl.float16))
+    unit, added = _write_query(
+        p_query, p_q, m_q, order_ptr + head * D, numbers_ptr + head * D,
+        numbers_ptr + (H + head) * D, D, D_PAD, VARIANT,
     )  # fmt: skip
+    tl.debug_barrier()
+    parts = _read_query(p_query, m_q, D, VARIANT)
     unit *= CODE_UNIT * scale_log2
     added *= scale_log2
     sums = ()
@@ -105,9 +139,10 @@ def fold_archive(
         if row_bytes(VARIANT, 3 + c) > 0:
             for _ in tl.static_range(1 << c):
                 sums = sums + (tl.zeros([row_bytes(VARIANT, 3 + c), N], tl.float32),)  # noqa: RUF005
-    # Each row keeps sums of its own until the end: a sum over rows would make all warps wait.
-    l_rows = tl.zeros([TILE, N], tl.float32)
-    s_rows = tl.zeros([TILE, N], tl.float32)
+    l_rows = tl.zeros([SUM_ROWS, N], tl.float32)
+    # Sums of weights times scales, as products see them: in each row the same.
+    scaled_rows = tl.zeros([SUM_ROWS, N], tl.float32)
+    ones = tl.full([SUM_ROWS, TILE // 2], 1.0, tl.float16)
     # One tile ahead, so that the pipeline of tiles does not wait for the block table.
     next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
     for i in tl.range(first, last, num_stages=STAGES):
@@ -118,46 +153,51 @@ def fold_archive(
         s = tl.zeros([TILE, N], tl.float32)
         for c in tl.static_range(3):
             if row_bytes(VARIANT, c) > 0:
-                x = load_tile(
-                    descs[width_index(row_bytes(VARIANT, c))], archive_ptr, page,
-                    offset + field_offset(VARIANT, c, BLOCK), slot, 0, stride_page,
-                    row_bytes(VARIANT, c), TILE, row_bytes(VARIANT, c), TILE,
-                    row_bytes(VARIANT, c), TMA,
+                x = load_field(
+                    descs, archive_ptr, page, offset, slot, stride_page, VARIANT, c, TILE, BLOCK,
+                    TMA,
                 )  # fmt: skip
-                s = _add_scores(s, x, parts, first_part(VARIANT, c), c, ASM)
+                s = _add_scores(s, x, parts, first_product(VARIANT, c), c, lanes(VARIANT, c), ASM)
         o_token = token + tl.arange(0, TILE)
         seen = (o_token >= SINK) & (o_token < boundary)
-        p_scale = side_ptr + page.to(tl.int64) * stride_side + side_offset
+        v_scale = scale_tile(
+            descs[10], side_ptr, page, side_offset, slot, stride_side, TILE, BLOCK, TMA
+        ).to(tl.float32)
         # Scales of slots that hold no token may hold anything.
-        v_scale = tl.where(seen, tl.load(p_scale + slot + tl.arange(0, TILE)).to(tl.float32), 0.0)
+        v_scale = tl.where(seen, v_scale, 0.0)
         s = tl.where(seen[:, None], s * unit[None, :] + added[None, :], float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 0))
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(s - m_new[None, :])
         m = m_new
-        l_rows = l_rows * alpha[None, :] + p
-        p = (p * v_scale[:, None]).to(tl.float16)
-        s_rows = s_rows * alpha[None, :] + p.to(tl.float32)
+        l_rows = l_rows * alpha[None, :] + _sum_rows(p)
+        even, odd = _split_granules(p * v_scale[:, None])
+        weights = even.to(tl.float16), (odd * power(-shift(0, 0, 1))).to(tl.float16)
+        scaled_rows *= alpha[None, :]
+        for lane in tl.static_range(2):
+            scaled_rows = tl.dot(ones * power(shift(0, 0, lane)), weights[lane], acc=scaled_rows)
         new_sums = ()
         for c in tl.static_range(3):
             if row_bytes(VARIANT, 3 + c) > 0:
-                x = load_tile(
-                    descs[5 + width_index(row_bytes(VARIANT, 3 + c))], archive_ptr, page,
-                    offset + field_offset(VARIANT, 3 + c, BLOCK), 0, slot, stride_page, BLOCK,
-                    row_bytes(VARIANT, 3 + c), TILE, row_bytes(VARIANT, 3 + c), TILE, TMA,
+                x = load_field(
+                    descs, archive_ptr, page, offset, slot, stride_page, VARIANT, 3 + c, TILE,
+                    BLOCK, TMA,
                 )  # fmt: skip
                 for part in tl.static_range(1 << c):
                     total = sums[first_part(VARIANT, 3 + c) + part] * alpha[None, :]
-                    total = tl.dot(read_codes(x, 8 >> c, part, ASM), p, acc=total)
+                    for lane in tl.static_range(2):
+                        codes = read_codes(x, 8 >> c, part, lane, ASM)
+                        total = tl.dot(codes, weights[lane], acc=total)
                     new_sums = new_sums + (total,)  # noqa: RUF005
         sums = new_sums
 
-    far, scaled = tl.sum(l_rows, 0), tl.sum(s_rows, 0)
+    far, scaled = tl.sum(l_rows, 0), tl.sum(scaled_rows, 0) / SUM_ROWS
+    # What was read of the queries, others may still read.
+    tl.debug_barrier()
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
-    mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
-    acc += mean[:, None] * far[None, :]
-    places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
+    o_n = tl.arange(0, N)
+    p_order = order_ptr + (H + head) * D
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
             for part in tl.static_range(1 << c):
@@ -166,8 +206,13 @@ def fold_archive(
                 y = sums[first_part(VARIANT, 3 + c) + part] * power(24 - (8 >> c) * part)
                 y -= scaled[None, :] * ((power(8 >> c) - 1) / 2)
                 y *= tl.load(numbers_ptr + (3 * H + head) * D + o_r)[:, None]
-                acc = turn(
-                    acc, places, y,
-                    first_channel(VARIANT, 3 + c) + part * row_bytes(VARIANT, 3 + c),
-                )  # fmt: skip
-    return m, l + far, acc
+                p_y = p_scratch + tl.load(p_order + o_r)[:, None] + o_n[None, :] * D
+                tl.store(p_y, y, mask=m_q[None, :])
+    tl.debug_barrier()
+    places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
+    stored = places < stored_values(VARIANT)
+    acc += tl.load(
+        p_scratch + o_d[:, None] + o_n[None, :] * D, mask=stored[:, None] & m_q[None, :], other=0.0
+    )
+    mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
+    return m, l + far, acc + mean[:, None] * far[None, :]

@@ -6,30 +6,33 @@ import triton
 import triton.language as tl
 from vllm_leank.kernels.codes import (
     CODE_UNIT,
-    field_offset,
     first_channel,
     first_part,
+    first_product,
+    lanes,
+    load_field,
     power,
     read_codes,
     row_bytes,
+    shift,
     turn_rows,
-    width_index,
 )
-from vllm_leank.kernels.pages import load_tile
+from vllm_leank.kernels.pages import scale_tile
 
 
 @triton.jit
 def _query_part(
     p_q, m_q, p_order, p_factor, unit, first, W: tl.constexpr, BITS: tl.constexpr,
-    PART: tl.constexpr,
+    PART: tl.constexpr, LANE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """As in `packed_columns`, `[M, W]` and `[M]`."""
-    o_w = first + PART * W + tl.arange(0, W)
+    """As in `packed_columns`, `[M, W / LANES]` and `[M]`."""
+    SHIFT: tl.constexpr = shift(BITS, PART, LANE)
+    o_w = first + PART * W + tl.arange(0, W // LANES) * LANES + LANE
     channel = tl.load(p_order + o_w)
     q = tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None], other=0.0).to(tl.float32)
     q = q * tl.load(p_factor + o_w)[None, :] / unit[:, None]
-    q = (q * power(-BITS * PART)).to(tl.float16)
-    half = tl.sum(q.to(tl.float32), 1) * (power(BITS * PART) * (power(BITS) - 1) / 2)
+    q = (q * power(-SHIFT)).to(tl.float16)
+    half = tl.sum(q.to(tl.float32), 1) * (power(SHIFT) * (power(BITS) - 1) / 2)
     return q, half
 
 
@@ -45,19 +48,30 @@ def _query(
     q = tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None] & m_d[None, :], other=0.0)
     q = q.to(tl.float32)
     factor = tl.load(p_factor + o_d, mask=m_d, other=0.0)
-    unit = tl.maximum(tl.max(tl.abs(q * factor[None, :]), 1), 1e-30)
+    unit = tl.maximum(tl.max(tl.abs(q * factor[None, :]), 1) / 256, 1e-30)
     offset = tl.sum(q * tl.load(p_mean + o_d, mask=m_d, other=0.0)[None, :], 1)
     parts = ()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, c) > 0:
             for i in tl.static_range(1 << c):
-                part, half = _query_part(
-                    p_q, m_q, p_order, p_factor, unit, first_channel(VARIANT, c),
-                    row_bytes(VARIANT, c), 8 >> c, i,
-                )  # fmt: skip
-                parts = parts + (part,)  # noqa: RUF005
-                offset -= half * unit
+                for lane in tl.static_range(lanes(VARIANT, c)):
+                    part, half = _query_part(
+                        p_q, m_q, p_order, p_factor, unit, first_channel(VARIANT, c),
+                        row_bytes(VARIANT, c), 8 >> c, i, lane, lanes(VARIANT, c),
+                    )  # fmt: skip
+                    parts = parts + (part,)  # noqa: RUF005
+                    offset -= half * unit
     return parts, unit, offset
+
+
+@triton.jit
+def _split_granules(x):
+    """Columns `[M, TILE]` of granules of even and of odd number, `[M, TILE / 2]` each."""
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    x = tl.permute(tl.reshape(x, (M, N // 64, 2, 32)), (0, 1, 3, 2))
+    even, odd = tl.split(x)
+    return tl.reshape(even, (M, N // 2)), tl.reshape(odd, (M, N // 2))
 
 
 @triton.jit
@@ -98,21 +112,22 @@ def fold_archive(
         s = tl.zeros([M, TILE], tl.float32)
         for c in tl.static_range(3):
             if row_bytes(VARIANT, c) > 0:
-                x = load_tile(
-                    descs[width_index(row_bytes(VARIANT, c))], archive_ptr, page,
-                    offset + field_offset(VARIANT, c, BLOCK), slot, 0, stride_page,
-                    row_bytes(VARIANT, c), TILE, row_bytes(VARIANT, c), TILE,
-                    row_bytes(VARIANT, c), TMA,
+                x = load_field(
+                    descs, archive_ptr, page, offset, slot, stride_page, VARIANT, c, TILE, BLOCK,
+                    TMA,
                 )  # fmt: skip
                 for part in tl.static_range(1 << c):
-                    codes = read_codes(x, 8 >> c, part, ASM)
-                    s = tl.dot(parts[first_part(VARIANT, c) + part], tl.trans(codes), acc=s)
+                    for lane in tl.static_range(lanes(VARIANT, c)):
+                        codes = read_codes(x, 8 >> c, part, lane, ASM)
+                        q = parts[first_product(VARIANT, c) + lanes(VARIANT, c) * part + lane]
+                        s = tl.dot(q, tl.trans(codes), acc=s)
         o_token = token + tl.arange(0, TILE)
         seen = (o_token[None, :] >= SINK) & (o_token[None, :] < boundary[:, None])
-        p_scale = side_ptr + page.to(tl.int64) * stride_side + side_offset
         # Scales of slots that hold no token may hold anything.
         stored = (o_token >= SINK) & (o_token < stop)
-        v_scale = tl.load(p_scale + slot + tl.arange(0, TILE)).to(tl.float32)
+        v_scale = scale_tile(
+            descs[10], side_ptr, page, side_offset, slot, stride_side, TILE, BLOCK, TMA
+        ).to(tl.float32)
         v_scale = tl.where(stored, v_scale, 0.0)
         s = tl.where(seen, s * unit[:, None] + added[:, None], float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
@@ -121,20 +136,22 @@ def fold_archive(
         p = tl.exp2(s - m_safe[:, None])
         m = m_new
         l = l * alpha + tl.sum(p, 1)
-        p = (p * v_scale[None, :]).to(tl.float16)
-        scaled = scaled * alpha + tl.sum(p.to(tl.float32), 1)
+        p = p * v_scale[None, :]
+        scaled = scaled * alpha + tl.sum(p, 1)
+        even, odd = _split_granules(p)
+        weights = even.to(tl.float16), (odd * power(-shift(0, 0, 1))).to(tl.float16)
         new_sums = ()
         for c in tl.static_range(3):
             if row_bytes(VARIANT, 3 + c) > 0:
-                x = load_tile(
-                    descs[5 + width_index(row_bytes(VARIANT, 3 + c))], archive_ptr, page,
-                    offset + field_offset(VARIANT, 3 + c, BLOCK), 0, slot, stride_page, BLOCK,
-                    row_bytes(VARIANT, 3 + c), TILE, row_bytes(VARIANT, 3 + c), TILE, TMA,
+                x = load_field(
+                    descs, archive_ptr, page, offset, slot, stride_page, VARIANT, 3 + c, TILE,
+                    BLOCK, TMA,
                 )  # fmt: skip
                 for part in tl.static_range(1 << c):
                     total = sums[first_part(VARIANT, 3 + c) + part] * alpha[:, None]
-                    codes = read_codes(x, 8 >> c, part, ASM)
-                    total = tl.dot(p, tl.trans(codes), acc=total)
+                    for lane in tl.static_range(2):
+                        codes = read_codes(x, 8 >> c, part, lane, ASM)
+                        total = tl.dot(weights[lane], tl.trans(codes), acc=total)
                     new_sums = new_sums + (total,)  # noqa: RUF005
         sums = new_sums
 

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from vllm_leank.kernels.codes import field_offset, first_channel, power, row_bytes
+from vllm_leank.kernels.codes import field_offset, first_channel, power, row_bytes, stored_values
 
 from vllm_leank.core.formats.packed import LARGEST_SCALE, LEAST_SCALE, STEPS
 
@@ -15,12 +15,6 @@ STEPS_OF = tl.constexpr((STEPS[8], STEPS[4], STEPS[2]))
 def squared_step(steps, c):
     """Of a class, squared."""
     return steps[c] ** 2
-
-
-@triton.constexpr_function
-def stored_channels(variant):
-    """Channels of V with any bits, at least 1."""
-    return max(sum(row_bytes(variant, 3 + c) << c for c in range(3)), 1)
 
 
 @triton.jit
@@ -90,9 +84,10 @@ def _store_values(
         first = first_channel(VARIANT, 3 + C) + part * R
         x = _steps(p_tokens, p_order, p_mean, p_factor, first, R, False)
         codes |= _codes(x * inverse[None, :], 8 >> C) << ((8 >> C) * part)
-    p_rows = p_page + field_offset(VARIANT, 3 + C, BLOCK) + slot
+    # Tokens of two granules alternate.
+    p_rows = p_page + field_offset(VARIANT, 3 + C, BLOCK) + slot // 64 * 64 + slot // 32 % 2
     p_rows += tl.arange(0, R)[:, None] * BLOCK
-    tl.store(p_rows + tl.arange(0, 32)[None, :], codes.to(tl.uint8))
+    tl.store(p_rows + 2 * tl.arange(0, 32)[None, :], codes.to(tl.uint8))
 
 
 @triton.jit
@@ -148,7 +143,8 @@ def _granule(
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
             squares += _square_values(p_k + D, p_order, p_mean, p_factor, c, VARIANT)
-    scale = tl.sqrt_rn(tl.div_rn(squares, tl.full([32], stored_channels(VARIANT), tl.float32)))
+    count = tl.full([32], max(stored_values(VARIANT), 1), tl.float32)
+    scale = tl.sqrt_rn(tl.div_rn(squares, count))
     scale = tl.clamp(scale, LEAST, LARGEST).to(tl.float16)
     tl.store(p_scale + slot + o_32, scale)
     inverse = tl.div_rn(tl.full([32], 1.0, tl.float32), scale.to(tl.float32))

@@ -33,15 +33,17 @@ def load_tile(
 
 @triton.jit
 def window_tile(
-    window_desc, window_ptr, page, head, stride_page,
-    D: tl.constexpr, D_PAD: tl.constexpr, TMA: tl.constexpr,
+    window_desc, window_ptr, page, head, row, stride_page,
+    D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """K and V of one head in a window page, `[32, D_PAD]` each."""
+    """K and V of `TILE` tokens of one head in a window page, from token `row` of it on, each
+    `[TILE, D_PAD]`.
+    """
     offset = head * (32 * 2 * D)
-    k = load_tile(window_desc, window_ptr, page, offset, 0, 0, stride_page, 2 * D,
-                  32, D_PAD, 32, D, TMA)  # fmt: skip
-    v = load_tile(window_desc, window_ptr, page, offset, 0, D, stride_page, 2 * D,
-                  32, D_PAD, 32, D, TMA)  # fmt: skip
+    k = load_tile(window_desc, window_ptr, page, offset, row, 0, stride_page, 2 * D,
+                  TILE, D_PAD, TILE, D, TMA)  # fmt: skip
+    v = load_tile(window_desc, window_ptr, page, offset, row, D, stride_page, 2 * D,
+                  TILE, D_PAD, TILE, D, TMA)  # fmt: skip
     return k, v
 
 
@@ -75,3 +77,18 @@ def value_tile(
     """An archive tile of a head's V, which begins at `offset`, `[D_PAD, TILE]`."""
     return load_tile(desc, ptr, page, offset, 0, slot, stride_page, BLOCK,
                      D_PAD, TILE, D, TILE, TMA)  # fmt: skip
+
+
+@triton.jit
+def scale_tile(
+    desc, ptr, page, offset, slot, stride_page,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Scales of a tile's tokens, `[TILE]`, one number each, of a head whose scales begin `offset`
+    numbers into the page.
+    """
+    if TMA:
+        scales = desc.load([page, offset // BLOCK, slot]).reshape(TILE)
+    else:
+        scales = tl.load(ptr + page.to(tl.int64) * stride_page + offset + slot + tl.arange(0, TILE))
+    return scales

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
-from vllm_leank.kernels.common import boundary_of
+from vllm_leank.kernels.common import BATCH_POINTERS, boundary_of
 from vllm_leank.kernels.launch import compact_programs
-from vllm_leank.kernels.launcher import launch
+from vllm_leank.kernels.launcher import Launch
 
 
 @triton.jit
@@ -63,7 +63,10 @@ def _compact_head(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["programs_per_head", "stride_window_table", "stride_archive_table"])
+@triton.jit(
+    do_not_specialize=["programs_per_head", "stride_window_table", "stride_archive_table"],
+    do_not_specialize_on_alignment=BATCH_POINTERS,
+)
 def _update_kernel(
     key_ptr, value_ptr, window_ptr, archive_ptr, side_ptr, slots_ptr,
     window_table_ptr, archive_table_ptr, query_start_ptr, seq_lens_ptr, exact_until_ptr,
@@ -132,17 +135,47 @@ def _launch(
     store: bool,
     compact: bool,
 ) -> None:
-    layout, tables, window = cache.layout, cache.tables, cache.window
-    heads = len(layout.profiles)
+    launch = cache.prepared(
+        _prepare, key.stride(), value.stride(), batch.table_strides, store, compact
+    )
+    heads = len(cache.layout.profiles)
     programs = compact_programs(batch.num_reqs, heads, batch.max_query_len) if compact else 0
     launch(
-        _update_kernel, (rows, store + heads * programs),
-        key, value, cache.window_pages, cache.archive_pages, cache.side, batch.slots,
-        batch.window_table, batch.archive_table, batch.query_start_loc, batch.seq_lens,
-        batch.exact_until, tables.heads, tables.order, tables.numbers, tables.columns, programs,
-        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        cache.window_pages.stride(0), cache.archive_pages.stride(0), cache.side.stride(0),
-        batch.window_table.stride(0), batch.archive_table.stride(0),
+        (rows, store + heads * programs, 1),
+        key, value, batch.slots, batch.window_table, batch.archive_table, batch.query_start_loc,
+        batch.seq_lens, batch.exact_until, programs,
+    )  # fmt: skip
+
+
+def _prepare(
+    cache: LayerCache,
+    key_strides: tuple[int, ...],
+    value_strides: tuple[int, ...],
+    table_strides: tuple[int, int],
+    store: bool,
+    compact: bool,
+) -> Launch:
+    layout, tables, window = cache.layout, cache.tables, cache.window
+    heads = len(layout.profiles)
+    return Launch(
+        _update_kernel,
+        ("key_ptr", "value_ptr", *BATCH_POINTERS, "programs_per_head"),
+        window_ptr=cache.window_pages,
+        archive_ptr=cache.archive_pages,
+        side_ptr=cache.side,
+        heads_ptr=tables.heads,
+        order_ptr=tables.order,
+        numbers_ptr=tables.numbers,
+        columns_ptr=tables.columns,
+        stride_k_token=key_strides[0],
+        stride_k_head=key_strides[1],
+        stride_v_token=value_strides[0],
+        stride_v_head=value_strides[1],
+        stride_window_page=cache.window_pages.stride(0),
+        stride_archive_page=cache.archive_pages.stride(0),
+        stride_side=cache.side.stride(0),
+        stride_window_table=table_strides[0],
+        stride_archive_table=table_strides[1],
         VARIANTS=tables.variants,
         SINK=window.sink,
         RECENT=window.recent,
@@ -156,4 +189,4 @@ def _launch(
         STORE=store,
         COMPACT=compact,
         num_warps=4,
-    )  # fmt: skip
+    )

@@ -133,12 +133,14 @@ class Tables:
 def _share_work(heads: torch.Tensor, costs: Sequence[float], programs: int) -> Work:
     """Share programs out over heads of unequal cost."""
     counts = share_programs(costs, programs)
-    firsts = [sum(counts[:head]) for head in range(len(counts))]
-    rows = [
-        (head, i, count, *heads[head].tolist())
-        for head, count in enumerate(counts)
-        for i in range(count)
-    ]
+    # Heads that read most begin first. Those of a profile follow each other, so that programs that
+    # run together share instructions.
+    order = sorted(range(len(costs)), key=lambda head: (-costs[head], int(heads[head, 0])))
+    rows: list[tuple[int, ...]] = []
+    firsts = [0] * len(costs)
+    for head in order:
+        firsts[head] = len(rows)
+        rows += [(head, i, counts[head], *heads[head].tolist()) for i in range(counts[head])]
     of_heads = list(zip(firsts, counts, heads[:, 3].tolist(), strict=True))
     return Work(
         programs=torch.tensor(rows, dtype=torch.int32),

@@ -77,7 +77,7 @@ class CacheBuilder:
         head_dim: channels of a head.
         group: query heads of each KV head.
         window: the dense window.
-        archive_block: tokens of an archive page.
+        archive_block: tokens of an archive page, or more, where a format needs pairs of granules.
         dtype: of window pages, queries, keys and values.
         archive_format: how far tokens are stored.
         num_blocks: blocks of each pool.
@@ -114,6 +114,8 @@ class CacheBuilder:
             else profiles_for(archive_format, [[one]], head_dim)[0][0]
             for one in kept
         )
+        together = GRANULE * archive_format.together
+        archive_block = -(-archive_block // together) * together
         layout = CacheLayout(profiles, head_dim, dtype.itemsize, archive_block, archive_format)
         bits, numbers = self._channels(layout, means or archive_format == PACKED)
         channels = layer_channels(bits["k"], bits["v"], numbers or None).to(device)
@@ -314,10 +316,19 @@ class CacheBuilder:
                         v = stored.value.new_zeros(chunk.width)
                     else:
                         v = stored.value[granule, row, chunk.first : chunk.first + chunk.width]
-                    yield run(chunk.offset + slot, block, v)
+                    yield run(chunk.offset + self._column(slot), block, v)
                 side = codec.empty_side if empty else stored.side[granule]
                 if len(side):
                     yield run(part.side_offset + slot // GRANULE * len(side), 1, side)
+
+    def _column(self, slot: int) -> int:
+        """Where the token of a slot stands in rows of V: as many granules as belong together take
+        turns, token by token.
+        """
+        together = self.cache.layout.archive_format.together
+        group, rest = divmod(slot, GRANULE * together)
+        granule, token = divmod(rest, GRANULE)
+        return group * GRANULE * together + token * together + granule
 
     def _stored(self, request: Request, head: int) -> Stored:
         """Whole granules of one head, from the sink on, as the format stores them."""

@@ -44,6 +44,7 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.uint16: "u16",
 }
 
 
@@ -148,7 +149,7 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
     with (
         mock.patch.object(launch.Device, "of", return_value=device),
         mock.patch.object(decode, "_decode_kernel", stand_in(decode._decode_kernel)),
-        mock.patch.object(decode, "_combine_kernel", stand_in(decode._combine_kernel)),
+        mock.patch.object(decode, "combine_kernel", stand_in(decode.combine_kernel)),
         mock.patch.object(extend, "_extend_kernel", stand_in(extend._extend_kernel)),
     ):
         for tokens, attend in ((1000, extend.extend), (1, decode.decode)):

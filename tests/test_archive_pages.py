@@ -40,6 +40,7 @@ def test_pages_hold_tokens_and_zeros_for_the_rest(window, archive_block, archive
     builder = CacheBuilder(
         (48, 0, 112), 128, 1, window, archive_block, torch.bfloat16, archive_format
     )
+    archive_block = builder.cache.layout.archive_block
     request = builder.add(150, 500)
     for tokens in (149, 1, 100, 1, 30, 1, 32, 33, 1):
         builder.run(builder.step([(request, tokens)]), reference)

@@ -289,11 +289,12 @@ def test_a_request_split_over_many_programs_reads_the_same(monkeypatch, tma):
         monkeypatch.setattr(
             decode,
             "choose_decode",
-            lambda *a, size=split_bytes: replace(launch.choose_decode(*a), split_bytes=size),
+            lambda *a, size=split_bytes: launch.choose_decode(*a)._replace(split_bytes=size),
         )
-        store.update(step.key, step.value, builder.cache, step.batch)
+        cache = replace(builder.cache)  # which has prepared nothing yet
+        store.update(step.key, step.value, cache, step.batch)
         output = torch.full_like(step.query, float("nan"))
-        decode.decode(step.query, output, builder.cache, step.batch, builder.scale)
+        decode.decode(step.query, output, cache, step.batch, builder.scale)
         assert relative_rms(output, step.expected) < FP16[1]
         outputs.append(output)
 

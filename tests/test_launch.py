@@ -48,8 +48,15 @@ def test_programs_of_a_launch_fill_the_gpu_and_do_not_flood_it():
         assert ONE_WAVE <= rows * decode_programs(rows, 8) <= 8192
 
 
-@pytest.mark.parametrize("block", NATIVE.blocks)
-@pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
+PAGES = [
+    pytest.param(one, block, id=f"{one.name}-{block}")
+    for one in known_formats()
+    for block in one.blocks
+]
+"""Pages that formats have."""
+
+
+@pytest.mark.parametrize(("archive_format", "block"), PAGES)
 def test_tiles_divide_pages(block, archive_format):
     tile = tile_tokens(layout(block=block, archive_format=archive_format))
     assert block % tile == 0
@@ -57,8 +64,7 @@ def test_tiles_divide_pages(block, archive_format):
     assert 32 <= tile <= 128
 
 
-@pytest.mark.parametrize("block", NATIVE.blocks)
-@pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
+@pytest.mark.parametrize(("archive_format", "block"), PAGES)
 @pytest.mark.parametrize("device", [HOPPER, AMPERE])
 @pytest.mark.parametrize("group", [1, 7, 200])
 def test_programs_of_extend_hold_whole_groups_and_tiles_divide_pages(

@@ -34,6 +34,7 @@ class DecodeShape:
         warps: warps of a program.
         stages: depth of the software pipeline over archive tiles.
         window_stages: the same over window pages.
+        window_tile: tokens of a window page that are read at once: a power of two from 16 to 32.
         registers: most registers of a thread; None leaves it to the compiler. Fewer of them let
             more programs run at once, where instructions and not bytes are the limit.
         wave: programs that run at the same time.
@@ -43,6 +44,7 @@ class DecodeShape:
     warps: int = 2
     stages: int = 3
     window_stages: int = 4
+    window_tile: int = 32
     registers: int | None = None
     wave: int = 256
 

@@ -24,7 +24,9 @@ class PackedCodec(Codec):
     side_dtype = torch.float16
     any_codes = True
     whole_channels = False
-    decode_shape = DecodeShape(tile=128, window_stages=2, registers=128, wave=512)
+    decode_shape = DecodeShape(
+        tile=64, warps=1, stages=3, window_stages=2, window_tile=16, registers=128, wave=1024
+    )
     extend_shape = 128, 128, 8, 2
 
     def dtype(self, model: torch.dtype) -> torch.dtype:

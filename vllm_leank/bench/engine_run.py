@@ -28,7 +28,8 @@ from vllm_leank.bench.steady import SteadyState, Step
 from vllm_leank.errors import UserError
 
 WARMUP_TOKENS = 16
-"""Tokens that the first prompt, which is not measured, generates."""
+"""Tokens that each of the first two prompts generates, one prompt after the other: what the first
+takes longer, it waits for something that should have been made at startup."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ class _Load:
             ),
         )
 
-    def first_token_s(self, max_tokens: int = 1) -> float:
-        """Seconds that a lone prompt takes to its first token, which is waited for, as are all."""
+    def lone_s(self, max_tokens: int = 1) -> tuple[float, float]:
+        """Seconds that a lone prompt takes to its first token, and to its last."""
         begin = time.perf_counter()
         self.submit(max_tokens)
         first = None
@@ -126,7 +127,7 @@ class _Load:
             if self.engine.step() and first is None:
                 first = time.perf_counter() - begin
         assert first is not None
-        return first
+        return first, time.perf_counter() - begin
 
     def fill(self) -> SteadyState:
         """Submit all prompts and decode until the state is steady for long enough."""
@@ -151,8 +152,8 @@ def measure(run: Run) -> dict[str, Any]:
     begin = time.perf_counter()
     load = _Load(run)
     started = time.perf_counter()
-    load.first_token_s(WARMUP_TOKENS)
-    first_tokens = [load.first_token_s() for _ in range(run.lone_prompts)]
+    whole = [load.lone_s(WARMUP_TOKENS) for _ in range(2)]
+    first_tokens = [load.lone_s()[0] for _ in range(run.lone_prompts)]
     filling = time.perf_counter()
     state = load.fill()
     done = time.perf_counter()
@@ -175,6 +176,10 @@ def measure(run: Run) -> dict[str, Any]:
             "tokens_per_s": stretch.tokens_per_s,
             "tpot_p50_ms": stretch.latency_ms(50),
             "tpot_p99_ms": stretch.latency_ms(99),
+        },
+        "requests_s": {
+            name: {"first_token": first, "total": total, "tokens": WARMUP_TOKENS}
+            for name, (first, total) in zip(("first", "second"), whole, strict=True)
         },
         "ttft_s": {"median": statistics.median(first_tokens), "all": first_tokens},
         "seconds": {

@@ -109,7 +109,6 @@ def calibrate(
     out = out or _default_out(model_id or model_name(name), bits)
     check_new(out, overwrite)
 
-    from vllm_leank.mask.checkpoint import usable_device
     from vllm_leank.offline.calibration_prompts import calibration_prompts, longest_prompt
     from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
 
@@ -121,7 +120,8 @@ def calibrate(
         request = MaskRequest.open(
             name, model_id, ratio=ratio, align=align or 32, sink=sink, recent=recent
         )
-    checkpoint, device = request.checkpoint, usable_device(device)
+    checkpoint = request.checkpoint
+    device = checkpoint.place(device, dtype)
     limit = longest_prompt(checkpoint, max_tokens, device)
     read = calibration_prompts(
         checkpoint, data, request.window, max_tokens=limit, count=prompts, seed=seed
@@ -129,18 +129,19 @@ def calibrate(
     where = "--max-tokens" if max_tokens else f"by default on {device}; --max-tokens changes it"
     _say(f"{name}: calibrating on {read} (at most {limit:,}, {where})")
     loaded = checkpoint.load(dtype, device)
-    if isinstance(request, BitsRequest):
-        from vllm_leank.offline.calibrate_bits import bits_mask
-
-        mask = bits_mask(request, loaded, read, seed)
-    elif score == "energy":
+    if score == "energy":
+        assert isinstance(request, MaskRequest)
         from vllm_leank.offline.calibrate import energy_mask
 
         mask = energy_mask(request, loaded, read, query_tokens)
     else:
-        from vllm_leank.offline.calibrate_bits import pruned_mask
+        from vllm_leank.offline.calibrate_bits import bits_mask, measure, pruned_mask
 
-        mask = pruned_mask(request, loaded, read, seed)
+        measured = measure(loaded, read, request.window, seed)
+        if isinstance(request, BitsRequest):
+            mask = bits_mask(request, measured)
+        else:
+            mask = pruned_mask(request, measured)
     save_mask(mask, out, overwrite=overwrite)
     report_mask(out, mask, ratio)
     _tell_of_others(out, mask)

@@ -21,5 +21,9 @@ ModelId = Annotated[
 
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[
-    str | None, typer.Option(help="Where to run.", show_default="the GPU if there is one")
+    str | None,
+    typer.Option(
+        help="Where to run: cpu, cuda, cuda:1, or auto, which spreads the model over all GPUs.",
+        show_default="the GPU if there is one",
+    ),
 ]

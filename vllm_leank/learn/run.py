@@ -16,7 +16,7 @@ from vllm_leank.learn.signals import Stop, stop_on_signals
 from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, run_stage
 from vllm_leank.learn.state import State
 from vllm_leank.learn.workers import Workers
-from vllm_leank.mask.checkpoint import usable_device
+from vllm_leank.mask.checkpoint import ALL_GPUS, usable_device
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.mask_request import MaskRequest
 
@@ -58,7 +58,10 @@ def learn(
         raise UserError(f"chunk is {chunk}; it must be at least 1 token")
     checkpoint = request.checkpoint
     source, description = data.open(checkpoint, request.window, seed)
-    workers, device = Workers.join(usable_device(device))
+    device = usable_device(device)
+    if device == ALL_GPUS:
+        raise UserError(f"device is {device}; learning takes one GPU for each process")
+    workers, device = Workers.join(device)
     try:
         model = checkpoint.load(dtype, device)
         weights = str(model.dtype).removeprefix("torch.")

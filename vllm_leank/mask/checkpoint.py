@@ -1,6 +1,7 @@
 """A checkpoint of transformers whose parts are loaded when they are needed."""
 
 import functools
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ import transformers
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
 from vllm_leank.mask.names import model_name
+
+ALL_GPUS = "auto"
+"""The device that stands for all GPUs together."""
+
+WEIGHTS_SHARE = 0.8
+"""Most of a GPU's free memory that weights may take: the rest is for what is computed."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -76,13 +83,58 @@ class Checkpoint:
     def load(self, dtype: str = "auto", device: str | None = None) -> transformers.PreTrainedModel:
         """The model, for evaluation; `device` is by default the GPU, where there is one.
 
+        With `ALL_GPUS` its layers are spread over all GPUs.
+
         Raises:
             UserError: the dtype is not one of `DTYPES`, or the model cannot be loaded.
         """
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype}; allowed: {', '.join(DTYPES)}")
+        device = usable_device(device)
+        if device == ALL_GPUS:
+            return self._spread(dtype)
         model = load_part(transformers.AutoModelForCausalLM, self.path, dtype=dtype)
-        return model.to(usable_device(device)).eval()
+        try:
+            return model.to(device).eval()
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{self.path}: its weights do not fit on {device}") from error
+
+    def place(self, device: str | None, dtype: str = "auto") -> str:
+        """Where to load the model: `usable_device(device)`, but `ALL_GPUS` where it is not said
+        which GPU, one is too small and there are more.
+
+        Raises:
+            UserError: nothing can be computed there.
+        """
+        device = usable_device(device)
+        if device != "cuda" or torch.cuda.device_count() < 2 or dtype not in DTYPES:
+            return device
+        if getattr(self.config, "quantization_config", None):
+            return device
+        numbers = getattr(self.config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+        weights = self.weight_bytes((numbers or torch.float32).itemsize)
+        return device if weights < WEIGHTS_SHARE * torch.cuda.mem_get_info()[0] else ALL_GPUS
+
+    def _spread(self, dtype: str) -> transformers.PreTrainedModel:
+        """The model with its layers on all GPUs, about as much on each.
+
+        Raises:
+            UserError: accelerate is missing, or the GPUs together are too small.
+        """
+        if importlib.util.find_spec("accelerate") is None:
+            raise UserError(
+                "to spread a model over several GPUs the package accelerate is needed; run: pip "
+                "install accelerate"
+            )
+        model = load_part(
+            transformers.AutoModelForCausalLM, self.path, dtype=dtype, device_map="balanced"
+        )
+        if left_over := _off_gpus(model.hf_device_map):
+            raise UserError(
+                f"{self.path}: does not fit on the {torch.cuda.device_count()} GPUs here: nothing "
+                f"is left for {', '.join(left_over)}"
+            )
+        return model.eval()
 
 
 def is_path(model: str) -> bool:
@@ -101,12 +153,21 @@ def text_config(path: str) -> Any:
     return load_part(transformers.AutoConfig, path).get_text_config()
 
 
+def _off_gpus(places: dict[str, int | str]) -> list[str]:
+    """The parts of a model that a device map puts elsewhere than on GPUs."""
+    return [name for name, place in places.items() if place in ("cpu", "disk")]
+
+
 def usable_device(device: str | None) -> str:
-    """`device`, or the GPU if there is one, else the CPU.
+    """`device`, or the GPU if there is one, else the CPU; `ALL_GPUS` where there are any.
 
     Raises:
         UserError: nothing can be computed there.
     """
+    if device == ALL_GPUS:
+        if not torch.cuda.is_available():
+            raise UserError(f"device {ALL_GPUS!r} means all GPUs, and torch sees none")
+        return device
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)

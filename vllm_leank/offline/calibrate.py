@@ -72,7 +72,8 @@ class HeadStatistics:
 
 @dataclass
 class HeadMeter:
-    """An attention hook that adds up q^2, K^2 and far attention mass, float64 on the device.
+    """An attention hook that adds up q^2, K^2 and far attention mass, float64 on `device`; layers
+    may be on others.
 
     Queries are those of the last `query_tokens` tokens of each prompt (None: all). The query at
     position t takes the keys `[sink, boundary(t + 1))` of `window` as far, as it does when served.
@@ -110,9 +111,11 @@ class HeadMeter:
         if self.query_tokens is not None:
             query = query[:, :, -self.query_tokens :]
         grouped = query.unflatten(1, (H, -1))  # [B, H, group, T, D]
-        self.q_sum[layer] += grouped.float().square().sum(dim=(0, 2, 3), dtype=torch.float64)
-        self.k_sum[layer] += key.float().square().sum(dim=(0, 2), dtype=torch.float64)
-        self.far_sum[layer] += far_mass(grouped, key, self.window, scaling)
+        q_sum = grouped.float().square().sum(dim=(0, 2, 3), dtype=torch.float64)
+        k_sum = key.float().square().sum(dim=(0, 2), dtype=torch.float64)
+        self.q_sum[layer] += q_sum.to(self.device)
+        self.k_sum[layer] += k_sum.to(self.device)
+        self.far_sum[layer] += far_mass(grouped, key, self.window, scaling).to(self.device)
         self.q_count[layer] += grouped.numel() // (H * D)
         self.k_count[layer] += key.numel() // (H * D)
 

@@ -13,7 +13,11 @@ as means. `benchmarks/real/kl.py` measures both: these are heads that hardly loo
 no difference, while some bits for each of them cost more than they give.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import transformers
 
 from vllm_leank.core.geometry import Geometry
@@ -30,9 +34,28 @@ BY_SQUARE = "Fisher information of far K * mean square"
 """What provenances call the costs of channels."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What masks of any number of bits are made of, and what their provenance says of it."""
+
+    sensitivities: Sensitivities
+    statistics: ChannelStatistics
+    provenance: dict[str, Any]
+
+    @property
+    def k_cost(self) -> npt.NDArray[np.float64]:
+        """What it costs to know a channel of K by its mean alone, `[L, H, D]`."""
+        return self.sensitivities.key * self.statistics.k_scale**2
+
+    @property
+    def v_cost(self) -> npt.NDArray[np.float64]:
+        """The same of V."""
+        return self.sensitivities.value * self.statistics.v_scale**2
+
+
 def measure(
     model: transformers.PreTrainedModel, prompts: CalibrationPrompts, window: Window, seed: int = 0
-) -> tuple[Sensitivities, ChannelStatistics]:
+) -> Measured:
     """Sensitivities and statistics of a model's channels over prompts.
 
     Raises:
@@ -40,55 +63,24 @@ def measure(
     """
     meter = StatisticsMeter(Geometry.from_hf_config(model.config), rotation=None)
     found = sensitivities(model, prompts.ids, window, seed=seed, observe=meter)
-    return found, meter.statistics()
-
-
-def bits_mask(
-    request: BitsRequest,
-    model: transformers.PreTrainedModel,
-    prompts: CalibrationPrompts,
-    seed: int = 0,
-) -> Mask:
-    """The mask of `request` for a model, measured on prompts.
-
-    Raises:
-        UserError: as in `measure`.
-    """
-    found, statistics = measure(model, prompts, request.window, seed)
-    chosen = allocate(
-        found.key * statistics.k_scale**2,
-        found.value * statistics.v_scale**2,
-        request.bits,
-    )
-    return request.mask(
-        chosen, statistics.for_mask(), _provenance(model, prompts, seed, BY_VARIANCE)
-    )
-
-
-def pruned_mask(
-    request: MaskRequest,
-    model: transformers.PreTrainedModel,
-    prompts: CalibrationPrompts,
-    seed: int = 0,
-) -> Mask:
-    """A mask that prunes K as LeanK does, with channels chosen by what reading them as 0 costs.
-
-    Raises:
-        UserError: as in `measure`.
-    """
-    found, statistics = measure(model, prompts, request.window, seed)
-    cost: np.ndarray = found.key * statistics.k_square
-    return request.mask(cost, _provenance(model, prompts, seed, BY_SQUARE))
-
-
-def _provenance(
-    model: transformers.PreTrainedModel, prompts: CalibrationPrompts, seed: int, score: str
-) -> dict[str, object]:
-    return {
+    provenance = {
         "method": "calibrate",
-        "score": score,
         **prompts.provenance,
         "queries": QUERIES,
         "seed": seed,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+    return Measured(found, meter.statistics(), provenance)
+
+
+def bits_mask(request: BitsRequest, measured: Measured) -> Mask:
+    """The mask of `request` for the model that was measured."""
+    chosen = allocate(measured.k_cost, measured.v_cost, request.bits)
+    provenance = measured.provenance | {"score": BY_VARIANCE}
+    return request.mask(chosen, measured.statistics.for_mask(), provenance)
+
+
+def pruned_mask(request: MaskRequest, measured: Measured) -> Mask:
+    """A mask that prunes K as LeanK does, with channels chosen by what reading them as 0 costs."""
+    cost = measured.sensitivities.key * measured.statistics.k_square
+    return request.mask(cost, measured.provenance | {"score": BY_SQUARE})

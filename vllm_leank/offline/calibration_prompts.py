@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vllm_leank.core.window import GRANULE, Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
@@ -40,7 +38,7 @@ class CalibrationPrompts:
 def longest_prompt(checkpoint: Checkpoint, limit: int | None, device: str) -> int:
     """`limit`, by default what the device reads in minutes, but no more than the model serves."""
     if limit is None:
-        limit = ON_GPU if torch.device(device).type == "cuda" else ON_CPU
+        limit = ON_CPU if device.startswith("cpu") else ON_GPU
     return checkpoint.max_tokens(limit)
 
 

@@ -109,7 +109,7 @@ def rotation_of_model(model: transformers.PreTrainedModel) -> Rotation | None:
     positions = torch.tensor([0, 1, 77, 1000], device=model.device)
     x = torch.linspace(-1, 1, geometry.head_dim, device=model.device).expand(1, 1, 4, -1)
     try:
-        cos, sin = decoder.rotary_emb(x, positions[None])
+        cos, sin = (one.to(x.device) for one in decoder.rotary_emb(x, positions[None]))
         theirs = turn(x, x, cos, sin)[1][0, 0]
     except (AttributeError, TypeError, RuntimeError, ValueError):
         return None

@@ -158,7 +158,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         assert output_scale is None, "vLLM fuses output quantization without asking"
         if attn_metadata is None:
             return output.zero_()
-        batch = attn_metadata.batch(self._archive_metadata(attn_metadata))
+        batch = attn_metadata.batch(self._archive_metadata)
         attend_layer(query, key, value, output, self._layer_cache(layer), batch, self.scale)
         return output
 

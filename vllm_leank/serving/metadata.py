@@ -1,5 +1,6 @@
 """A step's metadata: built once per cache group and step, shared by all layers of the group."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,12 @@ class PagesMetadata(AttentionMetadata):
     in_prompt: torch.Tensor
     _batch: Batch | None = None
 
-    def batch(self, archive: "PagesMetadata") -> Batch:
-        """The step as kernels read it; `self` is the window group's part. Made by the first layer
-        that asks, for all layers.
+    def batch(self, archive_of: "Callable[[PagesMetadata], PagesMetadata]") -> Batch:
+        """The step as kernels read it; `self` is the window group's part, for which `archive_of`
+        finds the archive group's. Made by the first layer that asks, for all layers.
         """
         if self._batch is None:
-            common = self.common
+            common, archive = self.common, archive_of(self)
             self._batch = Batch(
                 query_start_loc=common.query_start_loc,
                 query_start_loc_cpu=common.query_start_loc_cpu,

@@ -48,26 +48,29 @@ def _attend_gpu(
     batch: Batch,
     scale: float,
 ) -> None:
-    # Imported here: on CPU there is nothing that Triton could compile for.
-    from vllm_leank.kernels.decode import decode
-    from vllm_leank.kernels.extend import extend
-    from vllm_leank.kernels.store import compact, store, update
-
-    decodes = batch.decodes
+    kernels, decodes = _kernels(), batch.decodes
     if batch.max_query_len <= 1:
-        update(key, value, cache, batch)
-        decode(query[: decodes.num_reqs], output, cache, decodes, scale)
+        kernels.update(key, value, cache, batch)
+        kernels.decode(query, output, cache, batch, scale)
         return
-    store(key, value, cache, batch)
-    compact(cache, batch)
+    kernels.store(key, value, cache, batch)
+    kernels.compact(cache, batch)
     if batch.num_decodes < batch.num_reqs:
         if cache.window.exact:
             # First all of these queries as if they belonged to the prompt, then, again, those that
             # do not: only the device knows which. Few steps have any.
             attend_exact(query, output, cache, batch.extends, scale)
-        extend(query, output, cache, batch.extends, scale)
+        kernels.extend(query, output, cache, batch.extends, scale)
     if decodes.num_reqs:
-        decode(query[: decodes.num_reqs], output, cache, decodes, scale)
+        kernels.decode(query, output, cache, decodes, scale)
+
+
+@memo
+def _kernels() -> Any:
+    """Imported late: on CPU there is nothing that Triton could compile for."""
+    from vllm_leank.kernels import gpu
+
+    return gpu
 
 
 def attend_exact(

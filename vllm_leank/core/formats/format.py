@@ -26,6 +26,8 @@ class ArchiveFormat(ABC):
         side_bytes: bytes beside K and V for each head that stores anything and each granule; a
             multiple of 4.
         behind_bytes: as many of these as lie behind all heads of a layer, and not with the head.
+        together: granules whose tokens alternate in each row of V: with 2, token 0 of the first,
+            token 0 of the second, token 1 of the first, and so on.
     """
 
     name: ClassVar[str]
@@ -35,6 +37,7 @@ class ArchiveFormat(ABC):
     blocks: ClassVar[tuple[int, ...]] = tuple(range(GRANULE, 257, GRANULE))
     side_bytes: ClassVar[int] = 0
     behind_bytes: ClassVar[int] = 0
+    together: ClassVar[int] = 1
 
     @abstractmethod
     def takes(self, profile: Profile) -> bool:

@@ -45,7 +45,9 @@ class Packed(ArchiveFormat):
     `[block, k8]`, of 4 bits `[block, k4 / 2]`, of 2 bits `[block, k2 / 4]`; V transposed, of 8 bits
     `[v8, block]`, of 4 bits `[v4 / 2, block]`, of 2 bits `[v2 / 4, block]`; then a scale of V for
     each token, fp16 `[block]`. Codes of one byte are far apart: with n of them, field i of byte j
-    is channel `j + i * width / n` of its class, so that a load gives whole runs of channels.
+    is channel `j + i * width / n` of its class, so that a load gives whole runs of channels. In
+    rows of V the tokens of two granules alternate: the two bytes of half a word are 32 tokens
+    apart, and kernels read them as two tiles.
     """
 
     name: ClassVar[str] = "packed"
@@ -53,6 +55,7 @@ class Packed(ArchiveFormat):
     codec: ClassVar[str] = "vllm_leank.kernels.codecs.packed:PackedCodec"
     blocks: ClassVar[tuple[int, ...]] = tuple(range(TILE_TOKENS, 1025, TILE_TOKENS))
     side_bytes: ClassVar[int] = 2 * GRANULE
+    together: ClassVar[int] = 2
 
     def takes(self, profile: Profile) -> bool:
         widths = [*_row_bytes(profile.k), *_row_bytes(profile.v)]

@@ -1,0 +1,44 @@
+"""vLLM's cache of 4-bit codes with a scale for each token and head."""
+
+import torch
+from vllm.v1.attention.ops.int4_per_token_head import single_rht
+
+from baselines.rounded_cache import RoundedCache
+from vllm_leank.core.geometry import Geometry
+
+
+class VllmInt4(RoundedCache):
+    """`--kv-cache-dtype int4_per_token_head` of vLLM 0.32.
+
+    K and V are turned by a random Hadamard matrix, which is vLLM's own here, and rounded
+    to 16 codes from the smallest to the largest number of a token and head. The step is fp32; the
+    code of zero stands in the last four bits of its mantissa.
+    """
+
+    name = "vLLM int4_per_token_head"
+
+    def layer_bytes(self, geometry: Geometry, layer: int) -> float:
+        return 2 * geometry.num_kv_heads * (geometry.head_dim / 2 + 4)
+
+    def round(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _turned_and_rounded(key), _turned_and_rounded(value)
+
+
+def _turned_and_rounded(x: torch.Tensor) -> torch.Tensor:
+    """`x` `[..., D]` turned, rounded, and turned back."""
+    turned = single_rht(x.float()).to(x.dtype).float()
+    least, most = turned.amin(-1, keepdim=True), turned.amax(-1, keepdim=True)
+    step = ((most - least) / 15).clamp(min=1e-6)
+    zero = _nearest(-least / step).clamp(0, 15)
+    codes = _nearest(turned * (1 / step) + zero).clamp(0, 15)
+    stored_step = (step.view(torch.int32) & -16).view(torch.float32)
+    # Turning twice multiplies by the largest power of two in the head's width.
+    width = x.shape[-1]
+    return single_rht((codes - zero) * stored_step, inverse=True) / (width & -width)
+
+
+def _nearest(x: torch.Tensor) -> torch.Tensor:
+    """The nearest whole number; halves go away from zero."""
+    return (x.abs() + 0.5).floor().copysign(x)

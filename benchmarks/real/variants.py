@@ -1,0 +1,194 @@
+"""The archives and caches that `kl.py` compares, with their bytes of a token."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import transformers
+from baselines.kitty import Kitty
+from baselines.kivi import Kivi
+from baselines.rounded_cache import MODEL_BYTES, CacheHook, RoundedCache
+from baselines.unrounded import Unrounded
+from baselines.vllm_fp8 import VllmFp8
+
+from vllm_leank.core.pages import archive_token_bytes
+from vllm_leank.core.window import Window
+from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.select_channels import select_channels
+from vllm_leank.offline.archive import StaticArchive
+from vllm_leank.offline.attention_hook import AttentionHook
+from vllm_leank.offline.calibrate_bits import Measured, bits_mask, measure, pruned_mask
+from vllm_leank.offline.calibration_prompts import CalibrationPrompts
+from vllm_leank.offline.context import Context, read_prompt
+from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
+from vllm_leank.offline.rope import Rotation, rotation_of_model
+from vllm_leank.offline.served_archive import ServedArchive
+from vllm_leank.offline.simulate import SimulatedArchive
+from vllm_leank.offline.statistics import ChannelStatistics, StatisticsMeter
+
+RATIO, ALIGN = 0.7, 32
+
+TURBOQUANT = "turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An archive or cache.
+
+    Attributes:
+        name: what tables call it.
+        hook: attention that reads it.
+        token_bytes: bytes over all layers of a token that it stores, with all scales.
+        exact_tokens: tokens of a request that are not in it but as they were; a few more come and
+            go with the request's length.
+        detail: what else is worth telling.
+    """
+
+    name: str
+    hook: AttentionHook
+    token_bytes: float
+    exact_tokens: int
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Archives:
+    """leank's archives for a model, calibrated once, on `prompts`, when the first is asked for."""
+
+    checkpoint: Checkpoint
+    model: transformers.PreTrainedModel
+    window: Window
+    prompts: CalibrationPrompts
+    seed: int
+
+    @cached_property
+    def measured(self) -> Measured:
+        """What `leank mask calibrate` measures."""
+        return measure(self.model, self.prompts, self.window, self.seed)
+
+    def packed(self, bits: float) -> Variant:
+        """What `leank mask calibrate --bits` makes."""
+        mask = bits_mask(BitsRequest(self.checkpoint, bits, self.window), self.measured)
+        return self._served(f"leank packed, {bits:g} bits", mask)
+
+    def pruned(self, archive_dtype: str, suffix: str = "") -> Variant:
+        """What `leank mask calibrate --ratio` makes; channels that are not kept read as 0."""
+        request = MaskRequest(self.checkpoint, RATIO, ALIGN, self.window)
+        mask = pruned_mask(request, self.measured)
+        return self._served(f"leank 70% pruned{suffix}, zeros", mask, archive_dtype)
+
+    def with_means(self) -> Variant:
+        """Channels of K that are not kept read as their means after RoPE."""
+        keep = select_channels(self.measured.k_cost, RATIO, ALIGN)
+        mask = Mask.from_bits(
+            np.where(keep, 16, 0).astype(np.uint8),
+            np.where(keep.any(-1, keepdims=True), 16, np.zeros_like(keep)).astype(np.uint8),
+            self.checkpoint.geometry,
+            model=self.checkpoint.id,
+            provenance=self.measured.provenance,
+            statistics=self.measured.statistics.for_mask(),
+            sink=self.window.sink,
+            recent=self.window.recent,
+        )
+        return self._served("leank 70% pruned, means", mask)
+
+    def with_all_values(self) -> Variant:
+        """The same with V of all heads, so that no head is blind."""
+        return self._with_values("means", self.measured.statistics, None)
+
+    def with_turned_means(self) -> Variant:
+        """The same with means before RoPE, turned to the middle of each page of 128 tokens.
+
+        Means after RoPE where it is not known how the model turns K.
+        """
+        rotation = rotation_of_model(self.model)
+        meter = StatisticsMeter(self.checkpoint.geometry, rotation)
+        context = Context(self.checkpoint.geometry)
+        for ids in self.prompts.ids:
+            read_prompt(self.model, context, ids, 4096)
+            far = slice(self.window.sink, self.window.boundary(len(ids)))
+            for layer in range(self.checkpoint.geometry.num_layers):
+                key, value = context.key(layer)[:, :, far], context.value(layer)[:, :, far]
+                meter(layer, self.window.sink, key, value)
+        return self._with_values("means before RoPE", meter.statistics(), rotation)
+
+    def _with_values(
+        self, means: str, statistics: ChannelStatistics, rotation: Rotation | None
+    ) -> Variant:
+        """What no engine has: kept channels of K, means of the others, and V of all heads."""
+        costs = self.measured.sensitivities.key * statistics.k_scale**2
+        k_bits = np.where(select_channels(costs, RATIO, ALIGN), 16, 0).astype(np.uint8)
+        archive = StaticArchive(k_bits, np.full_like(k_bits, 16), statistics, rotation)
+        return Variant(
+            f"leank 70% pruned, {means}, V of all heads",
+            SimulatedArchive(self.window, archive),
+            float((k_bits > 0).sum() + k_bits.size) * MODEL_BYTES,
+            self.window.sink + self.window.recent,
+            {"before_rope": statistics.before_rope},
+        )
+
+    def _served(self, name: str, mask: Mask, archive_dtype: str = "auto") -> Variant:
+        """A mask's archive, as engines store and read it."""
+        archive = ServedArchive(mask, archive_dtype)
+        token_bytes = sum(
+            archive_token_bytes(heads, MODEL_BYTES, archive.archive_format)
+            for heads in mask.profiles
+        )
+        detail = {
+            "format": archive.archive_format.name,
+            "bits": round(float(mask.k_bits.mean() + mask.v_bits.mean()) / 2, 4),
+            "profiles": len({head for heads in mask.profiles for head in heads if head.stores}),
+            "blind_heads": int(archive.blind.sum()),
+        }
+        hook = SimulatedArchive(self.window, archive, archive.blind)
+        return Variant(name, hook, token_bytes, self.window.sink + self.window.recent, detail)
+
+
+def makers(
+    archives: Archives, bits: Sequence[float], groups: Sequence[str]
+) -> Iterator[Callable[[], Variant]]:
+    """What makes each variant of the named `groups`, those of `GROUPS`."""
+    rivals: list[RoundedCache] = []
+    for group in groups:
+        if group == "packed":
+            yield from (partial(archives.packed, one) for one in bits)
+        elif group == "pruned":
+            yield partial(archives.pruned, "auto")
+            yield from (archives.with_means, archives.with_all_values)
+        elif group == "turned":
+            yield archives.with_turned_means
+        elif group == "fp8":
+            yield partial(archives.pruned, "fp8", ", fp8")
+        elif group == "vllm":
+            rivals += vllm_caches(archives.checkpoint.geometry.num_layers)
+        elif group == "kivi":
+            rivals += [Kivi(4), Kivi(2)]
+        elif group == "kitty":
+            rivals.append(Kitty())
+        elif group == "floor":
+            rivals.append(Unrounded())
+    yield from (partial(_rival, cache, archives.checkpoint) for cache in rivals)
+
+
+GROUPS = "packed", "pruned", "turned", "fp8", "vllm", "kivi", "kitty", "floor"
+
+
+def vllm_caches(num_layers: int) -> list[RoundedCache]:
+    """vLLM's own caches. Some are made of its code, which is imported here as it takes seconds."""
+    from baselines.vllm_int4 import VllmInt4
+    from baselines.vllm_turboquant import VllmTurboQuant
+
+    presets = [VllmTurboQuant(preset, num_layers) for preset in TURBOQUANT]
+    return [VllmFp8(), VllmInt4(), *presets]
+
+
+def _rival(cache: RoundedCache, checkpoint: Checkpoint) -> Variant:
+    return Variant(
+        cache.name,
+        CacheHook(cache),
+        cache.token_bytes(checkpoint.geometry),
+        cache.sink + cache.residual,
+    )

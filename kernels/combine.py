@@ -1,0 +1,57 @@
+"""The second launch of decode: puts together what programs found of one head's tokens."""
+
+import triton
+import triton.language as tl
+from vllm_leank.kernels.common import BATCH_POINTERS
+from vllm_leank.kernels.shares import share
+
+
+@triton.jit(
+    do_not_specialize=["programs", "archive_units", "split_units"],
+    do_not_specialize_on_alignment=BATCH_POINTERS,
+)
+def combine_kernel(
+    output_ptr, partial_ptr, lse_ptr, seq_lens_ptr, exact_until_ptr, heads_ptr,
+    programs, archive_units, split_units, stride_o_token, stride_o_head,
+    SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
+    ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The output of one query head of a request, unless one program has written it already."""
+    i_req, i_head = tl.program_id(0), tl.program_id(1)
+    head, g = i_head // G, i_head % G
+    first = tl.load(heads_ptr + 3 * head)
+    splits = tl.load(heads_ptr + 3 * head + 1)
+    head_units = tl.load(heads_ptr + 3 * head + 2)
+    _, _, _, _, splits = share(
+        seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
+        SINK, RECENT, H, D, TILE, WINDOW_BYTES, ROWS, ONE_WAVE,
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if splits != 1:
+        o_d = tl.arange(0, D_PAD)
+        m_d = o_d < D
+        m = -float("inf")
+        l = 0.0
+        acc = tl.zeros([D_PAD], tl.float32)
+        for start in range(0, splits, SPLITS):
+            o_split = start + tl.arange(0, SPLITS)
+            m_split = o_split < splits
+            o_row = ((i_req * programs + first).to(tl.int64) + o_split) * G + g
+            lse = tl.load(lse_ptr + o_row, mask=m_split, other=float("-inf"))
+            partial = tl.load(
+                partial_ptr + o_row[:, None] * D + o_d[None, :],
+                mask=m_split[:, None] & m_d[None, :], other=0.0,
+            )  # [SPLITS, D_PAD]  # fmt: skip
+            m_new = tl.maximum(m, tl.max(lse, 0))
+            alpha = tl.exp2(m - m_new)
+            weight = tl.exp2(lse - m_new)
+            acc = acc * alpha + tl.sum(weight[:, None] * partial, 0)
+            l = l * alpha + tl.sum(weight, 0)
+            m = m_new
+        # A padded row has no split, and gets zeros.
+        acc = acc / tl.where(splits > 0, l, 1.0)
+        p_output = output_ptr + i_req.to(tl.int64) * stride_o_token + i_head * stride_o_head
+        tl.store(p_output + o_d, acc.to(output_ptr.dtype.element_ty), mask=m_d)

@@ -1,0 +1,144 @@
+"""Caches that archives are compared with: what they round, which tokens, and their bytes."""
+
+import pytest
+import torch
+from baselines.group_rounding import round_groups
+from baselines.kitty import Kitty
+from baselines.kivi import Kivi
+from baselines.rounded_cache import CacheHook, RoundedCache
+from baselines.unrounded import Unrounded
+from baselines.vllm_fp8 import VllmFp8
+from baselines.vllm_int4 import VllmInt4
+from baselines.vllm_turboquant import VllmTurboQuant
+
+from vllm_leank.core.geometry import Geometry
+
+SHAPE = Geometry(28, 2, 128, 1e6, None)
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+class Halved(RoundedCache):
+    """Halves K and quarters V, of the tokens that KIVI would round."""
+
+    name = "halved"
+    sink = 32
+    residual = 128
+
+    def layer_bytes(self, geometry, layer):
+        return 1.0
+
+    def round(self, layer, key, value):
+        return key / 2, value / 4
+
+
+@pytest.mark.parametrize("length", [100, 288, 289, 420])
+def test_queries_read_the_rounded_tokens_of_their_position(length):
+    queries = 20
+    query, key, value = (
+        random(1, 4, queries, 64),
+        random(1, 2, length, 64),
+        random(1, 2, length, 64),
+    )
+    found = CacheHook(Halved())(0, query, key, value, None, None)
+    for i in range(queries):
+        at = length - queries + i
+        k, v = key[:, :, : at + 1].clone(), value[:, :, : at + 1].clone()
+        # One by one, as a cache that is filled up goes on.
+        end = 32
+        while end + 128 <= at:
+            end += 128
+        k[:, :, 32:end] /= 2
+        v[:, :, 32 : max(32, at - 128)] /= 4
+        k, v = (one.repeat_interleave(2, dim=1) for one in (k, v))
+        weights = (query[:, :, i : i + 1] @ k.mT * 64**-0.5).softmax(-1)
+        torch.testing.assert_close(found[:, i], (weights @ v)[:, :, 0])
+
+
+def test_groups_keep_their_ends_and_lose_half_a_step():
+    x = random(3, 64)
+    for bits in (2, 4):
+        groups, back = (one.unflatten(-1, (2, 32)) for one in (x, round_groups(x, 32, bits)))
+        step = (groups.amax(-1) - groups.amin(-1)) / (2**bits - 1)
+        error = (groups - back).abs()
+        assert (error.amax(-1) < 0.52 * step).all()
+        assert (error.amax(-1) > 0.3 * step).all()
+        for end in (groups.argmin(-1, True), groups.argmax(-1, True)):
+            assert (error.gather(-1, end)[..., 0] < 0.01 * step).all()
+
+
+def test_kitty_gives_the_largest_channels_of_a_page_more_bits():
+    key, value = random(1, 2, 300, 64), random(1, 2, 300, 64)
+    key[:, :, :128, 7] *= 5
+    key[:, :, 128:256, 9] *= 5
+    keys, _ = Kitty().round(0, key, value)
+    torch.testing.assert_close(keys[:, :, 256:], key[:, :, 256:])
+    first, second = (
+        (keys - key)[:, :, part].square().sum(2) / key[:, :, part].square().sum(2)
+        for part in (slice(128), slice(128, 256))
+    )
+    assert (first[..., 7] < 0.1 * first.median()).all()
+    assert (second[..., 9] < 0.1 * second.median()).all()
+
+
+@pytest.mark.parametrize(
+    ("cache", "token_bytes", "worst"),
+    [
+        (Unrounded(), 28 * 1024, 0),
+        (VllmFp8(), 28 * 512, 0.002),
+        (VllmInt4(), 28 * 2 * 2 * (64 + 4), 0.02),
+        (VllmTurboQuant("turboquant_k8v4", 28), 4 * 1024 + 24 * 2 * (128 + 68), 0.02),
+        (VllmTurboQuant("turboquant_4bit_nc", 28), 4 * 1024 + 24 * 2 * (66 + 68), 0.02),
+        (VllmTurboQuant("turboquant_3bit_nc", 28), 4 * 1024 + 24 * 2 * (50 + 52), 0.08),
+        (Kivi(4), 28 * 2 * 2 * (64 + 16), 0.01),
+        (Kivi(2), 28 * 2 * 2 * (32 + 16), 0.2),
+        (Kitty(), 28 * 2 * (36 + 5 + 36), 0.4),
+    ],
+    ids=lambda one: getattr(one, "name", None),
+)
+def test_bytes_and_errors(cache, token_bytes, worst):
+    assert cache.token_bytes(SHAPE) == token_bytes
+    key, value = random(1, 2, 256, 128), random(1, 2, 256, 128) * 3
+    for whole, back in zip((key, value), cache.round(5, key, value), strict=True):
+        error = float((back - whole).square().mean() / whole.square().mean())
+        assert worst / 50 <= error <= worst if worst else error == 0
+
+
+def test_turboquant_leaves_the_outer_layers():
+    cache = VllmTurboQuant("turboquant_3bit_nc", 28)
+    key, value = random(1, 2, 32, 128), random(1, 2, 32, 128)
+    for layer in range(28):
+        is_same = torch.equal(cache.round(layer, key, value)[0], key)
+        assert is_same == (layer in (0, 1, 26, 27))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_int4_is_what_vllm_stores(dtype):
+    from vllm.v1.attention.ops import int4_per_token_head as ops
+
+    tokens, heads, width = 48, 2, 128
+    scale = random(width).abs().cuda() * 3
+    key = ((random(tokens, heads, width).cuda() + 1) * scale).to(dtype)
+    value = random(tokens, heads, width).cuda().to(dtype)
+    caches = [torch.zeros(3, 16, heads, width // 2, dtype=torch.uint8).cuda() for _ in range(2)]
+    steps = [torch.zeros(3, 16, heads).cuda() for _ in range(2)]
+    ops.reshape_and_cache_int4(
+        key,
+        value,
+        *caches,
+        torch.arange(tokens).cuda(),
+        k_scale_cache=steps[0],
+        v_scale_cache=steps[1],
+    )
+    rounded = VllmInt4().round(0, key.transpose(0, 1)[None], value.transpose(0, 1)[None])
+    for found, cache, step in zip(rounded, caches, steps, strict=True):
+        packed, bits = cache.flatten(0, 1), step.flatten(0, 1).view(torch.int32)[..., None]
+        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).float()
+        stored = (codes - (bits & 15)) * (bits & -16).view(torch.float32)
+        expected = ops.single_rht(stored, inverse=True) / width
+        # A code may fall to the other side where products are fused.
+        close = torch.isclose(found[0].transpose(0, 1), expected, atol=1e-3, rtol=1e-2)
+        assert close.float().mean() > 0.98
