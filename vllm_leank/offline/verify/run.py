@@ -53,7 +53,7 @@ def verify_mask(
             model cannot be loaded, or its attention is not what masks are for.
     """
     material = find_material(checkpoint, window, request)
-    if dtype == "auto" and torch.device(device).type == "cpu":
+    if dtype == "auto" and device.startswith("cpu"):
         dtype = "float32"
     try:
         model = checkpoint.load(dtype, device)
