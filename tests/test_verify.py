@@ -39,7 +39,7 @@ def test_texts_and_needles_come_with_the_command(leank, with_tokenizer):
     args = ("--mask", full, "--texts", 3, "--needles", 16, "--max-tokens", 1500, *WINDOW, "--json")
     code, out, err = leank("verify", with_tokenizer, *args)
     report = json.loads(out)
-    # A random model knows no answer.
+    # A random model knows no answer, so nothing tells whether a mask loses any.
     assert code == 3
     assert (report["outcome"], report["exit_code"]) == ("not_judged", 3)
     assert [group["name"] for group in report["groups"]] == ["1,024 tokens", "1,500 tokens"]
@@ -64,7 +64,8 @@ def test_texts_and_needles_come_with_the_command(leank, with_tokenizer):
     assert all(one["prompt_tokens"] + one["positions"] <= 1500 for one in needles)
     assert [one["kl"] for one in report["layers"]] == [0, 0]
     (note,) = report["notes"]
-    assert re.fullmatch(r"needles: dense attention has 0 of \d+ right; it knows no more", note)
+    assert note.startswith("needles: dense attention has 0 of ")
+    assert note.endswith(" right, fewer than 16: it finds too few even in short contexts")
     assert re.search(r"about \d+ \w+, at most 10 minutes \(--minutes\): 3 texts at 1,024, 1,5", err)
 
 
@@ -141,12 +142,6 @@ def test_the_bundled_model_passes_with_its_mask_only(leank, recall_data, tmp_pat
     assert code == 1
     assert re.search(r"right answers kept: \d of 16 = ", out)
     assert re.search(r"\nFAIL: .*right answers\n", out)
-
-    # Fifteen answers are too few to judge by.
-    code, out, _ = leank("verify", MODEL, "--data", recall_data, "--max-prompts", 15, *WINDOW)
-    assert code == 3
-    assert "not judged, as dense attention has 15 of 15 right, and it takes 16 to judge by" in out
-    assert out.endswith("\nPASS as far as judged; answers were not judged\n")
 
 
 def test_a_page_shows_plots_and_texts(leank, with_tokenizer, tmp_path):

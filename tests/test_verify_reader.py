@@ -19,6 +19,7 @@ from vllm_leank.offline.served_archive import ServedArchive
 from vllm_leank.offline.simulate import SimulatedPruning
 from vllm_leank.offline.verify.asking import ask_haystack
 from vllm_leank.offline.verify.haystacks import Haystack, Question
+from vllm_leank.offline.verify.memory import token_bytes
 from vllm_leank.offline.verify.reader import Reader
 from vllm_leank.offline.verify.texts import compare_sample, compare_text
 
@@ -188,3 +189,13 @@ def test_one_layer_alone_is_a_mask_that_keeps_all_others(model, tiny_llama_dir):
         other = Mask.from_keep(keep, mask.geometry, model="x", provenance={"method": "x"}, align=16)
         assert loss == pytest.approx(compare(model, other, ANSWER).found.total, rel=1e-4)
         assert loss > 0.01
+
+
+def test_memory_of_a_token(model, tiny_llama_dir):
+    """By hand: 2 layers of K and V of 2 x 64 in fp32, and work for one layer: 4 copies of them, and
+    3 scores of 64 queries in 4 heads.
+    """
+    mask = full_mask(tiny_llama_dir)
+    work = 4 * (4 * 256 + 3 * 64 * 4)
+    assert token_bytes(Reader(model, mask, WINDOW)) == 2 * 256 * 4 + work
+    assert token_bytes(Reader(model, mask, Window(32, 64, False))) == 2 * 2 * 256 * 4 + work

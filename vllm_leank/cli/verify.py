@@ -102,7 +102,7 @@ def verify(
     """
     from vllm_leank.cli.verify_table import print_findings
     from vllm_leank.core.options import KEY, parse_options
-    from vllm_leank.mask.checkpoint import Checkpoint, usable_device
+    from vllm_leank.mask.checkpoint import Checkpoint
     from vllm_leank.mask.lookup import resolve_mask
     from vllm_leank.mask.settings import plan_settings
     from vllm_leank.offline.verify.material import Request
@@ -113,8 +113,8 @@ def verify(
     if report is not None:
         _check_report(report, overwrite)
     thresholds = Thresholds(min_top1, max_kl, min_answers)
-    device = usable_device(device)
     checkpoint = Checkpoint.open(model)
+    device = checkpoint.place(device, dtype)
     found = resolve_mask(mask, model, checkpoint.geometry)
     # As served; the window does not depend on the bytes of a number.
     options = {"sink": sink, "recent": recent, "prefill": prefill, "archive_dtype": archive_dtype}

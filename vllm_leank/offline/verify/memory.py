@@ -1,4 +1,4 @@
-"""How long prompts may be, for the memory of a GPU."""
+"""How long prompts may be, for the memory of GPUs."""
 
 from collections.abc import Sequence
 
@@ -18,11 +18,13 @@ FREE = 0.8
 
 
 def fitting(lengths: Sequence[int], reader: Reader) -> Sequence[int]:
-    """The lengths, descending, that a GPU's free memory allows; at least the last. All on a CPU."""
-    device = reader.model.device
-    if device.type != "cuda":
+    """The lengths, descending, that the model's GPUs have free memory for, layers being spread
+    evenly over them; at least the last. All on a CPU.
+    """
+    devices = {weight.device for weight in reader.model.parameters()}
+    if any(device.type != "cuda" for device in devices):
         return lengths
-    free = FREE * torch.cuda.mem_get_info(device)[0]
+    free = FREE * sum(torch.cuda.mem_get_info(device)[0] for device in devices)
     fits = [length for length in lengths if length * token_bytes(reader) <= free]
     return fits or lengths[-1:]
 

@@ -40,7 +40,7 @@ table { border-collapse: collapse } th, td { padding: .25rem .8rem; border-botto
 .ok { color: #17752e } .no { color: #b3261e } .verdict { font-weight: bold }
 svg { max-width: 100%; height: auto }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .8rem;
-  max-height: 24rem; overflow: auto }
+  max-height: 40rem; overflow: auto }
 .before { color: #888 }
 """
 

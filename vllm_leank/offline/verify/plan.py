@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.offline.needles import least_tokens
 from vllm_leank.offline.verify.haystacks import QUESTIONS
 from vllm_leank.offline.verify.pace import Pace
+from vllm_leank.offline.verify.verdict import LEAST_ANSWERS
 
 COMPARED = 64
 """Tokens of a text that are compared at each length."""
@@ -18,6 +19,9 @@ SHORT = 1024
 
 TRIES = 1.5
 """Needles are asked so many times as often as they should be answered right."""
+
+LEAST_TEXTS = 6
+"""Texts that are compared at least, if so many are asked for, however slow the machine is."""
 
 LAYERS_SHARE = 0.15
 """Of the time, for looking at layers one by one, if that is done on more than one text."""
@@ -42,12 +46,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """Lengths at which texts are compared, ascending, and on how many of them layer by layer.
+    """Lengths at which texts are compared, ascending, how many texts, and how many of them layer by
+    layer; and what is compared else.
 
     `texts`, `data` and `needles` are the seconds that these will take, as far as can be known.
     """
 
     lengths: tuple[int, ...]
+    work: Work
     layer_texts: int
     texts: float
     data: float
@@ -85,17 +91,26 @@ def choose_plan(
 ) -> Plan:
     """The plan with the first of `candidates`, longest lengths, that fits into the time.
 
+    Before that is the last of them, and where none does, there are fewer texts and needles.
+
     Raises:
-        UserError: none fits.
+        UserError: that does not fit either.
     """
-    for longest in candidates:
-        plan = _plan(pace, doublings(window, longest), work, seconds)
+    less = replace(
+        work, texts=min(work.texts, LEAST_TEXTS), needles=min(work.needles, LEAST_ANSWERS)
+    )
+    attempts = [*((longest, work) for longest in candidates), (candidates[-1], less)]
+    if len(candidates) > 1:
+        # Two lengths tell more than many texts at one.
+        attempts.insert(-2, (candidates[-2], less))
+    for longest, what in attempts:
+        plan = _plan(pace, doublings(window, longest), what, seconds)
         if plan.seconds <= seconds:
             return plan
     minutes = math.ceil(1.2 * plan.seconds / 60)
     raise UserError(
         f"on this machine it takes about {minutes} minutes with up to {plan.longest:,} tokens; "
-        f"give --minutes {minutes}, or a smaller --max-tokens, --texts, --needles or --max-prompts"
+        f"give --minutes {minutes}, or a smaller --max-tokens, --texts or --max-prompts"
     )
 
 
@@ -110,6 +125,7 @@ def _plan(pace: Pace, lengths: tuple[int, ...], work: Work, seconds: float) -> P
         layer_texts = min(1, layer_texts)
     return Plan(
         lengths,
+        work,
         layer_texts,
         work.texts * texts + layer_texts * layers,
         sum(pace.reading(tokens) + pace.comparing(tokens) for tokens in data),

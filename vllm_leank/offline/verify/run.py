@@ -53,7 +53,7 @@ def verify_mask(
             model cannot be loaded, or its attention is not what masks are for.
     """
     material = find_material(checkpoint, window, request)
-    if dtype == "auto" and torch.device(device).type == "cpu":
+    if dtype == "auto" and device.startswith("cpu"):
         dtype = "float32"
     try:
         model = checkpoint.load(dtype, device)
@@ -158,11 +158,13 @@ class Run:
                 f"compared with up to {plan.longest:,} of the {most:,} tokens that the model "
                 "takes: more needs more time or memory (--minutes, --max-tokens)"
             )
-        self.steps.say(_announcement(plan, work, request))
+        if plan.work != work:
+            seen.notes.append("fewer texts and needles than usual, for want of time (--minutes)")
+        self.steps.say(_announcement(plan, request))
         return plan
 
     def _texts(self, plan: Plan, seen: Measured, until: float) -> None:
-        count, longest = self.material.texts, plan.longest
+        count, longest = plan.work.texts, plan.longest
         self.steps.begin(f"reading {count} texts of {longest:,} tokens", count * longest)
         read = texts(self.checkpoint, count, longest, self.request.seed)
         looked_at: set[str] = set()
@@ -193,7 +195,7 @@ class Run:
             seen.data.append(compare_sample(self.reader, named, number, self.request.written))
 
     def _needles(self, pace: Pace, plan: Plan, seen: Measured) -> None:
-        wanted = self.request.needles
+        wanted = plan.work.needles
         self.steps.begin(f"asking until dense attention has {wanted} answers right", wanted)
         self.reader.tick = None
         numbers = itertools.count()
@@ -222,15 +224,18 @@ class Run:
         )
         right = sum(bool(one.dense_right) for one in seen.needles)
         if right < wanted:
-            why = "the time was up" if not has_time(self.material.shortest) else "it knows no more"
+            why = "it finds too few even in short contexts"
+            if not has_time(self.material.shortest):
+                why = "the time was up"
             seen.notes.append(
-                f"needles: dense attention has {right} of {len(seen.needles)} right; {why}"
+                f"needles: dense attention has {right} of {len(seen.needles)} right, fewer than "
+                f"{wanted}: {why}"
             )
 
 
-def _announcement(plan: Plan, work: Work, request: Request) -> str:
+def _announcement(plan: Plan, request: Request) -> str:
     """What is going to be done, and how long it takes."""
-    parts = []
+    parts, work = [], plan.work
     if work.texts:
         lengths = ", ".join(f"{length:,}" for length in plan.lengths)
         parts.append(f"{work.texts} texts at {lengths} tokens")
