@@ -1,6 +1,7 @@
 """A checkpoint of transformers whose parts are loaded when they are needed."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,44 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Checkpoint:
     """A directory or hub id, with what masks need to know of it.
 
-    `id` is what a mask for it is found by. `config` is the text part of its config.
+    Attributes:
+        path: the directory or hub id.
+        id: what a mask for it is found by.
+        config: the text part of its config.
+        geometry: shape and RoPE of its attention.
+        hub: options of transformers' `from_pretrained` for all its parts, such as `revision`.
+        override: the whole config to build the model with, instead of the checkpoint's own.
+        tokenizer_path: where the tokenizer is, if not at `path`.
     """
 
     path: str
     id: str
     config: Any = field(repr=False)
     geometry: Geometry
+    hub: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    override: Any = field(default=None, repr=False)
+    tokenizer_path: str | None = None
 
     @classmethod
-    def open(cls, path: str, model_id: str | None = None) -> "Checkpoint":
+    def open(
+        cls,
+        path: str,
+        model_id: str | None = None,
+        *,
+        hub: Mapping[str, Any] | None = None,
+        override: Any = None,
+        tokenizer_path: str | None = None,
+    ) -> "Checkpoint":
         """Read the config only; `model_id` is by default the hub id or the directory's name.
 
         Raises:
             UserError: there is no such checkpoint, or its config lacks what a mask needs.
         """
-        config = text_config(path)
-        return cls(path, model_id or model_name(path), config, Geometry.from_hf_config(config))
+        hub = dict(hub or {})
+        config = text_config(path, hub) if override is None else override.get_text_config()
+        geometry = Geometry.from_hf_config(config)
+        name = model_id or model_name(path)
+        return cls(path, name, config, geometry, hub, override, tokenizer_path)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -44,7 +66,7 @@ class Checkpoint:
         Raises:
             UserError: there is none, or it cannot be loaded.
         """
-        return load_part(transformers.AutoTokenizer, self.path)
+        return load_part(transformers.AutoTokenizer, self.tokenizer_path or self.path, **self.hub)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, after the tokens that begin a sequence."""
@@ -81,7 +103,9 @@ class Checkpoint:
         """
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype}; allowed: {', '.join(DTYPES)}")
-        model = load_part(transformers.AutoModelForCausalLM, self.path, dtype=dtype)
+        given = {} if self.override is None else {"config": self.override}
+        kind = transformers.AutoModelForCausalLM
+        model = load_part(kind, self.path, dtype=dtype, **given, **self.hub)
         return model.to(usable_device(device)).eval()
 
 
@@ -90,15 +114,16 @@ def is_path(model: str) -> bool:
     return model.startswith(("/", ".", "~"))
 
 
-def text_config(path: str) -> Any:
-    """The config of a text model, or of the text part of a multimodal one.
+def text_config(path: str, hub: Mapping[str, Any]) -> Any:
+    """The config of a text model, or of the text part of a multimodal one; `hub` has options of
+    `from_pretrained`.
 
     Raises:
         UserError: there is no such checkpoint, or its config cannot be loaded.
     """
     if not Path(path).is_dir() and is_path(path):
         raise UserError(f"{path}: no such directory")
-    return load_part(transformers.AutoConfig, path).get_text_config()
+    return load_part(transformers.AutoConfig, path, **hub).get_text_config()
 
 
 def usable_device(device: str | None) -> str:
@@ -123,5 +148,5 @@ def load_part(kind: Any, path: str, **options: Any) -> Any:
     """
     try:
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{path}: cannot be loaded by transformers: {error}") from error

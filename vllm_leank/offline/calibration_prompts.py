@@ -44,6 +44,11 @@ def longest_prompt(checkpoint: Checkpoint, limit: int | None, device: str) -> in
     return checkpoint.max_tokens(limit)
 
 
+def least_prompt(window: Window) -> int:
+    """Tokens that the shortest built-in prompt has: a few far ones for each of its last."""
+    return window.sink + window.recent + QUERIES + 4 * GRANULE
+
+
 def calibration_prompts(
     checkpoint: Checkpoint,
     data: Path | None,
@@ -73,8 +78,7 @@ def calibration_prompts(
             "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
         }
     else:
-        # The shortest has a few far tokens for each of its last.
-        least = window.sink + window.recent + QUERIES + 4 * GRANULE
+        least = least_prompt(window)
         if max_tokens < least:
             raise UserError(
                 f"built-in prompts of {max_tokens} tokens have hardly any far ones; with sink "
@@ -90,5 +94,10 @@ def calibration_prompts(
         ids = [sample.prompt + sample.answer for _, sample in named]
         source = {"data": "built-in"}
     lengths = [len(one) for one in ids]
-    counts = {"prompts": len(ids), "tokens": sum(lengths), "longest_prompt": max(lengths)}
+    counts = {
+        "prompts": len(ids),
+        "tokens": sum(lengths),
+        "longest_prompt": max(lengths),
+        "max_tokens": max_tokens,
+    }
     return CalibrationPrompts(ids, source | counts)
