@@ -74,6 +74,14 @@ def test_a_second_mask_of_a_model_is_spoken_of(leank, tiny_llama_dir, data, home
     assert f"org/m has other masks, too: {home / 'org--m-8bit.yaml'}" in " ".join(err.split())
 
 
+def test_built_in_prompts_that_a_model_cannot_read(leank, home, repo):
+    model = repo / "benchmarks/recall/model"
+    code, _, err = leank("mask", "calibrate", model, "--bits", 2, "--prompts", 1)
+    assert code == 2
+    assert "its tokenizer does not know the built-in prompts" in err
+    assert "token 0; give prompts that the model reads by --data" in err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -199,7 +199,7 @@ def test_a_mask_is_made_of_the_model_that_is_served(serve, with_tokenizer, home,
     before = dict(os.environ)
     flags = ["--max-model-len", 700, "--revision", "v2", "--hf-overrides", json.dumps(YARN)]
     flags += ["--bits", 4, "--additional-config.leank.recent", 128]
-    code, out, err = serve(with_tokenizer, "--calibrate-prompts", 2, *flags)
+    code, out, err = serve(with_tokenizer, "--prompts", 2, *flags)
     assert code == 0, err
     path = home / "Tiny-1B-4bit.yaml"
     assert f"{path}: 4.00 bits" in out

@@ -41,9 +41,18 @@ def serve(
             show_default="whatever mask is found",
         ),
     ] = None,
-    calibrate_prompts: Annotated[
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts for a new mask, a file as leank mask calibrate takes it.",
+            show_default="built-in prompts",
+        ),
+    ] = None,
+    prompts: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompts that a new mask is made from.", show_default="16"),
+        typer.Option(
+            min=1, help="How many prompts to make a new mask from.", show_default="16, of --data 64"
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -75,7 +84,7 @@ def serve(
                 say(f"{wanted.why}: one would be calibrated first")
                 print(_shown(words))
                 return
-            _make(wanted, calibrate_prompts)
+            _make(wanted, data, prompts)
     _judge(words)
     if dry_run:
         print(_shown(words))
@@ -187,7 +196,7 @@ def _judge(words: list[str]) -> None:
         raise UserError(f"would not be served: {'; '.join(reasons)}")
 
 
-def _make(wanted: _Wanted, prompts: int | None) -> None:
+def _make(wanted: _Wanted, data: Path | None, prompts: int | None) -> None:
     """Calibrate the mask, into its file.
 
     Raises:
@@ -201,7 +210,7 @@ def _make(wanted: _Wanted, prompts: int | None) -> None:
     make_user_folder()
     check_new(wanted.path, overwrite=True)
     read = calibration_prompts(
-        request.checkpoint, None, request.window, max_tokens=wanted.tokens, count=prompts
+        request.checkpoint, data, request.window, max_tokens=wanted.tokens, count=prompts
     )
     say(
         f"{wanted.why}: calibrating one, once, on {read}, on {wanted.device}. This takes minutes; "

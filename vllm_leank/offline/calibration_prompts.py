@@ -1,6 +1,7 @@
 """What a calibration reads: prompts of a file, or those that every machine has."""
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ FROM_DATA, BUILT_IN = 64, 16
 
 ON_GPU, ON_CPU = 32768, 2048
 """Longest prompt when it is not said."""
+
+_UNREAD = 0.5
+"""Share of one token among all, from which on a tokenizer does not know a text."""
 
 _SHORTEST = 8
 """The longest built-in prompt is so many times as long as the shortest."""
@@ -92,6 +96,7 @@ def calibration_prompts(
             seed=seed,
         )
         ids = [sample.prompt + sample.answer for _, sample in named]
+        _check_readable(checkpoint, ids)
         source = {"data": "built-in"}
     lengths = [len(one) for one in ids]
     counts = {
@@ -101,3 +106,19 @@ def calibration_prompts(
         "max_tokens": max_tokens,
     }
     return CalibrationPrompts(ids, source | counts)
+
+
+def _check_readable(checkpoint: Checkpoint, ids: list[list[int]]) -> None:
+    """Refuse texts that a tokenizer makes unknown tokens of, as one of a small vocabulary does.
+
+    Raises:
+        UserError: most tokens are one and the same.
+    """
+    counts = Counter(token for one in ids for token in one)
+    ((token, count),) = counts.most_common(1)
+    share = count / counts.total()
+    if share > _UNREAD:
+        raise UserError(
+            f"{checkpoint.path}: its tokenizer does not know the built-in prompts, {share:.0%} of "
+            f"which are token {token}; give prompts that the model reads by --data"
+        )
