@@ -1,6 +1,7 @@
 """Fixtures and the environment that all tests share."""
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -77,6 +78,24 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def tiny_llama_dir(tiny_llama: Callable[..., Path]) -> Path:
     """Two layers, two KV heads of 64 channels, two query heads on each."""
     return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def with_tokenizer(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a tokenizer of bytes, under a name of its own."""
+    from byte_tokenizer import byte_tokenizer
+
+    model = tmp_path_factory.mktemp("models") / "Tiny-1B"
+    shutil.copytree(tiny_llama_dir, model)
+    byte_tokenizer().save_pretrained(model)
+    return model
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's folder of masks, which does not exist."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    return tmp_path / "data" / "vllm-leank" / "masks"
 
 
 def _save_llama(

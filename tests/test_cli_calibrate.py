@@ -2,11 +2,10 @@
 
 import json
 import os
-import shutil
+import re
 
 import numpy as np
 import pytest
-from byte_tokenizer import byte_tokenizer
 
 from vllm_leank.core.options import Options
 from vllm_leank.mask.file import load_mask
@@ -15,22 +14,6 @@ from vllm_leank.mask.lookup import resolve_mask
 from vllm_leank.mask.settings import plan_settings
 
 SMALL = ["--sink", 32, "--recent", 32, "--device", "cpu"]
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """The user's folder of masks."""
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    return tmp_path / "data" / "vllm-leank" / "masks"
-
-
-@pytest.fixture(scope="module")
-def with_tokenizer(tiny_llama_dir, tmp_path_factory):
-    """The tiny model with a tokenizer of bytes, under a name of its own."""
-    model = tmp_path_factory.mktemp("models") / "Tiny-1B"
-    shutil.copytree(tiny_llama_dir, model)
-    byte_tokenizer().save_pretrained(model)
-    return model
 
 
 @pytest.mark.parametrize("bits", [4, 2])
@@ -44,6 +27,7 @@ def test_bits_from_built_in_prompts_end_in_a_mask_that_is_found_and_planned(
     assert str(path) in out
     assert "4 built-in prompts of" in err
     assert "tokens (at most 800, --max-tokens)" in err
+    assert re.search(r"sensitivity of each channel: about \d+ seconds more", err)
     mask = load_mask(path)
     assert mask.is_packed
     assert bits - 0.25 < mask.bits <= bits
@@ -88,6 +72,14 @@ def test_a_second_mask_of_a_model_is_spoken_of(leank, tiny_llama_dir, data, home
     code, _, err = calibrate(4)
     assert code == 0
     assert f"org/m has other masks, too: {home / 'org--m-8bit.yaml'}" in " ".join(err.split())
+
+
+def test_built_in_prompts_that_a_model_cannot_read(leank, home, repo):
+    model = repo / "benchmarks/recall/model"
+    code, _, err = leank("mask", "calibrate", model, "--bits", 2, "--prompts", 1)
+    assert code == 2
+    assert "its tokenizer does not know the built-in prompts" in err
+    assert "token 0; give prompts that the model reads by --data" in err
 
 
 @pytest.mark.parametrize(

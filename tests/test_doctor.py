@@ -118,6 +118,17 @@ def test_a_missing_mask_beside_faulty_flags(line):
     assert reason.startswith("/no/such.yaml: cannot be read")
 
 
+def test_a_faulty_mask(line, tmp_path):
+    (tmp_path / "mask.yaml").write_text("format: leank-mask/1\nmodel: tests/tiny\nkeep: all\n")
+    (reason,) = examine(line()).reasons
+    assert reason.startswith(f"{tmp_path / 'mask.yaml'}, line 3: keep")
+
+
+def test_no_mask(tiny_llama_dir):
+    (reason,) = examine(["serve", str(tiny_llama_dir), "--attention-backend", "leank"]).reasons
+    assert f"\n  leank mask calibrate {tiny_llama_dir} --bits 2\n" in reason
+
+
 def test_one_fault_hides_no_other(line):
     """Of flags, options, mask and drafts."""
     drafts = '{"method": "ngram", "num_speculative_tokens": 300}'

@@ -428,5 +428,5 @@ print(refusal)
     assert with_plugin == without
     assert "vllm_leank.serving.plugin" in modules
     assert none == "[]"
-    assert "leank mask calibrate" in refusal
+    assert f"  leank mask calibrate {tiny_llama_dir} --bits 2 or name a mask file" in refusal
     assert "Unknown attention backend: 'LEANK'" in unknown

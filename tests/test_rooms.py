@@ -19,7 +19,7 @@ ROOMS = {
 }
 """What each room may import besides itself and the package's `errors` and `version`."""
 
-SERVING_IN_CLI = {"vllm_leank.cli.doctor"}
+SERVING_IN_CLI = {"vllm_leank.cli.doctor", "vllm_leank.cli.serve"}
 """Commands that look at a server's side. All others must work without vLLM."""
 
 OF_VLLM = {"bench", "serving", "cli"}

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -36,6 +36,7 @@ from vllm_leank.mask.lookup import resolve_mask
 
 MODEL = Path(__file__).with_name("model")
 START_SECONDS = 150
+SERVE = ("vllm", "serve", str(MODEL), "--attention-backend", "leank")
 
 console = Console(highlight=False)
 
@@ -87,15 +88,14 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def server(max_model_len: int) -> Iterator[str]:
-    """Run `vllm serve` on the bundled model and give its address; stopped on the way out."""
+def server(max_model_len: int, line: Sequence[str] = SERVE) -> Iterator[str]:
+    """Run a line that serves the bundled model and give its address; stopped on the way out."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        str(Path(sys.executable).with_name("vllm")),
-        *("serve", str(MODEL), "--served-model-name", "recall"),
-        *("--attention-backend", "leank", "--max-model-len", str(max_model_len)),
+        *(str(Path(sys.executable).with_name(line[0])), *line[1:]),
+        *("--served-model-name", "recall", "--max-model-len", str(max_model_len)),
         *("--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8"),
     ]
     environment = {
@@ -103,7 +103,7 @@ def server(max_model_len: int) -> Iterator[str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    console.print("[dim]$ " + " ".join(["vllm", *command[1:]]), soft_wrap=True)
+    console.print("[dim]$ " + " ".join([line[0], *command[1:]]), soft_wrap=True)
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         process = subprocess.Popen(
             command,

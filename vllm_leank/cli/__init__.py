@@ -18,6 +18,7 @@ from vllm_leank.cli import (
     mask_learn,
     mask_plot,
     plan,
+    serve,
     verify,
 )
 from vllm_leank.errors import UserError
@@ -33,6 +34,9 @@ mask.app.command()(mask_learn.learn)
 mask.app.command()(mask_compose.compose)
 mask.app.command()(mask_plot.plot)
 mask.app.command()(mask_heads.heads)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(serve.serve)
 app.command()(plan.plan)
 app.command()(doctor.doctor)
 app.command()(verify.verify)

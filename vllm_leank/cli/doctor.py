@@ -1,12 +1,12 @@
 """`leank doctor`: whether everything is in place, and what a `vllm serve` line would do."""
 
 import json
-import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_leank.cli.outputs import quiet_vllm
 from vllm_leank.cli.sizes import readable
 from vllm_leank.core.capacity import compare
 from vllm_leank.serving.vllm import versions
@@ -36,9 +36,7 @@ def doctor(
 
     Exit code 1 if leank cannot serve here, or would not serve this line.
     """
-    # vLLM reads these when it is imported; its log would stand between our lines.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    quiet_vllm()
     from vllm_leank.serving.environment import environment
 
     facts = list(environment())

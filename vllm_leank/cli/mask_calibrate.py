@@ -1,17 +1,21 @@
 """`leank mask calibrate`: make a mask from sample prompts, without training."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_leank.cli.options import Device, Dtype, ModelId, Recent, Sink
-from vllm_leank.cli.outputs import check_new, report_mask
+from vllm_leank.cli.options import RECENT, SINK, Device, Dtype, ModelId, Recent, Sink
+from vllm_leank.cli.outputs import check_new, report_mask, say
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import save_mask
-from vllm_leank.mask.folders import user_folder
+from vllm_leank.mask.folders import make_user_folder, user_folder
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.names import file_name, model_name
+
+if TYPE_CHECKING:
+    from vllm_leank.offline.calibration_prompts import CalibrationPrompts
+    from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
 
 
 def calibrate(
@@ -82,8 +86,8 @@ def calibrate(
             help="With --ratio: heads keep multiples of this many channels.", show_default="32"
         ),
     ] = None,
-    sink: Sink = 64,
-    recent: Recent = 256,
+    sink: Sink = SINK,
+    recent: Recent = RECENT,
     query_tokens: Annotated[
         int | None,
         typer.Option(
@@ -127,24 +131,50 @@ def calibrate(
         checkpoint, data, request.window, max_tokens=limit, count=prompts, seed=seed
     )
     where = "--max-tokens" if max_tokens else f"by default on {device}; --max-tokens changes it"
-    _say(f"{name}: calibrating on {read} (at most {limit:,}, {where})")
-    loaded = checkpoint.load(dtype, device)
-    if score == "energy":
-        assert isinstance(request, MaskRequest)
-        from vllm_leank.offline.calibrate import energy_mask
-
-        mask = energy_mask(request, loaded, read, query_tokens)
-    else:
-        from vllm_leank.offline.calibrate_bits import bits_mask, measure, pruned_mask
-
-        measured = measure(loaded, read, request.window, seed)
-        if isinstance(request, BitsRequest):
-            mask = bits_mask(request, measured)
-        else:
-            mask = pruned_mask(request, measured)
+    say(f"{name}: calibrating on {read} (at most {limit:,}, {where})")
+    mask = measured_mask(
+        request, read, device, seed=seed, dtype=dtype, score=score, query_tokens=query_tokens
+    )
     save_mask(mask, out, overwrite=overwrite)
     report_mask(out, mask, ratio)
     _tell_of_others(out, mask)
+
+
+def measured_mask(
+    request: "BitsRequest | MaskRequest",
+    prompts: "CalibrationPrompts",
+    device: str,
+    *,
+    seed: int = 0,
+    dtype: str = "auto",
+    score: str | None = None,
+    query_tokens: int | None = None,
+) -> Mask:
+    """The mask of a request, from what its model does with prompts; see `calibrate` for the rest.
+
+    Raises:
+        UserError: the model cannot be loaded or observed, or is too large for the device.
+    """
+    import torch
+
+    from vllm_leank.offline.calibrate import energy_mask
+    from vllm_leank.offline.calibrate_bits import bits_mask, measure, pruned_mask
+    from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
+
+    try:
+        model = request.checkpoint.load(dtype, device)
+        if isinstance(request, MaskRequest) and score == "energy":
+            return energy_mask(request, model, prompts, query_tokens)
+        measured = measure(model, prompts, request.window, seed)
+        if isinstance(request, BitsRequest):
+            return bits_mask(request, measured)
+        return pruned_mask(request, measured)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{request.checkpoint.path}: calibrating it takes more memory than {device} has free; "
+            "leank mask calibrate takes shorter prompts with --max-tokens, and another device "
+            "with --device, as in --device cpu"
+        ) from error
 
 
 def _one_of(model: str | None, option: str | None) -> str:
@@ -183,12 +213,7 @@ def _default_out(model_id: str, bits: float | None) -> Path:
     """A file in the user's folder, which is made here so that faults are known before the work."""
     if bits is None:
         raise UserError("--ratio needs --out, the mask file to write")
-    folder = user_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); give --out") from error
-    return folder / file_name(model_id, bits)
+    return make_user_folder() / file_name(model_id, bits)
 
 
 def _tell_of_others(out: Path, mask: Mask) -> None:
@@ -200,13 +225,7 @@ def _tell_of_others(out: Path, mask: Mask) -> None:
     fitting = [one for one in find_masks(mask.model) if one.geometry == mask.geometry]
     others = [str(one.path) for one in preferred(fitting) if one.path != out]
     if others:
-        _say(
+        say(
             f"{mask.model} has other masks, too: {', '.join(others)}. Remove them, or tell servers "
             'which to use: "mask" in --additional-config'
         )
-
-
-def _say(text: str) -> None:
-    from rich.console import Console
-
-    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)

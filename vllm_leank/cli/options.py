@@ -4,6 +4,9 @@ from typing import Annotated
 
 import typer
 
+SINK, RECENT = 64, 256
+"""What masks are calibrated for, where it is not said."""
+
 Sink = Annotated[int, typer.Option(help="First tokens that stay dense.")]
 Recent = Annotated[int, typer.Option(help="Last tokens that stay dense.")]
 

@@ -1,10 +1,26 @@
-"""What commands that write files share."""
+"""What commands say and write, alike in all of them."""
 
 import os
 from pathlib import Path
 
 from vllm_leank.errors import UserError
 from vllm_leank.mask.mask import Mask
+
+
+def say(text: str) -> None:
+    """Tell the user on stderr what is being done."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
+
+
+def quiet_vllm() -> None:
+    """Keep vLLM's log from between a command's own lines, unless its level was chosen.
+
+    vLLM reads this when it is imported, so it must be said before.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 
 def check_new(out: Path, overwrite: bool) -> None:

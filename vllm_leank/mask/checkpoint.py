@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,23 +27,44 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Checkpoint:
     """A directory or hub id, with what masks need to know of it.
 
-    `id` is what a mask for it is found by. `config` is the text part of its config.
+    Attributes:
+        path: the directory or hub id.
+        id: what a mask for it is found by.
+        config: the text part of its config.
+        geometry: shape and RoPE of its attention.
+        hub: options of transformers' `from_pretrained` for all its parts, such as `revision`.
+        override: the whole config to build the model with, instead of the checkpoint's own.
+        tokenizer_path: where the tokenizer is, if not at `path`.
     """
 
     path: str
     id: str
     config: Any = field(repr=False)
     geometry: Geometry
+    hub: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    override: Any = field(default=None, repr=False)
+    tokenizer_path: str | None = None
 
     @classmethod
-    def open(cls, path: str, model_id: str | None = None) -> "Checkpoint":
+    def open(
+        cls,
+        path: str,
+        model_id: str | None = None,
+        *,
+        hub: Mapping[str, Any] | None = None,
+        override: Any = None,
+        tokenizer_path: str | None = None,
+    ) -> "Checkpoint":
         """Read the config only; `model_id` is by default the hub id or the directory's name.
 
         Raises:
             UserError: there is no such checkpoint, or its config lacks what a mask needs.
         """
-        config = text_config(path)
-        return cls(path, model_id or model_name(path), config, Geometry.from_hf_config(config))
+        hub = dict(hub or {})
+        config = text_config(path, hub) if override is None else override.get_text_config()
+        geometry = Geometry.from_hf_config(config)
+        name = model_id or model_name(path)
+        return cls(path, name, config, geometry, hub, override, tokenizer_path)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -51,7 +73,7 @@ class Checkpoint:
         Raises:
             UserError: there is none, or it cannot be loaded.
         """
-        return load_part(transformers.AutoTokenizer, self.path)
+        return load_part(transformers.AutoTokenizer, self.tokenizer_path or self.path, **self.hub)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, after the tokens that begin a sequence."""
@@ -93,7 +115,7 @@ class Checkpoint:
         device = usable_device(device)
         if device == ALL_GPUS:
             return self._spread(dtype)
-        model = load_part(transformers.AutoModelForCausalLM, self.path, dtype=dtype)
+        model = self._weights(dtype)
         try:
             return model.to(device).eval()
         except torch.OutOfMemoryError as error:
@@ -126,9 +148,7 @@ class Checkpoint:
                 "to spread a model over several GPUs the package accelerate is needed; run: pip "
                 "install accelerate"
             )
-        model = load_part(
-            transformers.AutoModelForCausalLM, self.path, dtype=dtype, device_map="balanced"
-        )
+        model = self._weights(dtype, device_map="balanced")
         if left_over := _off_gpus(model.hf_device_map):
             raise UserError(
                 f"{self.path}: does not fit on the {torch.cuda.device_count()} GPUs here: nothing "
@@ -136,21 +156,28 @@ class Checkpoint:
             )
         return model.eval()
 
+    def _weights(self, dtype: str, **more: Any) -> transformers.PreTrainedModel:
+        """The model, with the config that overrides its own, if there is one."""
+        given = {} if self.override is None else {"config": self.override}
+        kind = transformers.AutoModelForCausalLM
+        return load_part(kind, self.path, dtype=dtype, **given, **self.hub, **more)
+
 
 def is_path(model: str) -> bool:
     """Whether a model is named by a path, which no hub id begins like, whatever is there."""
     return model.startswith(("/", ".", "~"))
 
 
-def text_config(path: str) -> Any:
-    """The config of a text model, or of the text part of a multimodal one.
+def text_config(path: str, hub: Mapping[str, Any]) -> Any:
+    """The config of a text model, or of the text part of a multimodal one; `hub` has options of
+    `from_pretrained`.
 
     Raises:
         UserError: there is no such checkpoint, or its config cannot be loaded.
     """
     if not Path(path).is_dir() and is_path(path):
         raise UserError(f"{path}: no such directory")
-    return load_part(transformers.AutoConfig, path).get_text_config()
+    return load_part(transformers.AutoConfig, path, **hub).get_text_config()
 
 
 def _off_gpus(places: dict[str, int | str]) -> list[str]:
@@ -184,5 +211,5 @@ def load_part(kind: Any, path: str, **options: Any) -> Any:
     """
     try:
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{path}: cannot be loaded by transformers: {error}") from error

@@ -3,6 +3,7 @@
 A mask in the user's folder wins over those of the package.
 """
 
+import math
 import os
 import shlex
 from pathlib import Path
@@ -61,6 +62,38 @@ def resolve_mask(
         f"  leank mask import MASK.pth --model {quoted} --out mask.yaml\n"
         f"  leank mask learn --ratio 0.7 --align 32 --model {quoted} --out mask.yaml"
     )
+
+
+def mask_of_bits(
+    model: str, geometry: Geometry, bits: float, revision: str | None = None
+) -> Mask | None:
+    """The mask that was asked to have so many bits per element, of the user or the package.
+
+    `revision` is that of the checkpoint it was made from, None where none was named.
+
+    Raises:
+        MaskError: more than one fits.
+    """
+    fitting = preferred(
+        [
+            mask
+            for mask in find_masks(model)
+            if mask.geometry == geometry
+            and mask.is_packed
+            and math.isclose(_bits_asked(mask), bits)
+            and mask.provenance.get("revision") == revision
+        ]
+    )
+    if len(fitting) > 1:
+        files = ", ".join(str(mask.path) for mask in fitting)
+        raise MaskError(f"several masks of {bits:g} bits fit {model}: {files}; remove all but one")
+    return fitting[0] if fitting else None
+
+
+def _bits_asked(mask: Mask) -> float:
+    """What a calibration was asked for, and nearly reached; else what the mask has."""
+    asked = mask.provenance.get("bits")
+    return float(asked) if isinstance(asked, (int, float)) else mask.bits
 
 
 def preferred(masks: list[Mask]) -> list[Mask]:

@@ -29,8 +29,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import track
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
@@ -39,6 +37,7 @@ from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.attention_hook import hooked_attention
 from vllm_leank.offline.calibration_prompts import CalibrationPrompts
 from vllm_leank.offline.mask_request import MaskRequest
+from vllm_leank.offline.progress import reading
 
 QUERY_CHUNK = 256
 """Queries whose attention is computed at once: bounds the memory of a long prompt."""
@@ -178,7 +177,7 @@ def measure_heads(
     # The decoder without its head: logits of a long prompt would be larger than the model.
     decoder = model.base_model
     with torch.inference_mode(), hooked_attention(model, meter):
-        for ids in track(prompts, "calibrating", console=Console(stderr=True)):
+        for ids in reading(prompts, "attention of each head"):
             decoder(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
     return meter.statistics()
 

@@ -1,6 +1,7 @@
 """What a calibration reads: prompts of a file, or those that every machine has."""
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ FROM_DATA, BUILT_IN = 64, 16
 
 ON_GPU, ON_CPU = 32768, 2048
 """Longest prompt when it is not said."""
+
+_UNREAD = 0.5
+"""Share of one token among all, from which on a tokenizer does not know a text."""
 
 _SHORTEST = 8
 """The longest built-in prompt is so many times as long as the shortest."""
@@ -40,6 +44,11 @@ def longest_prompt(checkpoint: Checkpoint, limit: int | None, device: str) -> in
     if limit is None:
         limit = ON_CPU if device.startswith("cpu") else ON_GPU
     return checkpoint.max_tokens(limit)
+
+
+def least_prompt(window: Window) -> int:
+    """Tokens that the shortest built-in prompt has: a few far ones for each of its last."""
+    return window.sink + window.recent + QUERIES + 4 * GRANULE
 
 
 def calibration_prompts(
@@ -71,8 +80,7 @@ def calibration_prompts(
             "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
         }
     else:
-        # The shortest has a few far tokens for each of its last.
-        least = window.sink + window.recent + QUERIES + 4 * GRANULE
+        least = least_prompt(window)
         if max_tokens < least:
             raise UserError(
                 f"built-in prompts of {max_tokens} tokens have hardly any far ones; with sink "
@@ -86,7 +94,29 @@ def calibration_prompts(
             seed=seed,
         )
         ids = [sample.prompt + sample.answer for _, sample in named]
+        _check_readable(checkpoint, ids)
         source = {"data": "built-in"}
     lengths = [len(one) for one in ids]
-    counts = {"prompts": len(ids), "tokens": sum(lengths), "longest_prompt": max(lengths)}
+    counts = {
+        "prompts": len(ids),
+        "tokens": sum(lengths),
+        "longest_prompt": max(lengths),
+        "max_tokens": max_tokens,
+    }
     return CalibrationPrompts(ids, source | counts)
+
+
+def _check_readable(checkpoint: Checkpoint, ids: list[list[int]]) -> None:
+    """Refuse texts that a tokenizer makes unknown tokens of, as one of a small vocabulary does.
+
+    Raises:
+        UserError: most tokens are one and the same.
+    """
+    counts = Counter(token for one in ids for token in one)
+    ((token, count),) = counts.most_common(1)
+    share = count / counts.total()
+    if share > _UNREAD:
+        raise UserError(
+            f"{checkpoint.path}: its tokenizer does not know the built-in prompts, {share:.0%} of "
+            f"which are token {token}; give prompts that the model reads by --data"
+        )

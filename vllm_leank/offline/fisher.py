@@ -15,8 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import track
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
@@ -24,6 +22,7 @@ from vllm_leank.errors import UserError
 from vllm_leank.offline.attention_hook import hooked_attention
 from vllm_leank.offline.context import Context, logits, read_prompt
 from vllm_leank.offline.far_attention import far_attention
+from vllm_leank.offline.progress import reading
 
 QUERIES = 160
 """Tokens at a prompt's end whose distributions are looked at."""
@@ -75,9 +74,7 @@ def sensitivities(
         )
     shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
     key, value = np.zeros(shape), np.zeros(shape)
-    for number, ids in enumerate(
-        track(far, "sensitivity of each channel", console=Console(stderr=True))
-    ):
+    for number, ids in enumerate(reading(far, "sensitivity of each channel")):
         read_prompt(model, context, ids[:-queries], chunk)
         places = _far(window, context.length)
         if observe is not None:

@@ -128,9 +128,14 @@ class BitsRequest:
             | {
                 "bits": float(self.bits),
                 "achieved": round(chosen.mean_bits, 6),
+                **self._revision(),
                 **made_by(),
             },
         )
+
+    def _revision(self) -> dict[str, str]:
+        revision = self.checkpoint.hub.get("revision")
+        return {} if revision is None else {"revision": revision}
 
 
 def window_of(sink: int, recent: int) -> Window:

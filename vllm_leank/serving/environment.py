@@ -39,6 +39,11 @@ def environment() -> Iterator[Fact]:
     yield _backend()
 
 
+def problems() -> list[str]:
+    """What stops leank here, and what to do."""
+    return [fact.problem for fact in environment() if fact.problem]
+
+
 def _version(name: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)

@@ -1,18 +1,14 @@
 """What a `vllm serve` line would do, told without starting it."""
 
-import contextlib
-import io
-import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_leank.core.capacity import estimate_pool
 from vllm_leank.errors import UserError
 from vllm_leank.mask.settings import Settings
 from vllm_leank.serving.checks import RefusalError
+from vllm_leank.serving.line import cause_of, parse_words, reason_of, serve_words
 from vllm_leank.serving.settings import load_settings
 from vllm_leank.serving.vllm.backend_name import is_selected
 from vllm_leank.serving.vllm.config import in_flight_tokens
@@ -49,7 +45,7 @@ def examine(arguments: Sequence[str]) -> Serving:
     try:
         config = _parse(arguments)
     except Exception as error:
-        return _refused(_cause(error))
+        return _refused(error)
     if not is_selected(config):
         return Serving(("leank is not selected: add --attention-backend leank",))
     return _serving((), config, load_settings(config))
@@ -57,73 +53,20 @@ def examine(arguments: Sequence[str]) -> Serving:
 
 def _parse(arguments: Sequence[str]) -> "VllmConfig":
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.plugins import load_general_plugins
     from vllm.usage.usage_lib import UsageContext
 
-    load_general_plugins()
-    parsed = _parse_arguments(arguments)
-    engine = AsyncEngineArgs.from_cli_args(parsed)
+    engine = AsyncEngineArgs.from_cli_args(parse_words(serve_words(arguments)))
     return engine.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-
-
-def _parse_arguments(arguments: Sequence[str]) -> Any:
-    """The namespace that vLLM's own command makes of the line.
-
-    Raises:
-        UserError: it is no `vllm serve` line, or its model is a path to nothing.
-        ValueError: vLLM refuses it.
-    """
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from vllm_leank.mask.checkpoint import is_path
-
-    line = list(arguments)
-    for word in ("vllm", "serve"):
-        if line[:1] == [word]:
-            line.pop(0)
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), line))
-    if len(words) > 1:
-        raise UserError(
-            f"expected `vllm serve MODEL` and flags, but `{' '.join(words)}` is no MODEL"
-        )
-    command = ServeSubcommand()
-    parser = FlexibleArgumentParser(prog="vllm")
-    command.subparser_init(parser.add_subparsers(dest="subparser"))
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            parsed = parser.parse_args(["serve", *line])
-    except SystemExit as ended:
-        if not ended.code:
-            raise
-        message = errors.getvalue().strip().rpartition("error: ")[2]
-        raise ValueError(re.sub("<function loads at 0x[0-9a-f]+>", "JSON", message)) from None
-    command.validate(parsed)
-    parsed.model = parsed.model_tag or parsed.model
-    if is_path(parsed.model) and not Path(parsed.model).exists():
-        raise UserError(f"{parsed.model}: no such directory")
-    return parsed
-
-
-def _cause(error: Exception) -> Exception:
-    """What a check raised, where pydantic has wrapped it."""
-    import pydantic
-
-    if isinstance(error, pydantic.ValidationError):
-        wrapped = error.errors()[0].get("ctx", {}).get("error")
-        return wrapped if isinstance(wrapped, Exception) else error
-    return error
 
 
 def _refused(error: Exception) -> Serving:
     """Every reason, and mask and plan all the same where they can be told."""
-    if not isinstance(error, RefusalError):
-        reason = str(error) or type(error).__name__
-        return Serving((reason if isinstance(error, UserError) else f"vLLM refuses it: {reason}",))
-    if error.settings is None:
-        return Serving(error.reasons)
-    return _serving(error.reasons, error.vllm_config, error.settings)
+    refusal = cause_of(error)
+    if not isinstance(refusal, RefusalError):
+        return Serving((reason_of(error),))
+    if refusal.settings is None:
+        return Serving(refusal.reasons)
+    return _serving(refusal.reasons, refusal.vllm_config, refusal.settings)
 
 
 def _serving(reasons: tuple[str, ...], config: "VllmConfig", settings: Settings) -> Serving:
