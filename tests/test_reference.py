@@ -11,7 +11,10 @@ from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import Window
 
 COUNTS = (0, 16, 32, 48, 64, 96, 112, 128, 256)
-FP32, BF16, FP16 = (torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)
+FP32_ERROR = 2e-6
+"""In what order a product sums, and so its rounding, is the processor's: up to 1.04e-6 was seen."""
+
+FP32, BF16, FP16 = (torch.float32, FP32_ERROR), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)
 
 
 def mixed(head_dim):
@@ -106,14 +109,14 @@ def test_channels_that_are_not_kept_are_read_as_their_means(archive_format):
         mixed(128), 128, 2, Window(32, 64), archive_format=archive_format, means=True
     )
     for step in serve(builder):
-        assert relative_rms(builder.run(step, reference), step.expected) < 1e-6
+        assert relative_rms(builder.run(step, reference), step.expected) < FP32_ERROR
 
 
 @pytest.mark.parametrize("kept", [(0, 0), (32, 32), (128, 128)])
 def test_masks_with_equal_heads(kept):
     builder = CacheBuilder(kept, 128, 2, Window(32, 64))
     for step in serve(builder):
-        assert relative_rms(builder.run(step, reference), step.expected) < 1e-6
+        assert relative_rms(builder.run(step, reference), step.expected) < FP32_ERROR
 
 
 @pytest.mark.parametrize("window", [Window(0, 32), Window(64, 100)], ids=str)
@@ -123,7 +126,7 @@ def test_long_replays_are_computed_in_parts(window, max_scores, monkeypatch):
     builder = CacheBuilder((0, 48), 64, 2, window)
     request = builder.add(100, 300)
     step = builder.step([(request, 300)])
-    assert relative_rms(builder.run(step, reference), step.expected) < 1e-6
+    assert relative_rms(builder.run(step, reference), step.expected) < FP32_ERROR
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,7 @@ def test_chunks_do_not_change_the_result(chunks, archive_format):
     )
     request = builder.add(150, 400)
     output = torch.cat([builder.run(builder.step([(request, n)]), reference) for n in chunks])
-    assert relative_rms(output, request.expected) < 1e-6
+    assert relative_rms(output, request.expected) < FP32_ERROR
     archive = raw(builder.cache.archive_pages)
     for page, positions, content in builder.archive_bytes(request, range(32, 320)):
         assert archive[page, positions].equal(content)
@@ -161,7 +164,7 @@ def test_a_prefix_hit_does_not_change_the_result(hit):
     second = builder.share(first, prompt=300, hit=hit)
     for tokens in [(299 - hit), 1, 50, 1, 1]:
         step = builder.step([(second, tokens)])
-        assert relative_rms(builder.run(step, reference), step.expected) < 1e-6
+        assert relative_rms(builder.run(step, reference), step.expected) < FP32_ERROR
 
 
 def raw(pages):
