@@ -228,7 +228,7 @@ MUTATIONS = (
     Mutation(
         "compaction leaves old bytes in a page",
         "kernels/head_pages.py",
-        "values[pages, :, granules] = 0",
+        "values[self._place(pages, granules)] = 0",
         "pass",
         "test_archive_pages.py test_reference.py",
     ),
@@ -249,8 +249,8 @@ MUTATIONS = (
     Mutation(
         "offsets have 32 bits",
         "kernels/pages.py",
-        "page.to(tl.int64) * stride_page",
-        "page * stride_page",
+        "p_tile = ptr + page.to(tl.int64) * stride_page",
+        "p_tile = ptr + page * stride_page",
         "test_kernels.py::test_addresses_beyond_two_to_the_31_elements",
         gpu=True,
     ),
