@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_leank.cli.options import RECENT, SINK, Device, Dtype, ModelId, Recent, Sink
-from vllm_leank.cli.outputs import check_new, report_mask, say
+from vllm_leank.cli.outputs import check_new, place_name, report_mask, say
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.folders import make_user_folder, user_folder
@@ -130,7 +130,8 @@ def calibrate(
     read = calibration_prompts(
         checkpoint, data, request.window, max_tokens=limit, count=prompts, seed=seed
     )
-    where = "--max-tokens" if max_tokens else f"by default on {device}; --max-tokens changes it"
+    default = f"by default on {place_name(device)}; --max-tokens changes it"
+    where = "--max-tokens" if max_tokens else default
     say(f"{name}: calibrating on {read} (at most {limit:,}, {where})")
     mask = measured_mask(
         request, read, device, seed=seed, dtype=dtype, score=score, query_tokens=query_tokens
@@ -171,9 +172,9 @@ def measured_mask(
         return pruned_mask(request, measured)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{request.checkpoint.path}: calibrating it takes more memory than {device} has free; "
-            "leank mask calibrate takes shorter prompts with --max-tokens, and another device "
-            "with --device, as in --device cpu"
+            f"{request.checkpoint.path}: calibrating it takes more memory than is free on "
+            f"{place_name(device)}; leank mask calibrate takes shorter prompts with --max-tokens, "
+            "and another device with --device, as in --device cpu"
         ) from error
 
 

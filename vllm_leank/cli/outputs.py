@@ -14,6 +14,13 @@ def say(text: str) -> None:
     Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
 
 
+def place_name(device: str) -> str:
+    """What a device is called in a sentence."""
+    from vllm_leank.mask.checkpoint import ALL_GPUS
+
+    return "all GPUs" if device == ALL_GPUS else device
+
+
 def quiet_vllm() -> None:
     """Keep vLLM's log from between a command's own lines, unless its level was chosen.
 

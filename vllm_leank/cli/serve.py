@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from vllm_leank.cli.options import RECENT, SINK
-from vllm_leank.cli.outputs import check_new, quiet_vllm, report_mask, say
+from vllm_leank.cli.outputs import check_new, place_name, quiet_vllm, report_mask, say
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.folders import make_user_folder, user_folder
@@ -213,8 +213,8 @@ def _make(wanted: _Wanted, data: Path | None, prompts: int | None) -> None:
         request.checkpoint, data, request.window, max_tokens=wanted.tokens, count=prompts
     )
     say(
-        f"{wanted.why}: calibrating one, once, on {read}, on {wanted.device}. This takes minutes; "
-        "how many is said after the first prompt"
+        f"{wanted.why}: calibrating one, once, on {read}, on {place_name(wanted.device)}. This "
+        "takes minutes; how many is said after the first prompt"
     )
     mask = measured_mask(request, read, wanted.device)
     save_mask(mask, wanted.path, overwrite=True)
