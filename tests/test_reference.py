@@ -192,6 +192,7 @@ def test_store_writes_its_own_slots_only():
 def test_compact_writes_its_own_slots_only(archive_block, archive_format):
     window = Window(32, 64)
     builder = CacheBuilder((32, 0, 48), 64, 2, window, archive_block, archive_format=archive_format)
+    archive_block = builder.cache.layout.archive_block  # more, where granules go in pairs
     a, b, c = builder.add(10, 300), builder.add(260, 300), builder.add(150, 300)
     builder.run(builder.step([(a, 127), (b, 100), (c, 100)]), reference)
     step = builder.step([(a, 34), (b, 160), (c, 49)], padded_rows=1)
