@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Set before any library reads them; vLLM's engine processes inherit them.
@@ -23,6 +23,9 @@ GPU = torch.cuda.is_available()
 if not GPU:
     # Before anything imports Triton: its kernels run in the interpreter then.
     os.environ["TRITON_INTERPRET"] = "1"
+    import fast_interpreter
+
+    fast_interpreter.install()
 
 REPO = Path(__file__).parents[1]
 
@@ -131,3 +134,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="module")
+def few_programs() -> Iterator[None]:
+    """In the interpreter, which runs programs one after the other: for each head some that find
+    nothing to do, not hundreds. Those of compaction take several steps of 32 tokens in turn.
+    """
+    from vllm_leank.kernels import launch
+
+    if GPU:
+        yield
+        return
+    launch.choose_decode.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "decode_programs", lambda reqs, heads, wave=0: max(16, heads))
+        patch.setattr(launch, "COMPACT_PROGRAMS", (12, 12))
+        yield
+    launch.choose_decode.cache_clear()

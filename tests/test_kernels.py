@@ -24,23 +24,8 @@ FP32, BF16, FP16 = (torch.float32, 2e-6), (torch.bfloat16, 3e-3), (torch.float16
 CODED_FP16 = (torch.float16, 6e-4)
 """Queries of codes are rounded to fp16 once more, times the distances of codes."""
 
+pytestmark = pytest.mark.usefixtures("few_programs")
 gpu = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_programs():
-    """In the interpreter, which runs programs one after the other: for each head some that find
-    nothing to do, not hundreds. Those of compaction take several steps of 32 tokens in turn.
-    """
-    if GPU:
-        yield
-        return
-    launch.choose_decode.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "decode_programs", lambda reqs, heads, wave=0: max(16, heads))
-        patch.setattr(launch, "COMPACT_PROGRAMS", (12, 12))
-        yield
-    launch.choose_decode.cache_clear()
 
 
 def serve(builder):

@@ -129,6 +129,7 @@ def test_leank_plan_has_a_row_for_it(toy, leank, repo):
     ],
     ids=["reference", "triton"],
 )
+@pytest.mark.usefixtures("few_programs")
 def test_kernels_read_what_they_wrote(toy, kernels, dtype, tolerance):
     builder = CacheBuilder((48, 0, 128), 128, 2, Window(32, 64), 64, dtype, toy)
     for step in serve(builder):
