@@ -1,6 +1,6 @@
 """Compiles the attention kernels for GPUs that are not here, as they would be launched there.
 
-    python tests/compile_kernels.py CAPABILITY HEAD_DIM
+    python tests/compile_kernels.py CAPABILITY HEAD_DIM ARCHIVE_FORMAT...
 
 Prints a line of JSON for each: kernel, archive, bytes of shared memory, and bytes of stack, into
 which registers spill (null where nothing can tell). What the interpreter takes and the compiler or
@@ -28,11 +28,14 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_leank.kernels import decode, extend, launch
 
-from vllm_leank.core.formats import ArchiveFormat, known_formats
+from vllm_leank.core.formats import ArchiveFormat, find_format
 from vllm_leank.core.window import Window
 
-KEPT = {64: (0, 48), 128: (0, 32, 96), 256: (0, 240)}
-"""Kept channels of a layer's heads, by head size."""
+KEPT = {64: (0, 48), 128: (0, 96), 256: (0, 240)}
+"""Kept channels of a layer's heads, by head size: chunks of several widths."""
+
+MIXED = {64: CODED[64][1:3], 128: CODED[128][0:3:2], 256: CODED[256][1:2]}
+"""Heads of a packed archive, by head size: one has channels of every class."""
 
 OPTIONS = ("num_warps", "launch_pdl", "maxnreg")
 TYPES = {
@@ -141,7 +144,7 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
 
     window = Window(128, 768, exact=False)
     block = 128 // archive_format.itemsize(2)
-    heads = CODED[head_dim] if archive_format == PACKED else KEPT[head_dim]
+    heads = MIXED[head_dim] if archive_format == PACKED else KEPT[head_dim]
     builder = CacheBuilder(heads, head_dim, 4, window, block, torch.bfloat16, archive_format)
     request = builder.add(0, 1100)
     device = launch.Device(tma=capability // 10 in launch.TMA_CAPABILITIES)
@@ -159,7 +162,6 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
 
 
 if __name__ == "__main__":
-    capability, head_dim = map(int, sys.argv[1:])
-    for archive_format in known_formats():
-        if divmod(capability, 10) >= archive_format.capability:
-            compile_all(capability, head_dim, archive_format)
+    capability, head_dim = map(int, sys.argv[1:3])
+    for name in sys.argv[3:]:
+        compile_all(capability, head_dim, find_format(name))
