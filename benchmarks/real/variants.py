@@ -133,10 +133,7 @@ class Archives:
     def _served(self, name: str, mask: Mask, archive_dtype: str = "auto") -> Variant:
         """A mask's archive, as engines store and read it."""
         archive = ServedArchive(mask, archive_dtype)
-        token_bytes = sum(
-            archive_token_bytes(heads, MODEL_BYTES, archive.archive_format)
-            for heads in mask.profiles
-        )
+        token_bytes = mask_token_bytes(mask, archive_dtype)
         detail = {
             "format": archive.archive_format.name,
             "bits": round(float(mask.k_bits.mean() + mask.v_bits.mean()) / 2, 4),
@@ -145,6 +142,12 @@ class Archives:
         }
         hook = SimulatedArchive(self.window, archive, archive.blind)
         return Variant(name, hook, token_bytes, self.window.sink + self.window.recent, detail)
+
+
+def mask_token_bytes(mask: Mask, archive_dtype: str = "auto") -> float:
+    """Bytes of a far token over all layers, with all scales."""
+    form = ServedArchive(mask, archive_dtype).archive_format
+    return float(sum(archive_token_bytes(heads, MODEL_BYTES, form) for heads in mask.profiles))
 
 
 def makers(

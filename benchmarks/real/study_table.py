@@ -1,0 +1,174 @@
+"""A table and a picture of what `study.py` measured: points over the bytes of a far token.
+
+    PYTHONPATH=benchmarks python -m real.study_table study --out study.json --picture study.png
+
+Points are RULER's, of 100, over the questions that every variant was asked, with 95% intervals;
+`lost` are those against dense on the same questions.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from real.served import DENSE
+from vllm_leank.bench.results import save_results
+from vllm_leank.errors import UserError
+from vllm_leank.offline.intervals import Estimate, ratio_estimate
+
+Cell = tuple[str, int]
+
+
+def merged(folder: Path) -> dict[str, Any]:
+    """One result of the files in a folder, dense first.
+
+    Raises:
+        UserError: there are none, or they are of different models or questions.
+    """
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not found:
+        raise UserError(f"{folder}: no results of real.study")
+    for name in ("model", "questions_sha256"):
+        if len({one.get(name) for one in found}) > 1:
+            raise UserError(f"{folder}: results of more than one {name}")
+    found.sort(key=lambda one: (one["variant"] != DENSE, -(one["token_bytes"] or 0)))
+    return {
+        "what": "points of a real model with several KV caches",
+        "model": found[0]["model"],
+        "questions_sha256": found[0]["questions_sha256"],
+        "variants": [
+            {name: value for name, value in one.items() if name not in ("model", "what")}
+            for one in found
+        ],
+    }
+
+
+def scores_of(variant: dict[str, Any]) -> dict[Cell, list[float]]:
+    """Scores by task and length."""
+    return {(cell["task"], cell["length"]): cell["scores"] for cell in variant["cells"]}
+
+
+def shared_cells(variants: Sequence[dict[str, Any]]) -> list[Cell]:
+    """Tasks and lengths that all were asked.
+
+    Raises:
+        UserError: there are none.
+    """
+    cells = set.intersection(*(set(scores_of(one)) for one in variants))
+    if not cells:
+        raise UserError("the variants have no task and length in common")
+    return sorted(cells, key=lambda cell: (cell[1], cell[0]))
+
+
+def points(variant: dict[str, Any], cells: Sequence[Cell]) -> Estimate:
+    """Mean score of all questions, of 100."""
+    scores = [100 * score for cell in cells for score in scores_of(variant)[cell]]
+    return ratio_estimate(scores, [1.0] * len(scores))
+
+
+def lost(variant: dict[str, Any], dense: dict[str, Any], cells: Sequence[Cell]) -> Estimate:
+    """Points that dense has on the same questions and the variant has not."""
+    mine, its = scores_of(variant), scores_of(dense)
+    gaps = [
+        100 * (right - got)
+        for cell in cells
+        for right, got in zip(its[cell], mine[cell], strict=True)
+    ]
+    return ratio_estimate(gaps, [1.0] * len(gaps))
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the table."""
+    variants = results["variants"]
+    cells = shared_cells(variants)
+    lengths = sorted({length for _, length in cells})
+    table = Table("", "bytes", "x", "points", "lost")
+    for length in lengths:
+        table.add_column(f"{length:,}", justify="right")
+    dense = next((one for one in variants if one["variant"] == DENSE), None)
+    for one in variants:
+        size, ratio = one["token_bytes"], None
+        if size and dense:
+            ratio = dense["token_bytes"] / size
+        row = [one["variant"], _number(size, ",.0f"), _number(ratio, ".1f")]
+        row.append(_with_interval(points(one, cells)))
+        row.append("-" if dense in (one, None) else _with_interval(lost(one, dense, cells)))
+        for length in lengths:
+            row.append(f"{points(one, [cell for cell in cells if cell[1] == length]).value:.1f}")
+        table.add_row(*row)
+    questions = sum(len(scores_of(variants[0])[cell]) for cell in cells)
+    Console(width=140).print(table, f"{results['model']}: {questions:,} questions each")
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Points over bytes, with intervals.
+
+    Raises:
+        UserError: the picture cannot be made.
+    """
+    from vllm_leank.mask.pictures import check_picture, save_figure
+
+    check_picture(path)
+    from matplotlib.figure import Figure
+
+    cells = shared_cells(results["variants"])
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for one in results["variants"]:
+        if one["token_bytes"] is None:
+            continue
+        found = points(one, cells)
+        low = found.value - (found.value if found.low is None else found.low)
+        high = (found.value if found.high is None else found.high) - found.value
+        ours = one["engine_args"].get("attention_backend") == "leank"
+        axes.errorbar(
+            one["token_bytes"] / 1024, found.value, yerr=[[max(low, 0)], [max(high, 0)]],
+            fmt="o" if ours else "s", color="C0" if ours else "C1", capsize=3,
+        )  # fmt: skip
+        axes.annotate(
+            one["variant"], (one["token_bytes"] / 1024, found.value), fontsize="small",
+            xytext=(6, 4), textcoords="offset points",
+        )  # fmt: skip
+    axes.set(xscale="log", xlabel="KiB of a far token, all layers", ylabel="points of 100")
+    axes.set_title(results["model"], fontsize="medium")
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _with_interval(one: Estimate) -> str:
+    if one.low is None or one.high is None:
+        return f"{one.value:.1f}"
+    return f"{one.value:.1f} ({one.low:.1f} to {one.high:.1f})"
+
+
+def main() -> None:
+    """Show, save and draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="what real.study wrote")
+    parser.add_argument("--out", type=Path, help="one JSON file of all")
+    parser.add_argument("--picture", type=Path, help="a PNG, SVG or PDF file; needs matplotlib")
+    args = parser.parse_args()
+    try:
+        results = merged(args.folder)
+        show(results)
+        if args.out:
+            save_results(results, args.out)
+        if args.picture:
+            draw(results, args.picture)
+    except (UserError, ValueError, KeyError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

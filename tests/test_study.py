@@ -1,0 +1,141 @@
+"""The study of real models: its questions, their scores, runs that go on, and the table."""
+
+import gzip
+import json
+
+import pytest
+from real import study_table
+from real.questions import Question, load_questions, save_questions
+from real.served import check_words
+from real.study_engine import cells_of, earlier_results
+from real.study_table import lost, merged, points, shared_cells
+from real.text_questions import ask_code, ask_document
+
+from vllm_leank.errors import UserError
+
+CODE = '''
+def opened(path):
+    """Give what the file at the path holds."""
+    return path
+
+def closed(path):
+    """Give what the file at the path holds."""
+
+def renamed_twice(path, other):
+    """Move a file to another place, and back again.
+
+    More.
+    """
+    return other
+'''
+
+
+def test_functions_are_asked_by_docstrings_that_stand_once():
+    assert ask_code(CODE, len(CODE)) == [
+        (
+            'Which function above has the docstring that begins with "Move a file to another '
+            'place, and back again."? Answer with its name only.',
+            "renamed_twice",
+        )
+    ]
+    assert ask_code(CODE, 100) == []
+    assert ask_code(CODE + "renamed_twice()", len(CODE)) == []
+
+
+def test_sentences_are_asked_by_words_that_stand_once():
+    sentence = "The keeper of the old lighthouse wrote every evening into his book what ships"
+    text = f"It rained. {sentence} had gone by. He slept. "
+    question, answer = ask_document(text, len(text))[0]
+    assert '"The keeper of the old lighthouse wrote every"' in question
+    assert answer == "evening into his book what"
+    assert ask_document(text + text, len(text)) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"), [("it is KGXMX and abc", 1.0), ("ABC.", 0.5), ("kgx mx", 0.0)]
+)
+def test_the_score_is_the_share_of_references_found(answer, score):
+    assert Question("ruler_vt", 1024, "", ("Kgxmx", "ABC"), 30).score(answer) == score
+
+
+def test_a_file_of_questions_is_read_as_it_was_written(tmp_path):
+    questions = [
+        Question("b", 2048, "long\n", ("x",), 8),
+        Question("a", 1024, "ü", ("y", "z"), 9),
+        Question("b", 1024, "1", ("x",), 8),
+        Question("b", 1024, "2", ("x",), 8),
+    ]
+    first, second = tmp_path / "1.gz", tmp_path / "2.gz"
+    save_questions(questions, first)
+    save_questions(questions, second)
+    read, digest = load_questions(first)
+    assert read == questions
+    assert load_questions(second)[1] == digest
+    assert list(cells_of(read, 1)) == [("a", 1024), ("b", 1024), ("b", 2048)]
+    assert [one.prompt for one in cells_of(read, None)["b", 1024]] == ["1", "2"]
+
+
+@pytest.mark.parametrize("content", [b"no gzip", b"[1]\n", b'{"task": "a"}\n', b""])
+def test_another_file_is_refused(tmp_path, content):
+    path = tmp_path / "questions.gz"
+    path.write_bytes(content if content == b"no gzip" else gzip.compress(content))
+    with pytest.raises(UserError, match=r"no file of questions|no questions"):
+        load_questions(path)
+
+
+def result(name, bytes_, scores, **changed):
+    cells = [
+        {"task": task, "length": length, "scores": one} for (task, length), one in scores.items()
+    ]
+    return {
+        "variant": name, "model": "m", "engine_args": {}, "questions_sha256": "0",
+        "token_bytes": bytes_, "cells": cells,
+    } | changed  # fmt: skip
+
+
+def test_a_stopped_run_goes_on_and_no_other(tmp_path):
+    path = tmp_path / "dense.json"
+    run = result("dense", 100, {}) | {"questions": "q", "results": "r"}
+    fresh = earlier_results(run, path)
+    assert fresh["cells"] == []
+    assert "questions" not in fresh
+    path.write_text(json.dumps(result("dense", 100, {("a", 1): [1.0]})))
+    assert len(earlier_results(run, path)["cells"]) == 1
+    with pytest.raises(UserError, match="made with another engine_args, questions_sha256"):
+        earlier_results(run | {"engine_args": {"seed": 1}, "questions_sha256": "1"}, path)
+
+
+def test_points_are_of_the_questions_that_all_were_asked(tmp_path, capsys):
+    dense = {("a", 1024): [1.0, 1.0], ("b", 1024): [1.0, 0.5], ("b", 2048): [0.0, 0.0]}
+    small = {("b", 1024): [0.5, 0.5], ("a", 1024): [1.0, 0.0]}
+    for one in (result("small", 25, small), result("dense", 100, dense)):
+        (tmp_path / f"{one['variant']}.json").write_text(json.dumps(one))
+    found = merged(tmp_path)
+    first, second = found["variants"]
+    assert first["variant"] == "dense"
+    cells = shared_cells(found["variants"])
+    assert cells == [("a", 1024), ("b", 1024)]
+    assert points(first, cells).value == pytest.approx(87.5)
+    assert points(second, cells).value == pytest.approx(50)
+    assert lost(second, first, cells).value == pytest.approx(37.5)
+    study_table.show(found)
+    assert "4.0" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    study_table.draw(found, tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_of_different_runs_make_no_table(tmp_path):
+    with pytest.raises(UserError, match="no results"):
+        merged(tmp_path)
+    for name, digest in (("a", "0"), ("b", "1")):
+        one = result(name, 1, {}, questions_sha256=digest)
+        (tmp_path / f"{name}.json").write_text(json.dumps(one))
+    with pytest.raises(UserError, match="more than one questions_sha256"):
+        merged(tmp_path)
+
+
+def test_two_variants_with_the_results_file_of_one_are_refused():
+    check_words(["dense", "a/2bit.yaml", "4bit.yaml"])
+    with pytest.raises(UserError, match="2bit twice"):
+        check_words(["a/2bit.yaml", "b/2bit.yaml"])
