@@ -5,6 +5,7 @@ import json
 
 import pytest
 from real import study_table
+from real.long_text import ends_in_loop, prompts, said_before, summary
 from real.questions import Question, load_questions, save_questions
 from real.served import check_words
 from real.study_engine import cells_of, earlier_results
@@ -139,3 +140,17 @@ def test_two_variants_with_the_results_file_of_one_are_refused():
     check_words(["dense", "a/2bit.yaml", "4bit.yaml"])
     with pytest.raises(UserError, match="2bit twice"):
         check_words(["a/2bit.yaml", "b/2bit.yaml"])
+
+
+def test_loops_are_told_from_text():
+    text = list(range(1000))
+    assert not ends_in_loop(text)
+    assert ends_in_loop(text + [7, 8, 9] * 64)
+    assert not ends_in_loop(text + [7, 8, 9] * 63)
+    assert ends_in_loop(list(range(64)) * 3)
+    assert not ends_in_loop(list(range(65)) * 3)
+    assert said_before(text) == 0
+    assert said_before([1] * 103) == pytest.approx(0.99)
+    told = summary([text, text + [5] * 1000])
+    assert (told["loops"], told["mean_tokens"], told["answers"]) == (1, 1500, 2)
+    assert len(set(prompts())) == 50
