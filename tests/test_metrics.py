@@ -16,11 +16,11 @@ load_general_plugins()
 
 @pytest.fixture
 def publish(tiny_llama_dir, tmp_path):
-    """Give a function that starts vLLM's metrics for a server of 1,000 blocks."""
+    """Give a function that starts vLLM's metrics for a server with engines of 1,000 blocks."""
     mask = random_mask(tiny_llama_dir, [32, 0])
     save_mask(mask, tmp_path / "mask.yaml")
 
-    def start(backend="leank", **options):
+    def start(backend="leank", engines=1, **options):
         given = {"leank": {"mask": str(tmp_path / "mask.yaml"), **options}}
         config = EngineArgs(
             model=str(tiny_llama_dir),
@@ -30,8 +30,9 @@ def publish(tiny_llama_dir, tmp_path):
             skip_tokenizer_init=True,
             max_model_len=8192,
         ).create_engine_config()
-        config.cache_config.num_gpu_blocks = 1000
-        PrometheusStatLogger(config).log_engine_initialized()
+        # As vLLM's client of several engines sets it: to the blocks of all.
+        config.cache_config.num_gpu_blocks = 1000 * engines
+        PrometheusStatLogger(config, list(range(engines))).log_engine_initialized()
         return config
 
     yield start
@@ -68,15 +69,25 @@ def test_gauges_of_a_server(publish):
         "archive_dtype": "auto",
         "prefill": "exact",
     }
-    assert value("cache_bytes") == 1000 * plan.block_bytes
+    assert value("cache_bytes", engine="0") == 1000 * plan.block_bytes
     assert value("far_token_bytes", cache="leank") == plan.archive_token_bytes
     assert value("far_token_bytes", cache="dense") == plan.dense_token_bytes
     for phase, blocks in [
         ("decode", plan.blocks_in_decode(window, 8192)),
         ("prefill", plan.blocks_in_prefill(window, 8192)),
     ]:
-        assert value("request_capacity", cache="leank", phase=phase) == 1000 / blocks
-    assert value("request_capacity", cache="dense", phase="decode") > 0
+        assert value("request_capacity", cache="leank", phase=phase, engine="0") == 1000 / blocks
+    assert value("request_capacity", cache="dense", phase="decode", engine="0") > 0
+
+
+def test_each_data_parallel_engine_has_its_own_cache(publish):
+    """What one engine has, not the sum of all, as vLLM's config says it."""
+    settings = load_settings(publish(engines=2))
+    blocks = settings.plan.blocks_in_decode(settings.window, 8192)
+    for engine in "01":
+        assert value("cache_bytes", engine=engine) == 1000 * settings.plan.block_bytes
+        fit = value("request_capacity", cache="leank", phase="decode", engine=engine)
+        assert fit == 1000 / blocks
 
 
 def test_a_second_server_replaces_the_gauges_of_the_first(publish):

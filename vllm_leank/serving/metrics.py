@@ -45,14 +45,21 @@ def publish(vllm_config: "VllmConfig", stat_logger: Any) -> Observe:
             made.labels(**own, **labels).set(value)
 
     plan = settings.plan
-    pool = (vllm_config.cache_config.num_gpu_blocks or 0) * plan.block_bytes
+    engines = [{"engine": str(index)} for index in stat_logger.engine_indexes]
+    # vLLM adds up the blocks of all data-parallel replicas.
+    blocks = (vllm_config.cache_config.num_gpu_blocks or 0) // len(engines)
+    pool = blocks * plan.block_bytes
     length = model.max_model_len
     caches = {
         "leank": leank_capacity(plan, settings.window, pool, length, in_flight_tokens(vllm_config)),
         "dense": dense_capacity(plan, pool, length),
     }
     gauge("mask_info", "The mask and the window in use.", [(_info(settings), 1)])
-    gauge("cache_bytes", "Bytes of the KV cache on each tensor-parallel rank.", [({}, pool)])
+    gauge(
+        "cache_bytes",
+        "Bytes of the KV cache on each tensor-parallel rank of an engine.",
+        [(engine, pool) for engine in engines],
+    )
     gauge(
         "far_token_bytes",
         "Bytes of a token outside the dense window on each rank, with leank and without it.",
@@ -60,8 +67,13 @@ def publish(vllm_config: "VllmConfig", stat_logger: Any) -> Observe:
     )
     gauge(
         "request_capacity",
-        "Requests of the longest length that the cache holds, with leank and without it.",
-        [entry for name, cache in caches.items() for entry in _capacity(name, cache)],
+        "Requests of the longest length that an engine's cache holds, with leank and without it.",
+        [
+            ({**engine, **labels}, value)
+            for engine in engines
+            for name, cache in caches.items()
+            for labels, value in _capacity(name, cache)
+        ],
     )
     return _usage(own, stat_logger)
 
