@@ -1,6 +1,9 @@
 """Several workers: heads or layers split among processes, equal tokens."""
 
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 from archive_definition import plan_of
@@ -75,6 +78,57 @@ def test_prefix_hits_and_preemption_on_two_ranks(split):
     """A pool of little more than one request, and prompts that share their beginnings."""
     tight = {"enable_prefix_caching": True, "num_gpu_blocks_override": 60}
     assert_same(split(tensor_parallel_size=2, **tight), answers(), 1e-3)
+
+
+RAY_PLATFORM = """
+from vllm.platforms.cpu import CpuPlatform
+
+class RayCpuPlatform(CpuPlatform):
+    ray_device_key = "GPU"
+
+    @classmethod
+    def device_control_id_to_physical_device_id(cls, device_id):
+        return int(device_id)
+
+def register():
+    return "ray_platform.RayCpuPlatform"
+"""
+"""vLLM's CPU platform does not say what its workers are called in Ray; that is all it lacks there."""
+
+
+@pytest.mark.engine
+@every_split
+def test_two_ranks_in_ray_answer_like_one(tmp_path):
+    """In a process of its own, and in Ray's: the platform comes as a plugin, as vLLM has them."""
+    pytest.importorskip("ray", reason="needs ray: pip install ray")
+    (tmp_path / "ray_platform.py").write_text(RAY_PLATFORM)
+    entry_points = "[vllm.platform_plugins]\nray_cpu = ray_platform:register\n"
+    (tmp_path / "ray_platform-1.dist-info").mkdir()
+    (tmp_path / "ray_platform-1.dist-info/METADATA").write_text("Name: ray-platform\nVersion: 1\n")
+    (tmp_path / "ray_platform-1.dist-info/entry_points.txt").write_text(entry_points)
+    script = f"""
+import json, sys
+import ray
+sys.path[:0] = {sys.path!r}
+from test_parallel import answers
+if __name__ == "__main__":
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=100 << 20)
+    found = answers(tensor_parallel_size=2, distributed_executor_backend="ray")
+    print("answers", json.dumps(found))
+"""
+    (tmp_path / "run.py").write_text(script)
+    added = {"PYTHONPATH": str(tmp_path), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "run.py"],
+        capture_output=True,
+        text=True,
+        env=os.environ | added,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = (one for one in done.stdout.splitlines() if one.startswith("answers "))
+    found = [tuple(one) for one in json.loads(line.removeprefix("answers "))]
+    assert "RayWorkerProc" in done.stdout + done.stderr
+    assert_same(found, answers(), 1e-3)
 
 
 @pytest.mark.parametrize(
