@@ -93,7 +93,7 @@ class RayCpuPlatform(CpuPlatform):
 def register():
     return "ray_platform.RayCpuPlatform"
 """
-"""vLLM's CPU platform does not say what its workers are called in Ray; that is all it lacks there."""
+"""vLLM's CPU platform lacks one thing for Ray: what its devices are called there."""
 
 
 @pytest.mark.engine

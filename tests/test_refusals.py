@@ -101,18 +101,9 @@ def test_options(tiny_llama_dir, mask_file, options, message):
 
 FLAGS = {
     "fp8 KV cache": ({"kv_cache_dtype": "fp8"}, "use --kv-cache-dtype bfloat16"),
-    "block size": ({"block_size": 32}, "--block-size follows from the mask: remove the flag"),
     "one kind of layers": (
         {"attention_config": {"backend_per_kind": {"full_attention": "LEANK"}}},
         "remove backend_per_kind",
-    ),
-    "KV connector": (
-        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-        "remove --kv-transfer-config",
-    ),
-    "no hybrid manager": (
-        {"disable_hybrid_kv_cache_manager": True},
-        "remove --disable-hybrid-kv-cache-manager",
     ),
 }
 
@@ -186,6 +177,12 @@ def test_more_drafts_than_are_dense(tiny_llama_dir, mask_file):
         config_of(tiny_llama_dir, options, speculative_config=speculation)
     speculation["num_speculative_tokens"] = 32
     config_of(tiny_llama_dir, options, speculative_config=speculation)
+
+
+def test_another_layout_of_the_cache(tiny_llama_dir, mask_file, monkeypatch):
+    monkeypatch.setattr("vllm.envs.VLLM_KV_CACHE_LAYOUT", "LBNHC", raising=False)
+    with pytest.raises(ValueError, match="pages lie as BLHNC: unset VLLM_KV_CACHE_LAYOUT"):
+        config_of(tiny_llama_dir, {"mask": str(mask_file)})
 
 
 def test_batch_invariant_mode(tiny_llama_dir, mask_file, monkeypatch):
@@ -287,23 +284,6 @@ def test_models(tiny_llama_dir, mask_file, tmp_path, changes, message):
     (model / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match="(?s)" + escape(message)):
         config_of(model, {"mask": str(mask_file)})
-
-
-PARALLEL = {
-    "decode_context_parallel_size": "remove --decode-context-parallel-size",
-    "prefill_context_parallel_size": "remove --prefill-context-parallel-size",
-    "enable_dbo": "remove --enable-dbo",
-}
-
-
-@pytest.mark.parametrize(("setting", "message"), PARALLEL.items(), ids=PARALLEL)
-def test_parallelism(tiny_llama_dir, mask_file, setting, message):
-    """Set on a finished config: on one CPU, vLLM itself would not get as far."""
-    config = config_of(tiny_llama_dir, {"mask": str(mask_file)})
-    assert judge(config)[1] == []
-    setattr(config.parallel_config, setting, 2)
-    (reason,) = judge(config)[1]
-    assert message in reason
 
 
 @pytest.mark.parametrize(

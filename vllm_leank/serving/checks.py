@@ -8,6 +8,7 @@ import vllm.envs as envs
 from vllm_leank.core.formats import find_format
 from vllm_leank.core.options import KEY, OptionError, Options, given_options, read_options
 from vllm_leank.errors import UserError
+from vllm_leank.serving.flags import refused_flags
 from vllm_leank.serving.vllm.backend_name import is_selected
 from vllm_leank.serving.vllm.config import cache_dtype
 from vllm_leank.serving.vllm.draft_model import draft_with, has_draft, is_draft
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU, whatever the archive holds: Ampere."""
+
+LAYOUT = "BLHNC"
+"""How vLLM lays out the cache: blocks outermost."""
 
 DRAFTERS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 """Speculative methods that take their drafts from text, or from a model of its own."""
@@ -140,6 +144,9 @@ def _model(model: "ModelConfig", other: str) -> Iterator[str]:
     if model.is_encoder_decoder:
         yield f"cross and encoder attention are not supported; {other}"
         return
+    if model.is_diffusion:
+        yield f"diffusion language models are not supported; {other}"
+        return
     if model.use_mla:
         yield f"multi-head latent attention (MLA) is not supported; {other}"
         return
@@ -162,7 +169,7 @@ def _model(model: "ModelConfig", other: str) -> Iterator[str]:
 
 
 def _flags(config: "VllmConfig") -> Iterator[str]:
-    cache, parallel = config.cache_config, config.parallel_config
+    cache = config.cache_config
     if config.attention_config.backend_per_kind:
         yield (
             "it serves all layers or none: remove backend_per_kind from --attention-config and "
@@ -173,20 +180,11 @@ def _flags(config: "VllmConfig") -> Iterator[str]:
         own = str(config.model_config.dtype).removeprefix("torch.")
         flag = "remove the flag" if own == "float32" else f"use --kv-cache-dtype {own}"
         yield f"a KV cache of another dtype than the model's ({asked}) is not supported: {flag}"
-    if cache.user_specified_block_size:
-        yield "--block-size follows from the mask: remove the flag"
     if config.speculative_config is not None:
         yield from _speculation(config)
-    if config.kv_transfer_config is not None:
-        yield "KV connectors are not supported: remove --kv-transfer-config"
-    if parallel.decode_context_parallel_size > 1:
-        yield "decode context parallelism is not supported: remove --decode-context-parallel-size"
-    if parallel.prefill_context_parallel_size > 1:
-        yield "prefill context parallelism is not supported: remove --prefill-context-parallel-size"
-    if parallel.enable_dbo:
-        yield "dual batch overlap is not supported: remove --enable-dbo"
-    if config.scheduler_config.disable_hybrid_kv_cache_manager:
-        yield "it has two cache groups: remove --disable-hybrid-kv-cache-manager"
+    yield from refused_flags(config)
+    if envs.VLLM_KV_CACHE_LAYOUT not in (None, LAYOUT):
+        yield f"its pages lie as {LAYOUT}: unset VLLM_KV_CACHE_LAYOUT"
     if envs.VLLM_BATCH_INVARIANT:
         yield "batch-invariant mode is not supported: unset VLLM_BATCH_INVARIANT"
 
