@@ -278,6 +278,13 @@ MUTATIONS = (
         "test_plugin.py",
     ),
     Mutation(
+        "a plugin that could not be set up lets its options pass",
+        "serving/plugin.py",
+        '        refuse_options("leank", error)\n',
+        "        refuse_options\n",
+        "test_plugin.py",
+    ),
+    Mutation(
         "the plugin leaves vLLM's choice of a backend as it is",
         "serving/vllm/platform.py",
         "    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)\n",

@@ -152,27 +152,39 @@ def test_another_vllm_refuses_leank_and_nothing_else():
         assert "9.1.0 is installed" in line
 
 
-@pytest.mark.parametrize("part", ["versions.vllm_version", "platform.hook_platform"])
-def test_a_plugin_that_cannot_be_set_up_says_so_and_leank_cannot_be_chosen(part):
+BREAK = {
+    "the hook": "from vllm_leank.serving.vllm import platform; platform.hook_platform = None",
+    "an import": "sys.modules['vllm_leank.serving.checks'] = None",
+}
+
+
+@pytest.mark.parametrize("broken", BREAK.values(), ids=BREAK)
+def test_a_plugin_that_cannot_be_set_up_serves_nobody_who_asks_for_leank(broken):
+    """Neither by its name, which is not known, nor by its options; plain vLLM is as it was."""
     printed = run(
         f"""
-        import logging
-        logging.basicConfig(format="%(name)s %(message)s", stream=__import__("sys").stdout)
-        from vllm_leank.serving.vllm import platform, versions
-        {part} = lambda *_: 1 / 0
+        import logging, sys
+        logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout)
+        {broken}
         """,
         REGISTER,
         """
         from vllm.config import AttentionConfig, VllmConfig
         options = {"leank": {"sink": 32}}
+        VllmConfig(additional_config={"other": 1})
+        for chosen in ({"attention_config": AttentionConfig(backend="FLASH_ATTN")}, {}):
+            try:
+                VllmConfig(additional_config=options, **chosen)
+            except Exception as error:
+                print("config:", str(error).replace("\\n", " "))
         try:
-            VllmConfig(
-                attention_config=AttentionConfig(backend="leank"), additional_config=options
-            )
+            AttentionConfig(backend="leank")
         except Exception as error:
-            print("config:", str(error).replace("\\n", " "))
+            print("name:", str(error).replace("\\n", " "))
         """,
     )
     assert "--attention-backend leank will not be known" in printed
-    assert "ZeroDivisionError" in printed
+    told = [line for line in printed.splitlines() if line.startswith("config:")]
+    assert len(told) == 2
+    assert all("leank options are given, but vllm-leank could not be set up" in one for one in told)
     assert "Unknown attention backend: 'LEANK'" in printed.splitlines()[-1]

@@ -156,7 +156,8 @@ WORKS = {
         --enable-trace-replay --skip-tokenizer-init --enable-prompt-embeds --served-model-name
         --config-format --hf-token --hf-overrides --model-class-overrides --generation-config
         --override-generation-config --enable-sleep-mode --sleep-mode-backend
-        --sleep-mode-offload-cudagraph --sleep-preserve-parameter-names --enable-cumem-allocator --enable-nccl-comm-suspend
+        --sleep-mode-offload-cudagraph --sleep-preserve-parameter-names
+        --enable-cumem-allocator --enable-nccl-comm-suspend
         --model-impl --logits-processors --io-processor-plugin --renderer-num-workers
         --load-format --download-dir --safetensors-load-strategy
         --safetensors-prefetch-num-threads --safetensors-prefetch-block-size

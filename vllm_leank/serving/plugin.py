@@ -8,14 +8,25 @@ def register() -> None:
     """Make `--attention-backend leank` known to vLLM.
 
     Never raises, may be called again, and imports nothing heavy beyond what vLLM has loaded. With
-    a vLLM outside the supported range, leank stays selectable, and selecting it says so.
+    a vLLM outside the supported range, leank stays selectable, and selecting it says so. Where leank
+    cannot be set up, its options end startup: what was meant to have leank must not serve without.
     """
     try:
         _register()
-    except Exception:
+    except Exception as error:
         logging.getLogger("vllm.leank").exception(
             "vllm-leank could not be set up; --attention-backend leank will not be known"
         )
+        _refuse_options(error)
+
+
+def _refuse_options(error: Exception) -> None:
+    try:
+        from vllm_leank.serving.vllm.broken_plugin import refuse_options
+
+        refuse_options("leank", error)
+    except Exception:
+        logging.getLogger("vllm.leank").exception("leank's options cannot be refused either")
 
 
 def load_backend(name: str) -> Any:
