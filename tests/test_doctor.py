@@ -19,6 +19,7 @@ from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.serving.environment import environment
 from vllm_leank.serving.serve_line import _pool, examine
 from vllm_leank.serving.vllm import backend_name, versions
+from vllm_leank.version import __version__
 
 load_general_plugins()
 
@@ -43,6 +44,17 @@ def test_everything_is_in_place_here():
     assert facts["vllm"].value.startswith(("0.32", "0.33"))
     assert facts["plugin"].value == "vllm_leank.serving.plugin:register"
     assert facts["backend"].value == "LEANK"
+
+
+def test_two_copies_of_the_package(repo, tmp_path, monkeypatch):
+    """One of which, say of an older wheel, hides the other, whichever comes first."""
+    facts = {fact.name: fact for fact in environment()}
+    assert facts["vllm-leank"].value == f"{__version__}, {repo / 'vllm_leank'}"
+    (tmp_path / "vllm_leank").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert problem_of("vllm-leank") is None  # an empty folder is no package
+    (tmp_path / "vllm_leank/__init__.py").touch()
+    assert f"there is another copy: {tmp_path / 'vllm_leank'}" in problem_of("vllm-leank")
 
 
 def problem_of(name):

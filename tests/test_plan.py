@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 import typer
@@ -57,6 +58,24 @@ def test_plan_says_what_a_server_says(recall):
     ]
     assert round(engines["leank"]["ratio_in_decode"], 2) == 2.31
     assert engines["leank"]["in_prefill"] < engines["vLLM"]["in_prefill"] == pytest.approx(21.17, 1)
+
+
+def test_plan_says_what_steps_in_flight_take(recall):
+    """Of prompts that are read pruned, and with how many tokens of a step more would fit."""
+    args = ["--kv-cache-memory", "1GiB", "--max-model-len", 32768, "--prefill", "pruned"]
+    step = "--max-num-batched-tokens"
+    _, many, _ = recall(*args, step, 8192)
+    _, few, _ = recall(*args, step, 1024)
+    assert "tokens dense, as --max-num-batched-tokens 8,192 puts up to 16,384 in flight" in many
+    fit, advised, more = re.search(
+        r"leank: ([\d.]+) requests.*; with --max-num-batched-tokens (\d+), ([\d.]+) fit", many
+    ).groups()
+    _, out, _ = recall(*args, step, advised, "--json")
+    in_prefill = {one["name"]: one["in_prefill"] for one in json.loads(out)["engines"]}["leank"]
+    assert float(more) == round(in_prefill, 1) > 1.5 * float(fit)
+    assert "in flight" in few
+    assert "; with --max-num-batched-tokens" not in few
+    assert "in flight" not in recall(*args[:4])[1]
 
 
 def test_the_help_knows_the_longest_request_of_the_startup_report(leank):

@@ -14,6 +14,7 @@ from vllm_leank.core.capacity import (
     UTILIZATION,
     compare,
     estimate_pool,
+    pruned_prefill,
 )
 from vllm_leank.errors import UserError
 
@@ -206,6 +207,10 @@ def _print(settings: "Settings", facts: dict[str, Any], as_json: bool) -> None:
     console = Console(highlight=False)
     console.print(_sentence(facts), markup=False)
     console.print(capacity_table(capacities, length))
+    if not settings.window.exact:
+        step = facts["max_num_batched_tokens"]
+        told = pruned_prefill(settings.plan, settings.window, pool, length, step, STEPS_AT_ONCE)
+        console.print(f"leank: {told}", soft_wrap=True)
     if too_long := what_does_not_fit(capacities):
         console.print(too_long)
 

@@ -21,6 +21,9 @@ BATCHED_TOKENS = 8192
 EIGHT_BIT_CACHE = "fp8"
 """What vLLM's flag `--kv-cache-dtype` calls its own cache of 8-bit floats."""
 
+LEAST_STEP = 512
+"""Tokens of a step below which prompts are computed slowly; fewer are not advised."""
+
 STEPS_AT_ONCE = 2
 """Steps of a server that overlap, without pipeline parallelism."""
 
@@ -99,6 +102,34 @@ def compare(
             for one in formats_for(plan.profiles)
         },
     }
+
+
+def pruned_prefill(
+    plan: CachePlan, window: Window, pool_bytes: int, length: int, step_tokens: int, steps: int
+) -> str:
+    """A sentence part on prompts of `length` tokens that are read pruned: how many fit while they
+    are computed, what the tokens in flight take of that, and what to set where it is much.
+
+    Tokens that are scheduled and not yet computed are dense, in every request that vLLM counts: up
+    to `steps` steps of `step_tokens`, vLLM's `--max-num-batched-tokens`.
+    """
+
+    def fitting(tokens: int) -> float:
+        return leank_capacity(plan, window, pool_bytes, length, steps * tokens).in_prefill
+
+    dense = window.most_dense(length, steps * step_tokens)
+    said = (
+        f"{fitting(step_tokens):,.1f} requests of {length:,} tokens fit while prompts are "
+        f"computed, which vLLM's own line counts: each may hold {dense:,} tokens dense, as --max-num-batched-tokens "
+        f"{step_tokens:,} puts up to {steps * step_tokens:,} in flight"
+    )
+    halves = (1 << exponent for exponent in range((step_tokens - 1).bit_length() - 1, 0, -1))
+    fewer = [tokens for tokens in halves if tokens >= LEAST_STEP]
+    enough = 0.8 * fitting(LEAST_STEP)
+    if not fewer or fitting(step_tokens) >= enough:
+        return said
+    advised = next(tokens for tokens in fewer if fitting(tokens) >= enough)
+    return f"{said}; with --max-num-batched-tokens {advised}, {fitting(advised):,.1f} fit"
 
 
 def estimate_pool(

@@ -4,9 +4,12 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import vllm_leank
 from vllm_leank.serving.vllm import backend_name, versions
 from vllm_leank.version import __version__
 
@@ -25,7 +28,7 @@ class Fact:
 
 def environment() -> Iterator[Fact]:
     """Versions, device, and whether vLLM finds the plugin and its backend."""
-    yield Fact("vllm-leank", __version__)
+    yield _package()
     yield Fact("python", platform.python_version())
     for name in VERSIONS_OF:
         yield Fact(name, _version(name) or "none")
@@ -42,6 +45,23 @@ def environment() -> Iterator[Fact]:
 def problems() -> list[str]:
     """What stops leank here, and what to do."""
     return [fact.problem for fact in environment() if fact.problem]
+
+
+def installed_at() -> Path:
+    """The folder of the package that runs."""
+    return Path(vllm_leank.__file__).resolve().parent
+
+
+def _package() -> Fact:
+    """Which copy of the package runs: another one on the path may be what vLLM finds next time."""
+    here = installed_at()
+    found = (Path(entry or ".").resolve() / here.name for entry in sys.path)
+    others = {one.resolve() for one in found if (one / "__init__.py").is_file()} - {here}
+    value = f"{__version__}, {here}"
+    if others:
+        named = ", ".join(sorted(map(str, others)))
+        return Fact("vllm-leank", value, f"there is another copy: {named}; remove one of them")
+    return Fact("vllm-leank", value)
 
 
 def _version(name: str) -> str | None:

@@ -8,7 +8,7 @@ def register() -> None:
     """Make `--attention-backend leank` known to vLLM.
 
     Never raises, may be called again, and imports nothing heavy beyond what vLLM has loaded. With
-    a vLLM outside the supported range, leank stays selectable, and selecting it says so. Where leank
+    a vLLM outside the supported range, leank stays selectable, and selecting it says so. Where it
     cannot be set up, its options end startup: what was meant to have leank must not serve without.
     """
     try:

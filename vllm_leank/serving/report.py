@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from vllm_leank.core.capacity import dense_capacity, leank_capacity
+from vllm_leank.core.capacity import dense_capacity, leank_capacity, pruned_prefill
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.settings import Settings
+from vllm_leank.serving.environment import installed_at
 from vllm_leank.serving.settings import load_settings
 from vllm_leank.serving.vllm.config import in_flight_tokens
+from vllm_leank.version import __version__
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -33,8 +35,17 @@ def log_capacity(vllm_config: "VllmConfig", num_blocks: int) -> None:
     is_trial = num_blocks < needed
     if is_trial or vllm_config.parallel_config.rank != 0:
         return
-    for line in report(settings, num_blocks, min(LONG_REQUEST, longest)):
+    logger.info("leank version: %s, %s", __version__, installed_at())
+    length = min(LONG_REQUEST, longest)
+    for line in report(settings, num_blocks, length):
         logger.info("%s", line)
+    if not settings.window.exact:
+        step = vllm_config.scheduler_config.max_num_batched_tokens
+        pool = num_blocks * settings.plan.block_bytes
+        prefill = pruned_prefill(
+            settings.plan, settings.window, pool, length, step, in_flight // step
+        )
+        logger.info("leank capacity: %s", prefill)
     if warning := beyond_calibration(settings.mask, longest):
         logger.warning("%s", warning)
 
