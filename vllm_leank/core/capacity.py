@@ -120,8 +120,8 @@ def pruned_prefill(
     dense = window.most_dense(length, steps * step_tokens)
     said = (
         f"{fitting(step_tokens):,.1f} requests of {length:,} tokens fit while prompts are "
-        f"computed, which vLLM's own line counts: each may hold {dense:,} tokens dense, as --max-num-batched-tokens "
-        f"{step_tokens:,} puts up to {steps * step_tokens:,} in flight"
+        f"computed, which vLLM's own line counts: each may hold {dense:,} tokens dense, as "
+        f"--max-num-batched-tokens {step_tokens:,} puts up to {steps * step_tokens:,} in flight"
     )
     halves = (1 << exponent for exponent in range((step_tokens - 1).bit_length() - 1, 0, -1))
     fewer = [tokens for tokens in halves if tokens >= LEAST_STEP]
