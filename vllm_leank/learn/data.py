@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_leank.core.bounded import read_bounded
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
@@ -21,6 +22,9 @@ from vllm_leank.offline.prompts import Sample, read_samples
 from vllm_leank.offline.tasks import Task, essay_pieces, multivalue, retrieval
 
 Source = Callable[[int], Sample]
+
+MAX_TEXT = 64 << 20
+"""Bytes of a file of prose."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,19 @@ class Data:
         if self.file is not None:
             if self.text is not None:
                 raise UserError("--text is for generated samples; --data brings its own")
+            digest = hashlib.sha256()
             samples = read_samples(
                 self.file,
                 checkpoint.encode,
                 checkpoint.encode_rest,
                 vocab_size=checkpoint.config.vocab_size,
                 max_tokens=max_tokens,
+                digest=digest,
             )
             far = with_far_tokens(samples, window)
             return Shuffled(far, seed), {
                 "data": self.file.name,
-                "data_sha256": hashlib.sha256(self.file.read_bytes()).hexdigest(),
+                "data_sha256": digest.hexdigest(),
                 "samples": len(far),
                 "too_short": len(samples) - len(far),
                 "max_tokens": max_tokens,
@@ -105,11 +111,9 @@ class Data:
 
 
 def _essay(path: Path) -> tuple[list[str], dict[str, str]]:
+    data = read_bounded(path, MAX_TEXT, "texts")
     try:
-        data = path.read_bytes()
         pieces = essay_pieces(data.decode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text") from error
     if not pieces:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from vllm_leank.core.bounded import read_bounded
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import BitsArray, bits_of_keep
@@ -74,11 +75,12 @@ def compose(
     if joined.statistics is not None and len(masks) > 1:
         provenance["statistics"] = "of the first mask that has them"
     if streaming is not None:
-        heads = read_streaming_heads(streaming, first.geometry, streaming_share)
+        data = read_bounded(streaming, MAX_BYTES, "lists of heads")
+        heads = _streaming_heads(data, streaming, first.geometry, streaming_share)
         joined.k_bits[heads] = joined.v_bits[heads] = 0
         provenance["streaming"] = {
             "file": streaming.name,
-            "sha256": hashlib.sha256(streaming.read_bytes()).hexdigest(),
+            "sha256": hashlib.sha256(data).hexdigest(),
             "heads": int(heads.sum()),
         }
     for layer in dense_layers:
@@ -117,15 +119,14 @@ def read_streaming_heads(path: Path, geometry: Geometry, share: float | None = N
     Raises:
         UserError: the file cannot be read or does not fit the model, or `share` is out of range.
     """
+    data = read_bounded(path, MAX_BYTES, "lists of heads")
+    return _streaming_heads(data, path, geometry, share)
+
+
+def _streaming_heads(data: bytes, path: Path, geometry: Geometry, share: float | None) -> BoolArray:
+    """What `read_streaming_heads` gives, of a file's bytes."""
     if share is not None and not 0 <= share <= 1:
         raise UserError(f"streaming share is {share}; it must lie between 0 and 1")
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{path}: larger than {MAX_BYTES} bytes, the limit for lists of heads")
     try:
         values = parse_tsv(data)
     except ValueError as error:

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.mask.errors import MaskError
+from vllm_leank.mask.errors import MaskError, shortened
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.folders import package_folder, user_folder
 from vllm_leank.mask.mask import Mask
@@ -30,7 +30,7 @@ def resolve_mask(
         MaskError: no mask fits, more than one fits, or the file of `option` is not a valid mask.
     """
     if option is not None:
-        mask = load_mask(Path(option).expanduser())
+        mask = load_mask(_expanded(option))
         if mismatch := mask.geometry.mismatch(geometry):
             raise MaskError(
                 f"was made for {mask.model}, whose geometry is not that of {model}: {mismatch}",
@@ -62,6 +62,14 @@ def resolve_mask(
         f"  leank mask import MASK.pth --model {quoted} --out mask.yaml\n"
         f"  leank mask learn --ratio 0.7 --align 32 --model {quoted} --out mask.yaml"
     )
+
+
+def _expanded(option: str) -> Path:
+    """The path of an option, in which `~` is a home directory."""
+    try:
+        return Path(option).expanduser()
+    except RuntimeError as error:
+        raise MaskError(f"{shortened(option)} names no user's home directory") from error
 
 
 def mask_of_bits(

@@ -14,6 +14,10 @@ _BaseLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 MAX_DEPTH = 32
 MAX_VALUES = 100_000
+MAX_TEXT = 100_000
+"""Characters of one value."""
+MAX_NUMBERS = 10_000
+"""Numbers of a file: slower to read than text, which holds what masks have much of."""
 MAX_NUMBER = 100
 """Characters of a number. Longer ones are slow to read, and no number that anybody means."""
 
@@ -56,24 +60,23 @@ class _Reader:
         self.loader = _BaseLoader(text)
         self.lines: dict[Loc, int] = {}
         self.values = 0
+        self.numbers = 0
 
     def document(self) -> tuple[Any, dict[Loc, int]]:
         self.loader.get_event()  # StreamStart
         if self.loader.check_event(yaml.StreamEndEvent):
             raise YamlError("the file is empty", 1)
         self.loader.get_event()  # DocumentStart
-        value = self.node(())
+        value = self.node(self.loader.get_event(), ())
         self.loader.get_event()  # DocumentEnd
         if not self.loader.check_event(yaml.StreamEndEvent):
-            raise YamlError("a second YAML document starts here", self.next_line())
+            line = self.loader.peek_event().start_mark.line + 1
+            raise YamlError("a second YAML document starts here", line)
         return value, self.lines
 
-    def next_line(self) -> int:
-        return self.loader.peek_event().start_mark.line + 1
-
-    def node(self, loc: Loc) -> Any:
-        line = self.next_line()
-        event = self.loader.get_event()
+    def node(self, event: yaml.NodeEvent, loc: Loc) -> Any:
+        """The value that begins with an event."""
+        line = event.start_mark.line + 1
         self.lines.setdefault(loc, line)
         self.values += 1
         if self.values > MAX_VALUES:
@@ -95,28 +98,29 @@ class _Reader:
 
     def mapping(self, loc: Loc) -> dict[str, Any]:
         value: dict[str, Any] = {}
-        while not self.loader.check_event(yaml.MappingEndEvent):
-            line = self.next_line()
-            key = self.node((*loc, "(key)"))
+        while not isinstance(event := self.loader.get_event(), yaml.MappingEndEvent):
+            line = event.start_mark.line + 1
+            key = self.node(event, (*loc, "(key)"))
             del self.lines[(*loc, "(key)")]
             if not isinstance(key, str):
-                raise YamlError(f"key {key!r}: keys must be plain text", line, loc)
+                raise YamlError(f"key {str(key)[:40]}: keys must be plain text", line, loc)
             if key in value:
                 first = self.lines[(*loc, key)]
                 raise YamlError(f"duplicate key, first on line {first}", line, (*loc, key))
             self.lines[(*loc, key)] = line
-            value[key] = self.node((*loc, key))
-        self.loader.get_event()
+            value[key] = self.node(self.loader.get_event(), (*loc, key))
         return value
 
     def sequence(self, loc: Loc) -> list[Any]:
         value: list[Any] = []
-        while not self.loader.check_event(yaml.SequenceEndEvent):
-            value.append(self.node((*loc, len(value))))
-        self.loader.get_event()
+        while not isinstance(event := self.loader.get_event(), yaml.SequenceEndEvent):
+            value.append(self.node(event, (*loc, len(value))))
         return value
 
     def scalar(self, event: yaml.ScalarEvent, line: int, loc: Loc) -> Any:
+        if len(event.value) > MAX_TEXT:
+            reason = f"text of {len(event.value):,} characters; at most {MAX_TEXT:,} are read"
+            raise YamlError(reason, line, loc)
         tag = self.loader.resolve(yaml.ScalarNode, event.value, event.implicit)
         kind = tag.removeprefix("tag:yaml.org,2002:")
         if kind in ("str", "timestamp"):
@@ -125,6 +129,9 @@ class _Reader:
             raise YamlError(f"{event.value!r} is not allowed here", line, loc)
         if kind in ("int", "float"):
             _check_number(event.value, line, loc)
+            self.numbers += 1
+            if self.numbers > MAX_NUMBERS:
+                raise YamlError(f"more than {MAX_NUMBERS:,} numbers", line, loc[:1])
         node = yaml.ScalarNode(tag, event.value)
         try:
             value = self.loader.construct_object(node)

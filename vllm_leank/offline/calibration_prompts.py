@@ -68,17 +68,16 @@ def calibration_prompts(
         UserError: the file cannot be used, or `max_tokens` leaves no far tokens.
     """
     if data is not None:
+        digest = hashlib.sha256()
         ids = read_prompts(
             data,
             checkpoint.encode,
             vocab_size=checkpoint.config.vocab_size,
             max_prompts=count or FROM_DATA,
             max_tokens=max_tokens,
+            digest=digest,
         )
-        source = {
-            "data": data.name,
-            "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
-        }
+        source = {"data": data.name, "data_sha256": digest.hexdigest()}
     else:
         least = least_prompt(window)
         if max_tokens < least:

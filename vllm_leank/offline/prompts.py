@@ -1,13 +1,23 @@
 """Sample prompts, with or without answers, from a JSONL file."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_leank.errors import UserError
+from vllm_leank.mask.errors import shortened
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
 
 Tokenize = Callable[[str], list[int]]
+
+MAX_LINE = 16 << 20
+"""Bytes of a line: more than two million token ids."""
+MAX_FILE = 4 << 30
+"""Bytes of a file."""
 
 
 class Sample(NamedTuple):
@@ -24,20 +34,23 @@ def read_prompts(
     vocab_size: int,
     max_prompts: int,
     max_tokens: int,
+    digest: "Hash | None" = None,
 ) -> list[list[int]]:
     """Token ids of the first `max_prompts` prompts, each cut to its last `max_tokens` tokens.
 
     A line is `{"prompt_token_ids": [1, 2, ...]}` or `{"prompt": "text"}`; other keys (answers, say)
     are not looked at, and blank lines are skipped. The end of a prompt is kept because questions
-    stand there.
+    stand there. `digest` is fed with the whole file, which is read once.
 
     Raises:
         UserError: the file cannot be read, has a bad line, or no prompt.
     """
     prompts: list[list[int]] = []
-    for number, line in _lines(path):
+    for number, line in _lines(path, digest):
         if len(prompts) == max_prompts:
-            break
+            if digest is None:
+                break
+            continue
         try:
             ids = _token_ids(_object(line), "prompt", tokenize, vocab_size)
         except UserError as error:
@@ -57,12 +70,13 @@ def read_samples(
     max_tokens: int,
     max_samples: int | None = None,
     room: int | None = None,
+    digest: "Hash | None" = None,
 ) -> list[Sample]:
     """Prompts with their answers; a prompt is cut at its start to `max_tokens` with the answer.
 
     A line is as in `read_prompts`, with `"answer_token_ids"` or `"answer"` as well.
     `tokenize_answer` gives the tokens of a text that continues another. Only the first
-    `max_samples` are read (None: all).
+    `max_samples` are read (None: all). `digest` is as in `read_prompts`.
 
     With `room`, lines may lack an answer: it is empty then, and the prompt leaves that many tokens.
 
@@ -70,9 +84,11 @@ def read_samples(
         UserError: the file cannot be read, has a bad line (no answer, say), or no sample.
     """
     samples: list[Sample] = []
-    for number, line in _lines(path):
+    for number, line in _lines(path, digest):
         if len(samples) == max_samples:
-            break
+            if digest is None:
+                break
+            continue
         try:
             value = _object(line)
             prompt = _token_ids(value, "prompt", tokenize, vocab_size)
@@ -92,12 +108,23 @@ def read_samples(
     return samples
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers (from 1)."""
+def _lines(path: Path, digest: "Hash | None") -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers (from 1); `digest` gets all of them."""
+    size = 0
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
+        with path.open("rb") as file:
+            for number in itertools.count(1):
+                data = file.readline(MAX_LINE + 1)
+                if not data:
+                    return
+                size += len(data)
+                if len(data) > MAX_LINE:
+                    raise UserError(f"{path}, line {number}: longer than {MAX_LINE} bytes")
+                if size > MAX_FILE:
+                    raise UserError(f"{path}: larger than {MAX_FILE} bytes, the limit for prompts")
+                if digest is not None:
+                    digest.update(data)
+                if line := data.decode().strip():
                     yield number, line
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
@@ -108,8 +135,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _object(line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise UserError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError("not JSON that can be read: nested too deep") from error
+    except ValueError as error:  # of Python itself
+        raise UserError("has a number of thousands of digits") from error
     if not isinstance(value, dict):
         raise UserError("must be an object")
     return value
@@ -123,6 +154,10 @@ def _token_ids(value: dict[str, Any], name: str, tokenize: Tokenize, vocab_size:
     if name in value:
         if not isinstance(value[name], str):
             raise UserError(f'"{name}" must be text')
+        try:
+            value[name].encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f'"{name}" has half of a surrogate pair, which is no text') from error
         ids = tokenize(value[name])
     else:
         ids = value[name_ids]
@@ -132,5 +167,7 @@ def _token_ids(value: dict[str, Any], name: str, tokenize: Tokenize, vocab_size:
         raise UserError(f"the {name} is empty")
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:
-            raise UserError(f"{token!r} is no token id; the vocabulary is 0..{vocab_size - 1}")
+            raise UserError(
+                f"{shortened(token)} is no token id; the vocabulary is 0..{vocab_size - 1}"
+            )
     return ids
