@@ -1,4 +1,4 @@
-"""Inputs that are wrong in some way: masks, options and requests."""
+"""Inputs that are wrong in some way: masks, options, prompts and requests."""
 
 import json
 import random
@@ -64,6 +64,44 @@ def _digit(text, rng):
 
 
 MUTATIONS = (_cut, _flip, _value, _key, _lines, _digit)
+
+
+def large_masks(size):
+    """Texts of so many characters, each of one thing that a reader may be slow or greedy at."""
+    pieces = (
+        "[", "{", "{a: ", "- ", "- 1\n", "- a\n", "a", "1", "1_", "9.", ":2", "#", "'", "? ", "&a ",
+        "---\n", "\t", " ", "\n", "|\n a\n", "\\x41", "'f',", "<<: *a\n", "!!set ", "\u2028",
+    )  # fmt: skip
+    for piece in pieces:
+        for start in ("", "format: leank-mask/2\nlayers:\n- ["):
+            yield start + piece * ((size - len(start)) // len(piece.encode()))
+    yield "".join(f"k{number}: 1\n" for number in range(size // 12))
+
+
+def prompts(count, seed=0):
+    """Prompts files, as bytes, in which at least one line is wrong."""
+    rng = random.Random(seed)
+    good = json.dumps({"prompt_token_ids": [5, 6, 7], "answer_token_ids": [8]})
+    text = json.dumps({"prompt": "one two three", "answer": "four"})
+    wrong = (
+        "{}", "[]", "null", "1", '"a"', "{", "[" * 9999, '{"a":' * 9999, "9" * 9999, "-", "nan",
+        '{"prompt_token_ids": []}', '{"prompt_token_ids": [1.5]}', '{"prompt_token_ids": [-1]}',
+        '{"prompt_token_ids": [true]}', '{"prompt_token_ids": "5"}', '{"prompt_token_ids": {}}',
+        '{"prompt_token_ids": [[5]]}', '{"prompt_token_ids": [NaN]}', '{"prompt_token_ids": null}',
+        '{"prompt_token_ids": [%s]}' % ("9" * 4000), '{"prompt_token_ids": [%s]}' % ("9" * 9999),
+        '{"prompt_token_ids": [1e999]}', '{"prompt": ""}', '{"prompt": 5}', '{"prompt": null}',
+        '{"prompt": ["a"]}', '{"prompt": "\\ud800"}', '{"prompt": "a", "prompt_token_ids": [5]}',
+        '{"Prompt": "a"}', '{"prompt": "a"', "\x00", "\ufeff" + good, "prompt: a",
+        '{"answer": "a"}',
+    )  # fmt: skip
+    for _ in range(count):
+        lines = [rng.choice((good, text, "")) for _ in range(rng.randrange(4))]
+        lines.insert(rng.randint(0, len(lines)), rng.choice(wrong))
+        data = rng.choice(("\n", "\r\n")).join(lines).encode()
+        if rng.random() < 0.2:
+            at = rng.randrange(len(data))
+            data = data[:at] + bytes([rng.choice((0xFF, 0xC0, 0x80))]) + data[at:]
+        yield data
 
 
 def options(count, seed=0):

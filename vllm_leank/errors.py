@@ -1,5 +1,22 @@
 """The one kind of error that is the user's to fix."""
 
+from typing import Any
+
 
 class UserError(ValueError):
-    """Says what is wrong and what to do; command-line tools print it without a traceback."""
+    """Says what is wrong and what to do; command-line tools print it without a traceback.
+
+    Its message can always be printed, whatever bytes a file's name is made of.
+    """
+
+    def __init__(self, *reasons: str) -> None:
+        super().__init__(*(one.encode(errors="backslashreplace").decode() for one in reasons))
+
+
+def shortened(value: Any) -> str:
+    """A value as messages show it, 60 characters at most."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write numbers of thousands of digits
+        return "what has a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."

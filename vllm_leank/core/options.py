@@ -1,5 +1,6 @@
 """The options of `--additional-config '{"leank": {...}}'`."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -7,7 +8,7 @@ import pydantic
 
 from vllm_leank.core.formats import NATIVE, check_format
 from vllm_leank.core.window import check_recent, check_sink
-from vllm_leank.errors import UserError
+from vllm_leank.errors import UserError, shortened
 
 KEY = "leank"
 
@@ -53,8 +54,8 @@ def read_options(additional_config: Any) -> tuple[Options, dict[str, str]]:
     given = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
     if not isinstance(given, Mapping):
         return Options(), {
-            KEY: f'additional_config["{KEY}"] is {given!r}, but must be a mapping of options, '
-            f'for example {{"{KEY}": {{"sink": 64}}}}'
+            KEY: f'additional_config["{KEY}"] is {shortened(given)}, but must be a mapping of '
+            f'options, for example {{"{KEY}": {{"sink": 64}}}}'
         }
     if not all(isinstance(name, str) for name in given):
         return Options(), {KEY: f'additional_config["{KEY}"]: option names must be strings'}
@@ -72,10 +73,10 @@ def given_options(additional_config: Any) -> bool:
 
 
 def _explain(error: Any) -> str:
-    name = ".".join(map(str, error["loc"]))
+    name = ".".join(map(str, error["loc"]))[:60]
     if error["type"] == "value_error":
         return f"leank option {error['ctx']['error']}"
     if error["type"] == "extra_forbidden":
         allowed = ", ".join(Options.model_fields)
-        return f'leank has no option "{name}"; allowed: {allowed}'
-    return f"leank option {name} = {error['input']!r}: {error['msg'].lower()}"
+        return f"leank has no option {json.dumps(name)}; allowed: {allowed}"
+    return f"leank option {name} = {shortened(error['input'])}: {error['msg'].lower()}"

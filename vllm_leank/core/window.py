@@ -21,6 +21,11 @@ which blocks happen to be cached. Nothing else in the project computes a boundar
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_leank.errors import shortened
+
+MOST = 1 << 28
+"""Tokens of sink or recent, at most: kernels count tokens in 32 bits."""
+
 GRANULE = 32
 """Tokens by which the boundary moves: one window page, compacted into the archive at once."""
 
@@ -33,20 +38,26 @@ def check_sink(sink: int) -> int:
     """
     if sink < 0 or sink % GRANULE:
         raise ValueError(
-            f"sink is {sink}, but must be 0 or a multiple of {GRANULE}: "
+            f"sink is {shortened(sink)}, but must be 0 or a multiple of {GRANULE}: "
             f"the first tokens fill whole window pages of {GRANULE}"
         )
-    return sink
+    return _check_most("sink", sink)
 
 
 def check_recent(recent: int) -> int:
     """The number itself, if it can be a window's `recent`; see `check_sink`."""
     if recent < GRANULE:
         raise ValueError(
-            f"recent is {recent}, but must be at least {GRANULE}: "
+            f"recent is {shortened(recent)}, but must be at least {GRANULE}: "
             f"the archive takes tokens in steps of {GRANULE}"
         )
-    return recent
+    return _check_most("recent", recent)
+
+
+def _check_most(name: str, tokens: int) -> int:
+    if tokens > MOST:
+        raise ValueError(f"{name} is {shortened(tokens)}, but must be at most {MOST}")
+    return tokens
 
 
 def whole_pages(sink: int) -> int:

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.pages import MAX_HEAD_DIM
-from vllm_leank.core.window import GRANULE
-from vllm_leank.mask.errors import MaskError, shortened
+from vllm_leank.core.window import GRANULE, MOST
+from vllm_leank.errors import shortened
+from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.strict_yaml import Loc
 
 _MODEL_ID = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})?")
@@ -63,6 +64,10 @@ def check_window(sink: int, recent: int) -> None:
     """Dense tokens that the window rule can have."""
     if sink < 0:
         raise MaskError(f"is {sink}; it must be at least 0", loc=("window", "sink"))
+    for name, tokens in (("sink", sink), ("recent", recent)):
+        if tokens > MOST:
+            reason = f"is {shortened(tokens)}; it must be at most {MOST}"
+            raise MaskError(reason, loc=("window", name))
     if recent < GRANULE:
         raise MaskError(
             f"is {recent}; it must be at least {GRANULE}, the step of compaction",

@@ -1,7 +1,6 @@
 """What is wrong with a mask, and where."""
 
 from pathlib import Path
-from typing import Any
 
 from vllm_leank.errors import UserError
 from vllm_leank.mask.strict_yaml import Loc
@@ -25,12 +24,6 @@ class MaskError(UserError):
         if line is not None:
             place = f"{place}, line {line}" if place else f"line {line}"
         super().__init__(": ".join(part for part in (place, self.key, reason) if part))
-
-
-def shortened(value: Any) -> str:
-    """A value as messages show it, 60 characters at most."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _dotted(loc: Loc) -> str:

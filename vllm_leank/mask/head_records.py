@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_leank.core.geometry import Geometry
+from vllm_leank.errors import shortened
 from vllm_leank.mask.bits import CLASSES, BitsArray
-from vllm_leank.mask.errors import MaskError, shortened
+from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.hex_digits import check_count
 from vllm_leank.mask.statistics import STATISTICS, HalfArray, Statistics
 from vllm_leank.mask.strict_yaml import Loc

@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.mask.errors import MaskError, shortened
+from vllm_leank.errors import shortened
+from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.strict_yaml import Loc
 
 

@@ -9,7 +9,8 @@ import shlex
 from pathlib import Path
 
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.mask.errors import MaskError, shortened
+from vllm_leank.errors import shortened
+from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.folders import package_folder, user_folder
 from vllm_leank.mask.mask import Mask

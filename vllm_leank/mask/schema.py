@@ -4,7 +4,8 @@ from typing import Any
 
 import pydantic
 
-from vllm_leank.mask.errors import MaskError, shortened
+from vllm_leank.errors import shortened
+from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.strict_yaml import Loc
 
 

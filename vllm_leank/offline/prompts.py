@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_leank.errors import UserError
-from vllm_leank.mask.errors import shortened
+from vllm_leank.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
 
 Tokenize = Callable[[str], list[int]]
 
-MAX_LINE = 16 << 20
-"""Bytes of a line: more than two million token ids."""
+MAX_LINE = 8 << 20
+"""Bytes of a line: more than a million token ids."""
 MAX_FILE = 4 << 30
 """Bytes of a file."""
 
