@@ -63,16 +63,17 @@ def _decode_kernel(
         o_g = tl.arange(0, G_PAD)
         o_d = tl.arange(0, D_PAD)
         p_q = q_ptr + i_req.to(tl.int64) * stride_q_token + (head * G + o_g) * stride_q_head
-        q = tl.load(
-            p_q[None, :] + o_d[:, None], mask=(o_g[None, :] < G) & (o_d[:, None] < D), other=0.0
-        )  # [D_PAD, G_PAD]
         m = tl.full([G_PAD], float("-inf"), tl.float32)
         l = tl.zeros([G_PAD], tl.float32)
         acc = tl.zeros([D_PAD, G_PAD], tl.float32)
 
         if PDL:
-            # Lengths and tables were there before; from here on pages are read.
+            # Lengths, tables and what is prepared once were there before the launch in front of
+            # this one began. That one may have written what is read from here on: pages, and q.
             tl.extra.cuda.gdc_wait()
+        q = tl.load(
+            p_q[None, :] + o_d[:, None], mask=(o_g[None, :] < G) & (o_d[:, None] < D), other=0.0
+        )  # [D_PAD, G_PAD]
         if n_archive > 0:
             first = SINK // TILE + n_archive * split // splits
             last = SINK // TILE + n_archive * (split + 1) // splits

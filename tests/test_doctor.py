@@ -4,11 +4,12 @@ import importlib.metadata
 import json
 import re
 from dataclasses import replace
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
 from mask_samples import full_mask, random_mask
+from vllm.engine import arg_utils
 from vllm.platforms.interface import DeviceCapability
 from vllm.plugins import load_general_plugins
 
@@ -16,6 +17,7 @@ from vllm_leank.core.capacity import OTHER_BYTES
 from vllm_leank.core.window import Window
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.file import load_mask, save_mask
+from vllm_leank.serving import checks
 from vllm_leank.serving.environment import environment
 from vllm_leank.serving.serve_line import _pool, examine
 from vllm_leank.serving.vllm import backend_name, versions
@@ -215,6 +217,28 @@ def test_what_vllm_itself_refuses(line, flags, message):
     (reason,) = examine(line(*flags)).reasons
     assert reason.startswith("vLLM refuses it: ")
     assert message in reason
+
+
+@pytest.mark.parametrize("fault", [TypeError, KeyError, ValueError, AssertionError])
+def test_a_fault_of_leank_is_not_called_a_refusal(line, monkeypatch, fault):
+    """It is raised, with its traceback, also where vLLM has wrapped it."""
+
+    def faulty(*_):
+        raise fault("of leank")
+
+    faulty = FunctionType(faulty.__code__, vars(checks), closure=faulty.__closure__)
+    monkeypatch.setattr(checks, "_flags", faulty)
+    with pytest.raises(fault, match="of leank"):
+        examine(line())
+
+
+def test_what_vllm_stumbles_over_is_its_refusal(line, monkeypatch):
+    def stumbles(*_):
+        raise TypeError("of vLLM")
+
+    stumbles = FunctionType(stumbles.__code__, vars(arg_utils))
+    monkeypatch.setattr(arg_utils.EngineArgs, "create_model_config", stumbles)
+    assert examine(line()).reasons == ("vLLM refuses it: TypeError: of vLLM",)
 
 
 @pytest.fixture

@@ -4,9 +4,12 @@ import os
 
 import pytest
 from engine_fuzz import Arrival, arena, play, shrink
+from format_samples import format_of
 from speculation import NGRAM, own_process
 from test_manager_fuzz import frees_a_page_too_many
 from vllm.v1.core.sched.utils import check_stop
+
+from vllm_leank.core.formats import NATIVE, known_formats
 
 pytestmark = pytest.mark.engine
 
@@ -14,6 +17,16 @@ ARENAS = int(os.environ.get("LEANK_FUZZ_ARENAS", "3"))
 SPECULATIVE_ARENAS = int(os.environ.get("LEANK_FUZZ_SPECULATIVE_ARENAS", "1"))
 SCENARIOS = int(os.environ.get("LEANK_FUZZ_SCENARIOS", "4"))
 """More than a test run needs: 20 arenas of 25 scenarios take some ten minutes."""
+DRAFTS_FROM_TEXT = range(2, 2 + SPECULATIVE_ARENAS)
+DRAFTS_OF_A_MODEL = range(2 + SPECULATIVE_ARENAS, 2 + 2 * SPECULATIVE_ARENAS)
+
+
+def test_every_archive_format_is_played():
+    """With drafts those that round; test_speculation.py has the other."""
+    every = {one.name for one in known_formats()}
+    assert {format_of(seed).name for seed in range(ARENAS)} == every
+    seeds = (*DRAFTS_FROM_TEXT, *DRAFTS_OF_A_MODEL)
+    assert {format_of(seed).name for seed in seeds} >= every - {NATIVE.name}
 
 
 @pytest.mark.parametrize("seed", range(ARENAS))
@@ -21,7 +34,7 @@ def test_random_traffic_is_answered_as_the_oracle_would(tiny_llama_dir, seed):
     assert play(seed, tiny_llama_dir, range(SCENARIOS))["finished"] > SCENARIOS
 
 
-@pytest.mark.parametrize("seed", range(SPECULATIVE_ARENAS))
+@pytest.mark.parametrize("seed", DRAFTS_FROM_TEXT)
 def test_random_traffic_with_drafts_is_answered_as_the_oracle_would(tiny_llama_dir, seed):
     """A random model seldom repeats itself: most drafts are rejected, many across a boundary."""
     with own_process() as run:
@@ -30,7 +43,7 @@ def test_random_traffic_with_drafts_is_answered_as_the_oracle_would(tiny_llama_d
     assert min(counts["accepted"], counts["rolled back"]) > 0
 
 
-@pytest.mark.parametrize("seed", range(SPECULATIVE_ARENAS, 2 * SPECULATIVE_ARENAS))
+@pytest.mark.parametrize("seed", DRAFTS_OF_A_MODEL)
 def test_a_model_with_other_heads_may_draft(tiny_llama, tiny_llama_dir, seed):
     """It knows nothing of the served one, so nearly all that it drafts is rejected."""
     draft = tiny_llama(head_dim=96, layers=3, kv_heads=1, group=2)

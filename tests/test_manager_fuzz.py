@@ -3,12 +3,14 @@
 import os
 
 import pytest
+from format_samples import format_of
 from manager_fuzz import History
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
+from vllm_leank.core.formats import known_formats
 from vllm_leank.core.window import GRANULE, Window
 from vllm_leank.serving.scheduler import managers
 
@@ -32,6 +34,10 @@ def test_every_read_finds_what_was_written_for_it():
     counts = play(range(SEEDS))
     # The histories are worth something: each kind of event happened, often.
     assert min(counts.values()) >= SEEDS, counts
+
+
+def test_every_archive_format_is_played():
+    assert {format_of(seed) for seed in range(SEEDS)} == set(known_formats())
 
 
 def frees_a_page_too_many(monkeypatch):

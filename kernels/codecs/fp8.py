@@ -59,7 +59,8 @@ class Fp8Codec(Codec):
         """Values `[n, 32, width]` in e4m3, and their scales `[n]`."""
         values, largest = values.float(), E4M3_MAX.value
         # Not divided by 448: a product has the same bits on every device.
-        scale = values.abs().amax((1, 2)) * (1 / largest)
+        most = values.abs().amax((1, 2)) if values.shape[-1] else values.new_zeros(len(values))
+        scale = most * (1 / largest)
         scale = scale.where(scale > 0, 1.0)
         stored = (values / scale[:, None, None]).clamp(-largest, largest)
         return stored.to(torch.float8_e4m3fn), scale

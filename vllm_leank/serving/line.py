@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 from vllm_leank.core.options import KEY, Options, parse_options
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 _OPTIONS = re.compile(r"--additional[-_]config(?:\.[^=]*)?(=.*)?", re.DOTALL)
 """The flag in all its spellings: whole, or by key as in `--additional-config.leank.sink`."""
+
+
+class ParserError(RuntimeError):
+    """What vLLM's parser says of a line that it does not read."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,8 @@ def parse_words(words: Sequence[str]) -> "argparse.Namespace":
 
     Raises:
         UserError: it is no `vllm serve` line, or its model is a path to nothing.
-        ValueError: vLLM refuses it.
+        ParserError: vLLM's parser refuses it.
+        Exception: vLLM refuses what was parsed.
     """
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.plugins import load_general_plugins
@@ -145,7 +151,8 @@ def parse_words(words: Sequence[str]) -> "argparse.Namespace":
         if not ended.code:
             raise
         message = errors.getvalue().strip().rpartition("error: ")[2]
-        raise ValueError(re.sub("<function loads at 0x[0-9a-f]+>", "JSON", message)) from None
+        message = re.sub("<function loads at 0x[0-9a-f]+>", "JSON", message)
+        raise ParserError(message) from None
     command.validate(parsed)
     parsed.model = parsed.model_tag or parsed.model
     if is_path(parsed.model) and not Path(parsed.model).exists():
@@ -164,10 +171,28 @@ def cause_of(error: Exception) -> Exception:
 
 
 def reason_of(error: Exception) -> str:
-    """Why vLLM, or leank, refuses a line."""
+    """Why vLLM, or leank, refuses a line.
+
+    Raises:
+        Exception: `error` itself, where it is no refusal but a fault of leank.
+    """
     cause = cause_of(error)
-    reason = str(cause) or type(cause).__name__
-    return reason if isinstance(cause, UserError) else f"vLLM refuses it: {reason}"
+    if isinstance(cause, UserError):
+        return str(cause)
+    if _is_fault(cause):
+        raise cause
+    reason = str(cause)
+    if not isinstance(cause, (ValueError, RuntimeError, OSError)):
+        reason = f"{type(cause).__name__}: {reason}"
+    return f"vLLM refuses it: {reason or type(cause).__name__}"
+
+
+def _is_fault(error: Exception) -> bool:
+    """Whether leank's code raised what it never means to, or something below it did."""
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    packages = [name.partition(".")[0] for name in frames]
+    innermost = [name for name in packages if name in ("vllm", "vllm_leank")][-1:]
+    return innermost == ["vllm_leank"] and not isinstance(error, RuntimeError)
 
 
 def _without_options(words: Sequence[str]) -> Iterator[str]:
