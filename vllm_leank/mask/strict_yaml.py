@@ -74,8 +74,8 @@ class _Reader:
             raise YamlError("a second YAML document starts here", line)
         return value, self.lines
 
-    def node(self, event: yaml.NodeEvent, loc: Loc) -> Any:
-        """The value that begins with an event."""
+    def node(self, event: Any, loc: Loc) -> Any:
+        """The value that begins with a node's event."""
         line = event.start_mark.line + 1
         self.lines.setdefault(loc, line)
         self.values += 1
