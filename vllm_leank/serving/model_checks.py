@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 
+WHOLE_ARCHITECTURES = {
+    "GptOssForCausalLM": "attention sinks as parameters are not supported",
+    "BloomForCausalLM": "ALiBi is not supported",
+    "Step1ForCausalLM": "ALiBi is not supported",
+}
+"""What architectures have that their configs do not show."""
+
+
 def model_reasons(model: "ModelConfig", other: str) -> Iterator[str]:
     """What a model's attention has that cannot be served; `other` says what to do instead."""
     text = model.hf_text_config
@@ -23,6 +31,8 @@ def model_reasons(model: "ModelConfig", other: str) -> Iterator[str]:
     if model.is_hybrid or model.is_attention_free:
         yield f"state-space and linear-attention layers are not supported; {other}"
         return
+    for name in WHOLE_ARCHITECTURES.keys() & set(model.architectures):
+        yield f"{WHOLE_ARCHITECTURES[name]}; {other}"
     yield from (f"{reason}; {other}" for reason in _layers(model, text))
     if getattr(text, "attn_logit_softcapping", None):
         yield f"a logits soft cap is not supported; {other}"
@@ -59,8 +69,6 @@ def _layers(model: "ModelConfig", text: Any) -> Iterator[str]:
         yield "layers that share their K and V are not supported"
     if getattr(text, "global_head_dim", None) not in (None, model.get_head_size()):
         yield "heads of another size in layers with full attention are not supported"
-    if getattr(text, "num_global_key_value_heads", None) not in (
-        None,
-        text.num_key_value_heads,
-    ):
+    heads = getattr(text, "num_key_value_heads", None)
+    if getattr(text, "num_global_key_value_heads", None) not in (None, heads):
         yield "more or fewer KV heads in layers with full attention are not supported"

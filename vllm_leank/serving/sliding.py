@@ -29,9 +29,9 @@ def sliding_backend(path: str) -> str:
     A pool has one page order, and these layers' pages lie beside those of served ones. vLLM's CPU
     backend does not offer that order, but its kernels take pages by their strides.
     """
-    base = resolve_obj_by_qualname(path)
+    base: Any = resolve_obj_by_qualname(path)
 
-    class SlidingBackend(base):  # type: ignore[misc]
+    class SlidingBackend(base):
         @classmethod
         def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
             return (KVCacheLayout.BLHNC,)
@@ -51,7 +51,7 @@ def sliding_backend(path: str) -> str:
 
 
 def _builder(base: Any) -> Any:
-    class SlidingBuilder(base):  # type: ignore[misc]
+    class SlidingBuilder(base):
         supports_update_block_table = False  # or groups after the first would not be built
 
         def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
