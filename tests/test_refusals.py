@@ -209,6 +209,15 @@ MODELS = {
         {"layer_types": ["full_attention", "sliding_attention"]},
         "1 full, 1 sliding layers without a sliding_window are not supported",
     ),
+    "sinks": (
+        {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "attention sinks as parameters are not supported",
+    ),
     "layers that share K and V": ({"num_kv_shared_layers": 1}, "layers that share their K and V"),
     "other heads in full layers": ({"global_head_dim": 128}, "heads of another size in layers"),
     "a mask for other layers": (
