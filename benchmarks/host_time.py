@@ -69,7 +69,7 @@ def our_layers(
     output = torch.empty_like(query)
     scale = geometry.head_dim**-0.5
     calls = []
-    for layer in range(geometry.num_layers):
+    for layer in range(len(geometry.layers)):
         channels = layer_channels(*mask.layer(layer, range(geometry.num_kv_heads)))
         cache = layer_cache(plan.layer(layer), channels, case, tables, DTYPE)
         calls.append(partial(attend_layer, query, key, value, output, cache, step, scale))
@@ -97,7 +97,7 @@ def flash_layers(mask: Mask, batch: int, query_heads: int) -> list[Callable[[], 
 
         return call
 
-    return [layer() for _ in range(geometry.num_layers)]
+    return [layer() for _ in range(len(geometry.layers))]
 
 
 def measure(calls: Sequence[Callable[[], object]]) -> dict[str, float]:

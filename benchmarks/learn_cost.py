@@ -89,7 +89,7 @@ def main() -> None:
     geometry = Geometry.from_hf_config(model.config)
     window = Window(args.sink, args.recent)
     distiller = Distiller(model, window, args.chunk)
-    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    shape = geometry.shape
     factors = torch.full(shape, 0.5, device=args.device, requires_grad=True)
 
     def gradient(loss: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--commit", help="of the code measured; asked of git when not given")
     args = parser.parse_args()
     mask = load_mask(args.mask)
-    args.layers = parse_layers(args.layers, mask.geometry.num_layers)
+    args.layers = parse_layers(args.layers, len(mask.geometry.layers))
     total = 2 * len(args.layers) * len(launches(args.launch))
     if not 0 < args.chunk <= args.prompt:
         raise UserError(f"--chunk {args.chunk} is no part of a prompt of {args.prompt} tokens")

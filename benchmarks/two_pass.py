@@ -8,8 +8,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
+from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.offline.attention_hook import hooked_attention
+from vllm_leank.offline.context import Context
 from vllm_leank.offline.far_attention import far_attention
 from vllm_leank.offline.prompts import Sample
 
@@ -23,6 +25,7 @@ def two_pass_loss(
 ) -> torch.Tensor:
     """Squared difference of the answer's final hidden states, as `Distiller.loss` computes it."""
     prompt, answer = len(sample.prompt), len(sample.answer)
+    empty = Context(Geometry.from_hf_config(model.config))
     tokens = torch.tensor([sample.prompt + sample.answer], device=model.device)
 
     def full(query, key, value, scaling):
@@ -49,7 +52,7 @@ def two_pass_loss(
 
     hidden = []
     for hook, grad in ((teacher, False), (student, True)):
-        with torch.set_grad_enabled(grad), hooked_attention(model, hook, mask=False):
+        with torch.set_grad_enabled(grad), hooked_attention(model, hook, context=empty):
             output = model.base_model(input_ids=tokens, use_cache=False)
         hidden.append(output.last_hidden_state[:, -answer:].float())
     return (hidden[1] - hidden[0]).square().mean()

@@ -24,7 +24,7 @@ def random_mask(model: Path, counts: list[int], *, align: int = 16, seed: int = 
     """Keep random channels; `counts`, one per head, are repeated over all heads of all layers."""
     geometry = geometry_of(model)
     rng = np.random.default_rng(seed)
-    keep = np.zeros((geometry.num_layers, geometry.num_kv_heads, geometry.head_dim), bool)
+    keep = np.zeros(geometry.shape, bool)
     for index, head in enumerate(keep.reshape(-1, geometry.head_dim)):
         head[rng.permutation(geometry.head_dim)[: counts[index % len(counts)]]] = True
     return Mask.from_keep(keep, geometry, model=MODEL, provenance={"method": "random"}, align=align)
@@ -53,7 +53,7 @@ def coded_mask(model: Path, seed: int = 0) -> Mask:
     ]
     geometry = geometry_of(model)
     rng = np.random.default_rng(seed)
-    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    shape = geometry.shape
     bits = np.zeros((2, *shape), np.uint8)
     rows = bits.reshape(2, -1, geometry.head_dim)
     for index in range(rows.shape[1]):
@@ -80,7 +80,7 @@ def packed_mask(geometry: Geometry, seed: int = 0, **options: object) -> Mask:
         ([0] * 128, [0] * 128),
     ]
     rng = np.random.default_rng(seed)
-    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    shape = geometry.shape
     bits = np.zeros((2, *shape), np.uint8)
     rows = bits.reshape(2, -1, geometry.head_dim)
     for index in range(rows.shape[1]):

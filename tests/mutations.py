@@ -115,7 +115,7 @@ MUTATIONS = (
     ),
     Mutation(
         "answers are offered to the prefix cache",
-        "serving/scheduler/managers.py",
+        "serving/vllm/prompt_pages.py",
         "tokens = request.num_prompt_tokens - 1",
         "tokens = request.num_tokens",
         "test_managers.py",

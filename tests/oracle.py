@@ -7,6 +7,7 @@ for how archive formats round:
 * any other query reads keys `[0, sink)` and `[boundary(t + 1), t]` as they are, and the far keys
   between them only in the channels that the mask keeps, at unchanged scale. A KV head that keeps no
   channel does not see far keys at all: neither their score nor their V;
+* layers with another attention than full, by the model's config, slide: queries read the last keys;
 * what is read of far keys and their V was rounded as the archive's format does, by its codec: also
   what stands for channels that are not stored, if the mask has statistics. What that has to be for
   each format is tested beside the codecs, in `test_archive_pages.py` and `test_packed_codes.py`.
@@ -49,22 +50,35 @@ def boundary(length: int, sink: int, recent: int) -> int:
     return edge
 
 
-Heads = tuple[tuple[HeadChannels, ...], ...]
+Heads = dict[int, tuple[HeadChannels, ...]]
 
 
-def heads_of(mask: Mask | np.ndarray, device: torch.device | str = "cpu") -> Heads:
-    """Each layer's KV heads, of a mask, or of `[layers, KV heads, head_dim]` bool that says which
-    channels of K are kept, in 16 bits and with all of V; such heads know no means.
+def full_layers(config: Any) -> list[int]:
+    """Layers with full attention, which a mask is for."""
+    kinds = getattr(config, "layer_types", None)
+    layers = range(config.num_hidden_layers)
+    return [layer for layer in layers if kinds is None or kinds[layer] == "full_attention"]
+
+
+def heads_of(
+    mask: Mask | np.ndarray, layers: Sequence[int], device: torch.device | str = "cpu"
+) -> Heads:
+    """KV heads of the model's `layers`, which the mask has in this order: a mask, or
+    `[layers, KV heads, head_dim]` bool that says which channels of K are kept, in 16 bits and with
+    all of V; such heads know no means.
     """
     if isinstance(mask, Mask):
         heads = range(mask.geometry.num_kv_heads)
-        layers = [mask.layer(index, heads) for index in range(mask.geometry.num_layers)]
+        of_mask = [mask.layer(index, heads) for index in range(len(layers))]
     else:
         k_bits = np.where(mask, 16, 0).astype(np.uint8)
         stores = mask.any(-1, keepdims=True)
         v_bits = np.broadcast_to(np.where(stores, 16, 0), mask.shape).astype(np.uint8)
-        layers = list(zip(k_bits, v_bits, strict=True))
-    return tuple(layer_channels(*layer).to(device).heads for layer in layers)
+        of_mask = list(zip(k_bits, v_bits, strict=True))
+    return {
+        layer: layer_channels(*channels).to(device).heads
+        for layer, channels in zip(layers, of_mask, strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,20 @@ def masked_attention(
     return output
 
 
+def sliding_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int
+) -> Tensor:
+    """Attention of one sequence, each query over the last `window` keys; shapes as above."""
+    group = query.shape[0] // key.shape[0]
+    num_queries, num_keys = query.shape[1], key.shape[1]
+    position = torch.arange(num_keys, device=key.device)
+    age = position[num_keys - num_queries :, None] - position
+    hidden = (age < 0) | (age >= window)
+    scores = query.float() @ key.float().repeat_interleave(group, 0).transpose(1, 2) * scaling
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    return (weights @ value.float().repeat_interleave(group, 0)).to(query.dtype)
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -148,13 +176,19 @@ def _attention(
     *,
     scaling: float,
     oracle_rule: Rule,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Adapt `masked_attention` to transformers: batch of one, heads before tokens in, after out."""
     # No mask function goes with this attention, so transformers leaves masking to it.
     assert attention_mask is None
     assert query.shape[0] == 1
-    output = masked_attention(query[0], key[0], value[0], scaling, module.layer_idx, oracle_rule)
+    if module.layer_idx in oracle_rule.heads:
+        output = masked_attention(
+            query[0], key[0], value[0], scaling, module.layer_idx, oracle_rule
+        )
+    else:
+        output = sliding_attention(query[0], key[0], value[0], scaling, sliding_window)
     return output.transpose(0, 1).unsqueeze(0), None
 
 
@@ -193,13 +227,14 @@ class Oracle:
         self.model: PreTrainedModel = model.to(device, dtype).eval()
         config = model.config
         head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-        shape = (config.num_hidden_layers, config.num_key_value_heads, head_dim)
+        layers = full_layers(config)
+        shape = (len(layers), config.num_key_value_heads, head_dim)
         given = mask.k_bits.shape if isinstance(mask, Mask) else mask.shape
         if given != shape:
             raise ValueError(f"the mask has shape {given}, the model needs {shape}")
         if sink + recent < 1:
             raise ValueError("sink and recent are both 0: a query needs one dense token")
-        self.heads = heads_of(mask, device)
+        self.heads = heads_of(mask, layers, device)
         self.device = device
         self.sink = sink
         self.recent = recent

@@ -25,9 +25,18 @@ SHAPE = {
 }
 
 
+MIXED = {
+    "num_hidden_layers": 4,
+    "layer_types": [f"{kind}_attention" for kind in ["sliding", "full", "sliding", "full"]],
+    "sliding_window": 40,
+    "query_pre_attn_scalar": 16,
+}
+
+
 def tiny(model_type="llama"):
     transformers.set_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **SHAPE)
+    options = MIXED if model_type == "gemma3_text" else {}
+    config = transformers.AutoConfig.for_model(model_type, **SHAPE | options)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
@@ -64,7 +73,7 @@ class Shifted:
         return torch.where(last, moved, plain).transpose(1, 2)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text"])
 def test_sums_of_squared_gradients_are_those_of_a_direct_computation(model_type):
     model = tiny(model_type)
     prompts = [prompt(150), prompt(121, 1), prompt(60, 2)]  # the last has no far tokens

@@ -16,6 +16,7 @@ from vllm_cache import cache_configs, cache_specs, vllm_config
 from vllm_planning import get_kv_cache_groups
 
 from vllm_leank.core.formats import known_formats
+from vllm_leank.core.layers import SlidingLayers
 from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import ArchiveSpec, WindowSpec
@@ -181,6 +182,31 @@ def test_vllm_counts_a_request_of_full_length_as_it_is_in_prefill():
     assert concurrency == (blocks + 1) / blocks
     with pytest.raises(ValueError, match="larger than the available KV cache memory"):
         cache_configs(plan, WINDOW, plan.block_bytes * blocks, LENGTH)
+
+
+@pytest.mark.parametrize("make", MASKS)
+def test_pages_of_sliding_layers_lie_in_the_same_blocks(make):
+    """In groups of their own, which make no block larger, counted as vLLM counts them."""
+    rng = random.Random(make.__name__)
+    for _ in range(20):
+        mask = make(rng, rng.choice([1, 2, 4, 10]), rng.choice([1, 2, 4]))
+        sliding = SlidingLayers(rng.randint(1, 60), rng.choice([1, 32, 100, 1024, 100_000]))
+        made = plan_of(mask, HEAD_DIM, 2, archive_format=rng.choice(known_formats()))
+        plan = replace(made, sliding=sliding)
+        config = vllm_config(LENGTH)
+        blocks = plan.blocks_in_prefill(WINDOW, LENGTH, config.max_in_flight_tokens)
+        # One more block: vLLM keeps one for itself.
+        (found,) = cache_configs(plan, WINDOW, plan.block_bytes * (blocks + 1), LENGTH)
+        assert found.num_blocks == blocks + 1
+        concurrency = get_max_concurrency_for_kv_cache_config(config, found)
+        assert concurrency == (blocks + 1) / blocks
+        kinds = Counter(type(layer_specs(group)[0]) for group in found.kv_cache_groups)
+        assert kinds[ArchiveSpec] == kinds[WindowSpec] == 1
+        assert found.needs_kv_cache_zeroing
+        for group in pages(found):
+            group.sort(key=lambda page: page[0])
+            assert all(end <= first for (_, end, _), (first, _, _) in pairwise(group))
+            assert group[-1][1] <= plan.block_bytes
 
 
 def test_the_scheduler_sees_one_spec_per_group():

@@ -6,13 +6,14 @@ import pytest
 from format_samples import format_of
 from manager_fuzz import History
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from vllm_leank.core.formats import known_formats
 from vllm_leank.core.window import GRANULE, Window
 from vllm_leank.serving.scheduler import managers
+from vllm_leank.serving.vllm import prompt_pages
 
 EVENTS = 150
 SEEDS = int(os.environ.get("LEANK_FUZZ_SEEDS", "24"))
@@ -104,13 +105,13 @@ def archives_a_page_too_few(monkeypatch):
 
 
 def finds_answers_in_the_prefix_cache(monkeypatch):
-    monkeypatch.setattr(
-        managers.ExactWindowManager, "cache_blocks", FullAttentionManager.cache_blocks
-    )
+    prompt_pages.share_prompts_only(managers.ExactWindowManager)
+    offer_all = KVCacheCoordinator.cache_blocks.__wrapped__
+    monkeypatch.setattr(KVCacheCoordinator, "cache_blocks", offer_all)
 
 
 def looks_up_answers_after_a_preemption(monkeypatch):
-    monkeypatch.setattr(managers, "limit_block_hashes", lambda request, count: None)
+    monkeypatch.setattr(prompt_pages, "_keep_block_hashes", lambda request, count: None)
 
 
 def shares_the_page_in_which_the_prompt_ends(monkeypatch):

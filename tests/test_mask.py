@@ -422,9 +422,35 @@ def test_geometry_of_config_files(config, expected):
 def test_geometry_of_configs_that_lack_something():
     with pytest.raises(ValueError, match="num_hidden_layers"):
         Geometry.from_hf_config({"num_attention_heads": 2, "hidden_size": 64})
-    layered = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
-    with pytest.raises(ValueError, match="sliding_attention"):
-        Geometry.from_hf_config(SHAPE | {"rope_parameters": layered})
+    with pytest.raises(
+        ValueError, match=r"no layer of the model has full attention \(32 sliding\)"
+    ):
+        Geometry.from_hf_config(SHAPE | {"sliding_window": 128})
+    with pytest.raises(ValueError, match="32 layers, but layer_types of 1"):
+        Geometry.from_hf_config(SHAPE | {"layer_types": ["full_attention"]})
+
+
+def test_geometry_of_a_model_with_sliding_layers():
+    """The RoPE of its full layers counts, and a file names these layers."""
+    rope = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    kinds = (["sliding_attention"] * 3 + ["full_attention"]) * 8
+    mixed = {"rope_parameters": rope, "layer_types": kinds, "sliding_window": 128}
+    geometry = Geometry.from_hf_config(SHAPE | mixed)
+    assert geometry == Geometry(32, 32, 128, 1e6, None, range(3, 32, 4))
+    assert geometry.shape == (8, 32, 128)
+    assert str(geometry).startswith("32 layers, 8 of them with full attention, of 32 KV heads")
+    mask = Mask.full(geometry)
+    assert parse_mask(dump_mask(mask)).geometry == geometry
+    assert len(mask.document()["layers"]) == 8
+    every = Geometry(2, 2, 64, 1e4, None, (0, 1))
+    assert every == Geometry(2, 2, 64, 1e4, None)
+    assert every.mismatch(Geometry(2, 2, 64, 1e4, None, (1,))) == (
+        "served_layers is [0, 1], not [1]"
+    )
+    for layers in ([3, 2], [1, 1], [32], []):
+        text = dump_mask(mask).replace(str(list(geometry.layers)), str(layers))
+        with pytest.raises(MaskError, match="it must name some of the 32 layers, ascending"):
+            parse_mask(text)
 
 
 def test_geometry_of_transformers_configs():

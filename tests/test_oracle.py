@@ -77,7 +77,7 @@ def test_attention_by_hand(
     key, value = torch.zeros(1, 35, 2), torch.zeros(1, 35, 2)
     key[0, 5] = torch.tensor([math.log(2), math.log(100)])
     value[0, 5], value[0, 33] = far_value, near_value
-    rule = Rule(heads_of(np.array([[keep]])), sink=1, recent=2, exact_until=exact_until)
+    rule = Rule(heads_of(np.array([[keep]]), [0]), sink=1, recent=2, exact_until=exact_until)
     output = masked_attention(torch.ones(1, 1, 2), key, value, scaling=1.0, layer=0, rule=rule)
     torch.testing.assert_close(output, torch.full((1, 1, 2), expected))
 
@@ -90,7 +90,7 @@ def test_fp8_rounds_far_keys_and_values_by_hand(
     key, value = torch.zeros(1, 35, 2), torch.zeros(1, 35, 2)
     key[0, 5, 0], key[0, 6, 0] = 1.06, -448.0  # weights 2 ** stored and 0
     value[0, 5, 0], value[0, 7, 1], value[0, 33, 1] = 1.06, 448.0, 1.06
-    heads = heads_of(np.ones((1, 1, 2), bool))
+    heads = heads_of(np.ones((1, 1, 2), bool), [0])
     rule = Rule(heads, sink=1, recent=2, exact_until=0, archive_format=archive_format)
     query = torch.full((1, 1, 2), math.log(2))
     output = masked_attention(query, key, value, scaling=1.0, layer=0, rule=rule)

@@ -11,10 +11,12 @@ from re import escape
 from types import SimpleNamespace
 
 import pytest
-from mask_samples import coded_mask, random_mask
+from mask_samples import coded_mask, full_mask, random_mask
+from mixed_models import save_mixed
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
+from vllm_leank.core.geometry import Geometry
 from vllm_leank.mask.file import save_mask
 from vllm_leank.serving.checks import judge
 from vllm_leank.serving.settings import load_settings
@@ -154,7 +156,7 @@ DRAFTS = {
     "sliding window": (
         SLIDING_WINDOW,
         {},
-        "attention is not supported (full attention in every layer is); use another draft model",
+        "attention in all of its 2 layers keeps nothing that leank could prune; use another draft",
     ),
 }
 
@@ -194,17 +196,30 @@ def test_batch_invariant_mode(tiny_llama_dir, mask_file, monkeypatch):
 MODELS = {
     "sliding window": (
         SLIDING_WINDOW,
-        "sliding-window or chunked attention is not supported",
+        "sliding-window attention in all of its 2 layers keeps nothing that leank could prune",
     ),
-    "layers of several kinds": (
+    "chunked layers": (
+        {"layer_types": ["full_attention", "chunked_attention"]},
+        "layers with chunked_attention are not supported",
+    ),
+    "sliding layers without a window": (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        "1 full, 1 sliding layers without a sliding_window are not supported",
+    ),
+    "sinks": (
         {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            "use_sliding_window": True,
-            "sliding_window": 128,
-            "layer_types": ["full_attention", "sliding_attention"],
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
         },
-        "full attention in every layer",
+        "attention sinks as parameters are not supported",
+    ),
+    "layers that share K and V": ({"num_kv_shared_layers": 1}, "layers that share their K and V"),
+    "other heads in full layers": ({"global_head_dim": 128}, "heads of another size in layers"),
+    "a mask for other layers": (
+        {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]},
+        "served_layers is [0, 1], not [0]",
     ),
     "soft cap": (
         {
@@ -364,9 +379,35 @@ def test_a_layer_with_a_backend_of_its_own():
         def get_kv_cache_spec(self, vllm_config):
             return None
 
-    check_all_layers({"model.layers.0.mlp.experts": object()})
+    geometry, other = Geometry(2, 2, 64, 1e4, None, (0,)), Other()
+    other.sliding_window = 64
+    check_all_layers(
+        {"model.layers.0.mlp.experts": object(), "model.layers.1.attn": other}, geometry
+    )
     with pytest.raises(ValueError, match=r"but model\.layers\.0\.attn has a backend of its own"):
-        check_all_layers({"model.layers.0.attn": Other()})
+        check_all_layers({"model.layers.0.attn": other}, geometry)
+    with pytest.raises(ValueError, match=r"but model\.layers\.1\.attn has a backend of its own"):
+        check_all_layers({"model.layers.1.attn": Other()}, geometry)
+
+
+MIXED = {
+    "pruned prompts": ({"prefill": "pruned"}, {}, 'the option prefill "pruned" is for models'),
+    "pipeline": ({}, {"pipeline_parallel_size": 2}, "remove --pipeline-parallel-size"),
+    "draft model": ({}, {"speculative_config": True}, "use another method in --speculative-config"),
+}
+
+
+@pytest.mark.parametrize(("options", "flags", "message"), MIXED.values(), ids=MIXED)
+def test_what_does_not_go_with_sliding_layers(tiny_llama_dir, tmp_path, options, flags, message):
+    model = save_mixed("gemma3_text", tmp_path / "model")
+    save_mask(full_mask(model), tmp_path / "mask.yaml")
+    if "speculative_config" in flags:
+        draft = {"method": "draft_model", "model": str(tiny_llama_dir)}
+        flags = {"speculative_config": draft | {"num_speculative_tokens": 2}}
+    given = {"mask": str(tmp_path / "mask.yaml")}
+    assert load_settings(config_of(model, given)).plan.sliding is not None
+    with pytest.raises(ValueError, match="(?s)leank cannot serve this.*" + escape(message)):
+        config_of(model, given | options, **flags)
 
 
 def test_plain_vllm_is_as_without_the_plugin(tiny_llama_dir):

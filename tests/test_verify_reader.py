@@ -40,7 +40,7 @@ def compare(model, mask, answer, window=WINDOW, *, tokens=32, **options):
 
 def oracle_kl(directory, mask, ids, until, **options):
     """KL after each token behind the prompt, `[T]`, and where most likely tokens are the same."""
-    whole = np.ones((mask.geometry.num_layers, mask.geometry.num_kv_heads, 64), bool)
+    whole = np.ones(mask.geometry.shape, bool)
     dense = Oracle(directory, whole, 32, 64).logits(ids, len(ids))
     other = Oracle(directory, mask, 32, 64, **options).logits(ids, until)
     p, q = (one[len(PROMPT) :].log_softmax(-1) for one in (dense, other))
@@ -101,7 +101,7 @@ def test_an_archive_gives_back_the_bits_of_its_codec(tiny_llama_dir, make, name,
     archive = ServedArchive(mask, name)
     key, value = torch.randn(2, 2, 2, 96, 64).to(dtype)
     codec = codec_of(find_format(name))
-    for layer, heads in enumerate(heads_of(mask)):
+    for layer, heads in heads_of(mask, range(len(mask.keep))).items():
         given = archive(layer, 32, key, value)
         for index, head in enumerate(heads):
             assert archive.blind[layer, index] != head.profile.stores
@@ -120,7 +120,7 @@ def test_masks_of_whole_channels_give_the_figures_of_pruned_keys(model, tiny_lla
         pair = []
         for keep in (np.ones_like(mask.keep), mask.keep):
             pruning.keep = torch.tensor(keep)
-            with hooked_attention(model, AfterContext(context, pruning), mask=False):
+            with hooked_attention(model, AfterContext(context, pruning), context=context):
                 pair.append(logits(model, context, ANSWER))
     before = divergence(*pair)
     np.testing.assert_allclose(found.kl, before.kl, rtol=1e-2, atol=1e-6)

@@ -4,9 +4,16 @@ from types import SimpleNamespace
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheLayout, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheLayout,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 from vllm_planning import MODEL_CONFIG, get_kv_cache_configs
 
+from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import archive_spec, window_spec
@@ -41,6 +48,15 @@ def cache_specs(
     )
     window_pages = window_spec(base, window, archive_block=plan.archive_block, in_flight=IN_FLIGHT)
     specs: dict[str, KVCacheSpec] = {}
+    if plan.sliding is not None:
+        sliding = SlidingWindowSpec(
+            block_size=WINDOW_BLOCK,
+            num_kv_heads=base.num_kv_heads,
+            head_size=base.head_size,
+            dtype=base.dtype,
+            sliding_window=plan.sliding.window,
+        )
+        specs |= {f"model.layers.{100 + i}.attn": sliding for i in range(plan.sliding.count)}
     for index, (first, count) in enumerate(zip(plan.first_layers, plan.stages, strict=True)):
         if stage in (None, index):
             specs[f"layers.{first}.archive"] = archive_spec(plan, window, base.dtype)

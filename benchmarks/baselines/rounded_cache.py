@@ -45,7 +45,7 @@ class RoundedCache(ABC):
 
     def token_bytes(self, geometry: Geometry) -> float:
         """Bytes of a rounded token over all layers."""
-        return sum(self.layer_bytes(geometry, layer) for layer in range(geometry.num_layers))
+        return sum(self.layer_bytes(geometry, layer) for layer in range(len(geometry.layers)))
 
     def rounded(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """First token of K, and of V, that is not rounded for queries at positions `at`.

@@ -1,5 +1,6 @@
 """Engines that real models are asked in: dense, with a mask, or with a cache of vLLM's own."""
 
+import math
 import os
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def served(word: str, checkpoint: Checkpoint) -> Served:
         UserError: the file is no mask.
     """
     geometry = checkpoint.geometry
-    dense = 2.0 * MODEL_BYTES * geometry.num_kv_heads * geometry.head_dim * geometry.num_layers
+    dense = 2.0 * MODEL_BYTES * math.prod(geometry.shape)
     if word == DENSE:
         return Served(DENSE, {}, dense)
     path = Path(word)
@@ -54,7 +55,7 @@ def served(word: str, checkpoint: Checkpoint) -> Served:
         leank = {"leank": {"mask": str(path.resolve())}}
         arguments = {"attention_backend": "leank", "additional_config": leank}
         return Served(path.stem, arguments, mask_token_bytes(mask), mask.sink + mask.recent)
-    known = {cache.name.removeprefix("vLLM "): cache for cache in vllm_caches(geometry.num_layers)}
+    known = {cache.name.removeprefix("vLLM "): cache for cache in vllm_caches(len(geometry.layers))}
     size = known[word].token_bytes(geometry) if word in known else None
     return Served(f"vllm_{word}", {"kv_cache_dtype": word}, size)
 

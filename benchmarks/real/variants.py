@@ -110,7 +110,7 @@ class Archives:
         for ids in self.prompts.ids:
             read_prompt(self.model, context, ids, 4096)
             far = slice(self.window.sink, self.window.boundary(len(ids)))
-            for layer in range(self.checkpoint.geometry.num_layers):
+            for layer in range(len(self.checkpoint.geometry.layers)):
                 key, value = context.key(layer)[:, :, far], context.value(layer)[:, :, far]
                 meter(layer, self.window.sink, key, value)
         return self._with_values("means before RoPE", meter.statistics(), rotation)
@@ -166,7 +166,7 @@ def makers(
         elif group == "fp8":
             yield partial(archives.pruned, "fp8", ", fp8")
         elif group == "vllm":
-            rivals += vllm_caches(archives.checkpoint.geometry.num_layers)
+            rivals += vllm_caches(len(archives.checkpoint.geometry.layers))
         elif group == "kivi":
             rivals += [Kivi(4), Kivi(2)]
         elif group == "kitty":

@@ -81,7 +81,7 @@ def learn_masks(
 ) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     """Masks bool `[L, H, D]` by name, and how the learning went."""
     geometry = Geometry.from_hf_config(distiller.model.config)
-    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    shape = geometry.shape
     keeps = {}
     log: dict[str, object] = {}
     with Display() as display:

@@ -37,7 +37,7 @@ def main() -> None:
     checkpoint = Checkpoint.open(args.model)
     geometry = checkpoint.geometry
     rng = np.random.default_rng(0)
-    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    shape = geometry.shape
     bits = {kind: np.zeros(shape, np.uint8) for kind in "kv"}
     for layer in range(shape[0]):
         for head in range(shape[1]):

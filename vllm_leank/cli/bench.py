@@ -71,7 +71,7 @@ def attention(
     sink = whole_pages(loaded.sink) if sink is None else sink
     recent = loaded.recent if recent is None else recent
     cases = [parse_case(text, sink, recent) for text in case or [f"{batch},{length}"]]
-    chosen = parse_layers(layers, loaded.geometry.num_layers)
+    chosen = parse_layers(layers, len(loaded.geometry.layers))
 
     archive_dtypes = [archive_dtype]
     if archive_dtype == "both":

@@ -62,6 +62,7 @@ def _describe(serving: "Serving") -> dict[str, Any]:
         return described
     mask, window, plan = serving.settings.mask, serving.settings.window, serving.settings.plan
     described |= {
+        "layers": {"served": list(mask.geometry.layers), "of": mask.geometry.num_layers},
         "mask": {"path": str(mask.path), "sha256": mask.sha256, "model": mask.model},
         "window": {"sink": window.sink, "recent": window.recent},
         "prefill": "exact" if window.exact else "pruned",

@@ -58,8 +58,11 @@ def print_tables(mask: Mask) -> None:
     facts.add_column(overflow="fold")
     facts.add_row(
         "layers x KV heads x head_dim",
-        "{num_layers} x {num_kv_heads} x {head_dim}".format(**shown["geometry"]),
+        " x ".join(map(str, mask.geometry.shape)),
     )
+    if mask.geometry.served_layers is not None:
+        served = ", ".join(map(str, mask.geometry.layers))
+        facts.add_row("layers served", f"{served}, of {mask.geometry.num_layers}")
     rope = f"theta {mask.geometry.rope_theta}, scaling {mask.geometry.rope_scaling}"
     facts.add_row("RoPE", escape(rope))
     facts.add_row("dense tokens", f"first {mask.sink}, last {mask.recent}")

@@ -16,6 +16,7 @@ from vllm_leank.core.capacity import (
     estimate_pool,
     pruned_prefill,
 )
+from vllm_leank.core.layers import SlidingLayers, sliding_layers
 from vllm_leank.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def plan(
     if bits is not None and mask is not None:
         raise UserError("--bits and --mask exclude each other: give one")
     found = _mask(checkpoint, mask) if bits is None else even_mask(checkpoint, bits)
-    settings = _settings(found, options, tp)
+    settings = _settings(found, options, tp, sliding_layers(checkpoint.config))
     facts: dict[str, Any] = {
         "model": model,
         "mask": {"path": str(found.path), "sha256": found.sha256} if bits is None else None,
@@ -165,7 +166,7 @@ def even_mask(checkpoint: "Checkpoint", bits: float) -> "Mask":
 
     check_bits_asked(bits)
     geometry = checkpoint.geometry
-    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    shape = geometry.shape
     chosen = even_bits(*shape, bits)
     return Mask.from_bits(
         chosen.k_bits,
@@ -177,13 +178,15 @@ def even_mask(checkpoint: "Checkpoint", bits: float) -> "Mask":
     )
 
 
-def _settings(mask: "Mask", options: "Options", tp: int) -> "Settings":
+def _settings(
+    mask: "Mask", options: "Options", tp: int, sliding: SlidingLayers | None
+) -> "Settings":
     from vllm_leank.mask.settings import plan_settings
 
     heads = mask.geometry.num_kv_heads
     if heads % tp and tp % heads:
         raise UserError(f"--tp is {tp}, which neither divides {heads} KV heads nor is a multiple")
-    return plan_settings(mask, options, _ITEMSIZE, tp)
+    return plan_settings(mask, options, _ITEMSIZE, tp, sliding=sliding)
 
 
 def _weights(checkpoint: "Checkpoint") -> int:

@@ -70,8 +70,9 @@ def dense_capacity(
 
     `itemsize` is the bytes of an element, by default those of the plan's window pages.
     """
-    token_bytes = replace(plan, itemsize=itemsize or plan.itemsize).dense_token_bytes
-    requests = pool_bytes / (token_bytes * length)
+    dense = replace(plan, itemsize=itemsize or plan.itemsize)
+    token_bytes = dense.dense_token_bytes
+    requests = pool_bytes / (token_bytes * length + dense.sliding_bytes(length))
     return Capacity(token_bytes, None, None, requests, requests)
 
 
@@ -91,6 +92,7 @@ def compare(
             archive_format,
             plan.draft_items,
             plan.stages,
+            plan.sliding,
         )
         return leank_capacity(variant, window, pool_bytes, length, in_flight)
 

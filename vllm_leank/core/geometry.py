@@ -1,9 +1,11 @@
-"""What a mask must share with the model it is used on: attention shape and RoPE."""
+"""What a mask must share with the model it is used on: served layers, attention shape and RoPE."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vllm_leank.core.hf_config import fields_of, required
+from vllm_leank.core.layers import FULL, describe_layers, full_layers, layer_kinds
 from vllm_leank.errors import UserError
 
 # RoPE type names of older checkpoints, and what they are called today.
@@ -12,11 +14,13 @@ _ROPE_TYPE_ALIASES = {"su": "longrope", "mrope": "default"}
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape and RoPE of a decoder's attention.
+    """Shape and RoPE of a decoder's full attention.
 
-    `rope_theta` is None for models without RoPE. `rope_scaling` is brought into one spelling, so
-    that equal settings compare equal: the legacy key `type` becomes `rope_type`, and what changes
-    nothing (type `default`, None values, a partial rotary factor of 1) is dropped; None is left
+    `num_layers` are the model's, and `served_layers` those of them that have full attention, which
+    a mask is for; None, if all have. `rope_theta` is None for models without RoPE. `rope_scaling`
+    is brought into one spelling, so that equal settings compare equal: the legacy key `type`
+    becomes `rope_type`, and what changes nothing (type `default`, None values, a partial rotary
+    factor of 1) is dropped; None is left
     when nothing remains.
     """
 
@@ -25,8 +29,13 @@ class Geometry:
     head_dim: int
     rope_theta: float | None
     rope_scaling: dict[str, Any] | None
+    served_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.served_layers is not None:
+            layers = tuple(self.served_layers)
+            every = layers == tuple(range(self.num_layers))
+            object.__setattr__(self, "served_layers", None if every else layers)
         theta = self.rope_theta
         object.__setattr__(self, "rope_theta", None if theta is None else float(theta))
         scaling = _canonical_rope_scaling(self.rope_scaling or {})
@@ -41,29 +50,41 @@ class Geometry:
         attention), and takes the text part of a multimodal config.
 
         Raises:
-            UserError: a needed field is missing, or layers differ in their RoPE settings.
+            UserError: a needed field is missing, or no layer has full attention.
         """
-        get = _getter(_text_config(config))
-        num_heads = _required(get, "num_attention_heads")
-        head_dim = get("head_dim") or _required(get, "hidden_size") // num_heads
-        rope = get("rope_parameters") or get("rope_scaling") or {}
-        if rope and all(isinstance(value, Mapping) for value in rope.values()):
-            raise UserError(
-                "the model's layers have different RoPE settings "
-                f"({', '.join(rope)}); one setting for all layers is supported"
-            )
+        get = fields_of(config)
+        num_heads = required(get, "num_attention_heads")
+        head_dim = get("head_dim") or required(get, "hidden_size") // num_heads
+        rope = _full_attention_rope(get("rope_parameters") or get("rope_scaling") or {})
         scaling = dict(rope)
         theta = scaling.pop("rope_theta", None)
         partial = get("partial_rotary_factor")
         if partial is not None:
             scaling.setdefault("partial_rotary_factor", partial)
+        kinds = layer_kinds(config)
+        if not (served := full_layers(kinds)):
+            raise UserError(
+                f"no layer of the model has full attention ({describe_layers(kinds)}); leank "
+                "prunes what such layers keep, as that alone grows with the context"
+            )
         return cls(
-            num_layers=_required(get, "num_hidden_layers"),
+            num_layers=len(kinds),
             num_kv_heads=get("num_key_value_heads") or num_heads,
             head_dim=head_dim,
             rope_theta=theta if theta is not None else get("rope_theta"),
             rope_scaling=scaling,
+            served_layers=served,
         )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's layers that a mask is for; elsewhere they are numbered from 0."""
+        return tuple(range(self.num_layers)) if self.served_layers is None else self.served_layers
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Served layers, KV heads and channels: `[L, H, D]` of what is said of each channel."""
+        return len(self.layers), self.num_kv_heads, self.head_dim
 
     def __str__(self) -> str:
         rope = "no RoPE"
@@ -71,19 +92,28 @@ class Geometry:
             kind = (self.rope_scaling or {}).get("rope_type", "default")
             rope = f"RoPE of type {kind} with theta {self.rope_theta:,.10g}"
         heads = f"{self.num_kv_heads} KV heads of {self.head_dim} channels"
-        return f"{self.num_layers} layers of {heads}, {rope}"
+        served = len(self.layers)
+        layers = f"{served} layers"
+        if self.served_layers is not None:
+            layers = f"{self.num_layers} layers, {served} of them with full attention,"
+        return f"{layers} of {heads}, {rope}"
 
     def mismatch(self, other: "Geometry") -> str | None:
         """Name the first field in which `other` differs, with both values; None if they agree."""
         for field in fields(self):
             mine, others = getattr(self, field.name), getattr(other, field.name)
-            if mine != others:
-                return f"{field.name} is {mine}, not {others}"
+            if mine == others:
+                continue
+            if field.name == "served_layers":
+                mine, others = list(self.layers), list(other.layers)
+            return f"{field.name} is {mine}, not {others}"
         return None
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values, in file order."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The fields as plain values, in file order; `served_layers` only where some are not."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        del values["served_layers"]
+        return values if self.served_layers is None else values | {"served_layers": [*self.layers]}
 
 
 def _canonical_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -102,20 +132,8 @@ def _canonical_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None
     return {"rope_type": rope_type, **rest}
 
 
-def _text_config(config: Any) -> Any:
-    if isinstance(config, Mapping):
-        return config.get("text_config") or config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _getter(config: Any) -> Any:
-    if isinstance(config, Mapping):
-        return config.get
-    return lambda name: getattr(config, name, None)
-
-
-def _required(get: Any, name: str) -> int:
-    value = get(name)
-    if value is None:
-        raise UserError(f"the model's config has no {name}")
-    return int(value)
+def _full_attention_rope(rope: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The RoPE settings of full-attention layers, where settings are given by kind of layer."""
+    if rope and all(isinstance(value, Mapping) or value is None for value in rope.values()):
+        return rope.get(FULL) or {}
+    return rope

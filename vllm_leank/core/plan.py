@@ -1,7 +1,8 @@
 """The page sizes of a whole model, the same on every rank and pipeline stage.
 
-The layers of a pipeline stage share archive pages: one page holds some tokens of all of them, one
-layer behind the other. Each layer has window pages of its own, all of one size.
+Layers are those that leank serves, numbered from 0. The layers of a pipeline stage share archive
+pages: one page holds some tokens of all of them, one layer behind the other. Each layer has window
+pages of its own, all of one size.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from vllm_leank.core.formats import NATIVE, ArchiveFormat
+from vllm_leank.core.layers import SlidingLayers
 from vllm_leank.core.pages import (
     TOKEN_BYTES_UNIT,
     WINDOW_BLOCK,
@@ -50,6 +52,7 @@ class CachePlan:
         archive_block: tokens of an archive page.
         draft_items: elements of a dense token over all layers of a draft model, on each rank; its
             window pages lie beside those of the last stage.
+        sliding: layers that stay vLLM's, whose pages lie in blocks of the same pool.
     """
 
     profiles: Profiles
@@ -60,6 +63,7 @@ class CachePlan:
     stages: tuple[int, ...]
     archive_block: int
     draft_items: int = 0
+    sliding: SlidingLayers | None = None
 
     def layer(self, index: int, rank: int = 0) -> CacheLayout:
         """Layout of layer `index` on tensor-parallel rank `rank`."""
@@ -128,7 +132,12 @@ class CachePlan:
         """Bytes of one block of vLLM's pool over all stages of a rank: it can hold either group's
         pages of a stage, and stages have equal numbers of blocks.
         """
-        return len(self.stages) * max(self.archive_page_bytes, self._stage_window_bytes)
+        return len(self.stages) * self._stage_block_bytes
+
+    @property
+    def _stage_block_bytes(self) -> int:
+        """Bytes of one block on a stage; pages of sliding layers never make it larger."""
+        return max(self.archive_page_bytes, self._stage_window_bytes)
 
     @property
     def _stage_window_bytes(self) -> int:
@@ -153,7 +162,7 @@ class CachePlan:
 
     def blocks_held(self, window: Window, length: int, freed: int) -> int:
         """Blocks of a request of `length` tokens whose first `freed` window pages after the sink
-        have been freed.
+        have been freed, less those of sliding layers.
         """
         archive = pages(window.archived(length), self.archive_block)
         return archive + pages(length, WINDOW_BLOCK) - freed
@@ -163,11 +172,27 @@ class CachePlan:
         tokens at once.
         """
         archive = pages(window.archived(length), self.archive_block)
-        return archive + pages(window.most_dense(length, in_flight), WINDOW_BLOCK)
+        dense = pages(window.most_dense(length, in_flight), WINDOW_BLOCK)
+        return archive + dense + self._sliding_blocks(length, in_flight)
 
     def blocks_in_decode(self, window: Window, length: int) -> int:
         """Blocks that a request of `length` tokens holds once its prompt is done."""
-        return self.blocks_held(window, length, len(window.free_tokens(length, 0)))
+        freed = len(window.free_tokens(length, 0))
+        return self.blocks_held(window, length, freed) + self._sliding_blocks(length)
+
+    def sliding_bytes(self, length: int) -> int:
+        """Bytes that sliding layers of a rank keep of a request of `length` tokens."""
+        if self.sliding is None:
+            return 0
+        return self.sliding.count * min(self.sliding.window, length) * self._window_bytes
+
+    def _sliding_blocks(self, length: int, in_flight: int = 1) -> int:
+        """Blocks of sliding layers: vLLM puts as many layers into a block as fit."""
+        if self.sliding is None:
+            return 0
+        in_block = self._stage_block_bytes // (self._window_bytes * WINDOW_BLOCK)
+        groups = pages(self.sliding.count, in_block)
+        return groups * self.sliding.pages(length, in_flight)
 
 
 def plan_cache(
@@ -178,6 +203,7 @@ def plan_cache(
     archive_format: ArchiveFormat = NATIVE,
     draft_items: int = 0,
     stages: Sequence[int] | None = None,
+    sliding: SlidingLayers | None = None,
 ) -> CachePlan:
     """Choose the page sizes for a mask.
 
@@ -190,9 +216,10 @@ def plan_cache(
         archive_format: how far tokens are stored.
         draft_items: elements of a dense token of a draft model on each rank.
         stages: layers of each pipeline stage; by default one stage has all.
+        sliding: layers that stay vLLM's.
 
     Returns:
-        The plan. Its pages always give vLLM two cache groups.
+        The plan. Its pages always give vLLM two cache groups, beside those of sliding layers.
     """
     plan = CachePlan(
         profiles=tuple(map(tuple, profiles)),
@@ -203,6 +230,7 @@ def plan_cache(
         stages=tuple(stages or (len(profiles),)),
         archive_block=archive_format.blocks[-1],
         draft_items=draft_items,
+        sliding=sliding,
     )
     # A pool block is as large as the larger group's pages, and far tokens are most of what a long
     # request holds: so their pages fill a block, but for `ARCHIVE_WASTE` of it.

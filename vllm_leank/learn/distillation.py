@@ -70,5 +70,5 @@ class Distiller:
                 scaling,
             )
 
-        with hooked_attention(self.model, attend, mask=False):
+        with hooked_attention(self.model, attend, context=self.context):
             return hidden_states(self.model, self.context, answer).float()

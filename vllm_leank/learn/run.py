@@ -81,7 +81,7 @@ def learn(
             state_path,
             settings,
             {"ratio": float(request.ratio), "align": request.align},
-            (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim),
+            geometry.shape,
             device,
         )
         selection = Selection(request.ratio, request.align)

@@ -36,6 +36,12 @@ def check_geometry(geometry: Geometry) -> None:
             raise MaskError(
                 f"is {getattr(geometry, name)}; it must be at least 1", loc=("geometry", name)
             )
+    layers = geometry.layers
+    if list(layers) != sorted(set(layers) & set(range(geometry.num_layers))) or not layers:
+        raise MaskError(
+            f"is {list(layers)}; it must name some of the {geometry.num_layers} layers, ascending",
+            loc=("geometry", "served_layers"),
+        )
     if geometry.head_dim % 32 or not 32 <= geometry.head_dim <= MAX_HEAD_DIM:
         raise MaskError(
             f"is {geometry.head_dim}; it must be a multiple of 32, up to {MAX_HEAD_DIM}",

@@ -84,9 +84,8 @@ def compose(
             "heads": int(heads.sum()),
         }
     for layer in dense_layers:
-        if not 0 <= layer < first.geometry.num_layers:
-            raise UserError(f"there is no layer {layer}: the model has {first.geometry.num_layers}")
-        joined.k_bits[layer] = joined.v_bits[layer] = 16
+        row = row_of(layer, first.geometry)
+        joined.k_bits[row] = joined.v_bits[row] = 16
     if dense_layers:
         provenance["dense_layers"] = sorted(dense_layers)
     provenance["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -107,6 +106,20 @@ def compose(
         if error.loc[:1] in (("layers",), ("profiles",)):
             raise UserError(f"these masks cannot be joined so: {error}") from error
         raise
+
+
+def row_of(layer: int, geometry: Geometry) -> int:
+    """Where a mask has a layer of the model.
+
+    Raises:
+        UserError: there is no such layer, or it is none that leank serves.
+    """
+    if not 0 <= layer < geometry.num_layers:
+        raise UserError(f"there is no layer {layer}: the model has {geometry.num_layers}")
+    if layer not in geometry.layers:
+        served = ", ".join(map(str, geometry.layers))
+        raise UserError(f"layer {layer} has no full attention; masks are for layers {served}")
+    return geometry.layers.index(layer)
 
 
 def read_streaming_heads(path: Path, geometry: Geometry, share: float | None = None) -> BoolArray:
@@ -131,7 +144,7 @@ def _streaming_heads(data: bytes, path: Path, geometry: Geometry, share: float |
         values = parse_tsv(data)
     except ValueError as error:
         raise UserError(f"{path}: no table of numbers separated by tabs: {error}") from error
-    shape = (geometry.num_layers, geometry.num_kv_heads)
+    shape = geometry.shape[:2]
     if values.shape != shape:
         raise UserError(f"{path}: has {values.shape} numbers; layers and KV heads are {shape}")
     if not ((values >= 0) & (values <= 1)).all():

@@ -14,7 +14,7 @@ from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import shortened
 from vllm_leank.mask.bits import CLASSES, BitsArray
 from vllm_leank.mask.errors import MaskError
-from vllm_leank.mask.hex_digits import check_count
+from vllm_leank.mask.hex_digits import check_count, check_layers
 from vllm_leank.mask.statistics import STATISTICS, HalfArray, Statistics
 from vllm_leank.mask.strict_yaml import Loc
 
@@ -48,7 +48,7 @@ def read_records(
         MaskError: other numbers of layers, heads or channels, a malformed text, or statistics that
             only some heads have.
     """
-    check_count(len(layers), geometry.num_layers, "layers", "num_layers", ("layers",))
+    check_layers(len(layers), geometry)
     for i, heads in enumerate(layers):
         check_count(len(heads), geometry.num_kv_heads, "heads", "num_kv_heads", ("layers", i))
     wanted = [name for name in STATISTICS if name in layers[0][0]]

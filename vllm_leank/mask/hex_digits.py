@@ -18,7 +18,7 @@ def hex_of_keep(keep: npt.NDArray[np.bool_]) -> list[list[str]]:
 
 def keep_of_hex(layers: list[list[str]], geometry: Geometry) -> npt.NDArray[np.bool_]:
     """Channels from hex, bool `[L, H, D]`; channel 0 is the top bit of the first digit."""
-    check_count(len(layers), geometry.num_layers, "layers", "num_layers", ("layers",))
+    check_layers(len(layers), geometry)
     digits = geometry.head_dim // 4
     rows = []
     for i, heads in enumerate(layers):
@@ -34,8 +34,14 @@ def keep_of_hex(layers: list[list[str]], geometry: Geometry) -> npt.NDArray[np.b
             if not re.fullmatch("[0-9a-fA-F]+", text):
                 raise MaskError(f"{shortened(text)} has other characters than 0-9, a-f", loc=loc)
             rows.append(np.frombuffer(bytes.fromhex(text), np.uint8))
-    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    shape = geometry.shape
     return np.unpackbits(np.stack(rows), axis=-1).astype(bool).reshape(shape)
+
+
+def check_layers(found: int, geometry: Geometry) -> None:
+    """As many layers as the geometry says."""
+    field = "num_layers" if geometry.served_layers is None else "number of served_layers"
+    check_count(found, len(geometry.layers), "layers", field, ("layers",))
 
 
 def check_count(found: int, wanted: int, what: str, field: str, loc: Loc) -> None:

@@ -127,7 +127,7 @@ def _read_mask(data: bytes, path: Path, geometry: Geometry) -> npt.NDArray[np.bo
         or value.is_quantized
     ):
         raise MaskError(f"holds a {type(value).__name__}, not one dense tensor", path=path)
-    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    shape = geometry.shape
     if tuple(value.shape) != shape:
         raise MaskError(f"has shape {tuple(value.shape)}; the model takes {shape}", path=path)
     if not bool(((value == 0) | (value == 1)).all()):
@@ -144,7 +144,7 @@ def _read_factors(data: bytes, path: Path, geometry: Geometry) -> npt.NDArray[np
         raise MaskError(
             f"is not a table of numbers separated by tabs: {error}", path=path
         ) from error
-    layers, heads, head_dim = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
+    layers, heads, head_dim = geometry.shape
     if factors.shape != (layers, heads * head_dim):
         raise MaskError(
             f"has {factors.shape[0]} lines of {factors.shape[1]} numbers; the model takes {layers} "

@@ -47,10 +47,11 @@ BITS_ALIGN = 16
 class Mask:
     """A checked mask.
 
-    `k_bits` and `v_bits` are uint8 `[num_layers, num_kv_heads, head_dim]`, read-only, of the
-    classes in `bits.py`. `statistics` are required where any channel has 2, 4 or 8 bits. `sink` and
-    `recent` are the dense tokens the mask was made for. `provenance` names at least the `method`.
-    `sha256` is of the file's bytes; of a mask made in memory, of the file that it would be.
+    `k_bits` and `v_bits` are uint8 of `geometry.shape`, `[layers, KV heads, channels]`, read-only,
+    of the classes in `bits.py`. Layers are those of `geometry.layers`, numbered from 0.
+    `statistics` are required where any channel has 2, 4 or 8 bits. `sink` and `recent` are the
+    dense tokens the mask was made for. `provenance` names at least the `method`. `sha256` is of the
+    file's bytes; of a mask made in memory, of the file that it would be.
 
     A mask of 16 and 0 bits without statistics is one of LeanK's, and is written as `leank-mask/1`:
     the number of channels a head keeps is a multiple of `align`. Of all others `align` is 16.
@@ -90,7 +91,7 @@ class Mask:
             object.__setattr__(self, "sha256", digest)
 
     def _check_channels(self) -> None:
-        shape = _shape(self.geometry)
+        shape = self.geometry.shape
         if self.format == KEEP_FORMAT:
             check_counts(self.kept_counts, self.align)
         elif self.align != BITS_ALIGN:
@@ -118,7 +119,7 @@ class Mask:
     ) -> "Mask":
         """The mask that keeps every channel."""
         return cls.from_keep(
-            np.ones(_shape(geometry), bool),
+            np.ones(geometry.shape, bool),
             geometry,
             model=model,
             provenance={"method": "full"},
@@ -146,7 +147,7 @@ class Mask:
 
         Kept K channels have 16 bits, and so has V of heads that keep any.
         """
-        check_keep(keep, _shape(geometry))
+        check_keep(keep, geometry.shape)
         return cls(
             model,
             geometry,
@@ -274,7 +275,3 @@ class Mask:
     def far_bytes_share(self) -> float:
         """Bytes of a far token against dense: K and V weigh the same in a dense cache."""
         return self.bits / 16
-
-
-def _shape(geometry: Geometry) -> tuple[int, int, int]:
-    return geometry.num_layers, geometry.num_kv_heads, geometry.head_dim

@@ -19,6 +19,7 @@ class _GeometryBlock(_Strict):
     head_dim: int
     rope_theta: float | None
     rope_scaling: dict[str, Any] | None
+    served_layers: list[int] | None = None
 
 
 class _WindowBlock(_Strict):

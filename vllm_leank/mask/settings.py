@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_leank.core.formats import NATIVE, ArchiveFormat, find_format, formats_for
+from vllm_leank.core.layers import SlidingLayers
 from vllm_leank.core.options import Options
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.window import Window, whole_pages
@@ -33,6 +34,7 @@ def plan_settings(
     tp_size: int = 1,
     draft_items: int = 0,
     stages: Sequence[int] | None = None,
+    sliding: SlidingLayers | None = None,
 ) -> Settings:
     """The settings of a mask and options; see `plan_cache` for the rest.
 
@@ -48,6 +50,7 @@ def plan_settings(
         archive_format=choose_format(options.archive_dtype, mask),
         draft_items=draft_items,
         stages=stages,
+        sliding=sliding,
     )
     return Settings(mask, _window(options, mask), plan)
 

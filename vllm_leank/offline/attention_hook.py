@@ -1,11 +1,13 @@
-"""Runs a function of ours inside every attention layer of a transformers model.
+"""Runs a function of ours inside every full-attention layer of a transformers model.
 
-Models that go through transformers' `AttentionInterface` hand q, K and V over after RoPE, whatever
-their own code looks like, so one hook serves them all.
+Those layers are numbered from 0, as masks number them; sliding layers stay what they are. Models
+that go through transformers' `AttentionInterface` hand q, K and V over after RoPE, whatever their
+own code looks like, so one hook serves them all.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,13 +15,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
 
 _NAME, _NAME_WITHOUT_MASK = "leank_hook", "leank_hook_without_mask"
 
 # Arguments by which models ask for another attention than plain causal softmax(qK)V.
 _REFUSED = {
-    "sliding_window": "sliding-window attention",
     "softcap": "a cap on attention logits",
     "s_aux": "attention sinks as parameters",
     "position_bias": "a position bias",
@@ -47,25 +49,52 @@ class AttentionHook(Protocol):
         """Run in layer `layer`."""
 
 
-_active: list[AttentionHook] = []
+class KnowsContext(Protocol):
+    """Has K and V of the tokens before those that a model is given."""
+
+    def slide(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """Attention of the model's layer `layer` over the last `window` tokens; as a hook's."""
+
+
+@dataclass(frozen=True)
+class _Active:
+    """A hook, the numbers of the model's layers that it serves, and what knows their context."""
+
+    hook: AttentionHook
+    numbers: dict[int, int]
+    context: KnowsContext | None
+
+
+_active: list[_Active] = []
 
 
 @contextmanager
 def hooked_attention(
-    model: PreTrainedModel, hook: AttentionHook, *, mask: bool = True
+    model: PreTrainedModel, hook: AttentionHook, *, context: KnowsContext | None = None
 ) -> Iterator[None]:
-    """Within the context, every attention layer of `model` calls `hook`.
+    """Within the context, every full-attention layer of `model` calls `hook`.
 
-    A hook that computes attention itself, over rows without padding, needs no `attention_mask`:
-    with `mask` False it gets None, and is spared what is large for a chunk of a long prompt.
+    A hook for tokens that stand behind a `context` computes attention itself, over rows without
+    padding, and the context does so in sliding layers. They need no `attention_mask` and get None,
+    which spares what is large for a chunk of a long prompt.
 
     Raises:
-        UserError: the model does not use the interface; while it runs: a layer does another
-            attention than causal attention over all tokens.
+        UserError: the model does not use the interface, or none of its layers has full attention;
+            while it runs: a layer does another attention than its config says.
     """
+    layers = Geometry.from_hf_config(model.config).layers
+    numbers = {layer: number for number, layer in enumerate(layers)}
     # Of what has no mask function, transformers takes that it needs no mask.
     AttentionMaskInterface.register(_NAME, sdpa_mask)
-    name = _NAME if mask else _NAME_WITHOUT_MASK
+    name = _NAME if context is None else _NAME_WITHOUT_MASK
     AttentionInterface.register(name, _attention)
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
@@ -74,7 +103,7 @@ def hooked_attention(
             f"{type(model).__name__} does not use transformers' AttentionInterface, "
             "so its attention can be neither observed nor changed"
         )
-    _active.append(hook)
+    _active.append(_Active(hook, numbers, context))
     try:
         yield
     finally:
@@ -100,9 +129,16 @@ def _attention(
             "LeanK needs equal head sizes"
         )
     layer: int = module.layer_idx  # type: ignore[assignment]
-    output = _active[-1](layer, query, key, value, attention_mask, scaling)
-    if output is not None:
-        return output, None
+    active, window = _active[-1], kwargs.get("sliding_window")
+    if (layer in active.numbers) != (window is None):
+        raise UserError(f"attention layer {layer} is of another kind than the model's config says")
+    if window is None:
+        number = active.numbers[layer]
+        output = active.hook(number, query, key, value, attention_mask, scaling)
+        if output is not None:
+            return output, None
+    elif active.context is not None:
+        return active.context.slide(layer, query, key, value, window, scaling), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )

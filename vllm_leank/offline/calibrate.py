@@ -84,7 +84,7 @@ class HeadMeter:
     device: torch.device
 
     def __post_init__(self) -> None:
-        shape = (self.geometry.num_layers, self.geometry.num_kv_heads, self.geometry.head_dim)
+        shape = self.geometry.shape
         self.q_sum = torch.zeros(shape, dtype=torch.float64, device=self.device)
         self.k_sum = torch.zeros_like(self.q_sum)
         self.far_sum = torch.zeros_like(self.q_sum[..., 0])

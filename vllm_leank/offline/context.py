@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
@@ -19,7 +20,8 @@ from vllm_leank.offline.attention_hook import AttentionHook, hooked_attention
 
 @dataclass
 class Context:
-    """An attention hook that computes a prompt in chunks and keeps its K and V, `[1, H, S, D]`.
+    """An attention hook that computes a prompt in chunks and keeps its K and V, `[1, H, S, D]`, of
+    sliding layers as well. Layers are those of hooks, except where they are called the model's.
 
     Buffers stay from prompt to prompt and grow with the longest.
 
@@ -44,11 +46,11 @@ class Context:
 
     def key(self, layer: int) -> torch.Tensor:
         """K of the whole prompt after RoPE."""
-        return self._keys[layer][:, :, : self.length]
+        return self._keys[self.geometry.layers[layer]][:, :, : self.length]
 
     def value(self, layer: int) -> torch.Tensor:
         """V of the whole prompt."""
-        return self._values[layer][:, :, : self.length]
+        return self._values[self.geometry.layers[layer]][:, :, : self.length]
 
     def advance(self, tokens: int) -> None:
         """Note that a chunk went through all layers.
@@ -71,7 +73,8 @@ class Context:
     def put(
         self, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write K and V `[1, H, T, D]` of tokens behind the context's; K and V of all, as views.
+        """Write K and V `[1, H, T, D]` of tokens behind the context's, of the model's layer
+        `layer`; K and V of all, as views.
 
         They belong to the context once `advance` says so; until then others may be written there.
 
@@ -104,14 +107,39 @@ class Context:
         scaling: float | None,
     ) -> torch.Tensor:
         """Full causal attention of the chunk's queries over everything up to them."""
-        keys, values = self.put(layer, key, value)
-        output = torch.nn.functional.scaled_dot_product_attention(
+        keys, values = self.put(self.geometry.layers[layer], key, value)
+        output = scaled_dot_product_attention(
             query,
             keys,
             values,
             attn_mask=causal_lower_right(query.shape[2], keys.shape[2]),
             scale=scaling,
             enable_gqa=True,
+        )
+        return output.transpose(1, 2).contiguous()
+
+    def slide(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """Attention of the chunk's queries over the last `window` tokens up to each, in the model's
+        layer `layer`. Gradients reach the chunk's K and V.
+        """
+        self.put(layer, key.detach(), value.detach())
+        before = slice(max(0, self.length - window + 1), self.length)
+        keys = torch.cat([self._keys[layer][:, :, before], key], dim=2)
+        values = torch.cat([self._values[layer][:, :, before], value], dim=2)
+        T, S = query.shape[2], keys.shape[2]
+        at_key = torch.arange(S, device=query.device)
+        age = at_key[S - T :, None] - at_key
+        seen = (age >= 0) & (age < window)
+        output = scaled_dot_product_attention(
+            query, keys, values, attn_mask=seen, scale=scaling, enable_gqa=True
         )
         return output.transpose(1, 2).contiguous()
 
@@ -126,7 +154,7 @@ def read_prompt(
         UserError: the model has no plain causal attention behind transformers' AttentionInterface.
     """
     context.begin(len(prompt))
-    with hooked_attention(model, context, mask=False):
+    with hooked_attention(model, context, context=context):
         for at in range(0, len(prompt), chunk):
             tokens = prompt[at : at + chunk]
             hidden_states(model, context, tokens)
@@ -182,7 +210,7 @@ class AfterContext:
         scaling: float | None,
     ) -> torch.Tensor | None:
         """Attention of tokens that stand right after the context."""
-        keys, values = self.context.put(layer, key, value)
+        keys, values = self.context.put(self.context.geometry.layers[layer], key, value)
         return self.hook(layer, query, keys, values, attention_mask, scaling)
 
 
@@ -191,5 +219,5 @@ def logits_after(
     model: transformers.PreTrainedModel, context: Context, ids: Sequence[int], hook: AttentionHook
 ) -> torch.Tensor:
     """As `logits`, under `hook`, which gets K and V of all tokens; the context stays as it is."""
-    with hooked_attention(model, AfterContext(context, hook), mask=False):
+    with hooked_attention(model, AfterContext(context, hook), context=context):
         return logits(model, context, ids)

@@ -72,13 +72,13 @@ def sensitivities(
             f"no prompt has far tokens for its last {queries} tokens; give longer prompts, or a "
             "smaller sink or recent"
         )
-    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    shape = geometry.shape
     key, value = np.zeros(shape), np.zeros(shape)
     for number, ids in enumerate(reading(far, "sensitivity of each channel")):
         read_prompt(model, context, ids[:-queries], chunk)
         places = _far(window, context.length)
         if observe is not None:
-            for layer in range(geometry.num_layers):
+            for layer in range(len(geometry.layers)):
                 part = slice(places.start, places.stop)
                 observe(
                     layer,
@@ -162,7 +162,7 @@ def _draw(
     seed: Sequence[int],
 ) -> None:
     """Run the last tokens of a prompt and go back from drawn labels."""
-    with hooked_attention(model, squares, mask=False):
+    with hooked_attention(model, squares, context=squares.context):
         scores = logits(model, squares.context, ids).float()
         for draw in range(draws):
             labels = draw_labels(scores.detach(), seed, draw)

@@ -69,7 +69,7 @@ class StatisticsMeter:
         self.page = page
         self._sums: dict[int, torch.Tensor] = {}
         self._angles: dict[int, torch.Tensor] = {}
-        self._count = [0] * geometry.num_layers
+        self._count = [0] * len(geometry.layers)
 
     def __call__(self, layer: int, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Add K and V `[1, H, T, D]` of the tokens from position `first` on, K after RoPE."""
@@ -93,7 +93,7 @@ class StatisticsMeter:
         """
         if not all(self._count):
             raise UserError("some layers have no far tokens, so nothing is known of them")
-        layers = range(self.geometry.num_layers)
+        layers = range(len(self.geometry.layers))
         count = torch.tensor(self._count, dtype=torch.float64)[:, None, None]
         sums = torch.stack([self._sums[layer].cpu() for layer in layers], dim=1) / count
         k_square, k_cos, k_sin, v_mean, v_square = sums  # [L, H, D] each

@@ -41,7 +41,7 @@ class Archive(AttentionLayerBase):
     Attributes:
         name: what vLLM knows it by: the stage's first layer and `archive`.
         kv_cache: the pages, `[num_blocks, 1, archive_block, bytes per token / itemsize]`, in the
-            model's dtype whatever they hold.
+            spec's dtype whatever they hold.
     """
 
     def __init__(self, vllm_config: "VllmConfig") -> None:

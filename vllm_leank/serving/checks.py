@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 import vllm.envs as envs
 
 from vllm_leank.core.formats import find_format
+from vllm_leank.core.layers import sliding_layers
 from vllm_leank.core.options import KEY, OptionError, Options, given_options, read_options
 from vllm_leank.errors import UserError
 from vllm_leank.serving.flags import refused_flags
+from vllm_leank.serving.model_checks import model_reasons
 from vllm_leank.serving.vllm.backend_name import is_selected
 from vllm_leank.serving.vllm.config import cache_dtype
 from vllm_leank.serving.vllm.draft_model import draft_with, has_draft, is_draft
@@ -17,7 +19,7 @@ from vllm_leank.serving.vllm.statistics import hook_metrics
 from vllm_leank.serving.vllm.streaming_input import refuse_streaming_input
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
 
     from vllm_leank.mask.settings import Settings
 
@@ -96,6 +98,7 @@ def judge(vllm_config: "VllmConfig") -> "tuple[Settings | None, list[str]]":
     reasons = [*faults.values(), *_platform(vllm_config, options), *of_models, *_flags(vllm_config)]
     if of_models or {KEY, "mask"} & faults.keys():
         return None, reasons  # a mask says nothing then
+    reasons.extend(_mixed(vllm_config, options))
     try:
         settings = resolve_settings(vllm_config, options)
     except UserError as error:
@@ -111,10 +114,14 @@ def _models(vllm_config: "VllmConfig") -> Iterator[str]:
     runner = vllm_config.model_config.runner_type
     if runner != "generate":
         yield f"only text generation is supported, not --runner {runner}; {other}"
-    yield from _model(vllm_config.model_config, other)
+    yield from model_reasons(vllm_config.model_config, other)
     if has_draft(vllm_config):
         draft = vllm_config.speculative_config.draft_model_config
-        yield from _model(draft, "use another draft model in --speculative-config")
+        other = "use another draft model in --speculative-config"
+        reasons = list(model_reasons(draft, other))
+        if not reasons and sliding_layers(draft.hf_text_config):
+            reasons = [f"a draft model with sliding layers is not supported; {other}"]
+        yield from reasons
 
 
 def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
@@ -136,44 +143,33 @@ def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
         )
 
 
-def _model(model: "ModelConfig", other: str) -> Iterator[str]:
-    """What a model's attention has that cannot be served; `other` says what to do instead."""
-    from vllm_leank.core.pages import MAX_HEAD_DIM
-
-    text = model.hf_text_config
-    if model.is_encoder_decoder:
-        yield f"cross and encoder attention are not supported; {other}"
+def _mixed(config: "VllmConfig", options: Options) -> Iterator[str]:
+    """What does not go together with sliding layers beside served ones."""
+    if sliding_layers(config.model_config.hf_text_config) is None:
         return
-    if model.is_diffusion:
-        yield f"diffusion language models are not supported; {other}"
-        return
-    if model.use_mla:
-        yield f"multi-head latent attention (MLA) is not supported; {other}"
-        return
-    if model.is_hybrid or model.is_attention_free:
-        yield f"state-space and linear-attention layers are not supported; {other}"
-        return
-    kinds = set(getattr(text, "layer_types", None) or ())
-    if model.get_sliding_window() or kinds - {"full_attention"}:
+    if options.prefill == "pruned":
         yield (
-            "sliding-window or chunked attention is not supported (full attention in every "
-            f"layer is); {other}"
+            'the option prefill "pruned" is for models without sliding layers: remove it from '
+            "--additional-config"
         )
-    if getattr(text, "attn_logit_softcapping", None):
-        yield f"a logits soft cap is not supported; {other}"
-    if model.is_mm_prefix_lm:
-        yield f"bidirectional attention over images is not supported; {other}"
-    head_size = model.get_head_size()
-    if head_size % 32 or head_size > MAX_HEAD_DIM:
-        yield f"head size {head_size} is not a multiple of 32 up to {MAX_HEAD_DIM}; {other}"
+    if config.parallel_config.pipeline_parallel_size > 1:
+        yield (
+            "pipeline parallelism is for models without sliding layers: remove "
+            "--pipeline-parallel-size"
+        )
+    if has_draft(config):
+        yield (
+            "a draft model is for models without sliding layers: use another method in "
+            "--speculative-config"
+        )
 
 
 def _flags(config: "VllmConfig") -> Iterator[str]:
     cache = config.cache_config
     if config.attention_config.backend_per_kind:
         yield (
-            "it serves all layers or none: remove backend_per_kind from --attention-config and "
-            "use --attention-backend leank"
+            "it chooses the layers that it serves: remove backend_per_kind from --attention-config "
+            "and use --attention-backend leank"
         )
     if cache_dtype(config) != config.model_config.dtype:
         asked = "the checkpoint's own" if cache.cache_dtype == "auto" else cache.cache_dtype

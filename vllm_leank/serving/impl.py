@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
+from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.options import OptionError
 from vllm_leank.core.pages import CacheLayout
 from vllm_leank.kernels.cache import LayerCache
@@ -85,12 +86,13 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         """
         name, layer = self._find_layer()
         settings = load_settings(self._vllm_config)
-        index, rank = layer_index(name), get_tensor_model_parallel_rank()
+        rank = get_tensor_model_parallel_rank()
+        index = settings.mask.geometry.layers.index(layer_index(name))
         self._window, self._layout = settings.window, settings.plan.layer(index, rank)
         self._offset = settings.plan.archive_offset(index, rank)
         _check_layer(name, layer, self._layout)
         if index in settings.plan.first_layers:
-            check_all_layers(self._context)
+            check_all_layers(self._context, settings.mask.geometry)
         heads = settings.plan.rank_heads(rank)
         channels = layer_channels(*settings.mask.layer(index, heads))
         self._take_pages(layer, channels, settings.plan.layer(0, rank))
@@ -195,11 +197,12 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         return self._archive.part(self._offset, self._layout, codec.dtype(dtype))
 
 
-def check_all_layers(context: dict[str, Any]) -> None:
-    """Refuse a model whose code picked another backend for some layers: those would be dense.
+def check_all_layers(context: dict[str, Any], geometry: Geometry) -> None:
+    """Refuse a model whose code does not take its layers for what its config says.
 
     Args:
         context: vLLM's forward context, the model's layers by name.
+        geometry: says which layers are served; all others slide.
 
     Raises:
         OptionError: names the first such layer.
@@ -207,10 +210,12 @@ def check_all_layers(context: dict[str, Any]) -> None:
     for name, layer in context.items():
         if not isinstance(layer, AttentionLayerBase) or isinstance(layer, Archive):
             continue
-        if not isinstance(getattr(layer, "impl", None), LeanKImpl):
+        if isinstance(getattr(layer, "impl", None), LeanKImpl):
+            continue
+        if layer_index(name) in geometry.layers or not getattr(layer, "sliding_window", None):
             raise OptionError(
-                f"leank serves all layers or none, but {name} has a backend of its own; serve "
-                "this model without --attention-backend leank"
+                f"leank serves all layers with full attention or none, but {name} has a backend of "
+                "its own; serve this model without --attention-backend leank"
             )
 
 

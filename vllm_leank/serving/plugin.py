@@ -38,6 +38,13 @@ def load_backend(name: str) -> Any:
     return backend_member(name)
 
 
+def _sliding_backend(path: str) -> str:
+    # Imported late: it is needed where such a layer is made.
+    from vllm_leank.serving.sliding import sliding_backend
+
+    return sliding_backend(path)
+
+
 def _register() -> None:
     from vllm_leank.serving.vllm import backend_name, platform, versions
 
@@ -54,5 +61,5 @@ def _register() -> None:
 
         check, backend = refuse, "vllm_leank.serving.unsupported.UnsupportedBackend"
     # The name comes last: where it is known, configs are checked.
-    platform.hook_platform(check)
+    platform.hook_platform(check, _sliding_backend)
     backend_name.register_backend_name(backend, load_backend)

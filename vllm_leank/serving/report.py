@@ -78,6 +78,7 @@ def describe(settings: Settings) -> list[str]:
     kind = plan.archive_format.archive
     archive, full = plan.archive_token_bytes, plan.dense_token_bytes
     return [
+        *_layers(settings),
         f"leank mask: {mask.model}, {mask.provenance['method']}, sha256 {mask.sha256[:12]}, "
         f"{mask.path}",
         f"leank mask: {_kept(mask)}",
@@ -100,12 +101,24 @@ def beyond_calibration(mask: Mask, max_model_len: int) -> str | None:
     )
 
 
+def _layers(settings: Settings) -> list[str]:
+    """Which layers are served, where some are not."""
+    geometry, sliding = settings.mask.geometry, settings.plan.sliding
+    if sliding is None:
+        return []
+    return [
+        f"leank layers: serves {len(geometry.layers)} of {geometry.num_layers} layers, those with "
+        f"full attention; {sliding.count} sliding layers stay vLLM's, with the last "
+        f"{sliding.window:,} tokens"
+    ]
+
+
 def _kept(mask: Mask) -> str:
     """What far tokens keep, over all and by head."""
     counts = mask.kept_counts
     heads = (
         f"of {counts.size:,} heads of {mask.geometry.head_dim} channels in "
-        f"{mask.geometry.num_layers} layers"
+        f"{len(mask.geometry.layers)} layers"
     )
     if mask.is_packed:
         profiles = Counter(profile for layer in mask.profiles for profile in layer)

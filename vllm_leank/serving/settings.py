@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.layers import sliding_layers
 from vllm_leank.core.options import Options
 from vllm_leank.core.pages import window_token_bytes
 from vllm_leank.mask.lookup import resolve_mask
@@ -31,10 +32,16 @@ def resolve_settings(vllm_config: "VllmConfig", options: Options) -> Settings:
         return load_settings(vllm_config)  # the config is derived from one that has them
     model = vllm_config.model_config
     mask = resolve_mask(options.mask, model.model, Geometry.from_hf_config(model.hf_text_config))
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    drafts = _draft_items(vllm_config)
-    stages = stage_layers(vllm_config)
-    return plan_settings(mask, options, model.dtype.itemsize, ranks, drafts, stages)
+    served = set(mask.geometry.layers)
+    return plan_settings(
+        mask,
+        options,
+        model.dtype.itemsize,
+        vllm_config.parallel_config.tensor_parallel_size,
+        _draft_items(vllm_config),
+        [len(served.intersection(stage)) for stage in stage_layers(vllm_config)],
+        sliding_layers(model.hf_text_config),
+    )
 
 
 def attach_settings(vllm_config: "VllmConfig", settings: Settings) -> None:

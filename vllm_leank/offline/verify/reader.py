@@ -79,7 +79,7 @@ class Reader:
         """
         firsts = []
         for context, hook in self._ways:
-            with hooked_attention(self.model, hook, mask=False):
+            with hooked_attention(self.model, hook, context=context):
                 for at in range(0, len(ids) - 1, self.chunk):
                     tokens = ids[at : min(at + self.chunk, len(ids) - 1)]
                     hidden_states(self.model, context, tokens)
@@ -108,7 +108,7 @@ class Reader:
         end = self.model.generation_config.eos_token_id
         ends = set(end if isinstance(end, list) else [end])
         written, length = [first], self.length
-        with hooked_attention(self.model, self._dense, mask=False):
+        with hooked_attention(self.model, self._dense, context=self._dense):
             while len(written) < count and written[-1] not in ends:
                 written.append(int(logits(self.model, self._dense, written[-1:]).argmax(-1)))
                 self._dense.advance(1)

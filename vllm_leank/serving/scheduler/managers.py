@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.serving.scheduler.specs import LeanKSpec
 from vllm_leank.serving.scheduler.usage import Usage
-from vllm_leank.serving.vllm.block_hashes import limit_block_hashes
+from vllm_leank.serving.vllm.prompt_pages import share_prompts_only
 from vllm_leank.serving.vllm.statistics import hook_statistics
 
 
@@ -29,7 +29,11 @@ class LeanKManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._window = kv_cache_spec.window
-        if self.kv_cache_group_id > 1:
+        self._record_new_block_ids = False  # nobody reads what was not written: no need of zeros
+        # The managers of one coordinator have the same pool.
+        groups = self.block_pool.__dict__.setdefault("_leank_groups", [])
+        groups.append(self.kv_cache_group_id)
+        if len(groups) > 2:
             raise RuntimeError(
                 "vLLM split leank's cache into more than two groups, which would waste most of it; "
                 "please report this with the mask file and the model's config"
@@ -190,26 +194,18 @@ class WindowManager(LeanKManager):
 
 
 class ExactWindowManager(WindowManager):
-    """Lets others share the dense pages of a request's prompt.
+    """Lets others share the dense pages of a request's prompt, less its last token.
 
     Pages of generated tokens are never offered to the prefix cache: their K and V were computed
     with the pruned archive, so a prompt that contains the same text must compute its own. A hit
-    therefore never changes an answer.
+    therefore never changes an answer. So it is with the pages of other layers, which follow from
+    these: `share_prompts_only` is for all groups.
+
+    Should a request be preempted and start again, it finds no more there than that, even if
+    somebody else's prompt begins with its prompt and its answer: the step that completes the prompt
+    fills the archive and is never skipped.
     """
 
-    def cache_blocks(
-        self,
-        request: Request,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Offer the full blocks of the request's prompt, less its last token, to the prefix cache.
-
-        Should the request be preempted and start again, it finds no more there than that, even if
-        somebody else's prompt begins with its prompt and its answer: the step that completes the
-        prompt fills the archive and is never skipped.
-        """
-        tokens = request.num_prompt_tokens - 1
-        limit_block_hashes(request, tokens // self.block_pool.hash_block_size)
-        super().cache_blocks(request, min(num_tokens, tokens), retention_interval, **kwargs)
+    def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        share_prompts_only(ExactWindowManager)

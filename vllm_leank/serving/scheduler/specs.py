@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_leank.core.pages import WINDOW_BLOCK, pages
@@ -10,7 +11,6 @@ from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.window import Window
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
 
 
@@ -92,8 +92,14 @@ class PrunedWindowSpec(WindowSpec):
         return self.most_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
 
 
-def archive_spec(plan: CachePlan, window: Window, dtype: "torch.dtype") -> ArchiveSpec:
-    """Spec of a stage's archive, for a model of this dtype."""
+def archive_spec(plan: CachePlan, window: Window, dtype: torch.dtype) -> ArchiveSpec:
+    """Spec of a stage's archive, for a model of this dtype.
+
+    Beside sliding layers it says that it holds bytes: vLLM then zeroes blocks when they are given
+    to other layers, which must not take codes for numbers.
+    """
+    if plan.sliding is not None:
+        dtype = torch.uint8
     spec = ArchiveSpec if window.exact else PrunedArchiveSpec
     return spec(
         num_kv_heads=len(plan.rank_heads()),

@@ -34,14 +34,13 @@ def in_flight_tokens(vllm_config: "VllmConfig") -> int:
     return int(vllm_config.max_in_flight_tokens + vllm_config.num_lookahead_tokens)
 
 
-def stage_layers(vllm_config: "VllmConfig") -> tuple[int, ...]:
+def stage_layers(vllm_config: "VllmConfig") -> tuple[range, ...]:
     """Decoder layers of each pipeline stage."""
     from vllm.distributed.utils import get_pp_indices
 
     layers = vllm_config.model_config.get_total_num_hidden_layers()
     size = vllm_config.parallel_config.pipeline_parallel_size
-    bounds = [get_pp_indices(layers, rank, size) for rank in range(size)]
-    return tuple(end - first for first, end in bounds)
+    return tuple(range(*get_pp_indices(layers, rank, size)) for rank in range(size))
 
 
 def most_decode_rows(vllm_config: "VllmConfig") -> int:

@@ -1,7 +1,8 @@
-"""Has every config checked, and leank chosen on CPU. For vLLM 0.32 and 0.33.
+"""Has every config checked, leank chosen on CPU, and sliding layers left to vLLM. For vLLM 0.32 and
+0.33.
 
-Goes when vLLM lets plugins check the config, and when `CpuPlatform.get_attn_backend_cls` looks at
-its argument.
+Goes when vLLM lets plugins check the config, when `CpuPlatform.get_attn_backend_cls` looks at its
+argument, and when `backend_per_kind` can name leank for full attention alone.
 """
 
 import functools
@@ -14,12 +15,12 @@ if TYPE_CHECKING:
 from vllm_leank.serving.vllm.backend_name import BACKEND
 
 
-def hook_platform(check_config: Callable[["VllmConfig"], None]) -> None:
-    """Run `check_config` on every `VllmConfig`, after the platform's own check; and make the CPU
-    platform honour the choice of leank, which it would replace by its own backend.
-
-    Goes when vLLM lets plugins check the config, and when `CpuPlatform.get_attn_backend_cls` looks
-    at its argument.
+def hook_platform(
+    check_config: Callable[["VllmConfig"], None], sliding_backend: Callable[[str], str]
+) -> None:
+    """Run `check_config` on every `VllmConfig`, after the platform's own check; make the CPU
+    platform honour the choice of leank, which it would replace by its own backend; and have sliding
+    layers use what vLLM chooses, by `sliding_backend`.
     """
     from vllm.platforms import current_platform
 
@@ -38,7 +39,12 @@ def hook_platform(check_config: Callable[["VllmConfig"], None]) -> None:
     def get_attn_backend_cls(
         cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        if getattr(selected_backend, "name", None) != BACKEND or not cls().is_cpu():
+        is_ours = getattr(selected_backend, "name", None) == BACKEND
+        if is_ours and attn_selector_config.has_sliding_window:
+            # `use_rswa` is our way to prompt lengths.
+            theirs = attn_selector_config._replace(use_rswa=False)
+            return sliding_backend(get_backend(cls, None, theirs, num_heads))
+        if not is_ours or not cls().is_cpu():
             return get_backend(cls, selected_backend, attn_selector_config, num_heads)
         reasons = selected_backend.get_class().validate_configuration(
             device_capability=None, **attn_selector_config._asdict()

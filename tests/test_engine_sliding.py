@@ -1,0 +1,112 @@
+"""Models with sliding layers beside those that leank serves: plain vLLM and the oracle agree."""
+
+import os
+
+import pytest
+import torch
+from engines import engine
+from mask_samples import coded_mask, full_mask, random_mask
+from mixed_models import KINDS, MODELS, WINDOW, as_vllm_runs_it, save_mixed
+from oracle import Oracle
+from test_engine_answers import assert_same, prompts_of
+
+pytestmark = pytest.mark.engine
+
+LIMITS = {"max_model_len": 1024}
+BLOCKS = 25
+PROMPTS = prompts_of([300, 33])
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    return save_mixed("gemma3_text", tmp_path_factory.mktemp("gemma"))
+
+
+def kept_mask(model):
+    return random_mask(model, [32, 0, 16, 64])
+
+
+def assert_as_defined(model, mask, leank, prompts, answers):
+    """Log-probabilities of answers are the oracle's."""
+    form = leank.plan.archive_format
+    oracle = Oracle(as_vllm_runs_it(model), mask, 32, 64, archive_format=form)
+    # Sums in another order may make another code of a number at the edge of two.
+    tolerance = 5e-2 if mask.is_packed else 1e-4
+    for prompt, (tokens, logprobs) in zip(prompts, answers, strict=True):
+        found = oracle.position_logprobs(prompt + tokens, exact_until=len(prompt))[-len(tokens) :]
+        assert torch.tensor(logprobs) == pytest.approx(found, abs=tolerance)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_architectures(model_type, tmp_path):
+    """A full mask answers like plain vLLM, chunked and with prefix hits; another as defined."""
+    model = save_mixed(model_type, tmp_path)
+    with engine(model, **LIMITS) as plain:
+        expected = plain.generate(PROMPTS, 40)
+    cached = {"enable_prefix_caching": True, "max_num_batched_tokens": 100}
+    with engine(model, full_mask(model), **cached, **LIMITS) as leank:
+        assert_same(leank.generate(PROMPTS, 40), expected, 1e-4)
+        hits = leank.watch_hits()
+        assert_same(leank.generate(PROMPTS, 40), expected, 1e-4)
+        assert all(hits)
+    mask = kept_mask(model)
+    with engine(model, mask, **LIMITS) as leank:
+        assert_as_defined(model, mask, leank, PROMPTS, leank.generate(PROMPTS, 40))
+
+
+@pytest.mark.parametrize("mask_of", [kept_mask, coded_mask])
+def test_a_tight_pool_full_of_nan(gemma, mask_of):
+    """Chunks, preemption and prefix hits, where memory that nobody may read is NaN."""
+    mask, (document,) = mask_of(gemma), prompts_of([128], seed=1)
+    tails = prompts_of([1, 40, 9], seed=2)
+    prompts = [document + tail for tail in tails] + prompts_of([30, 31, 32], seed=3)
+    with engine(
+        gemma, mask, enable_prefix_caching=True, max_num_batched_tokens=100, max_model_len=256,
+        num_gpu_blocks_override=BLOCKS,
+    ) as leank:  # fmt: skip
+        assert leank.plan.blocks_in_prefill(leank.window, 256, 100) < BLOCKS
+        leank.poison(leank.block_pool.blocks)
+        leank.poison_freed_blocks()
+        hits, preempted = leank.watch_hits(), leank.watch_preemptions()
+        answers = leank.generate(prompts, 70) + leank.generate(prompts[:2], 70)
+        assert_as_defined(gemma, mask, leank, prompts + prompts[:2], answers)
+        pool = leank.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    # Hits are whole archive pages, and those of codes have 384 tokens.
+    assert any(hits) or mask.is_packed
+    assert preempted
+
+
+def test_what_requests_hold_is_what_is_planned(gemma):
+    """In prompts and answers, with vLLM's own groups of sliding layers."""
+    (prompt,) = prompts_of([300])
+    with engine(gemma, kept_mask(gemma), **LIMITS) as leank:
+        plan, pool, most = leank.plan, leank.block_pool, []
+        assert plan.sliding.count == KINDS.count("sliding_attention")
+        assert plan.sliding.window == WINDOW
+        allocate = leank.scheduler.kv_cache_manager.allocate_slots
+
+        def watch(request, *args, **kwargs):
+            found = allocate(request, *args, **kwargs)
+            held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+            most.append((request.num_computed_tokens, held))
+            return found
+
+        leank.scheduler.kv_cache_manager.allocate_slots = watch
+        leank.generate([prompt], 70)
+    in_answer = [held for tokens, held in most if tokens > 310]
+    planned = plan.blocks_in_decode(leank.window, 370)
+    assert planned - 3 <= max(in_answer) <= planned
+    assert max(held for _, held in most) <= plan.blocks_in_prefill(leank.window, 370, 4096)
+
+
+@pytest.mark.skipif(not os.environ.get("LEANK_PARALLEL"), reason="slow: set LEANK_PARALLEL=1")
+def test_two_ranks_answer_like_one(gemma, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    for mask in (kept_mask(gemma), coded_mask(gemma)):
+        with engine(gemma, mask, **LIMITS) as leank:
+            expected = leank.generate(PROMPTS, 70)
+        split = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+        with engine(gemma, mask, enable_prefix_caching=True, **split, **LIMITS) as leank:
+            for _ in range(2):
+                assert_same(leank.generate(PROMPTS, 70), expected, 5e-3)

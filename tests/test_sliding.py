@@ -1,0 +1,59 @@
+"""Block tables of sliding layers, and what these layers add to a plan."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from archive_definition import plan_of
+
+from vllm_leank.core.capacity import dense_capacity, leank_capacity
+from vllm_leank.core.layers import SlidingLayers, layer_kinds, sliding_layers
+from vllm_leank.core.window import Window
+from vllm_leank.errors import UserError
+from vllm_leank.serving.sliding import hide_left_pages
+
+
+@pytest.mark.parametrize("window", [1, 2, 32, 33, 48, 1000])
+def test_pages_before_the_first_query_that_is_computed_are_hidden(window):
+    lengths = [(0, 1), (31, 1), (32, 1), (33, 1), (64, 1), (95, 30), (200, 7), (256, 1), (0, 300)]
+    computed, new = (torch.tensor(one, dtype=torch.int32) for one in zip(*lengths, strict=True))
+    table = torch.arange(1, 1 + len(lengths) * 12, dtype=torch.int32).view(-1, 12)
+    given = table.clone()
+    starts = torch.cat([torch.zeros(1, dtype=torch.int32), new.cumsum(0, dtype=torch.int32)])
+    step = SimpleNamespace(
+        block_table_tensor=table, query_start_loc=starts, seq_lens=computed + new
+    )
+    hide_left_pages(step, window)
+    for row, (first, _) in enumerate(lengths):
+        seen = [page for page in range(12) if (page + 1) * 32 > first - window + 1]
+        kept = [page for page in range(12) if table[row, page] == given[row, page]]
+        assert kept == seen
+        assert (table[row] == 0).sum() == 12 - len(seen)
+
+
+def test_capacity_counts_what_sliding_layers_keep():
+    window, pool = Window(64, 256), 1 << 30
+    alone = plan_of([[128, 128]] * 4, 128, 2)
+    beside = plan_of([[128, 128]] * 4, 128, 2, sliding=SlidingLayers(20, 512))
+    kept = 20 * 512 * 2 * 2 * 128 * 2
+    for plan, extra in ((alone, 0), (beside, kept)):
+        found = dense_capacity(plan, pool, 32768).in_decode
+        assert found == pytest.approx(pool / (32768 * 4 * 2 * 2 * 128 * 2 + extra))
+    # A block holds the window pages of four layers, so five groups; 512 tokens touch 17 pages.
+    assert beside.blocks_in_decode(window, 32768) - alone.blocks_in_decode(window, 32768) == 5 * 17
+    assert leank_capacity(beside, window, pool, 32768).in_decode < (
+        leank_capacity(alone, window, pool, 32768).in_decode
+    )
+
+
+def test_kinds_of_layers():
+    full, sliding = "full_attention", "sliding_attention"
+    assert layer_kinds({"num_hidden_layers": 2}) == (full, full)
+    assert layer_kinds({"num_hidden_layers": 1, "sliding_window": 64}) == (sliding,)
+    unused = {"num_hidden_layers": 1, "sliding_window": 64, "use_sliding_window": False}
+    assert layer_kinds(unused) == (full,)
+    mixed = {"num_hidden_layers": 2, "layer_types": [sliding, full], "sliding_window": 64}
+    assert sliding_layers({"text_config": mixed}) == SlidingLayers(1, 64)
+    assert sliding_layers(mixed | {"layer_types": [full, full]}) is None
+    with pytest.raises(UserError, match="no sliding_window"):
+        sliding_layers(mixed | {"sliding_window": None})

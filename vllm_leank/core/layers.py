@@ -1,0 +1,71 @@
+"""Kinds of a model's layers: which of them leank serves, and what the others keep beside.
+
+A layer with full attention reads every token before it, so its cache grows with the request, and
+leank shrinks it. A sliding layer reads the last few, keeps no more, and stays vLLM's.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_leank.core.hf_config import Get, fields_of, required
+from vllm_leank.core.pages import WINDOW_BLOCK, pages
+from vllm_leank.errors import UserError
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+
+@dataclass(frozen=True)
+class SlidingLayers:
+    """Layers that read the last `window` tokens, beside served ones with the same KV heads.
+
+    Their pages have 32 tokens of a layer, as window pages do.
+    """
+
+    count: int
+    window: int
+
+    def pages(self, length: int, in_flight: int = 1) -> int:
+        """Pages of a layer that a request of `length` tokens holds at most, as vLLM counts them,
+        while `in_flight` tokens are computed at once.
+        """
+        return pages(min(self.window - 1 + in_flight, length), WINDOW_BLOCK) + 1
+
+
+def layer_kinds(config: Any) -> tuple[str, ...]:
+    """The kind of each layer of a decoder, by its transformers config.
+
+    Raises:
+        UserError: the config contradicts itself.
+    """
+    get = fields_of(config)
+    count, kinds = required(get, "num_hidden_layers"), get("layer_types")
+    if kinds is None:
+        return (SLIDING if _slides(get) else FULL,) * count
+    if len(kinds) != count:
+        raise UserError(f"the model's config has {count} layers, but layer_types of {len(kinds)}")
+    return tuple(map(str, kinds))
+
+
+def sliding_layers(config: Any) -> SlidingLayers | None:
+    """The sliding layers of a decoder, None where there are none."""
+    count = layer_kinds(config).count(SLIDING)
+    return SlidingLayers(count, required(fields_of(config), "sliding_window")) if count else None
+
+
+def full_layers(kinds: Sequence[str]) -> tuple[int, ...]:
+    """Layers with full attention."""
+    return tuple(layer for layer, kind in enumerate(kinds) if kind == FULL)
+
+
+def describe_layers(kinds: Sequence[str]) -> str:
+    """How many layers of each kind there are, in words."""
+    counts = Counter(kind.removesuffix("_attention").replace("_", " ") for kind in kinds)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
+
+
+def _slides(get: Get) -> bool:
+    """Whether a model without `layer_types` has sliding layers only."""
+    return bool(get("sliding_window")) and get("use_sliding_window") is not False
