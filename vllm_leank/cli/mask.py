@@ -2,16 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vllm_leank.cli.options import ModelId, Recent, Sink
 from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import load_mask, save_mask
-from vllm_leank.mask.lookup import broken_masks, find_masks, preferred
-from vllm_leank.mask.mask import Mask
+
+if TYPE_CHECKING:
+    from vllm_leank.mask.mask import Mask
 
 app = typer.Typer(help="Look at masks and make them.", no_args_is_help=True)
 
@@ -57,6 +57,7 @@ def import_file(
 ) -> None:
     """Turn a mask or the scaling factors of the official LeanK code into a mask file."""
     check_new(out, overwrite)
+    from vllm_leank.mask.file import save_mask
     from vllm_leank.mask.import_mask import import_mask
 
     mask = import_mask(
@@ -66,8 +67,11 @@ def import_file(
     report_mask(out, mask, ratio)
 
 
-def find(name: str) -> Mask:
+def find(name: str) -> "Mask":
     """The mask in a file, or the user's or the package's one for a model id."""
+    from vllm_leank.mask.file import load_mask
+    from vllm_leank.mask.lookup import broken_masks, find_masks, preferred
+
     if Path(name).is_file():
         return load_mask(name)
     masks = preferred(find_masks(name))

@@ -3,14 +3,15 @@
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import load_mask, save_mask
-from vllm_leank.mask.mask import Mask
+
+if TYPE_CHECKING:
+    from vllm_leank.mask.mask import Mask
 
 
 class By(StrEnum):
@@ -55,6 +56,7 @@ def compose(
     """Join masks: intersection or union, then streaming heads, then dense layers."""
     check_new(out, overwrite)
     from vllm_leank.mask.compose import compose as join
+    from vllm_leank.mask.file import load_mask, save_mask
 
     if (model is None) == (not masks):
         raise UserError("give mask files, or --model to begin with every channel")
@@ -72,8 +74,9 @@ def compose(
     report_mask(out, mask)
 
 
-def _full(model: str, model_id: str | None) -> Mask:
+def _full(model: str, model_id: str | None) -> "Mask":
     from vllm_leank.mask.checkpoint import Checkpoint
+    from vllm_leank.mask.mask import Mask
 
     checkpoint = Checkpoint.open(model, model_id)
     return Mask.full(checkpoint.geometry, model=checkpoint.id)

@@ -7,7 +7,6 @@ import typer
 
 from vllm_leank.cli.options import Device, Dtype, ModelId, Recent, Sink
 from vllm_leank.cli.outputs import check_new, report_mask
-from vllm_leank.mask.file import save_mask
 
 
 def learn(
@@ -78,6 +77,7 @@ def learn(
     from vllm_leank.learn.data import Data
     from vllm_leank.learn.run import learn as run
     from vllm_leank.learn.stages import Recipe
+    from vllm_leank.mask.file import save_mask
     from vllm_leank.offline.mask_request import MaskRequest
 
     request = MaskRequest.open(model, model_id, ratio=ratio, align=align, sink=sink, recent=recent)

@@ -7,6 +7,7 @@ import vllm.envs as envs
 
 from vllm_leank.core.formats import find_format
 from vllm_leank.core.options import KEY, OptionError, Options, given_options, read_options
+from vllm_leank.core.served_models import Attention
 from vllm_leank.errors import UserError
 from vllm_leank.serving.vllm.backend_name import is_selected
 from vllm_leank.serving.vllm.config import cache_dtype
@@ -107,10 +108,10 @@ def _models(vllm_config: "VllmConfig") -> Iterator[str]:
     runner = vllm_config.model_config.runner_type
     if runner != "generate":
         yield f"only text generation is supported, not --runner {runner}; {other}"
-    yield from _model(vllm_config.model_config, other)
+    yield from _attention(vllm_config.model_config).refusals(other)
     if has_draft(vllm_config):
         draft = vllm_config.speculative_config.draft_model_config
-        yield from _model(draft, "use another draft model in --speculative-config")
+        yield from _attention(draft).refusals("use another draft model in --speculative-config")
 
 
 def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
@@ -132,33 +133,21 @@ def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
         )
 
 
-def _model(model: "ModelConfig", other: str) -> Iterator[str]:
-    """What a model's attention has that cannot be served; `other` says what to do instead."""
-    from vllm_leank.core.pages import MAX_HEAD_DIM
-
+def _attention(model: "ModelConfig") -> Attention:
+    """What vLLM says of a model's attention."""
     text = model.hf_text_config
-    if model.is_encoder_decoder:
-        yield f"cross and encoder attention are not supported; {other}"
-        return
-    if model.use_mla:
-        yield f"multi-head latent attention (MLA) is not supported; {other}"
-        return
-    if model.is_hybrid or model.is_attention_free:
-        yield f"state-space and linear-attention layers are not supported; {other}"
-        return
+    told = Attention.of(text.to_dict())
     kinds = set(getattr(text, "layer_types", None) or ())
-    if model.get_sliding_window() or kinds - {"full_attention"}:
-        yield (
-            "sliding-window or chunked attention is not supported (full attention in every "
-            f"layer is); {other}"
-        )
-    if getattr(text, "attn_logit_softcapping", None):
-        yield f"a logits soft cap is not supported; {other}"
-    if model.is_mm_prefix_lm:
-        yield f"bidirectional attention over images is not supported; {other}"
-    head_size = model.get_head_size()
-    if head_size % 32 or head_size > MAX_HEAD_DIM:
-        yield f"head size {head_size} is not a multiple of 32 up to {MAX_HEAD_DIM}; {other}"
+    return Attention(
+        model.get_head_size(),
+        is_encoder_decoder=model.is_encoder_decoder,
+        is_latent=model.use_mla,
+        is_state_space=model.is_hybrid or model.is_attention_free,
+        is_windowed=bool(model.get_sliding_window() or kinds - {"full_attention"}),
+        has_soft_cap=told.has_soft_cap,
+        has_alibi=told.has_alibi,
+        sees_images_both_ways=model.is_mm_prefix_lm,
+    )
 
 
 def _flags(config: "VllmConfig") -> Iterator[str]:
