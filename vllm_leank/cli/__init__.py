@@ -18,6 +18,7 @@ from vllm_leank.cli import (
     mask_heads,
     mask_learn,
     mask_plot,
+    mask_prompts,
     plan,
     serve,
     verify,
@@ -53,6 +54,7 @@ mask.app.command()(mask_learn.learn)
 mask.app.command()(mask_compose.compose)
 mask.app.command()(mask_plot.plot)
 mask.app.command()(mask_heads.heads)
+mask.app.command()(mask_prompts.prompts)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(serve.serve)

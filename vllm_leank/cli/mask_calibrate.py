@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_leank.cli.options import RECENT, SINK, Device, Dtype, ModelId, Recent, Sink
+from vllm_leank.cli.options import RECENT, SINK, Device, Dtype, ModelId, Overrides, Recent, Sink
 from vllm_leank.cli.outputs import check_new, place_name, report_mask, say
 from vllm_leank.errors import UserError
 from vllm_leank.mask.folders import make_user_folder, user_folder
@@ -98,6 +98,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Of built-in prompts and drawn labels.")] = 0,
     dtype: Dtype = "auto",
     device: Device = None,
+    hf_overrides: Overrides = None,
     model_id: ModelId = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
@@ -118,11 +119,19 @@ def calibrate(
 
     request: BitsRequest | MaskRequest
     if bits is not None:
-        request = BitsRequest.open(name, model_id, bits=bits, sink=sink, recent=recent)
+        request = BitsRequest.open(
+            name, model_id, bits=bits, sink=sink, recent=recent, overrides=hf_overrides
+        )
     else:
         assert ratio is not None
         request = MaskRequest.open(
-            name, model_id, ratio=ratio, align=align or 32, sink=sink, recent=recent
+            name,
+            model_id,
+            ratio=ratio,
+            align=align or 32,
+            sink=sink,
+            recent=recent,
+            overrides=hf_overrides,
         )
     checkpoint = request.checkpoint
     device = checkpoint.place(device, dtype)

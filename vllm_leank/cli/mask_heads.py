@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_leank.cli.options import Device, Dtype
+from vllm_leank.cli.options import Device, Dtype, Overrides
 from vllm_leank.cli.outputs import check_new
 from vllm_leank.errors import UserError
 
@@ -27,6 +27,7 @@ def heads(
     ] = 8192,
     dtype: Dtype = "auto",
     device: Device = None,
+    hf_overrides: Overrides = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -53,7 +54,7 @@ def heads(
     from vllm_leank.offline.calibrate import measure_heads
     from vllm_leank.offline.calibration_prompts import calibration_prompts
 
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model, overrides=hf_overrides)
     window = Window(64, 256)  # energies do not depend on it
     limit = checkpoint.max_tokens(max_tokens)
     prompts = calibration_prompts(checkpoint, data, window, max_tokens=limit, count=max_prompts)

@@ -57,19 +57,24 @@ class Checkpoint:
         path: str,
         model_id: str | None = None,
         *,
+        overrides: Mapping[str, Any] | None = None,
         hub: Mapping[str, Any] | None = None,
         override: Any = None,
         tokenizer_path: str | None = None,
     ) -> "Checkpoint":
         """Read the config only; `model_id` is by default the hub id or the directory's name.
 
-        `path` may be that of a `config.json`, where there are no weights to load.
+        `path` may be that of a `config.json`, where there are no weights to load. `overrides` are
+        what vLLM's `--hf-overrides` has, `override` is the whole config instead.
 
         Raises:
             UserError: there is no such checkpoint, its config lacks what a mask needs, or leank
                 would not serve it.
         """
         hub, path = dict(hub or {}), _folder(path)
+        if overrides:
+            override = whole_config(path, hub)
+            override.update(dict(overrides))
         plain = None if hub or override is not None else plain_config(path)
         if plain is None:
             config = text_config(path, hub) if override is None else override.get_text_config()
@@ -133,7 +138,9 @@ class Checkpoint:
             raise UserError(f"{self.path}: transformers cannot build this model: {error}") from None
         return sum(weight.numel() for weight in model.parameters()) * itemsize
 
-    def load(self, dtype: str = "auto", device: str | None = None) -> "transformers.PreTrainedModel":
+    def load(
+        self, dtype: str = "auto", device: str | None = None
+    ) -> "transformers.PreTrainedModel":
         """The model, for evaluation; `device` is by default the GPU, where there is one.
 
         With `ALL_GPUS` its layers are spread over all GPUs.
@@ -203,8 +210,12 @@ class Checkpoint:
 
 
 def is_path(model: str) -> bool:
-    """Whether a model is named by a path, which no hub id begins like, whatever is there."""
-    return model.startswith(("/", ".", "~"))
+    """Whether a model is named by a path, whatever is there: it begins as no hub id does, has more
+    parts than one, or its first part is a folder here.
+    """
+    begins = model.startswith(("/", ".", "~")) or model.endswith(("/", ".json"))
+    folder, between, _ = model.partition("/")
+    return begins or model.count("/") > 1 or (bool(between) and Path(folder).is_dir())
 
 
 def text_config(path: str, hub: Mapping[str, Any]) -> Any:
@@ -214,11 +225,16 @@ def text_config(path: str, hub: Mapping[str, Any]) -> Any:
     Raises:
         UserError: there is no such checkpoint, or its config cannot be loaded.
     """
+    return whole_config(path, hub).get_text_config()
+
+
+def whole_config(path: str, hub: Mapping[str, Any]) -> Any:
+    """The config of a model; see `text_config`."""
     if not Path(path).is_dir() and is_path(path):
         raise UserError(f"{path}: no such directory")
     import transformers
 
-    return load_part(transformers.AutoConfig, path, **hub).get_text_config()
+    return load_part(transformers.AutoConfig, path, **hub)
 
 
 def _folder(path: str) -> str:

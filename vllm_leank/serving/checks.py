@@ -6,9 +6,17 @@ from typing import TYPE_CHECKING
 import vllm.envs as envs
 
 from vllm_leank.core.formats import find_format
-from vllm_leank.core.options import KEY, OptionError, Options, given_options, read_options
+from vllm_leank.core.options import (
+    KEY,
+    OptionError,
+    Options,
+    given_options,
+    misplaced,
+    read_options,
+)
 from vllm_leank.core.served_models import Attention
 from vllm_leank.errors import UserError
+from vllm_leank.serving.last_word import say_it_last
 from vllm_leank.serving.vllm.backend_name import is_selected
 from vllm_leank.serving.vllm.config import cache_dtype
 from vllm_leank.serving.vllm.draft_model import draft_with, has_draft, is_draft
@@ -58,9 +66,12 @@ def check_config(vllm_config: "VllmConfig") -> None:
     """
     if not is_selected(vllm_config):
         if given_options(vllm_config.additional_config):
+            wrong = misplaced(vllm_config.additional_config)
+            say_it_last()
             raise OptionError(
                 "leank options are given, but leank is not selected: add "
                 "--attention-backend leank, or remove them from --additional-config"
+                + (f"; {wrong}" if wrong else "")
             )
         return
     if vllm_config.model_config is None or is_draft(vllm_config):
@@ -69,6 +80,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
     if settings is None or reasons:
         refusal = RefusalError(*reasons)
         refusal.vllm_config, refusal.settings = vllm_config, settings
+        say_it_last()
         raise refusal
     # Here, since every process that uses vLLM imports this module.
     from vllm_leank.serving.metrics import publish
@@ -161,6 +173,11 @@ def _flags(config: "VllmConfig") -> Iterator[str]:
         asked = "the checkpoint's own" if cache.cache_dtype == "auto" else cache.cache_dtype
         own = str(config.model_config.dtype).removeprefix("torch.")
         flag = "remove the flag" if own == "float32" else f"use --kv-cache-dtype {own}"
+        if str(cache.cache_dtype).startswith("fp8"):
+            flag += (
+                "; leank has 8-bit far tokens of its own: --additional-config "
+                f'\'{{"{KEY}": {{"archive_dtype": "fp8"}}}}\''
+            )
         yield f"a KV cache of another dtype than the model's ({asked}) is not supported: {flag}"
     if cache.user_specified_block_size:
         yield "--block-size follows from the mask: remove the flag"
