@@ -97,7 +97,10 @@ def test_show_by_model_id(leank, mask_file, monkeypatch):
     assert json.loads(leank("mask", "show", "ORG/name", "--json")[1])["path"] == str(mask_file)
     code, _, err = leank("mask", "show", "org/other")
     assert code == 2
-    assert "neither a mask file nor a model" in err
+    assert "org/other: no mask is found for a model of this name; leank mask calibrate" in err
+    code, _, err = leank("mask", "show", "none/such/mask.yaml")
+    assert code == 2
+    assert "none/such/mask.yaml: no such file" in err
     masks *= 2
     code, _, err = leank("mask", "show", "org/name")
     assert code == 2
