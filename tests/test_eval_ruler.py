@@ -1,9 +1,11 @@
 """`leank eval ruler`: the command lines it makes of lm_eval, and what it refuses."""
 
+import contextlib
 import importlib.util
 import json
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +103,11 @@ def test_lengths_run_one_after_the_other_until_one_fails(leank, monkeypatch):
 
     def run(command, **_):
         ran.append(command)
+        out = Path(command[command.index("--output_path") + 1])
+        asked = json.loads(command[command.index("--metadata") + 1])["max_seq_lengths"][0]
+        scores = {f"{length},none": 0.5 if length == asked else -1 for length in (1024, 2048, 4096)}
+        out.mkdir(parents=True)
+        (out / "results_1.json").write_text(json.dumps({"results": {"ruler_vt": scores}}))
         return Done()
 
     monkeypatch.setattr(evaluation.subprocess, "run", run)
@@ -108,5 +115,42 @@ def test_lengths_run_one_after_the_other_until_one_fails(leank, monkeypatch):
     assert code == 2
     assert "lm_eval ended with exit code 3" in err
     Done.returncode = 0
-    assert leank("eval", "ruler", "m", "--lengths", "1024,2048")[0] == 0
+    code, out, _ = leank("eval", "ruler", "m", "--lengths", "1024,2048")
+    assert code == 0
     assert len(ran) == 3
+    assert [line.split() for line in out.splitlines() if "ruler_vt" in line] == [
+        ["ruler_vt", "1,024", "50.0%"],
+        ["ruler_vt", "2,048", "50.0%"],
+    ]  # and no row of -1 for 4,096
+
+
+def test_two_servers_in_one_call(leank, monkeypatch):
+    """Each is started, asked the same and stopped before the next."""
+    happened = []
+
+    @contextlib.contextmanager
+    def serving(words):
+        happened.append(words)
+        yield "http://there:1"
+        happened.append("stopped")
+
+    def scores(run, lengths):
+        assert (run.base_url, lengths) == ("http://there:1", [1024])
+        return {"ruler_vt": {1024: 0.75 if "leank" in happened[-1] else 1.0}}
+
+    monkeypatch.setattr(ruler, "require_lm_eval", lambda: None)
+    monkeypatch.setattr("vllm_leank.offline.server.serving", serving)
+    monkeypatch.setattr(evaluation, "_scores", scores)
+    asked = ["eval", "ruler", "m", "--compare", "dense,leank", "--lengths", "1024"]
+    code, out, _ = leank(*asked, "--mask", "m.yaml", "--flags", "--seed 1")
+    assert code == 0
+    dense = ["m", "--max-model-len", "1280", "--seed", "1"]
+    mask = ["--additional-config", '{"leank": {"mask": "m.yaml"}}']
+    chosen = [*dense, "--attention-backend", "leank", *mask]
+    assert happened == [dense, "stopped", chosen, "stopped"]
+    assert ["ruler_vt", "1,024", "100.0%", "75.0%"] in [line.split() for line in out.splitlines()]
+    code, out, _ = leank(*asked, "--dry-run")
+    assert [line.split()[0] for line in out.splitlines()] == ["vllm", sys.executable] * 2
+    code, _, err = leank(*asked[:4], "dense,fp8", "--dry-run")
+    assert code == 2
+    assert "it takes dense and leank" in err

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,7 +129,8 @@ def test_bad_samples_are_refused_with_the_line(tmp_path, line, message):
 def test_text_files_must_have_text(tmp_path):
     class Checkpoint:
         max_tokens = staticmethod(lambda limit: limit)
-        encode = encode_rest = None
+        encode = encode_rest = staticmethod(lambda text: [1] * len(text.split()))
+        tokenizer = SimpleNamespace(unk_token_id=None)
 
     def open_text(path):
         return Data(text=path).open(Checkpoint(), WINDOW, 0)

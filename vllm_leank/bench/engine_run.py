@@ -166,6 +166,7 @@ def measure(run: Run) -> dict[str, Any]:
         )
     scheduler, cache = load.config.scheduler_config, load.config.cache_config
     return {
+        "device_type": load.config.device_config.device_type,
         "concurrent": stretch.running,
         "peak_running": state.peak,
         "waiting": stretch.steps[-1].waiting,

@@ -1,5 +1,6 @@
 """Runs engines of one model one after the other, with and without leank, under the same load."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 from vllm_leank.core.capacity import EIGHT_BIT_CACHE
 from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.errors import UserError
+from vllm_leank.version import SUPPORTED_VLLM
 
 _FORMATS = ("", *(f"-{one.name}" for one in known_formats() if one != NATIVE))
 VARIANTS = (
@@ -26,6 +28,18 @@ DEFAULT_VARIANTS = ",".join(one for one in VARIANTS if "pruned" not in one)
 
 STDERR = 2
 """File descriptor: stdout is for results."""
+
+
+def require_vllm() -> None:
+    """Refuse to start where there is no vLLM.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            f"leank bench serve runs engines of vLLM: pip install 'vllm{SUPPORTED_VLLM}'"
+        )
 
 
 def parse_variants(text: str) -> list[str]:
@@ -96,7 +110,9 @@ def run_variant(variant: str, run: dict[str, Any]) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
     if "error" in result:
         raise UserError(f"{variant}: {result['error']}")
-    return {"variant": variant} | result
+    # On a CPU vLLM takes its own attention, whatever is asked for.
+    on_cpu = result.pop("device_type", None) == "cpu"
+    return {"variant": variant.replace("flash", "cpu") if on_cpu else variant} | result
 
 
 def ratios(variants: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ Modules import what is slow (torch, transformers) inside the command that needs 
 """
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -17,23 +18,43 @@ from vllm_leank.cli import (
     mask_heads,
     mask_learn,
     mask_plot,
+    mask_prompts,
     plan,
     serve,
     verify,
 )
 from vllm_leank.errors import UserError
+from vllm_leank.version import __version__
 
 app = typer.Typer(
     help="LeanK for vLLM.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"vllm-leank {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _leank(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit."),
+    ] = False,
+) -> None:
+    """LeanK for vLLM."""
+
+
 mask.app.command()(mask_calibrate.calibrate)
 mask.app.command()(mask_learn.learn)
 mask.app.command()(mask_compose.compose)
 mask.app.command()(mask_plot.plot)
 mask.app.command()(mask_heads.heads)
+mask.app.command()(mask_prompts.prompts)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(serve.serve)

@@ -153,6 +153,7 @@ def serve(
     if out is not None:
         check_new(out, overwrite)
     chosen = serving.parse_variants(variants)
+    serving.require_vllm()
     if max_model_len is None:
         max_model_len = prompt_tokens + output_tokens + 1024
     common = {

@@ -8,8 +8,6 @@ import typer
 
 from vllm_leank.cli.outputs import quiet_vllm
 from vllm_leank.cli.sizes import readable
-from vllm_leank.core.capacity import compare
-from vllm_leank.serving.vllm import versions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,8 +36,9 @@ def doctor(
     """
     quiet_vllm()
     from vllm_leank.serving.environment import environment
+    from vllm_leank.serving.vllm import versions
 
-    facts = list(environment())
+    facts = list(environment(with_vllm=bool(line)))
     serving = None
     if line and versions.vllm_version() is not None:
         from vllm_leank.serving.serve_line import examine
@@ -82,6 +81,7 @@ def _describe(serving: "Serving") -> dict[str, Any]:
         described["warning"] = beyond_calibration(mask, serving.length)
     if serving.pool_bytes is not None and serving.length is not None:
         from vllm_leank.cli.capacity_table import capacity_json
+        from vllm_leank.core.capacity import compare
 
         capacities = compare(plan, window, serving.pool_bytes, serving.length, serving.in_flight)
         described["engines"] = capacity_json(capacities)
@@ -89,21 +89,21 @@ def _describe(serving: "Serving") -> dict[str, Any]:
 
 
 def _print(facts: list["Fact"], serving: "Serving | None") -> None:
-    from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    console = Console(highlight=False)
-    table = Table(box=box.SIMPLE, show_header=False)
+    # Lines are as long as they are: a terminal wraps them, and a file keeps them whole.
+    console = Console(highlight=False, soft_wrap=True)
+    width = max(len(fact.name) for fact in facts)
     for fact in facts:
         mark = "[red]no[/]" if fact.problem else "[green]ok[/]"
-        table.add_row(mark, fact.name, escape(fact.value))
-    console.print(table)
+        console.print(f"{mark}  {fact.name:{width}}  {escape(fact.value)}")
     for fact in facts:
         if fact.problem:
             console.print(f"[red]{fact.name}:[/] {escape(fact.problem)}")
-    if serving is not None:
+    if serving is None:
+        console.print("a line to look at as well: leank doctor -- vllm serve MODEL ...")
+    else:
         _print_serving(console, serving)
 
 
@@ -111,12 +111,13 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
     from rich.markup import escape
 
     from vllm_leank.cli.capacity_table import capacity_table, what_does_not_fit
+    from vllm_leank.core.capacity import compare
     from vllm_leank.serving.report import beyond_calibration, describe
 
     if serving.reasons:
         console.print("[red]leank would not serve this line:[/]")
         for reason in serving.reasons:
-            console.print(f"  * {escape(reason)}", soft_wrap=True)
+            console.print(f"  * {escape(reason)}")
     else:
         console.print("[green]leank would serve this line[/]")
     if serving.settings is None:
@@ -125,7 +126,7 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
         console.print(text, markup=False)
     mask, length = serving.settings.mask, serving.length
     if length is not None and (warning := beyond_calibration(mask, length)):
-        console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True)
+        console.print(f"[yellow]{escape(warning)}[/]")
     if serving.pool_bytes is None or serving.length is None:
         console.print("leank capacity: known with --kv-cache-memory-bytes, or on a GPU")
         return

@@ -1,15 +1,22 @@
 """`leank eval`: benchmarks against a running server."""
 
+import json
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vllm_leank.errors import UserError
+
+if TYPE_CHECKING:
+    from vllm_leank.offline.ruler import Ruler
+    from vllm_leank.offline.ruler_scores import Scores
 
 app = typer.Typer(help="Run benchmarks against a running server.", no_args_is_help=True)
 
@@ -50,15 +57,34 @@ def ruler(
         Path | None,
         typer.Option(help="Folder for lm_eval's results.", show_default="printed only"),
     ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="dense,leank",
+            help="Start these servers of MODEL, a directory or hub id, one after the other, "
+            "instead of asking --base-url.",
+            show_default="none",
+        ),
+    ] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(help="With --compare: leank's mask file.", show_default="looked up by model"),
+    ] = None,
+    flags: Annotated[
+        str, typer.Option(help="With --compare: more flags of vllm serve, for both.")
+    ] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print lm_eval's command lines only.")
+        bool, typer.Option("--dry-run", help="Print the command lines only.")
     ] = False,
 ) -> None:
     """Measure RULER with lm_eval, one run per length.
 
-    Ask a dense server the same, for comparison. Needs lm_eval with its extras api and ruler.
+    With --compare dense,leank both are measured in one call, and stand side by side. Needs lm_eval
+    with its extras api and ruler.
     """
     from vllm_leank.offline.ruler import Ruler, chosen_tasks, require_lm_eval
+    from vllm_leank.offline.ruler_scores import Scores
+    from vllm_leank.offline.server import serving
 
     run = Ruler(
         model=model,
@@ -70,18 +96,103 @@ def ruler(
         limit=limit,
         out=out,
     )
-    commands = [run.command(length) for length in _lengths(lengths)]
-    if not dry_run:
-        require_lm_eval()
-    for command in commands:
-        print(shlex.join(command), file=sys.stdout if dry_run else sys.stderr, flush=True)
-        if dry_run:
-            continue
-        done = subprocess.run(
-            command, env={"TOKENIZERS_PARALLELISM": "false"} | os.environ, check=False
-        )
-        if done.returncode:
-            raise UserError(f"lm_eval ended with exit code {done.returncode}; its log is above")
+    asked = _lengths(lengths)
+    if compare is None and (mask is not None or flags):
+        raise UserError("--mask and --flags go with --compare: a running server has its own")
+    servers = {} if compare is None else server_lines(compare, model, max(asked), mask, flags)
+    if dry_run:
+        for name, words in servers.items() or [("", None)]:
+            if words is not None:
+                print(shlex.join(["vllm", "serve", *words]))
+            for length in asked:
+                print(shlex.join(_place(run, name).command(length)))
+        return
+    require_lm_eval()
+    measured: dict[str, Scores] = {}
+    if not servers:
+        measured["score"] = _scores(run, asked)
+    for name, words in servers.items():
+        print(shlex.join(["$ vllm", "serve", *words]), file=sys.stderr, flush=True)
+        with serving(words) as url:
+            measured[name] = _scores(replace(_place(run, name), base_url=url), asked)
+    _print(measured, asked)
+
+
+def server_lines(
+    compare: str, model: str, longest: int, mask: str | None, flags: str
+) -> dict[str, list[str]]:
+    """What follows `vllm serve` for each server that is compared, by its name.
+
+    Raises:
+        UserError: another name than dense and leank, or flags that cannot be read.
+    """
+    from vllm_leank.offline.ruler import SLACK
+
+    names = [name.strip() for name in compare.split(",")]
+    if not set(names) <= {"dense", "leank"} or len(set(names)) < len(names):
+        raise UserError(f"--compare is {compare!r}; it takes dense and leank, as in dense,leank")
+    try:
+        common = [model, "--max-model-len", str(longest + SLACK), *shlex.split(flags)]
+    except ValueError as error:
+        raise UserError(f"--flags is {flags!r}: {error}") from error
+    chosen = ["--attention-backend", "leank"]
+    if mask is not None:
+        chosen += ["--additional-config", json.dumps({"leank": {"mask": mask}})]
+    return {name: common + (chosen if name == "leank" else []) for name in names}
+
+
+def _place(run: "Ruler", name: str) -> "Ruler":
+    """The run with a folder of its own for what a server's name says."""
+    return replace(run, out=run.out / name) if run.out is not None and name else run
+
+
+def _scores(run: "Ruler", lengths: list[int]) -> "Scores":
+    """Every task's score, from a run of lm_eval for each length.
+
+    Raises:
+        UserError: lm_eval fails.
+    """
+    from vllm_leank.offline.ruler_scores import join_scores, read_scores
+    from vllm_leank.offline.server import STDERR
+
+    parts = []
+    with tempfile.TemporaryDirectory() as folder:
+        kept = run if run.out is not None else replace(run, out=Path(folder))
+        assert kept.out is not None
+        for length in lengths:
+            command = kept.command(length)
+            print(shlex.join(command), file=sys.stderr, flush=True)
+            # Its own table has a row of -1 for each length that was not asked.
+            done = subprocess.run(
+                command,
+                env={"TOKENIZERS_PARALLELISM": "false"} | os.environ,
+                stdout=STDERR,
+                check=False,
+            )
+            if done.returncode:
+                raise UserError(f"lm_eval ended with exit code {done.returncode}; its log is above")
+            parts.append((length, read_scores(kept.out / str(length), length)))
+    return join_scores(parts)
+
+
+def _print(measured: "dict[str, Scores]", lengths: list[int]) -> None:
+    """A row per task and length, a column per server."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("task")
+    for name in ("tokens", *measured):
+        table.add_column(name, justify="right")
+    first = next(iter(measured.values()))
+    for task in first:
+        for length in lengths:
+            cells = [scores.get(task, {}).get(length) for scores in measured.values()]
+            if any(cell is not None for cell in cells):
+                shown = ["none" if cell is None else f"{cell:.1%}" for cell in cells]
+                table.add_row(task, f"{length:,}", *shown)
+    Console().print(table)
 
 
 def _lengths(text: str) -> list[int]:

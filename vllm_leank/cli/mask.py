@@ -2,16 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_leank.cli.options import ModelId, Recent, Sink
+from vllm_leank.cli.options import ModelId, Overrides, Recent, Sink
 from vllm_leank.cli.outputs import check_new, report_mask
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import load_mask, save_mask
-from vllm_leank.mask.lookup import broken_masks, find_masks, preferred
-from vllm_leank.mask.mask import Mask
+
+if TYPE_CHECKING:
+    from vllm_leank.mask.mask import Mask
 
 app = typer.Typer(help="Look at masks and make them.", no_args_is_help=True)
 
@@ -40,7 +40,11 @@ def import_file(
         ),
     ],
     model: Annotated[
-        str, typer.Option(help="Whose mask it is: a directory with config.json, or a hub id.")
+        str,
+        typer.Option(
+            help="Whose mask it is: a directory with config.json, that file (with --model-id), or "
+            "a hub id."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The mask file to write.")],
     ratio: Annotated[
@@ -53,21 +57,34 @@ def import_file(
     sink: Sink = 128,
     recent: Recent = 768,
     model_id: ModelId = None,
+    hf_overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Turn a mask or the scaling factors of the official LeanK code into a mask file."""
     check_new(out, overwrite)
+    from vllm_leank.mask.file import save_mask
     from vllm_leank.mask.import_mask import import_mask
 
     mask = import_mask(
-        source, model, ratio=ratio, align=align, sink=sink, recent=recent, model_id=model_id
+        source,
+        model,
+        ratio=ratio,
+        align=align,
+        sink=sink,
+        recent=recent,
+        model_id=model_id,
+        overrides=hf_overrides,
     )
     save_mask(mask, out, overwrite=overwrite)
     report_mask(out, mask, ratio)
 
 
-def find(name: str) -> Mask:
+def find(name: str) -> "Mask":
     """The mask in a file, or the user's or the package's one for a model id."""
+    from vllm_leank.mask.checkpoint import is_path
+    from vllm_leank.mask.file import load_mask
+    from vllm_leank.mask.lookup import broken_masks, find_masks, preferred
+
     if Path(name).is_file():
         return load_mask(name)
     masks = preferred(find_masks(name))
@@ -77,4 +94,9 @@ def find(name: str) -> Mask:
         files = ", ".join(str(mask.path) for mask in masks)
         raise UserError(f"{name} has several masks, name one of the files: {files}")
     unread = "".join(f"\n  not looked at: {error}" for error in broken_masks())
-    raise UserError(f"{name}: neither a mask file nor a model that a mask is found for{unread}")
+    if is_path(name) and not Path(name).is_dir():
+        raise UserError(f"{name}: no such file{unread}")
+    raise UserError(
+        f"{name}: no mask is found for a model of this name; leank mask calibrate {name} --bits 2 "
+        f"makes one{unread}"
+    )

@@ -5,15 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_leank.cli.options import RECENT, SINK, Device, Dtype, ModelId, Recent, Sink
+from vllm_leank.cli.options import RECENT, SINK, Device, Dtype, ModelId, Overrides, Recent, Sink
 from vllm_leank.cli.outputs import check_new, place_name, report_mask, say
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.folders import make_user_folder, user_folder
-from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.names import file_name, model_name
 
 if TYPE_CHECKING:
+    from vllm_leank.mask.mask import Mask
     from vllm_leank.offline.calibration_prompts import CalibrationPrompts
     from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
 
@@ -99,6 +98,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Of built-in prompts and drawn labels.")] = 0,
     dtype: Dtype = "auto",
     device: Device = None,
+    hf_overrides: Overrides = None,
     model_id: ModelId = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
@@ -113,16 +113,25 @@ def calibrate(
     out = out or _default_out(model_id or model_name(name), bits)
     check_new(out, overwrite)
 
+    from vllm_leank.mask.file import save_mask
     from vllm_leank.offline.calibration_prompts import calibration_prompts, longest_prompt
     from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
 
     request: BitsRequest | MaskRequest
     if bits is not None:
-        request = BitsRequest.open(name, model_id, bits=bits, sink=sink, recent=recent)
+        request = BitsRequest.open(
+            name, model_id, bits=bits, sink=sink, recent=recent, overrides=hf_overrides
+        )
     else:
         assert ratio is not None
         request = MaskRequest.open(
-            name, model_id, ratio=ratio, align=align or 32, sink=sink, recent=recent
+            name,
+            model_id,
+            ratio=ratio,
+            align=align or 32,
+            sink=sink,
+            recent=recent,
+            overrides=hf_overrides,
         )
     checkpoint = request.checkpoint
     device = checkpoint.place(device, dtype)
@@ -150,7 +159,7 @@ def measured_mask(
     dtype: str = "auto",
     score: str | None = None,
     query_tokens: int | None = None,
-) -> Mask:
+) -> "Mask":
     """The mask of a request, from what its model does with prompts; see `calibrate` for the rest.
 
     Raises:
@@ -217,7 +226,7 @@ def _default_out(model_id: str, bits: float | None) -> Path:
     return make_user_folder() / file_name(model_id, bits)
 
 
-def _tell_of_others(out: Path, mask: Mask) -> None:
+def _tell_of_others(out: Path, mask: "Mask") -> None:
     """Say that a server has to choose, where the user has other masks of the model."""
     from vllm_leank.mask.lookup import find_masks, preferred
 

@@ -3,14 +3,17 @@
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_leank.cli.options import Overrides
 from vllm_leank.cli.outputs import check_new, report_mask
+from vllm_leank.core.formats import NATIVE
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import load_mask, save_mask
-from vllm_leank.mask.mask import Mask
+
+if TYPE_CHECKING:
+    from vllm_leank.mask.mask import Mask
 
 
 class By(StrEnum):
@@ -50,32 +53,39 @@ def compose(
     model_id: Annotated[
         str | None, typer.Option(help="The id the mask is found by.", show_default="the first's")
     ] = None,
+    hf_overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Join masks: intersection or union, then streaming heads, then dense layers."""
     check_new(out, overwrite)
     from vllm_leank.mask.compose import compose as join
+    from vllm_leank.mask.file import load_mask, save_mask
+    from vllm_leank.mask.settings import choose_format
 
     if (model is None) == (not masks):
         raise UserError("give mask files, or --model to begin with every channel")
     if streaming_share is not None and streaming is None:
         raise UserError("--streaming-share needs --streaming")
     mask = join(
-        [load_mask(path) for path in masks] if masks else [_full(str(model), model_id)],
+        [load_mask(path) for path in masks]
+        if masks
+        else [_full(str(model), model_id, hf_overrides)],
         by.value,
         streaming=streaming,
         streaming_share=streaming_share,
         dense_layers=_numbers(dense_layers or ""),
         model_id=model_id,
     )
+    choose_format(NATIVE.name, mask)  # as a server would
     save_mask(mask, out, overwrite=overwrite)
     report_mask(out, mask)
 
 
-def _full(model: str, model_id: str | None) -> Mask:
+def _full(model: str, model_id: str | None, overrides: dict[str, Any] | None) -> "Mask":
     from vllm_leank.mask.checkpoint import Checkpoint
+    from vllm_leank.mask.mask import Mask
 
-    checkpoint = Checkpoint.open(model, model_id)
+    checkpoint = Checkpoint.open(model, model_id, overrides=overrides)
     return Mask.full(checkpoint.geometry, model=checkpoint.id)
 
 

@@ -2,15 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-import numpy.typing as npt
 import typer
 
-from vllm_leank.cli.options import Device, Dtype
+from vllm_leank.cli.options import Device, Dtype, Overrides
 from vllm_leank.cli.outputs import check_new
 from vllm_leank.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 def heads(
@@ -25,6 +27,7 @@ def heads(
     ] = 8192,
     dtype: Dtype = "auto",
     device: Device = None,
+    hf_overrides: Overrides = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -43,13 +46,15 @@ def heads(
     """
     if out is not None:
         check_new(out, overwrite)
+    import numpy as np
+
     from vllm_leank.core.window import Window
     from vllm_leank.mask.checkpoint import Checkpoint
     from vllm_leank.mask.rope_pairs import high_frequency_share
     from vllm_leank.offline.calibrate import measure_heads
     from vllm_leank.offline.calibration_prompts import calibration_prompts
 
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model, overrides=hf_overrides)
     window = Window(64, 256)  # energies do not depend on it
     limit = checkpoint.max_tokens(max_tokens)
     prompts = calibration_prompts(checkpoint, data, window, max_tokens=limit, count=max_prompts)
@@ -68,7 +73,7 @@ def heads(
         _print_table(ranked, top)
 
 
-def _write_table(out: Path, values: npt.NDArray[np.float64]) -> None:
+def _write_table(out: Path, values: "npt.NDArray[np.float64]") -> None:
     from vllm_leank.core.atomic import write_atomically
 
     lines = ("\t".join(f"{value:.6f}" for value in row) + "\n" for row in values)

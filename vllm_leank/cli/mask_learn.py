@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from vllm_leank.cli.options import Device, Dtype, ModelId, Recent, Sink
+from vllm_leank.cli.options import Device, Dtype, ModelId, Overrides, Recent, Sink
 from vllm_leank.cli.outputs import check_new, report_mask
-from vllm_leank.mask.file import save_mask
 
 
 def learn(
@@ -46,6 +45,7 @@ def learn(
     seed: Annotated[int, typer.Option(help="Of the data.")] = 0,
     dtype: Dtype = "auto",
     device: Device = None,
+    hf_overrides: Overrides = None,
     model_id: ModelId = None,
     state: Annotated[
         Path | None,
@@ -78,9 +78,12 @@ def learn(
     from vllm_leank.learn.data import Data
     from vllm_leank.learn.run import learn as run
     from vllm_leank.learn.stages import Recipe
+    from vllm_leank.mask.file import save_mask
     from vllm_leank.offline.mask_request import MaskRequest
 
-    request = MaskRequest.open(model, model_id, ratio=ratio, align=align, sink=sink, recent=recent)
+    request = MaskRequest.open(
+        model, model_id, ratio=ratio, align=align, sink=sink, recent=recent, overrides=hf_overrides
+    )
     learned = run(
         request,
         Data(data, text, min_tokens, max_tokens),

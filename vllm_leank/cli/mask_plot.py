@@ -1,15 +1,15 @@
 """`leank mask plot`: draw what a mask keeps."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from vllm_leank.cli.mask import find
 from vllm_leank.cli.outputs import check_new
-from vllm_leank.mask.mask import Mask
-from vllm_leank.mask.rope_pairs import outlier_pairs, pair_shares, wavelengths
+
+if TYPE_CHECKING:
+    from vllm_leank.mask.mask import Mask
 
 
 def plot(
@@ -24,12 +24,17 @@ def plot(
 
     found = find(mask)
     (draw_bits if found.is_packed else draw_mask)(out, found)
+    print(f"{out}: the mask for {found.model}")
     for line in _frequencies(found):
         print(line)
 
 
-def _frequencies(mask: Mask) -> list[str]:
+def _frequencies(mask: "Mask") -> list[str]:
     """The frequency profile in words."""
+    import numpy as np
+
+    from vllm_leank.mask.rope_pairs import outlier_pairs, pair_shares, wavelengths
+
     if mask.geometry.rope_theta is None:
         return ["the model has no RoPE, so its channels have no frequencies"]
     if mask.is_packed:

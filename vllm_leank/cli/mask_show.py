@@ -8,8 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_leank.core.options import Options
+from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import profiles_of
 from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.settings import plan_settings
 
 _BF16_BYTES = 2
 
@@ -17,7 +20,7 @@ _BF16_BYTES = 2
 def summary(mask: Mask) -> dict[str, Any]:
     """Everything `show` shows; bytes are of one far token over all layers."""
     dense = mask.k_bits.size * 2 * _BF16_BYTES
-    kept = round(dense * mask.far_bytes_share)
+    kept = _stored_bytes(mask)
     counts = Counter(mask.kept_counts.reshape(-1).tolist())
     return {
         "path": None if mask.path is None else str(mask.path),
@@ -49,6 +52,18 @@ def summary(mask: Mask) -> dict[str, Any]:
     }
 
 
+def _stored_bytes(mask: Mask) -> int:
+    """Bytes of a far token in a server's archive pages, as its log says; of a mask that no archive
+    can hold, those of its channels.
+    """
+    if not mask.far_bytes_share:
+        return 0
+    try:
+        return plan_settings(mask, Options(), _BF16_BYTES).plan.archive_token_bytes
+    except UserError:
+        return round(mask.k_bits.size * 2 * _BF16_BYTES * mask.far_bytes_share)
+
+
 def print_tables(mask: Mask) -> None:
     """Print what the mask is for, what it saves, and each layer."""
     shown = summary(mask)
@@ -63,14 +78,16 @@ def print_tables(mask: Mask) -> None:
     if mask.geometry.served_layers is not None:
         served = ", ".join(map(str, mask.geometry.layers))
         facts.add_row("layers served", f"{served}, of {mask.geometry.num_layers}")
-    rope = f"theta {mask.geometry.rope_theta}, scaling {mask.geometry.rope_scaling}"
+    scaling = mask.geometry.rope_scaling
+    kind = "no scaling" if scaling is None else f"scaling {scaling}"
+    rope = (
+        "none" if mask.geometry.rope_theta is None else f"theta {mask.geometry.rope_theta}, {kind}"
+    )
     facts.add_row("RoPE", escape(rope))
     facts.add_row("dense tokens", f"first {mask.sink}, last {mask.recent}")
     for name, text in (_bits_facts(shown) if mask.is_packed else _keep_facts(shown)).items():
         facts.add_row(name, text)
-    facts.add_row(
-        "bytes per far token (bf16)", f"{kept:,} of {dense:,} ({mask.far_bytes_share:.1%})"
-    )
+    facts.add_row("bytes per far token (bf16)", f"{kept:,} of {dense:,} ({kept / dense:.1%})")
     bound = "none" if shown["speed_bound"] is None else f"{shown['speed_bound']:.2f}x"
     facts.add_row("bound on attention speed", bound)
     for key, value in {**mask.provenance, "sha256": mask.sha256}.items():

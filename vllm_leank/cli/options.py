@@ -1,6 +1,7 @@
 """Options that several commands take, each with the same words everywhere."""
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +21,33 @@ RecentOfMask = Annotated[
 ModelId = Annotated[
     str | None,
     typer.Option(help="The id the mask is found by.", show_default="name of the checkpoint"),
+]
+
+
+def _overrides(text: str) -> dict[str, Any]:
+    """The object that a text is.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{text} is no JSON object")
+    return value
+
+
+Overrides = Annotated[
+    Any,
+    typer.Option(
+        "--hf-overrides",
+        parser=_overrides,
+        metavar="JSON",
+        help="Changes of the model's config, as given to vllm serve (YaRN, say).",
+        show_default="none",
+    ),
 ]
 
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

@@ -2,9 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_leank.errors import UserError
-from vllm_leank.mask.mask import Mask
+
+if TYPE_CHECKING:
+    from vllm_leank.mask.mask import Mask
 
 
 def say(text: str) -> None:
@@ -41,7 +44,7 @@ def check_new(out: Path, overwrite: bool) -> None:
         raise UserError(f"{folder}: no files can be written here")
 
 
-def report_mask(out: Path, mask: Mask, ratio: float | None = None) -> None:
+def report_mask(out: Path, mask: "Mask", ratio: float | None = None) -> None:
     """Say what was written; `ratio` is the share of K that was to be pruned."""
     if mask.is_packed:
         print(f"{out}: {mask.bits:.2f} bits per element, {16 / mask.bits:.1f}x smaller than dense")

@@ -1,17 +1,19 @@
 """`leank plan`: how many requests would fit, before anything is started."""
 
 import json
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_leank.cli.options import RecentOfMask, SinkOfMask
+from vllm_leank.cli.options import Overrides, RecentOfMask, SinkOfMask
 from vllm_leank.cli.sizes import parse_size, readable
 from vllm_leank.core.capacity import (
     BATCHED_TOKENS,
     OTHER_BYTES,
     STEPS_AT_ONCE,
     UTILIZATION,
+    Capacity,
     compare,
     estimate_pool,
     pruned_prefill,
@@ -30,7 +32,14 @@ _ITEMSIZE = 2
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="A directory with config.json, or a hub id.")],
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A directory with config.json, that file, or a hub id.",
+            show_default="the one of --mask",
+        ),
+    ] = None,
     max_model_len: Annotated[
         int, typer.Option(min=1, help="Tokens of each request, prompt and answer.")
     ],
@@ -100,6 +109,7 @@ def plan(
     tp: Annotated[
         int, typer.Option("--tp", "--tensor-parallel-size", min=1, help="Tensor-parallel GPUs.")
     ] = 1,
+    hf_overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """How many requests fit: vLLM's dense cache in 16 and 8 bits, leank's in every format.
@@ -107,42 +117,98 @@ def plan(
     Computed from the same pages that a server uses. With --kv-cache-memory what fits in decode is
     exactly what its startup report says, which speaks of 32,768 tokens where --max-model-len is
     more; with --gpu-memory it is an estimate, as only vLLM can measure what it takes itself.
+
+    Exit code 1 where not even one request fits with leank.
     """
     if (gpu_memory is None) == (kv_cache_memory is None):
         raise UserError("give either --gpu-memory or --kv-cache-memory")
     from vllm_leank.core.options import KEY, parse_options
     from vllm_leank.mask.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint.open(model)
+    if model is None and mask is None:
+        raise UserError("name a model by --model, or its mask by --mask")
+    checkpoint = None if model is None else Checkpoint.open(model, overrides=hf_overrides)
     options = parse_options({KEY: {"sink": sink, "recent": recent, "prefill": prefill}})
     if bits is not None and mask is not None:
         raise UserError("--bits and --mask exclude each other: give one")
-    found = _mask(checkpoint, mask) if bits is None else even_mask(checkpoint, bits)
-    settings = _settings(found, options, tp, sliding_layers(checkpoint.config))
+    if bits is None:
+        found = _mask(checkpoint, mask)
+    else:
+        assert checkpoint is not None
+        found = even_mask(checkpoint, bits)
+    model = model or found.model
+    settings = _settings(found, options, tp, _sliding(checkpoint, found))
     facts: dict[str, Any] = {
         "model": model,
         "mask": {"path": str(found.path), "sha256": found.sha256} if bits is None else None,
         "bits": found.bits,
         "window": {"sink": settings.window.sink, "recent": settings.window.recent},
         "prefill": prefill,
+        "hf_overrides": hf_overrides,
+        "bits_asked": bits,
+        "options": {
+            "sink": sink,
+            "recent": recent,
+            "prefill": None if prefill == "exact" else prefill,
+        },
+        "kv_bytes_given": kv_cache_memory,
         "max_num_batched_tokens": max_num_batched_tokens,
         "tensor_parallel_size": tp,
         "max_model_len": max_model_len,
     }
     pool = kv_cache_memory
     if gpu_memory is not None:
-        weights = _weights(checkpoint) if weights is None else weights
+        if weights is None:
+            if checkpoint is None:
+                raise UserError("--gpu-memory needs --model, or the size of its --weights")
+            weights = _weights(checkpoint)
         other = OTHER_BYTES if other is None else other
         pool = estimate_pool(gpu_memory, gpu_memory_utilization, weights // tp, other)
         facts |= {"gpu_bytes": gpu_memory, "weight_bytes": weights, "other_bytes": other}
     assert pool is not None
-    _print(settings, facts | {"pool_bytes": pool}, as_json)
+    if not settings.window.exact:
+        facts["while_computed"] = pruned_prefill(
+            settings.plan, settings.window, pool, max_model_len, max_num_batched_tokens,
+            STEPS_AT_ONCE,
+        )  # fmt: skip
+    capacities = compare(
+        settings.plan, settings.window, pool, max_model_len, STEPS_AT_ONCE * max_num_batched_tokens
+    )
+    line = serve_line(facts, mask, gpu_memory_utilization)
+    _print(capacities, facts | {"pool_bytes": pool, "serve": line}, as_json)
+    leank = [one for name, one in capacities.items() if name.startswith("leank")]
+    raise typer.Exit(0 if any(one.in_prefill >= 1 for one in leank) else 1)
 
 
-def _mask(checkpoint: "Checkpoint", mask: str | None) -> "Mask":
+def serve_line(facts: dict[str, Any], mask: str | None, utilization: float = UTILIZATION) -> str:
+    """The line that serves what was planned, to copy."""
+    words = ["leank", "serve", facts["model"]]
+    if facts["mask"] is None:
+        words += ["--bits", f"{facts['bits_asked']:g}"]
+    words += ["--max-model-len", str(facts["max_model_len"])]
+    if facts["hf_overrides"]:
+        words += ["--hf-overrides", json.dumps(facts["hf_overrides"])]
+    if facts["tensor_parallel_size"] > 1:
+        words += ["--tensor-parallel-size", str(facts["tensor_parallel_size"])]
+    if utilization != UTILIZATION:
+        words += ["--gpu-memory-utilization", f"{utilization:g}"]
+    if facts["max_num_batched_tokens"] != BATCHED_TOKENS:
+        words += ["--max-num-batched-tokens", str(facts["max_num_batched_tokens"])]
+    options = {"mask": mask} | facts["options"]
+    if facts["kv_bytes_given"]:
+        words += ["--kv-cache-memory-bytes", str(facts["kv_bytes_given"])]
+    if given := {name: value for name, value in options.items() if value is not None}:
+        words += ["--additional-config", json.dumps({"leank": given})]
+    return shlex.join(words)
+
+
+def _mask(checkpoint: "Checkpoint | None", mask: str | None) -> "Mask":
     from vllm_leank.mask.errors import MaskError
+    from vllm_leank.mask.file import load_mask
     from vllm_leank.mask.lookup import resolve_mask
 
+    if checkpoint is None:
+        return load_mask(str(mask))
     try:
         return resolve_mask(mask, checkpoint.path, checkpoint.geometry)
     except MaskError as error:
@@ -189,6 +255,14 @@ def _settings(
     return plan_settings(mask, options, _ITEMSIZE, tp, sliding=sliding)
 
 
+def _sliding(checkpoint: "Checkpoint | None", mask: "Mask") -> SlidingLayers | None:
+    if checkpoint is not None:
+        return sliding_layers(checkpoint.plain or checkpoint.config)
+    if mask.geometry.served_layers is not None:
+        raise UserError("other layers than those of the mask take memory as well: give --model")
+    return None
+
+
 def _weights(checkpoint: "Checkpoint") -> int:
     try:
         return checkpoint.weight_bytes(_ITEMSIZE)
@@ -196,26 +270,24 @@ def _weights(checkpoint: "Checkpoint") -> int:
         raise UserError(f"{error}; give it with --weights") from None
 
 
-def _print(settings: "Settings", facts: dict[str, Any], as_json: bool) -> None:
+def _print(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: bool) -> None:
     from vllm_leank.cli.capacity_table import capacity_json, capacity_table, what_does_not_fit
 
-    pool, length = facts["pool_bytes"], facts["max_model_len"]
-    in_flight = STEPS_AT_ONCE * facts["max_num_batched_tokens"]
-    capacities = compare(settings.plan, settings.window, pool, length, in_flight)
     if as_json:
         print(json.dumps(facts | {"engines": capacity_json(capacities)}, indent=2))
         return
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(_sentence(facts), markup=False)
-    console.print(capacity_table(capacities, length))
-    if not settings.window.exact:
-        step = facts["max_num_batched_tokens"]
-        told = pruned_prefill(settings.plan, settings.window, pool, length, step, STEPS_AT_ONCE)
-        console.print(f"leank: {told}", soft_wrap=True)
+    console.print(_sentence(facts), markup=False, soft_wrap=True)
+    console.print(capacity_table(capacities, facts["max_model_len"]))
+    if "while_computed" in facts:
+        console.print(f"leank: {facts['while_computed']}", soft_wrap=True)
     if too_long := what_does_not_fit(capacities):
-        console.print(too_long)
+        console.print(too_long, soft_wrap=True)
+    else:
+        console.print("to serve it:")
+        console.print(f"  {facts['serve']}", markup=False, soft_wrap=True)
 
 
 def _sentence(facts: dict[str, Any]) -> str:

@@ -14,12 +14,11 @@ import typer
 from vllm_leank.cli.options import RECENT, SINK
 from vllm_leank.cli.outputs import check_new, place_name, quiet_vllm, report_mask, say
 from vllm_leank.errors import UserError
-from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.folders import make_user_folder, user_folder
-from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.names import file_name
 
 if TYPE_CHECKING:
+    from vllm_leank.mask.mask import Mask
     from vllm_leank.offline.mask_request import BitsRequest
     from vllm_leank.serving.line import Line
 
@@ -68,16 +67,17 @@ def serve(
     environment = dict(os.environ)  # vLLM's; what is imported here adds to ours
     quiet_vllm()
     from vllm_leank.serving.environment import problems
-    from vllm_leank.serving.line import read_line
+    from vllm_leank.serving.line import cpu_cache, read_line
 
     if found := problems():
         raise UserError("; ".join(found))
     asked = read_line(line)
+    space = cpu_cache(asked)
     if bits is None:
-        words = asked.with_leank()
+        words = [*asked.with_leank(), *space]
     else:
         wanted = _wanted(asked, bits)
-        words = asked.with_leank(mask=str(wanted.path))
+        words = [*asked.with_leank(mask=str(wanted.path)), *space]
         if wanted.request is not None:
             _judge_before(asked, wanted.request)
             if dry_run:
@@ -155,7 +155,7 @@ def _wanted(asked: "Line", bits: float) -> _Wanted:
     return _Wanted(path, request, why, max(tokens, least_prompt(window)), device)
 
 
-def _made_for(mask: Mask) -> int | None:
+def _made_for(mask: "Mask") -> int | None:
     """Longest prompt that a mask was to be made from, in tokens; None where it is not known, or the
     mask must stay as it is: it is not the user's, or not from built-in prompts alone.
     """
@@ -181,6 +181,7 @@ def _judge_before(asked: "Line", request: "BitsRequest") -> None:
         UserError: leank would not serve it.
     """
     from vllm_leank.cli.plan import even_mask
+    from vllm_leank.mask.file import save_mask
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mask.yaml"
@@ -203,6 +204,7 @@ def _make(wanted: _Wanted, data: Path | None, prompts: int | None) -> None:
         UserError: it cannot be made, or not be written.
     """
     from vllm_leank.cli.mask_calibrate import measured_mask
+    from vllm_leank.mask.file import save_mask
     from vllm_leank.offline.calibration_prompts import calibration_prompts
 
     request = wanted.request

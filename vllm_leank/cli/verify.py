@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_leank.cli.options import Device, RecentOfMask, SinkOfMask
+from vllm_leank.cli.options import Device, Overrides, RecentOfMask, SinkOfMask
 from vllm_leank.cli.outputs import check_new
 from vllm_leank.errors import UserError
 
@@ -79,6 +79,7 @@ def verify(
         ),
     ] = "auto",
     device: Device = None,
+    hf_overrides: Overrides = None,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -113,9 +114,9 @@ def verify(
     if report is not None:
         _check_report(report, overwrite)
     thresholds = Thresholds(min_top1, max_kl, min_answers)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model, overrides=hf_overrides)
     device = checkpoint.place(device, dtype)
-    found = resolve_mask(mask, model, checkpoint.geometry)
+    found = resolve_mask(mask, model, checkpoint.geometry, overrides=hf_overrides)
     # As served; the window does not depend on the bytes of a number.
     options = {"sink": sink, "recent": recent, "prefill": prefill, "archive_dtype": archive_dtype}
     window = plan_settings(found, parse_options({KEY: options}), itemsize=2).window

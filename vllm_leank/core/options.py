@@ -1,7 +1,8 @@
 """The options of `--additional-config '{"leank": {...}}'`."""
 
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -57,6 +58,8 @@ def read_options(additional_config: Any) -> tuple[Options, dict[str, str]]:
             KEY: f'additional_config["{KEY}"] is {shortened(given)}, but must be a mapping of '
             f'options, for example {{"{KEY}": {{"sink": 64}}}}'
         }
+    if wrong := misplaced(additional_config):
+        return Options(), {KEY: wrong}
     if not all(isinstance(name, str) for name in given):
         return Options(), {KEY: f'additional_config["{KEY}"]: option names must be strings'}
     try:
@@ -67,9 +70,39 @@ def read_options(additional_config: Any) -> tuple[Options, dict[str, str]]:
     return Options(**right), faults
 
 
+def misplaced(additional_config: Any) -> str | None:
+    """What is wrong where options were given, but not under "leank"; None where nothing is."""
+    if not isinstance(additional_config, Mapping):
+        return None
+    found = [*_misspelled(additional_config)]
+    found += [name for name in additional_config if name in Options.model_fields]
+    if not found:
+        return None
+    name = found[0]
+    right = additional_config[name] if name not in Options.model_fields else None
+    if not isinstance(right, Mapping):
+        right = {one: value for one, value in additional_config.items() if one in found}
+    form = json.dumps({KEY: right}, default=str)
+    return f'--additional-config has "{name}" where "{KEY}" is expected: write \'{form}\''
+
+
 def given_options(additional_config: Any) -> bool:
-    """Whether any leank options were given."""
-    return isinstance(additional_config, Mapping) and KEY in additional_config
+    """Whether leank options were given, under "leank" or what must have been meant by it."""
+    if not isinstance(additional_config, Mapping):
+        return False
+    return KEY in additional_config or any(_misspelled(additional_config))
+
+
+def _misspelled(additional_config: Mapping[Any, Any]) -> Iterator[str]:
+    """Keys that nearly say "leank", and those that only leank can have meant."""
+    for name, value in additional_config.items():
+        if name == KEY or not isinstance(name, str):
+            continue
+        plain = "".join(letter for letter in name.lower() if letter.isalpha())
+        near = difflib.SequenceMatcher(None, plain.removeprefix("vllm"), KEY).ratio() >= 0.8
+        is_mask = name == "mask" and str(value).endswith((".yaml", ".yml"))
+        if near or is_mask or name == "archive_dtype":
+            yield name
 
 
 def _explain(error: Any) -> str:

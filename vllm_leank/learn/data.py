@@ -17,6 +17,7 @@ from vllm_leank.core.bounded import read_bounded
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.offline.known_tokens import MOST_OF_A_PROMPT, check_known, reader
 from vllm_leank.offline.needles import Generated, least_tokens
 from vllm_leank.offline.prompts import Sample, read_samples
 from vllm_leank.offline.tasks import Task, essay_pieces, multivalue, retrieval
@@ -69,8 +70,8 @@ class Data:
             digest = hashlib.sha256()
             samples = read_samples(
                 self.file,
-                checkpoint.encode,
-                checkpoint.encode_rest,
+                reader(checkpoint, checkpoint.encode),
+                reader(checkpoint, checkpoint.encode_rest),
                 vocab_size=checkpoint.config.vocab_size,
                 max_tokens=max_tokens,
                 digest=digest,
@@ -102,6 +103,11 @@ class Data:
             max_tokens,
             seed,
         )
+        for number in range(2):  # one of each task
+            try:
+                check_known(checkpoint, source(number).prompt, MOST_OF_A_PROMPT)
+            except UserError as error:
+                raise UserError(f"generated samples: {error}; give others by --data") from error
         return source, {
             "data": "generated: dense retrieval and multi-value in turn",
             **text,

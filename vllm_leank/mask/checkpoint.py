@@ -1,18 +1,24 @@
-"""A checkpoint of transformers whose parts are loaded when they are needed."""
+"""A checkpoint of transformers whose parts are loaded when they are needed.
+
+So are torch and transformers, which take seconds: many commands need a model's shape alone.
+"""
 
 import functools
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
+from typing import TYPE_CHECKING, Any
 
 from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.served_models import Attention
 from vllm_leank.errors import UserError
+from vllm_leank.mask.hub import work_offline_without_a_hub
 from vllm_leank.mask.names import model_name
+from vllm_leank.mask.plain_config import count_weights, plain_config
+
+if TYPE_CHECKING:
+    import transformers
 
 ALL_GPUS = "auto"
 """The device that stands for all GPUs together."""
@@ -30,8 +36,8 @@ class Checkpoint:
     Attributes:
         path: the directory or hub id.
         id: what a mask for it is found by.
-        config: the text part of its config.
         geometry: shape and RoPE of its attention.
+        plain: its config, where it could be read without transformers.
         hub: options of transformers' `from_pretrained` for all its parts, such as `revision`.
         override: the whole config to build the model with, instead of the checkpoint's own.
         tokenizer_path: where the tokenizer is, if not at `path`.
@@ -39,8 +45,8 @@ class Checkpoint:
 
     path: str
     id: str
-    config: Any = field(repr=False)
     geometry: Geometry
+    plain: Mapping[str, Any] | None = field(default=None, repr=False)
     hub: Mapping[str, Any] = field(default_factory=dict, repr=False)
     override: Any = field(default=None, repr=False)
     tokenizer_path: str | None = None
@@ -51,20 +57,42 @@ class Checkpoint:
         path: str,
         model_id: str | None = None,
         *,
+        overrides: Mapping[str, Any] | None = None,
         hub: Mapping[str, Any] | None = None,
         override: Any = None,
         tokenizer_path: str | None = None,
     ) -> "Checkpoint":
         """Read the config only; `model_id` is by default the hub id or the directory's name.
 
+        `path` may be that of a `config.json`, where there are no weights to load. `overrides` are
+        what vLLM's `--hf-overrides` has, `override` is the whole config instead.
+
         Raises:
-            UserError: there is no such checkpoint, or its config lacks what a mask needs.
+            UserError: there is no such checkpoint, its config lacks what a mask needs, or leank
+                would not serve it.
         """
-        hub = dict(hub or {})
-        config = text_config(path, hub) if override is None else override.get_text_config()
-        geometry = Geometry.from_hf_config(config)
+        hub, path = dict(hub or {}), _folder(path)
+        if overrides:
+            override = whole_config(path, hub)
+            override.update(dict(overrides))
+        plain = None if hub or override is not None else plain_config(path)
+        if plain is None:
+            config = text_config(path, hub) if override is None else override.get_text_config()
+            attention = Attention.of(config.to_dict())
+        else:
+            config, attention = plain, Attention.of(plain)
+        if reasons := "; ".join(attention.refusals()):
+            raise UserError(f"{path}: leank cannot serve this model: {reasons}")
         name = model_id or model_name(path)
-        return cls(path, name, config, geometry, hub, override, tokenizer_path)
+        geometry = Geometry.from_hf_config(config)
+        return cls(path, name, geometry, plain, hub, override, tokenizer_path)
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """The text part of the config, as transformers reads it."""
+        if self.override is not None:
+            return self.override.get_text_config()
+        return text_config(self.path, self.hub)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -73,6 +101,8 @@ class Checkpoint:
         Raises:
             UserError: there is none, or it cannot be loaded.
         """
+        import transformers
+
         return load_part(transformers.AutoTokenizer, self.tokenizer_path or self.path, **self.hub)
 
     def encode(self, text: str) -> list[int]:
@@ -93,8 +123,14 @@ class Checkpoint:
         Raises:
             UserError: the weights are quantised, or transformers does not know the model.
         """
-        if getattr(self.config, "quantization_config", None):
+        config = self.plain or self.config.to_dict()
+        if config.get("quantization_config"):
             raise UserError(f"{self.path}: is quantised, so its config does not tell its size")
+        if self.plain is not None:
+            return count_weights(self.plain) * itemsize
+        import torch
+        import transformers
+
         try:
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(self.config)
@@ -102,7 +138,9 @@ class Checkpoint:
             raise UserError(f"{self.path}: transformers cannot build this model: {error}") from None
         return sum(weight.numel() for weight in model.parameters()) * itemsize
 
-    def load(self, dtype: str = "auto", device: str | None = None) -> transformers.PreTrainedModel:
+    def load(
+        self, dtype: str = "auto", device: str | None = None
+    ) -> "transformers.PreTrainedModel":
         """The model, for evaluation; `device` is by default the GPU, where there is one.
 
         With `ALL_GPUS` its layers are spread over all GPUs.
@@ -112,6 +150,8 @@ class Checkpoint:
         """
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype}; allowed: {', '.join(DTYPES)}")
+        import torch
+
         device = usable_device(device)
         if device == ALL_GPUS:
             return self._spread(dtype)
@@ -128,6 +168,8 @@ class Checkpoint:
         Raises:
             UserError: nothing can be computed there.
         """
+        import torch
+
         device = usable_device(device)
         if device != "cuda" or torch.cuda.device_count() < 2 or dtype not in DTYPES:
             return device
@@ -137,7 +179,7 @@ class Checkpoint:
         weights = self.weight_bytes((numbers or torch.float32).itemsize)
         return device if weights < WEIGHTS_SHARE * torch.cuda.mem_get_info()[0] else ALL_GPUS
 
-    def _spread(self, dtype: str) -> transformers.PreTrainedModel:
+    def _spread(self, dtype: str) -> "transformers.PreTrainedModel":
         """The model with its layers on all GPUs, about as much on each.
 
         Raises:
@@ -148,6 +190,8 @@ class Checkpoint:
                 "to spread a model over several GPUs the package accelerate is needed; run: pip "
                 "install accelerate"
             )
+        import torch
+
         model = self._weights(dtype, device_map="balanced")
         if left_over := _off_gpus(model.hf_device_map):
             raise UserError(
@@ -156,16 +200,22 @@ class Checkpoint:
             )
         return model.eval()
 
-    def _weights(self, dtype: str, **more: Any) -> transformers.PreTrainedModel:
+    def _weights(self, dtype: str, **more: Any) -> "transformers.PreTrainedModel":
         """The model, with the config that overrides its own, if there is one."""
+        import transformers
+
         given = {} if self.override is None else {"config": self.override}
         kind = transformers.AutoModelForCausalLM
         return load_part(kind, self.path, dtype=dtype, **given, **self.hub, **more)
 
 
 def is_path(model: str) -> bool:
-    """Whether a model is named by a path, which no hub id begins like, whatever is there."""
-    return model.startswith(("/", ".", "~"))
+    """Whether a model is named by a path, whatever is there: it begins as no hub id does, has more
+    parts than one, or its first part is a folder here.
+    """
+    begins = model.startswith(("/", ".", "~")) or model.endswith(("/", ".json"))
+    folder, between, _ = model.partition("/")
+    return begins or model.count("/") > 1 or (bool(between) and Path(folder).is_dir())
 
 
 def text_config(path: str, hub: Mapping[str, Any]) -> Any:
@@ -175,9 +225,22 @@ def text_config(path: str, hub: Mapping[str, Any]) -> Any:
     Raises:
         UserError: there is no such checkpoint, or its config cannot be loaded.
     """
+    return whole_config(path, hub).get_text_config()
+
+
+def whole_config(path: str, hub: Mapping[str, Any]) -> Any:
+    """The config of a model; see `text_config`."""
     if not Path(path).is_dir() and is_path(path):
         raise UserError(f"{path}: no such directory")
-    return load_part(transformers.AutoConfig, path, **hub).get_text_config()
+    import transformers
+
+    return load_part(transformers.AutoConfig, path, **hub)
+
+
+def _folder(path: str) -> str:
+    """The directory of a `config.json` that is named itself; else the path as it is."""
+    named = Path(path)
+    return str(named.parent) if named.name == "config.json" and named.is_file() else path
 
 
 def _off_gpus(places: dict[str, int | str]) -> list[str]:
@@ -191,6 +254,8 @@ def usable_device(device: str | None) -> str:
     Raises:
         UserError: nothing can be computed there.
     """
+    import torch
+
     if device == ALL_GPUS:
         if not torch.cuda.is_available():
             raise UserError(f"device {ALL_GPUS!r} means all GPUs, and torch sees none")
@@ -209,6 +274,8 @@ def load_part(kind: Any, path: str, **options: Any) -> Any:
     Raises:
         UserError: it cannot be loaded.
     """
+    if not Path(path).is_dir():
+        work_offline_without_a_hub()
     try:
         return kind.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError) as error:

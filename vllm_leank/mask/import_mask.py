@@ -13,12 +13,12 @@ import datetime
 import hashlib
 import io
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
@@ -48,6 +48,7 @@ def import_mask(
     sink: int = SINK,
     recent: int = RECENT,
     model_id: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Mask:
     """The mask of a `.pth` or `.tsv` file, for a checkpoint's directory or hub id.
 
@@ -67,7 +68,7 @@ def import_mask(
         raise UserError(f"{source}: factors need --ratio, the share of the K channels to prune")
     if ratio is not None and not 0 <= ratio <= 1:
         raise UserError(f"ratio is {ratio}; it must lie between 0 (keep all) and 1 (prune all)")
-    checkpoint = Checkpoint.open(model_path, model_id)
+    checkpoint = Checkpoint.open(model_path, model_id, overrides=overrides)
     geometry = checkpoint.geometry
     # Reports a bad align, window or model id before it looks at the file.
     Mask.full(geometry, model=checkpoint.id, align=align, sink=sink, recent=recent)
@@ -111,6 +112,8 @@ def _read(path: Path) -> bytes:
 
 def _read_mask(data: bytes, path: Path, geometry: Geometry) -> npt.NDArray[np.bool_]:
     """The tensor of a `.pth` file as bool `[L, H, D]`."""
+    import torch
+
     try:
         with warnings.catch_warnings(action="ignore"):
             value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

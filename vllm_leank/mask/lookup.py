@@ -3,10 +3,13 @@
 A mask in the user's folder wins over those of the package.
 """
 
+import json
 import math
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import shortened
@@ -20,12 +23,18 @@ _NAME_ONE = 'name a mask file, by --mask of leank or by "mask" in --additional-c
 
 
 def resolve_mask(
-    option: str | None, model: str, geometry: Geometry, *, folder: Path | None = None
+    option: str | None,
+    model: str,
+    geometry: Geometry,
+    *,
+    folder: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Mask:
     """The mask to use on `model`, a hub id or the path of a local checkpoint.
 
     `option` is the path of a mask file; without it, the masks in the user's folder and then those
     of the package (or only those of `folder`) are searched for one with this model id and geometry.
+    `overrides` are those of the model's config, for messages.
 
     Raises:
         MaskError: no mask fits, more than one fits, or the file of `option` is not a valid mask.
@@ -55,6 +64,8 @@ def resolve_mask(
         )
     where = f"comes with the package or lies in {user_folder()}" if folder is None else "is there"
     quoted = shlex.quote(model)
+    if overrides:
+        quoted += f" --hf-overrides {shlex.quote(json.dumps(overrides))}"
     raise MaskError(
         f"no mask for {model} ({geometry}) {where}: {found}\n"
         "make one, which takes minutes and needs no data, and start again:\n"

@@ -9,8 +9,9 @@ from typing import Any
 from vllm_leank.core.window import GRANULE, Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
-from vllm_leank.offline.builtin_prompts import builtin_prompts
+from vllm_leank.offline.builtin_prompts import Named, builtin_prompts
 from vllm_leank.offline.fisher import QUERIES
+from vllm_leank.offline.known_tokens import reader
 from vllm_leank.offline.prompts import read_prompts
 
 FROM_DATA, BUILT_IN = 64, 16
@@ -71,7 +72,7 @@ def calibration_prompts(
         digest = hashlib.sha256()
         ids = read_prompts(
             data,
-            checkpoint.encode,
+            reader(checkpoint, checkpoint.encode),
             vocab_size=checkpoint.config.vocab_size,
             max_prompts=count or FROM_DATA,
             max_tokens=max_tokens,
@@ -79,21 +80,8 @@ def calibration_prompts(
         )
         source = {"data": data.name, "data_sha256": digest.hexdigest()}
     else:
-        least = least_prompt(window)
-        if max_tokens < least:
-            raise UserError(
-                f"built-in prompts of {max_tokens} tokens have hardly any far ones; with sink "
-                f"{window.sink} and recent {window.recent} give at least --max-tokens {least}"
-            )
-        named = builtin_prompts(
-            checkpoint,
-            count or BUILT_IN,
-            min_tokens=max(least, max_tokens // _SHORTEST),
-            max_tokens=max_tokens,
-            seed=seed,
-        )
+        named = built_in_samples(checkpoint, window, max_tokens, count or BUILT_IN, seed)
         ids = [sample.prompt + sample.answer for _, sample in named]
-        _check_readable(checkpoint, ids)
         source = {"data": "built-in"}
     lengths = [len(one) for one in ids]
     counts = {
@@ -103,6 +91,31 @@ def calibration_prompts(
         "max_tokens": max_tokens,
     }
     return CalibrationPrompts(ids, source | counts)
+
+
+def built_in_samples(
+    checkpoint: Checkpoint, window: Window, max_tokens: int, count: int, seed: int
+) -> list[Named]:
+    """Built-in prompts with lengths up to `max_tokens`, all with far tokens.
+
+    Raises:
+        UserError: `max_tokens` leaves no far tokens, or the tokenizer does not know the texts.
+    """
+    least = least_prompt(window)
+    if max_tokens < least:
+        raise UserError(
+            f"built-in prompts of {max_tokens} tokens have hardly any far ones; with sink "
+            f"{window.sink} and recent {window.recent} give at least --max-tokens {least}"
+        )
+    named = builtin_prompts(
+        checkpoint,
+        count,
+        min_tokens=max(least, max_tokens // _SHORTEST),
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    _check_readable(checkpoint, [sample.prompt + sample.answer for _, sample in named])
+    return named
 
 
 def _check_readable(checkpoint: Checkpoint, ids: list[list[int]]) -> None:

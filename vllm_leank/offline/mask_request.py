@@ -1,6 +1,7 @@
 """What is asked of a mask that is to be made, checked before the work begins."""
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,15 @@ class MaskRequest:
 
     @classmethod
     def open(
-        cls, model: str, model_id: str | None, *, ratio: float, align: int, sink: int, recent: int
+        cls,
+        model: str,
+        model_id: str | None,
+        *,
+        ratio: float,
+        align: int,
+        sink: int,
+        recent: int,
+        overrides: Mapping[str, Any] | None = None,
     ) -> "MaskRequest":
         """The request with the options of the command line; reads the model's config.
 
@@ -56,7 +65,8 @@ class MaskRequest:
             UserError: as above, or the window is out of range, or there is no such model.
         """
         window = window_of(sink, recent)
-        return cls(Checkpoint.open(model, model_id), ratio, align, window)
+        checkpoint = Checkpoint.open(model, model_id, overrides=overrides)
+        return cls(checkpoint, ratio, align, window)
 
     def mask(self, scores: npt.NDArray[np.float64], provenance: dict[str, Any]) -> Mask:
         """The mask of the channels with the best `scores` `[L, H, D]`.
@@ -105,14 +115,22 @@ class BitsRequest:
 
     @classmethod
     def open(
-        cls, model: str, model_id: str | None, *, bits: float, sink: int, recent: int
+        cls,
+        model: str,
+        model_id: str | None,
+        *,
+        bits: float,
+        sink: int,
+        recent: int,
+        overrides: Mapping[str, Any] | None = None,
     ) -> "BitsRequest":
         """The request with the options of the command line; reads the model's config.
 
         Raises:
             UserError: as above, or the window is out of range, or there is no such model.
         """
-        return cls(Checkpoint.open(model, model_id), bits, window_of(sink, recent))
+        checkpoint = Checkpoint.open(model, model_id, overrides=overrides)
+        return cls(checkpoint, bits, window_of(sink, recent))
 
     def mask(self, chosen: Allocation, statistics: Statistics, provenance: dict[str, Any]) -> Mask:
         """The mask of these bits; `provenance` gets what every mask should tell."""

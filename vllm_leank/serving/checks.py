@@ -7,10 +7,18 @@ import vllm.envs as envs
 
 from vllm_leank.core.formats import find_format
 from vllm_leank.core.layers import sliding_layers
-from vllm_leank.core.options import KEY, OptionError, Options, given_options, read_options
+from vllm_leank.core.options import (
+    KEY,
+    OptionError,
+    Options,
+    given_options,
+    misplaced,
+    read_options,
+)
+from vllm_leank.core.served_models import Attention, layer_reasons, unshown
 from vllm_leank.errors import UserError
 from vllm_leank.serving.flags import refused_flags
-from vllm_leank.serving.model_checks import model_reasons
+from vllm_leank.serving.last_word import say_it_last
 from vllm_leank.serving.vllm.backend_name import is_selected
 from vllm_leank.serving.vllm.config import cache_dtype
 from vllm_leank.serving.vllm.draft_model import draft_with, has_draft, is_draft
@@ -19,7 +27,7 @@ from vllm_leank.serving.vllm.statistics import hook_metrics
 from vllm_leank.serving.vllm.streaming_input import refuse_streaming_input
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
     from vllm_leank.mask.settings import Settings
 
@@ -63,9 +71,12 @@ def check_config(vllm_config: "VllmConfig") -> None:
     """
     if not is_selected(vllm_config):
         if given_options(vllm_config.additional_config):
+            wrong = misplaced(vllm_config.additional_config)
+            say_it_last()
             raise OptionError(
                 "leank options are given, but leank is not selected: add "
                 "--attention-backend leank, or remove them from --additional-config"
+                + (f"; {wrong}" if wrong else "")
             )
         return
     if vllm_config.model_config is None or is_draft(vllm_config):
@@ -74,6 +85,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
     if settings is None or reasons:
         refusal = RefusalError(*reasons)
         refusal.vllm_config, refusal.settings = vllm_config, settings
+        say_it_last()
         raise refusal
     # Here, since every process that uses vLLM imports this module.
     from vllm_leank.serving.metrics import publish
@@ -114,11 +126,11 @@ def _models(vllm_config: "VllmConfig") -> Iterator[str]:
     runner = vllm_config.model_config.runner_type
     if runner != "generate":
         yield f"only text generation is supported, not --runner {runner}; {other}"
-    yield from model_reasons(vllm_config.model_config, other)
+    yield from _attention(vllm_config.model_config).refusals(other)
     if has_draft(vllm_config):
         draft = vllm_config.speculative_config.draft_model_config
         other = "use another draft model in --speculative-config"
-        reasons = list(model_reasons(draft, other))
+        reasons = list(_attention(draft).refusals(other))
         if not reasons and sliding_layers(draft.hf_text_config):
             reasons = [f"a draft model with sliding layers is not supported; {other}"]
         yield from reasons
@@ -141,6 +153,24 @@ def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
             f'the option archive_dtype "{name}" needs a GPU of compute capability {major}.{minor} '
             "or newer: remove it from --additional-config"
         )
+
+
+def _attention(model: "ModelConfig") -> Attention:
+    """What vLLM says of a model's attention."""
+    text, head_size = model.hf_text_config, model.get_head_size()
+    told = Attention.of(text)
+    return Attention(
+        head_size,
+        is_encoder_decoder=model.is_encoder_decoder,
+        is_diffusion=model.is_diffusion,
+        is_latent=model.use_mla,
+        is_state_space=model.is_hybrid or model.is_attention_free,
+        layers=tuple(layer_reasons(text, model.get_sliding_window(), head_size)),
+        unshown=unshown(model.architectures),
+        has_soft_cap=told.has_soft_cap,
+        has_alibi=told.has_alibi,
+        sees_images_both_ways=model.is_mm_prefix_lm,
+    )
 
 
 def _mixed(config: "VllmConfig", options: Options) -> Iterator[str]:
@@ -175,6 +205,11 @@ def _flags(config: "VllmConfig") -> Iterator[str]:
         asked = "the checkpoint's own" if cache.cache_dtype == "auto" else cache.cache_dtype
         own = str(config.model_config.dtype).removeprefix("torch.")
         flag = "remove the flag" if own == "float32" else f"use --kv-cache-dtype {own}"
+        if str(cache.cache_dtype).startswith("fp8"):
+            flag += (
+                "; leank has 8-bit far tokens of its own: --additional-config "
+                f'\'{{"{KEY}": {{"archive_dtype": "fp8"}}}}\''
+            )
         yield f"a KV cache of another dtype than the model's ({asked}) is not supported: {flag}"
     if config.speculative_config is not None:
         yield from _speculation(config)

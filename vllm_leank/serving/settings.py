@@ -31,7 +31,9 @@ def resolve_settings(vllm_config: "VllmConfig", options: Options) -> Settings:
     if holder is not vllm_config and _ATTACHED in holder.__dict__:
         return load_settings(vllm_config)  # the config is derived from one that has them
     model = vllm_config.model_config
-    mask = resolve_mask(options.mask, model.model, Geometry.from_hf_config(model.hf_text_config))
+    overrides = model.hf_overrides if isinstance(model.hf_overrides, dict) else None
+    geometry = Geometry.from_hf_config(model.hf_text_config)
+    mask = resolve_mask(options.mask, model.model, geometry, overrides=overrides)
     served = set(mask.geometry.layers)
     return plan_settings(
         mask,

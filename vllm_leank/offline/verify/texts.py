@@ -12,7 +12,7 @@ from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.offline.builtin_prompts import Named, builtin_prompts
 from vllm_leank.offline.divergence import Divergence
-from vllm_leank.offline.known_tokens import check_known
+from vllm_leank.offline.known_tokens import check_known, reader
 from vllm_leank.offline.needles import least_tokens
 from vllm_leank.offline.prompts import Sample, read_samples
 from vllm_leank.offline.verify.comparison import Comparison, right_answers
@@ -83,8 +83,8 @@ def file_samples(path: Path, checkpoint: Checkpoint, *, max_samples: int, room: 
     longest = checkpoint.max_tokens(1 << 31)
     samples = read_samples(
         path,
-        checkpoint.encode,
-        checkpoint.encode_rest,
+        reader(checkpoint, checkpoint.encode),
+        reader(checkpoint, checkpoint.encode_rest),
         vocab_size=checkpoint.config.vocab_size,
         max_tokens=longest,
         max_samples=max_samples,

