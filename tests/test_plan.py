@@ -350,7 +350,8 @@ def test_weights_are_counted_as_transformers_builds_them(tmp_path):
     )
     more = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
     qwen3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128}
-    plain = {"rope_scaling": None, "model_type": "mistral"}
+    mistral = {"rope_scaling": None, "model_type": "mistral"}
+    plain = mistral | {"sliding_window": None}
     for config in (llama, qwen, llama | more, llama | plain, qwen | qwen3):
         (tmp_path / "config.json").write_text(json.dumps(config))
         read = plain_config(str(tmp_path))
@@ -360,7 +361,9 @@ def test_weights_are_counted_as_transformers_builds_them(tmp_path):
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(theirs)
         assert count_weights(read) == sum(weight.numel() for weight in model.parameters())
-    unknown = ({"rope_scaling": {"type": "yarn"}}, {"auto_map": {}}, {"num_key_value_heads": None})
+    unknown = (
+        {"rope_scaling": {"type": "yarn"}}, {"auto_map": {}}, {"num_key_value_heads": None}, mistral,
+    )  # fmt: skip
     for change in unknown:
         (tmp_path / "config.json").write_text(json.dumps(llama | change))
         assert plain_config(str(tmp_path)) is None

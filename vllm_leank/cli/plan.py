@@ -135,7 +135,9 @@ def plan(
         found = _mask(checkpoint, mask)
     else:
         assert checkpoint is not None
-        found = even_mask(checkpoint, bits)
+        from vllm_leank.offline.even_bits import even_mask
+
+        found = even_mask(checkpoint.id, checkpoint.geometry, bits)
     model = model or found.model
     settings = _settings(found, options, tp, _sliding(checkpoint, found))
     facts: dict[str, Any] = {
@@ -215,33 +217,6 @@ def _mask(checkpoint: "Checkpoint | None", mask: str | None) -> "Mask":
         if mask is not None:
             raise
         raise UserError(f"{error}\nor plan without a mask: --bits 2") from error
-
-
-def even_mask(checkpoint: "Checkpoint", bits: float) -> "Mask":
-    """A mask of so many bits per element, alike in all heads: for what it stores, not for serving.
-
-    Raises:
-        UserError: `bits` is out of range.
-    """
-    import numpy as np
-
-    from vllm_leank.mask.bits import check_bits_asked
-    from vllm_leank.mask.mask import Mask
-    from vllm_leank.mask.statistics import Statistics
-    from vllm_leank.offline.even_bits import even_bits
-
-    check_bits_asked(bits)
-    geometry = checkpoint.geometry
-    shape = geometry.shape
-    chosen = even_bits(*shape, bits)
-    return Mask.from_bits(
-        chosen.k_bits,
-        chosen.v_bits,
-        geometry,
-        model=checkpoint.id,
-        provenance={"method": "plan"},
-        statistics=Statistics(*[np.ones(shape, np.float16)] * 4),
-    )
 
 
 def _settings(

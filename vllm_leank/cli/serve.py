@@ -180,12 +180,12 @@ def _judge_before(asked: "Line", request: "BitsRequest") -> None:
     Raises:
         UserError: leank would not serve it.
     """
-    from vllm_leank.cli.plan import even_mask
     from vllm_leank.mask.file import save_mask
+    from vllm_leank.offline.even_bits import even_mask
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mask.yaml"
-        save_mask(even_mask(request.checkpoint, request.bits), path)
+        save_mask(even_mask(request.checkpoint.id, request.checkpoint.geometry, request.bits), path)
         _judge(asked.with_leank(mask=str(path)))
 
 

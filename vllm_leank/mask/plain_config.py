@@ -40,6 +40,8 @@ def plain_config(path: str) -> Mapping[str, Any] | None:
         return None
     if config["model_type"] == "qwen3" and not _is_count(config.get("head_dim")):
         return None  # transformers' own default is none that the other numbers give
+    if config["model_type"] == "mistral" and "sliding_window" not in config:
+        return None  # transformers takes it for a model whose layers all slide
     if config.get("head_dim") is not None and not _is_count(config["head_dim"]):
         return None
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

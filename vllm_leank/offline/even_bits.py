@@ -3,6 +3,10 @@
 import numpy as np
 
 from vllm_leank.core.formats.packed import CODE_CLASSES
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.mask.bits import check_bits_asked
+from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.statistics import Statistics
 from vllm_leank.offline.allocate import Allocation, class_widths, side_costs, spread
 
 
@@ -35,3 +39,21 @@ def _best(losses: np.ndarray, allowed: np.ndarray) -> tuple[int, int]:
     """Widths of K and V that lose least."""
     k, v = np.unravel_index(np.where(allowed, losses, np.inf).argmin(), losses.shape)
     return int(k), int(v)
+
+
+def even_mask(model: str, geometry: Geometry, bits: float) -> Mask:
+    """A mask of so many bits per element, alike in all heads: for what it stores, not for serving.
+
+    Raises:
+        UserError: `bits` is out of range.
+    """
+    check_bits_asked(bits)
+    chosen = even_bits(*geometry.shape, bits)
+    return Mask.from_bits(
+        chosen.k_bits,
+        chosen.v_bits,
+        geometry,
+        model=model,
+        provenance={"method": "plan"},
+        statistics=Statistics(*[np.ones(geometry.shape, np.float16)] * 4),
+    )

@@ -94,6 +94,7 @@ SOME_VALUES = {
     "--attention-backend": "`leank`",
     "--attention-config": "all but `backend_per_kind`: leank serves all layers or none",
     "--convert": "`auto` and `none`: leank serves text generation",
+    "--disable-sliding-window": "for models without sliding layers",
     "--dtype": "on a GPU 16 bits",
     "--kv-cache-dtype": "the model's own: far tokens are made small by leank's `archive_dtype`",
     "--runner": "`auto` and `generate`: leank serves text generation",
@@ -108,13 +109,13 @@ _LAYERS = "for layers that no model served by leank has"
 _DEPENDS = "goes with a flag that is refused"
 NO_EFFECT = {
     _LAYERS: """
-        --disable-sliding-window --engram-config --gdn-prefill-backend --kda-prefill-backend
+        --engram-config --gdn-prefill-backend --kda-prefill-backend
         --kda-decode-backend --kv-sharing-fast-prefill --sparse-indexer-topk-backend
         --swa-bounded-replay --enable-hc-sp --mamba-backend --mamba-ssu-algorithm
         --enable-mamba-cache-stochastic-rounding --mamba-cache-philox-rounds --mamba-cache-dtype
         --mamba-ssm-cache-dtype --mamba-block-size --mamba-cache-mode
         --enable-mamba-shared-prefix-checkpoint --replayssm-buffer-len --use-replayssm
-        --prefix-cache-retention-interval --monokernel""",
+        --monokernel""",
     _DEPENDS: """
         --kv-cache-dtype-skip-layers --kv-offloading-backend --dcp-comm-backend --dcp-q-replicate
         --dcp-kv-cache-interleave-size --cp-kv-cache-interleave-size --dbo-decode-token-threshold
@@ -195,7 +196,8 @@ WORKS = {
         --enable-fault-tolerance --fault-tolerance-config""",
     "Cache, scheduler and compilation": """
         --gpu-memory-utilization --kv-cache-memory-bytes --num-gpu-blocks-override
-        --enable-prefix-caching --prefix-caching-hash-algo --kv-events-config
+        --enable-prefix-caching --prefix-cache-retention-interval --prefix-caching-hash-algo
+        --kv-events-config
         --max-num-batched-tokens --max-num-scheduled-tokens --max-num-seqs
         --max-num-active-seqs --max-num-queued-reqs --max-num-queued-tokens
         --long-prefill-token-threshold --long-prefill-token-threshold-adaptive
