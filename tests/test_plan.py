@@ -362,8 +362,11 @@ def test_weights_are_counted_as_transformers_builds_them(tmp_path):
             model = transformers.AutoModelForCausalLM.from_config(theirs)
         assert count_weights(read) == sum(weight.numel() for weight in model.parameters())
     unknown = (
-        {"rope_scaling": {"type": "yarn"}}, {"auto_map": {}}, {"num_key_value_heads": None}, mistral,
-    )  # fmt: skip
+        mistral,
+        {"rope_scaling": {"type": "yarn"}},
+        {"auto_map": {}},
+        {"num_key_value_heads": None},
+    )
     for change in unknown:
         (tmp_path / "config.json").write_text(json.dumps(llama | change))
         assert plain_config(str(tmp_path)) is None

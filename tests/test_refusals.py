@@ -299,7 +299,12 @@ MODELS = {
 
 BY_THE_MASK_OR_FLAG = [
     MODELS[name][1]
-    for name in ("a checkpoint with an fp8 KV cache", "other RoPE", "other number of layers")
+    for name in (
+        "a checkpoint with an fp8 KV cache",
+        "a mask for other layers",
+        "other RoPE",
+        "other number of layers",
+    )
 ]
 
 
