@@ -188,7 +188,7 @@ def test_vllm_counts_a_request_of_full_length_as_it_is_in_prefill():
 def test_pages_of_sliding_layers_lie_in_the_same_blocks(make):
     """In groups of their own, which make no block larger, counted as vLLM counts them."""
     rng = random.Random(make.__name__)
-    for _ in range(20):
+    for _ in range(8):
         mask = make(rng, rng.choice([1, 2, 4, 10]), rng.choice([1, 2, 4]))
         sliding = SlidingLayers(rng.randint(1, 60), rng.choice([1, 32, 100, 1024, 100_000]))
         made = plan_of(mask, HEAD_DIM, 2, archive_format=rng.choice(known_formats()))
