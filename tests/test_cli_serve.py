@@ -22,6 +22,7 @@ YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor"
 @pytest.fixture
 def serve(leank, home, monkeypatch):
     """Run `leank serve`; its effect on the logs of this process's children ends with the test."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     for name in ("VLLM_LOGGING_LEVEL", "VLLM_LOGGING_STREAM"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -72,6 +73,17 @@ def test_a_mask_that_is_found_is_named(serve, with_tokenizer, own):
     own("Tiny-1B-8bit.yaml", bits=3)
     code, out, _ = serve(with_tokenizer, "--bits", 8, "--dry-run")
     assert options_of(out)["leank"]["mask"] == str(path.with_name("Tiny-1B-8bit-2.yaml"))
+
+
+def test_a_cpu_is_told_how_much_its_cache_takes(serve, with_tokenizer, own, monkeypatch):
+    """vLLM would ask for nearly all memory of the machine, and not start where that is not free."""
+    own("mine.yaml", bits=2)
+    flag = ["--kv-cache-memory-bytes", "4Gi"]
+    for more, told in ([], False), (flag, True), (["--gpu-memory-utilization", "0.5"], True):
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+        code, out, err = serve(with_tokenizer, *more, "--dry-run")
+        assert code == 0, err
+        assert (shlex.split(out)[-2:] == flag) == (not told)
 
 
 @pytest.mark.parametrize(

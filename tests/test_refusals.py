@@ -15,6 +15,8 @@ from mask_samples import coded_mask, random_mask
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
+from vllm_leank.errors import UserError
+from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.file import save_mask
 from vllm_leank.serving.checks import judge
 from vllm_leank.serving.settings import load_settings
@@ -100,7 +102,11 @@ def test_options(tiny_llama_dir, mask_file, options, message):
 
 
 FLAGS = {
-    "fp8 KV cache": ({"kv_cache_dtype": "fp8"}, "use --kv-cache-dtype bfloat16"),
+    "fp8 KV cache": (
+        {"kv_cache_dtype": "fp8"},
+        """use --kv-cache-dtype bfloat16; leank has 8-bit far tokens of its own: """
+        """--additional-config '{"leank": {"archive_dtype": "fp8"}}'""",
+    ),
     "block size": ({"block_size": 32}, "--block-size follows from the mask: remove the flag"),
     "one kind of layers": (
         {"attention_config": {"backend_per_kind": {"full_attention": "LEANK"}}},
@@ -279,6 +285,12 @@ MODELS = {
 }
 
 
+BY_THE_MASK_OR_FLAG = [
+    MODELS[name][1]
+    for name in ("a checkpoint with an fp8 KV cache", "other RoPE", "other number of layers")
+]
+
+
 @pytest.mark.parametrize(("changes", "message"), MODELS.values(), ids=MODELS)
 def test_models(tiny_llama_dir, mask_file, tmp_path, changes, message):
     config = json.loads((tiny_llama_dir / "config.json").read_text())
@@ -287,6 +299,11 @@ def test_models(tiny_llama_dir, mask_file, tmp_path, changes, message):
     (model / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match="(?s)" + escape(message)):
         config_of(model, {"mask": str(mask_file)})
+    if message in BY_THE_MASK_OR_FLAG:
+        return
+    # Commands that make masks, and plan, say the same before any work.
+    with pytest.raises(UserError, match="leank cannot serve this model: .*" + escape(message)):
+        Checkpoint.open(str(model))
 
 
 PARALLEL = {
@@ -344,6 +361,75 @@ def test_a_model_without_a_mask_is_told_how_to_make_one(tiny_llama_dir):
     command = re.escape(f"leank mask calibrate {tiny_llama_dir} --bits 2\n")
     with pytest.raises(ValueError, match=command):
         config_of(tiny_llama_dir, {})
+
+
+MISPLACED = {
+    "no level": ({"mask": "m.yaml"}, '{"leank": {"mask": "m.yaml"}}'),
+    "one of its options": ({"sink": 64, "recent": 256}, '{"leank": {"sink": 64, "recent": 256}}'),
+    "another case": ({"Leank": {"sink": 64}}, '{"leank": {"sink": 64}}'),
+    "a hyphen": ({"lean-k": {"sink": 64}}, '{"leank": {"sink": 64}}'),
+    "letters changed": ({"laenk": {"sink": 64}}, '{"leank": {"sink": 64}}'),
+    "with its package": ({"vllm_leank": {"sink": 64}}, '{"leank": {"sink": 64}}'),
+    "half": ({"leank": {"sink": 64}, "recent": 256}, '{"leank": {"recent": 256}}'),
+}
+
+
+@pytest.mark.parametrize(("additional", "right"), MISPLACED.values(), ids=MISPLACED)
+def test_options_out_of_place(tiny_llama_dir, additional, right):
+    arguments = {"model": str(tiny_llama_dir), "skip_tokenizer_init": True}
+    arguments["additional_config"] = additional
+    with pytest.raises(ValueError, match="(?s)leank cannot serve.*write '" + escape(right)):
+        EngineArgs(**arguments, attention_backend="leank").create_engine_config()
+    if additional.keys() & {"sink", "recent"} and "leank" not in additional:
+        return  # may be somebody else's
+    with pytest.raises(ValueError, match="leank is not selected: add --attention-backend leank"):
+        EngineArgs(**arguments).create_engine_config()
+
+
+def test_what_others_have_in_the_same_place_stays(tiny_llama_dir, mask_file):
+    """Other plugins read the same flag."""
+    theirs = {"torch_graph": {"mode": 1}, "mask": {"kind": "causal"}, "lean": 1, "rank": 2}
+    arguments = {"model": str(tiny_llama_dir), "skip_tokenizer_init": True}
+    del theirs["lean"]
+    EngineArgs(**arguments, additional_config=theirs).create_engine_config()
+    del theirs["mask"]
+    both = theirs | {"leank": {"mask": str(mask_file)}}
+    chosen = {"attention_backend": "leank", "additional_config": both}
+    EngineArgs(**arguments, **chosen).create_engine_config()
+
+
+@pytest.mark.parametrize("backend", ["leank", None])
+def test_python_is_told_as_the_command_line_is(tiny_llama_dir, backend):
+    """`LLM(...)` ends before anything is loaded."""
+    from vllm import LLM
+
+    with pytest.raises(ValueError, match='"Leank" where "leank" is expected'):
+        LLM(
+            str(tiny_llama_dir),
+            skip_tokenizer_init=True,
+            attention_backend=backend,
+            additional_config={"Leank": {"sink": 64}},
+        )
+
+
+def test_a_refusal_stands_before_and_after_the_traceback(tiny_llama_dir, capfd, monkeypatch):
+    from vllm_leank.serving import last_word
+
+    monkeypatch.setattr(sys, "argv", ["/bin/vllm", "serve", str(tiny_llama_dir), "--seed", "1"])
+    with pytest.raises(ValueError, match="leank cannot serve this") as caught:
+        config_of(tiny_llama_dir, {"mask": "/none.yaml"})
+    assert sys.excepthook is last_word._hook
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    said = capfd.readouterr().err.splitlines()
+    refusal = (
+        "leank: leank cannot serve this: /none.yaml: cannot be read: No such file or directory"
+    )
+    assert said[0] == said[-2] == refusal
+    assert said[1] == said[-1]
+    assert said[1].endswith(f"leank doctor -- vllm serve {tiny_llama_dir} --seed 1")
+    assert "Traceback (most recent call last):" in said
+    sys.excepthook(TypeError, TypeError("other"), None)
+    assert "leank" not in capfd.readouterr().err
 
 
 def test_options_without_the_backend(tiny_llama_dir, mask_file):

@@ -67,16 +67,17 @@ def serve(
     environment = dict(os.environ)  # vLLM's; what is imported here adds to ours
     quiet_vllm()
     from vllm_leank.serving.environment import problems
-    from vllm_leank.serving.line import read_line
+    from vllm_leank.serving.line import cpu_cache, read_line
 
     if found := problems():
         raise UserError("; ".join(found))
     asked = read_line(line)
+    space = cpu_cache(asked)
     if bits is None:
-        words = asked.with_leank()
+        words = [*asked.with_leank(), *space]
     else:
         wanted = _wanted(asked, bits)
-        words = asked.with_leank(mask=str(wanted.path))
+        words = [*asked.with_leank(mask=str(wanted.path)), *space]
         if wanted.request is not None:
             _judge_before(asked, wanted.request)
             if dry_run:

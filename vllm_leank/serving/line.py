@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _OPTIONS = re.compile(r"--additional[-_]config(?:\.[^=]*)?(=.*)?", re.DOTALL)
 """The flag in all its spellings: whole, or by key as in `--additional-config.leank.sink`."""
 
+CPU_CACHE = "4Gi"
+"""Bytes of a cache in a CPU's memory, as vLLM's flags take them."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -87,6 +90,18 @@ class Line:
             raise UserError(f"--additional-config is {given!r}, but must be a JSON object")
         merged = {**given, KEY: {**given.get(KEY, {}), **options}}
         return [*_without_options(words), "--additional-config", json.dumps(merged)]
+
+
+def cpu_cache(line: Line) -> list[str]:
+    """The flag for a cache of `CPU_CACHE`, where nothing says how much a CPU's may take: vLLM would
+    ask for 92% of the machine's memory, and not start where less is free.
+    """
+    import vllm.envs as envs
+    from vllm.platforms import current_platform
+
+    told = envs.VLLM_CPU_KVCACHE_SPACE or line.parsed.kv_cache_memory_bytes
+    told = told or any(word.startswith("--gpu-memory-utilization") for word in line.words)
+    return [] if told or not current_platform.is_cpu() else ["--kv-cache-memory-bytes", CPU_CACHE]
 
 
 def read_line(arguments: Sequence[str]) -> Line:
