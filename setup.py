@@ -1,5 +1,7 @@
 """All metadata of the package; pyproject.toml configures the tools only."""
 
+import os
+import re
 import runpy
 from pathlib import Path
 
@@ -13,21 +15,49 @@ VERSION = runpy.run_path(str(ROOT / "vllm_leank" / "version.py"))
 # where our `kernels/` would pass for the PyPI package of that name, which transformers looks for.
 MAPPED = {"vllm_leank.kernels": "kernels", "vllm_leank.masks": "masks"}
 
+# Where the source can be looked at is known to who publishes a release, not to the source.
+URL = os.environ.get("VLLM_LEANK_URL", "").rstrip("/")
+
+
+def long_description() -> str:
+    """The README; its links to files lead to the source at `URL`, or, without one, are plain words:
+    a package index has none of the files.
+    """
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    target = rf"[\1]({URL}/blob/v{VERSION['__version__']}/\2)" if URL else r"\1"
+    return re.sub(r"\[([^\]]+)\]\((?!https?://|#)([^)]+)\)", target, text)
+
+
 setup(
     name="vllm-leank",
     version=VERSION["__version__"],
     description="LeanK for vLLM: far tokens of the KV cache keep only the K channels that matter",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
+    project_urls={
+        "Source": URL,
+        "Issues": f"{URL}/issues",
+        "Changelog": f"{URL}/blob/main/CHANGELOG.md",
+    }
+    if URL
+    else {},
     license="Apache-2.0",
     license_files=["LICENSE"],
     keywords=["vllm", "kv-cache", "long-context", "attention", "inference"],
     classifiers=[
         "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
     python_requires=">=3.11",
     packages=[

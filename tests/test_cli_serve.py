@@ -78,7 +78,7 @@ def test_a_mask_that_is_found_is_named(serve, with_tokenizer, own):
 def test_a_cpu_is_told_how_much_its_cache_takes(serve, with_tokenizer, own, monkeypatch):
     """vLLM would ask for nearly all memory of the machine, and not start where that is not free."""
     own("mine.yaml", bits=2)
-    flag = ["--kv-cache-memory-bytes", "4Gi"]
+    flag = ["--kv-cache-memory-bytes", "4G"]
     for more, told in ([], False), (flag, True), (["--gpu-memory-utilization", "0.5"], True):
         monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
         code, out, err = serve(with_tokenizer, *more, "--dry-run")

@@ -1,6 +1,8 @@
 """What is built, what gets installed, and which module may load which."""
 
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 
 from vllm_leank import __version__
 
+ROOT = Path(__file__).parents[1]
 PACKAGED = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in"]
 PACKAGES = ["vllm_leank", "kernels", "masks"]
 
@@ -87,6 +90,32 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert "[vllm.general_plugins]\nleank = vllm_leank.serving.plugin:register\n" in entry_points
 
 
+@pytest.mark.parametrize("url", ["", "https://example.org/team/vllm-leank"])
+def test_the_description_has_no_link_to_nowhere(source: Path, url: str, tmp_path: Path) -> None:
+    """On a package index a link to a file of the repository leads nowhere unless it is absolute."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--long-description"],
+        cwd=source,
+        env=os.environ | {"VLLM_LEANK_URL": url},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    targets = re.findall(r"\]\(([^)]+)\)", done.stdout)
+    assert all(target.startswith(("https://", "http://", "#")) for target in targets), targets
+    ours = [target for target in targets if target.startswith(f"{url}/blob/")]
+    files = [target.partition(f"{__version__}/")[2].partition("#")[0] for target in ours]
+    assert (len(files) > 10) == bool(url)
+    assert all((ROOT / name).exists() for name in files)
+
+
+def test_classifiers_are_known(source: Path) -> None:
+    shown = run(sys.executable, "setup.py", "--classifiers", cwd=source).splitlines()
+    assert "Operating System :: POSIX :: Linux" in shown
+    known = pytest.importorskip("trove_classifiers").classifiers
+    assert set(shown) <= known
+
+
 def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=source)
     (sdist,) = tmp_path.glob("*.tar.gz")
@@ -139,6 +168,32 @@ def loaded_by(module: str, cwd: Path) -> set[str]:
 
 def top_level(modules: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in modules}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--version"],
+        ["--help"],
+        ["doctor"],
+        ["plan", "--model", "MODEL", "--gpu-memory", "16GiB", "--max-model-len", "8192"],
+        ["mask", "show", "leank/recall"],
+        ["mask", "compose", "--model", "MODEL", "--out", "mask.yaml"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_commands_that_load_nothing_slow(words: list[str], tmp_path: Path) -> None:
+    """torch and transformers take seconds, vLLM ten: none is needed to look and to plan."""
+    words = [str(ROOT / "benchmarks/recall/model") if one == "MODEL" else one for one in words]
+    code = (
+        "import atexit, sys\n"
+        "from vllm_leank.cli import main\n"
+        "atexit.register(lambda: print('loaded:', *sys.modules))\n"
+        f"sys.argv = ['leank', *{words!r}]\n"
+        "main()"
+    )
+    loaded = run(sys.executable, "-c", code, cwd=tmp_path).rpartition("loaded:")[2].split()
+    assert not top_level(set(loaded)) & {"vllm", "triton", "torch", "transformers", "matplotlib"}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _OPTIONS = re.compile(r"--additional[-_]config(?:\.[^=]*)?(=.*)?", re.DOTALL)
 """The flag in all its spellings: whole, or by key as in `--additional-config.leank.sink`."""
 
-CPU_CACHE = "4Gi"
+CPU_CACHE = "4G"
 """Bytes of a cache in a CPU's memory, as vLLM's flags take them."""
 
 
