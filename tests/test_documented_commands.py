@@ -7,13 +7,15 @@ import ast
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from mask_samples import random_mask
 from packaging.requirements import Requirement
-from recall.demo import MODEL
+from recall.demo import MODEL, to_copy
 from typer.main import get_command
 
 from vllm_leank import cli
@@ -137,6 +139,21 @@ def in_place(tmp_path, monkeypatch):
 
 def is_run(words):
     return words[0] == "leank" and " ".join(words[1:]).startswith(RUN)
+
+
+def test_the_line_that_the_demo_prints_does_what_the_demo_does():
+    command, environment = ["/a b/vllm", "serve", "m", "--x", '{"y": 1}'], {"SPACE": "1"}
+    line = to_copy(command, environment)
+    done = subprocess.run(
+        ["sh", "-c", line.replace(shlex.quote(command[0]), f"{sys.executable} -c {SHOW} vllm")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["1", repr(command[1:])]
+
+
+SHOW = shlex.quote("import os, sys; print(os.environ['SPACE']); print(sys.argv[2:])")
 
 
 @pytest.mark.parametrize("line", COMMANDS)

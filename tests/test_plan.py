@@ -2,11 +2,15 @@
 
 import io
 import json
+import shlex
+from pathlib import Path
 
 import pytest
+import torch
 import typer
 from archive_definition import plan_of
 from mask_samples import random_mask
+from recall.demo import MODEL
 from rich.console import Console
 
 from vllm_leank.cli.capacity_table import capacity_table
@@ -19,11 +23,13 @@ from vllm_leank.core.capacity import (
     leank_capacity,
 )
 from vllm_leank.core.formats import find_format
+from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.lookup import find_masks
+from vllm_leank.mask.plain_config import count_weights, plain_config
 
 (BUNDLED,) = find_masks("leank/recall")
 
@@ -282,6 +288,63 @@ def test_plan_says_that_there_is_no_mask(recall):
     code, _, err = recall("--bits", 10, *asked[2:])
     assert code == 2
     assert "between 0.75 and 8" in err
+
+
+def test_plan_ends_in_the_line_to_serve_with(recall, tmp_path):
+    """Another command reads it as it stands, and it asks for what was planned."""
+    model = str(MODEL)
+    asked = ["--bits", 2, "--kv-cache-memory", "1GiB", "--max-model-len", 8256, "--recent", 512]
+    _, out, _ = recall(*asked, "--prefill", "pruned", "--tp", 2)
+    words = shlex.split(out.splitlines()[-1])
+    assert words == [
+        *("leank", "serve", model, "--bits", "2", "--max-model-len", "8256"),
+        *("--tensor-parallel-size", "2", "--kv-cache-memory-bytes", str(2**30)),
+        *("--additional-config", '{"leank": {"recent": 512, "prefill": "pruned"}}'),
+    ]
+    from vllm_leank.serving.line import parse_words
+
+    del words[words.index("--bits") : words.index("--bits") + 2]  # leank's own
+    parsed = parse_words(words[2:])
+    assert parsed.kv_cache_memory_bytes == 2**30
+
+
+def test_plan_needs_no_model_where_there_is_its_mask(leank):
+    asked = ["--kv-cache-memory", "1GiB", "--max-model-len", 8256, "--json"]
+    code, out, _ = leank("plan", "--mask", BUNDLED.path, *asked)
+    assert code == 0
+    planned = json.loads(out)
+    assert planned["model"] == "leank/recall"
+    assert [one["far_token_bytes"] for one in planned["engines"]] == [6144, 3072, 2432, 1280]
+    code, _, err = leank("plan", *asked)
+    assert code == 2
+    assert "name a model by --model, or its mask by --mask" in err
+
+
+def test_weights_are_counted_as_transformers_builds_them(tmp_path):
+    """And the shape read from a config is that of transformers."""
+    import transformers
+
+    shapes = Path(__file__).parents[1] / "benchmarks/shapes"
+    llama, qwen = (
+        json.loads((shapes / name / "config.json").read_text()) | {"num_hidden_layers": 2}
+        for name in ("llama-3.1-8b", "qwen2.5-7b")
+    )
+    more = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+    qwen3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128}
+    plain = {"rope_scaling": None, "model_type": "mistral"}
+    for config in (llama, qwen, llama | more, llama | plain, qwen | qwen3):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        read = plain_config(str(tmp_path))
+        assert read is not None
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+        assert Geometry.from_hf_config(read) == Geometry.from_hf_config(theirs)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(theirs)
+        assert count_weights(read) == sum(weight.numel() for weight in model.parameters())
+    unknown = ({"rope_scaling": {"type": "yarn"}}, {"auto_map": {}}, {"num_key_value_heads": None})
+    for change in unknown:
+        (tmp_path / "config.json").write_text(json.dumps(llama | change))
+        assert plain_config(str(tmp_path)) is None
 
 
 def test_plan_without_a_mask_suggests_bits(leank, tiny_llama_dir):

@@ -1,9 +1,17 @@
-"""`leank serve MODEL --bits 4`: makes a mask, becomes `vllm serve`, and answers over HTTP."""
+"""`leank serve MODEL --bits 4`: makes a mask, becomes `vllm serve`, and answers over HTTP.
 
+It is started as an example has it, and asked by the examples and by the README's own lines, too.
+"""
+
+import importlib.util
 import json
+import os
 import re
+import shlex
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -19,6 +27,7 @@ from vllm_leank.core.window import Window
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.settings import plan_settings
 
+REPO = Path(__file__).parents[1]
 DENSE = 6144
 """Bytes of a dense token."""
 
@@ -36,11 +45,14 @@ def url(data_home):
     samples = [make_sample(task, 2000, seed=77) for task in TASKS]
     lines = [{"prompt_token_ids": one.prompt_token_ids + one.answer_token_ids} for one in samples]
     prompts.write_text("\n".join(map(json.dumps, lines)))
-    line = ("leank", "serve", str(MODEL), "--bits", "4", "--data", str(prompts))
+    script = REPO / "examples/calibrate_and_serve.sh"
+    line = ("sh", str(script), str(MODEL), "--data", str(prompts))
     with pytest.MonkeyPatch.context() as patch:
         # Set by engines.py for engines in this process; a user's server has a process for it.
         patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
         patch.setenv("XDG_DATA_HOME", str(data_home))
+        patch.setenv("BITS", "4")
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
         with server(max_model_len=2048, line=line) as address:
             yield address
 
@@ -72,6 +84,61 @@ def test_needles_are_found_over_http(url, task):
     assert completion.choices[0].text.strip() == expected
     assert completion.choices[0].finish_reason == "stop"
     assert completion.usage.prompt_tokens > 1400
+
+
+def example(name):
+    """The module of an example."""
+    spec = importlib.util.spec_from_file_location(name, REPO / f"examples/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_of_a_client(url, capsys):
+    sample = make_sample("multikey", 1000, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    prompt = tokenizer.decode(sample.prompt_token_ids[1:])
+    text = example("openai_client").main(prompt, url)
+    expected = tokenizer.decode(sample.answer_token_ids, skip_special_tokens=True)
+    assert text.strip() == expected
+    assert capsys.readouterr().out.strip() == expected
+
+
+def test_the_example_of_a_batch_job(url, tmp_path):
+    """A second run answers only what the first has not."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    samples = [make_sample("single", 400, seed) for seed in range(3)]
+    lines = [
+        json.dumps({"id": number, "prompt": tokenizer.decode(one.prompt_token_ids[1:])}) + "\n"
+        for number, one in enumerate(samples)
+    ]
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    job = example("batch_job")
+    source.write_text("".join(lines[:2]))
+    assert job.main(str(source), str(target), url) == 2
+    source.write_text("".join(lines))
+    assert job.main(str(source), str(target), url) == 1
+    answers = {one["id"]: one["text"].strip() for one in job.read(target)}
+    assert answers == {
+        number: tokenizer.decode(one.answer_token_ids, skip_special_tokens=True)
+        for number, one in enumerate(samples)
+    }
+
+
+def test_what_the_readme_asks_a_server(url, capsys):
+    """As printed, but for the model's name and the port."""
+    readme = (REPO / "README.md").read_text()
+    readme = readme.replace("http://localhost:8000", url).replace('"MODEL"', '"recall"')
+    (curl,) = re.findall(r"^curl .*\n.*", readme, re.MULTILINE)
+    words = shlex.split(curl.replace("\\\n", " "))
+    headers = dict([words[words.index("-H") + 1].split(": ")])
+    reply = httpx.post(words[1], content=words[words.index("-d") + 1], headers=headers, timeout=60)
+    assert reply.status_code == 200, reply.text
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert reply.json()["choices"][0]["text"].strip() in capsys.readouterr().out
 
 
 def test_a_request_that_is_too_long_is_refused_and_the_server_lives(url):
