@@ -3,15 +3,24 @@
 import json
 import os
 import re
+import shlex
 
 import numpy as np
 import pytest
+from typer.main import get_command
 
+from vllm_leank import cli
+from vllm_leank.cli.options import RECENT, SINK
 from vllm_leank.core.options import Options
+from vllm_leank.core.window import Window
+from vllm_leank.learn.data import Data
+from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.folders import user_folder
 from vllm_leank.mask.lookup import resolve_mask
 from vllm_leank.mask.settings import plan_settings
+from vllm_leank.offline.calibration_prompts import calibration_prompts
+from vllm_leank.serving.serve_line import examine
 
 SMALL = ["--sink", 32, "--recent", 32, "--device", "cpu"]
 
@@ -80,6 +89,77 @@ def test_built_in_prompts_that_a_model_cannot_read(leank, home, repo):
     assert code == 2
     assert "its tokenizer does not know the built-in prompts" in err
     assert "token 0; give prompts that the model reads by --data" in err
+
+
+def test_built_in_prompts_as_a_file(leank, with_tokenizer, tmp_path, repo):
+    """Other commands take it, and see the prompts that they would have made."""
+    out = tmp_path / "prompts.jsonl"
+    asked = ["mask", "prompts", with_tokenizer, "--out", out, "--prompts", 5, "--max-tokens", 700]
+    code, said, _ = leank(*asked)
+    assert code == 0
+    assert f"{out}: 5 prompts of up to " in said
+    checkpoint = Checkpoint.open(str(with_tokenizer))
+    window = Window(SINK, RECENT)
+    built_in = calibration_prompts(checkpoint, None, window, max_tokens=700, count=5)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    whole = [line["prompt_token_ids"] + line["answer_token_ids"] for line in lines]
+    assert whole == built_in.ids
+    assert "import" in "".join(line["text"] for line in lines)
+    read = calibration_prompts(checkpoint, out, window, max_tokens=700)
+    assert [len(ids) for ids in read.ids] == [len(line["prompt_token_ids"]) for line in lines]
+    assert Data(out).open(checkpoint, Window(32, 64), seed=0)[1]["samples"] == 5
+    assert leank(*asked)[0] == 2
+    code, _, err = leank("mask", "prompts", repo / "benchmarks/recall/model", "--out", "x.jsonl")
+    assert code == 2
+    assert "its tokenizer does not know the built-in prompts" in err
+
+
+def test_a_users_text_that_a_model_cannot_read(leank, home, repo, tmp_path):
+    """Every command that reads prompts says so, before any work, with the line."""
+    model, out = repo / "benchmarks/recall/model", tmp_path / "m.yaml"
+    data = tmp_path / "words.jsonl"
+    data.write_text('{"prompt": "An ordinary text, in English.", "answer": "Yes indeed"}\n')
+    asked = [
+        ["mask", "calibrate", model, "--bits", 2, "--data", data],
+        ["mask", "calibrate", model, "--ratio", 0.7, "--data", data, "--out", out],
+        ["mask", "learn", "--model", model, "--ratio", 0.7, "--data", data, "--out", out],
+        ["mask", "heads", "--model", model, "--data", data],
+        ["verify", model, "--data", data],
+    ]
+    for words in asked:
+        code, _, err = leank(*words)
+        assert code == 2, words
+        assert f"{data}, line 1: the tokenizer of {model} does not know its words" in err
+    code, _, err = leank("mask", "learn", "--model", model, "--ratio", 0.7, "--out", out)
+    assert code == 2
+    assert "generated samples: the tokenizer of" in err
+
+
+def test_a_config_that_is_overridden(leank, with_tokenizer, home, tmp_path):
+    """What a server with the same flags takes, and the command that the advice names takes them."""
+    yarn = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}}
+    flag = ["--hf-overrides", json.dumps(yarn)]
+    line = ["vllm", "serve", str(with_tokenizer), "--attention-backend", "leank", *flag]
+    (reason,) = examine(line).reasons
+    (advice,) = re.findall(r"leank mask calibrate .* --bits 2$", reason, re.MULTILINE)
+    words = shlex.split(advice)
+    assert words[3:6] == [str(with_tokenizer), *flag]
+    context = get_command(cli.app)
+    for word in words[1:3]:
+        context = context.commands[word]
+    assert context.make_context("calibrate", words[3:]).params["hf_overrides"] == yarn
+
+    home.mkdir(parents=True)
+    out = home / "m.yaml"
+    assert leank("mask", "compose", "--model", with_tokenizer, *flag, "--out", out)[0] == 0
+    assert load_mask(out).geometry.rope_scaling["rope_type"] == "yarn"
+    assert examine(line).reasons == ()
+    asked = ["plan", "--model", with_tokenizer, "--kv-cache-memory", "1GiB", "--max-model-len", 800]
+    assert leank(*asked)[0] == 2
+    code, said, _ = leank(*asked, *flag)
+    assert code == 0
+    assert shlex.join(flag) in said
+    assert leank(*asked, "--hf-overrides", "[]")[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,15 @@ import sys
 
 import numpy as np
 import pytest
-from mask_samples import packed_mask
+from mask_samples import coded_mask, packed_mask
 
 from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.options import Options
 from vllm_leank.mask import lookup as mask_resolver
 from vllm_leank.mask.bits import profiles_of
 from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.settings import plan_settings
 
 
 @pytest.fixture
@@ -52,6 +54,20 @@ def test_show_tables(leank, mask_file):
         assert text in out
     assert "heads keeping 32" in out
     assert "128  32" in out
+
+
+def test_show_says_what_a_server_logs(leank, tiny_llama_dir, tmp_path):
+    """Bytes of a far token with all that a page has of it, such as scales of V."""
+    mask = coded_mask(tiny_llama_dir)
+    save_mask(mask, tmp_path / "m.yaml")
+    plan = plan_settings(mask, Options(), itemsize=2).plan
+    shown = json.loads(leank("mask", "show", tmp_path / "m.yaml", "--json")[1])
+    assert shown["far_token_bytes_bf16"]["kept"] == plan.archive_token_bytes
+    assert plan.archive_token_bytes > plan.dense_token_bytes * mask.far_bytes_share
+    _, out, _ = leank("mask", "show", tmp_path / "m.yaml")
+    assert f"{plan.archive_token_bytes:,} of {plan.dense_token_bytes:,}" in out
+    assert "no scaling" in out
+    assert "None" not in out
 
 
 def test_show_of_a_mask_that_keeps_nothing(leank, tmp_path):
