@@ -148,6 +148,14 @@ def test_ratios_and_their_table(monkeypatch, capsys):
 
 
 @pytest.mark.engine
+def test_without_vllm(leank, monkeypatch):
+    """One sentence that says what to install, before any work."""
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    code, out, err = leank("bench", "serve", "--model", "m")
+    assert (code, out) == (2, "")
+    assert "runs engines of vLLM: pip install 'vllm>=0.32.0,<0.34'" in err
+
+
 def test_an_engine_on_cpu(leank, repo, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -45,6 +45,33 @@ def test_everything_is_in_place_here():
     assert facts["backend"].value == "LEANK"
 
 
+def test_without_a_line_nothing_is_wrapped_and_vllm_is_not_asked(leank, monkeypatch):
+    """Lines of a file are whole, however narrow a terminal is."""
+    monkeypatch.setenv("COLUMNS", "20")
+    code, out, _ = leank("doctor")
+    assert code == 0
+    assert re.search(r"^ok  device +CPU, ", out, re.MULTILINE)
+    assert "vllm_leank.serving.plugin:register" in out
+    assert "a line to look at as well: leank doctor -- vllm serve MODEL" in out
+    assert "backend" not in out
+
+
+def test_the_device_without_vllm(monkeypatch, tmp_path):
+    """As the driver tells it, where vLLM's build is for GPUs."""
+    monkeypatch.setattr(versions, "vllm_version", lambda: "0.33.0")
+    monkeypatch.setattr("vllm_leank.serving.environment._version", lambda name: None)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 9.0'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    facts = {fact.name: fact for fact in environment(with_vllm=False)}
+    assert facts["device"].value == "NVIDIA H100 80GB HBM3, capability 9.0"
+    assert facts["device"].problem is None
+    tool.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    facts = {fact.name: fact for fact in environment(with_vllm=False)}
+    assert "nvidia-smi finds no GPU" in facts["device"].problem
+
+
 def problem_of(name):
     return {fact.name: fact.problem for fact in environment()}[name]
 

@@ -1,10 +1,14 @@
 """Which mask a model gets, and what is said when there is none."""
 
 import os
+import socket
 
+import huggingface_hub.constants as hub
 import pytest
 
 from vllm_leank.core.geometry import Geometry
+from vllm_leank.errors import UserError
+from vllm_leank.mask.checkpoint import Checkpoint, is_path
 from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.lookup import find_masks, list_masks, resolve_mask
@@ -171,3 +175,47 @@ def test_masks_of_the_package_are_valid_and_unambiguous(repo):
     assert len(masks) == len(list((repo / "masks").rglob("*.yaml")))
     for mask in masks:
         assert resolve_mask(None, mask.model, mask.geometry).path == mask.path
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_for_half_a_minute(monkeypatch, tmp_path):
+    from vllm_leank.mask.hub import PROXIES, work_offline_without_a_hub
+
+    for name in (
+        "HTTPS_PROXY",
+        "https_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+        "HTTP_PROXY",
+        "http_proxy",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+        monkeypatch.setattr(hub, "ENDPOINT", address)
+        work_offline_without_a_hub.cache_clear()
+        work_offline_without_a_hub()
+        assert hub.HF_HUB_OFFLINE
+        free.listen()
+        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+        work_offline_without_a_hub.cache_clear()
+        work_offline_without_a_hub()
+        assert not hub.HF_HUB_OFFLINE
+    work_offline_without_a_hub.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "path", ["./none", "/none/x", "a/b/c", "tests/none-such", "none/", "x.json"]
+)
+def test_paths_to_nothing_are_no_hub_ids(path, repo, monkeypatch):
+    monkeypatch.chdir(repo)
+    assert is_path(path)
+    with pytest.raises(UserError, match="no such directory"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("name", ["org/name", "name", "Qwen/Qwen2.5-7B"])
+def test_hub_ids_are_no_paths(name, repo, monkeypatch):
+    monkeypatch.chdir(repo)
+    assert not is_path(name)

@@ -7,6 +7,9 @@ from urllib.parse import urlsplit
 
 _SECONDS = 3
 
+PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")
+"""Where one is set, only it can tell."""
+
 
 @functools.cache
 def work_offline_without_a_hub() -> None:
@@ -15,7 +18,7 @@ def work_offline_without_a_hub() -> None:
     """
     import huggingface_hub.constants as hub
 
-    if hub.HF_HUB_OFFLINE or any(os.environ.get(name) for name in _PROXIES):
+    if hub.HF_HUB_OFFLINE or any(os.environ.get(name) for name in PROXIES):
         return
     place = urlsplit(hub.ENDPOINT)
     port = place.port or (80 if place.scheme == "http" else 443)
@@ -23,7 +26,3 @@ def work_offline_without_a_hub() -> None:
         socket.create_connection((place.hostname or "", port), timeout=_SECONDS).close()
     except OSError:
         hub.HF_HUB_OFFLINE = True
-
-
-_PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")
-"""Where one is set, only it can tell."""

@@ -92,7 +92,11 @@ def _plugin() -> Fact:
     found = list(importlib.metadata.entry_points(group=PLUGINS, name="leank"))
     allowed = os.environ.get("VLLM_PLUGINS")
     if not found:
-        return Fact("plugin", "not found", "vllm-leank is not installed where vLLM is: pip install")
+        return Fact(
+            "plugin",
+            "not found",
+            "vllm-leank is not installed where vLLM is: run pip install . with that Python",
+        )
     if allowed is not None and "leank" not in allowed.split(","):
         return Fact("plugin", found[0].value, f"VLLM_PLUGINS={allowed!r} leaves it out: add leank")
     return Fact("plugin", found[0].value)
