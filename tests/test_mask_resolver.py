@@ -180,14 +180,7 @@ def test_masks_of_the_package_are_valid_and_unambiguous(repo):
 def test_a_hub_that_does_not_answer_is_not_asked_for_half_a_minute(monkeypatch, tmp_path):
     from vllm_leank.mask.hub import PROXIES, work_offline_without_a_hub
 
-    for name in (
-        "HTTPS_PROXY",
-        "https_proxy",
-        "ALL_PROXY",
-        "all_proxy",
-        "HTTP_PROXY",
-        "http_proxy",
-    ):
+    for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     with socket.socket() as free:
