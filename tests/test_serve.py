@@ -136,9 +136,12 @@ def test_what_the_readme_asks_a_server(url, capsys):
     assert reply.status_code == 200, reply.text
     blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     assert blocks
+    assert reply.json()["usage"]["completion_tokens"] > 0
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-    assert reply.json()["choices"][0]["text"].strip() in capsys.readouterr().out
+        names = {}
+        exec(compile(block, "README.md", "exec"), names)
+        assert names["answer"].usage.completion_tokens > 0
+        assert capsys.readouterr().out == names["answer"].choices[0].text + "\n"
 
 
 def test_a_request_that_is_too_long_is_refused_and_the_server_lives(url):
