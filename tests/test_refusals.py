@@ -357,6 +357,16 @@ def test_codes_are_served_on_any_gpu_that_leank_takes(tiny_llama_dir, tmp_path, 
     assert settings.plan.archive_format.name == "packed"
 
 
+def test_sliding_layers_are_not_served_where_they_were_never_tried(tmp_path, monkeypatch):
+    model = save_mixed("gemma3_text", tmp_path / "model")
+    save_mask(full_mask(model), tmp_path / "m.yaml")
+    config = config_of(model, {"mask": str(tmp_path / "m.yaml")})
+    assert judge(config)[1] == []
+    gpu = SimpleNamespace(is_cuda=lambda: True, has_device_capability=lambda _: True)
+    monkeypatch.setattr("vllm.platforms.current_platform", gpu)
+    assert "models with sliding layers are served on CPU only" in "; ".join(judge(config)[1])
+
+
 def test_a_model_without_a_mask_is_told_how_to_make_one(tiny_llama_dir):
     command = re.escape(f"leank mask calibrate {tiny_llama_dir} --bits 2\n")
     with pytest.raises(ValueError, match=command):

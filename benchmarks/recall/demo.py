@@ -36,7 +36,7 @@ from vllm_leank.core.window import Window
 from vllm_leank.mask.lookup import resolve_mask
 
 MODEL = Path(__file__).with_name("model")
-START_SECONDS = 300
+START_SECONDS = 600
 SERVE = ("vllm", "serve", str(MODEL), "--attention-backend", "leank")
 
 console = Console(highlight=False)

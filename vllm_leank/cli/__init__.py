@@ -19,6 +19,7 @@ from vllm_leank.cli import (
     mask_learn,
     mask_plot,
     mask_prompts,
+    mask_pull,
     plan,
     serve,
     verify,
@@ -55,6 +56,7 @@ mask.app.command()(mask_compose.compose)
 mask.app.command()(mask_plot.plot)
 mask.app.command()(mask_heads.heads)
 mask.app.command()(mask_prompts.prompts)
+mask.app.command()(mask_pull.pull)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(serve.serve)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_leank.cli.options import RECENT, SINK, Device, Dtype, ModelId, Overrides, Recent, Sink
-from vllm_leank.cli.outputs import check_new, place_name, report_mask, say
+from vllm_leank.cli.outputs import check_new, place_name, report_mask, say, tell_of_others
 from vllm_leank.errors import UserError
-from vllm_leank.mask.folders import make_user_folder, user_folder
+from vllm_leank.mask.folders import make_user_folder
 from vllm_leank.mask.names import file_name, model_name
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def calibrate(
     )
     save_mask(mask, out, overwrite=overwrite)
     report_mask(out, mask, ratio)
-    _tell_of_others(out, mask)
+    tell_of_others(out, mask)
 
 
 def measured_mask(
@@ -224,18 +224,3 @@ def _default_out(model_id: str, bits: float | None) -> Path:
     if bits is None:
         raise UserError("--ratio needs --out, the mask file to write")
     return make_user_folder() / file_name(model_id, bits)
-
-
-def _tell_of_others(out: Path, mask: "Mask") -> None:
-    """Say that a server has to choose, where the user has other masks of the model."""
-    from vllm_leank.mask.lookup import find_masks, preferred
-
-    if not out.is_relative_to(user_folder()):
-        return
-    fitting = [one for one in find_masks(mask.model) if one.geometry == mask.geometry]
-    others = [str(one.path) for one in preferred(fitting) if one.path != out]
-    if others:
-        say(
-            f"{mask.model} has other masks, too: {', '.join(others)}. Remove them, or tell servers "
-            'which to use: "mask" in --additional-config'
-        )

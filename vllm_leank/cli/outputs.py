@@ -54,3 +54,19 @@ def report_mask(out: Path, mask: "Mask", ratio: float | None = None) -> None:
         f"{out}: {1 - mask.k_kept:.2%} of K pruned{asked}, "
         f"{mask.far_bytes_share:.1%} of a far token's bytes left"
     )
+
+
+def tell_of_others(out: Path, mask: "Mask") -> None:
+    """Say that a server has to choose, where the user has other masks of the model."""
+    from vllm_leank.mask.folders import user_folder
+    from vllm_leank.mask.lookup import find_masks, preferred
+
+    if not out.is_relative_to(user_folder()):
+        return
+    fitting = [one for one in find_masks(mask.model) if one.geometry == mask.geometry]
+    others = [str(one.path) for one in preferred(fitting) if one.path != out]
+    if others:
+        say(
+            f"{mask.model} has other masks, too: {', '.join(others)}. Remove them, or tell servers "
+            'which to use: "mask" in --additional-config'
+        )

@@ -21,6 +21,15 @@ def load_mask(path: str | os.PathLike[str]) -> Mask:
         MaskError: no such file, not a regular file, too large, not UTF-8, or not a valid mask.
     """
     path = Path(path)
+    return parse_mask_bytes(read_mask_bytes(path), path)
+
+
+def read_mask_bytes(path: Path) -> bytes:
+    """The bytes of a file that may be a mask.
+
+    Raises:
+        MaskError: no such file, not a regular file, or too large.
+    """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise MaskError("not a regular file", path=path)
@@ -34,6 +43,15 @@ def load_mask(path: str | os.PathLike[str]) -> Mask:
         raise MaskError(f"not a file name: {error}", path=path) from error
     if len(data) > MAX_BYTES:
         raise MaskError(f"larger than {MAX_BYTES} bytes, the limit for mask files", path=path)
+    return data
+
+
+def parse_mask_bytes(data: bytes, path: Path) -> Mask:
+    """The mask that a file's bytes are; `path` is where they come from.
+
+    Raises:
+        MaskError: not UTF-8, or not a valid mask.
+    """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

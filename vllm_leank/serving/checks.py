@@ -175,8 +175,12 @@ def _attention(model: "ModelConfig") -> Attention:
 
 def _mixed(config: "VllmConfig", options: Options) -> Iterator[str]:
     """What does not go together with sliding layers beside served ones."""
+    from vllm.platforms import current_platform
+
     if sliding_layers(config.model_config.hf_text_config) is None:
         return
+    if current_platform.is_cuda():
+        yield "models with sliding layers are served on CPU only: on a GPU that was never tried"
     if options.prefill == "pruned":
         yield (
             'the option prefill "pruned" is for models without sliding layers: remove it from '
