@@ -106,8 +106,7 @@ def test_options(tiny_llama_dir, mask_file, options, message):
 FLAGS = {
     "fp8 KV cache": (
         {"kv_cache_dtype": "fp8"},
-        """use --kv-cache-dtype bfloat16; leank has 8-bit far tokens of its own: """
-        """--additional-config '{"leank": {"archive_dtype": "fp8"}}'""",
+        "use --kv-cache-dtype bfloat16; far tokens of fewer bits are leank's own: make a mask of",
     ),
     "one kind of layers": (
         {"attention_config": {"backend_per_kind": {"full_attention": "LEANK"}}},

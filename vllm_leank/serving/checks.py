@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import vllm.envs as envs
 
+from vllm_leank.core.capacity import EIGHT_BIT_CACHE
 from vllm_leank.core.formats import find_format
 from vllm_leank.core.layers import sliding_layers
 from vllm_leank.core.options import (
@@ -209,10 +210,10 @@ def _flags(config: "VllmConfig") -> Iterator[str]:
         asked = "the checkpoint's own" if cache.cache_dtype == "auto" else cache.cache_dtype
         own = str(config.model_config.dtype).removeprefix("torch.")
         flag = "remove the flag" if own == "float32" else f"use --kv-cache-dtype {own}"
-        if str(cache.cache_dtype).startswith("fp8"):
+        if str(cache.cache_dtype).startswith(EIGHT_BIT_CACHE):
             flag += (
-                "; leank has 8-bit far tokens of its own: --additional-config "
-                f'\'{{"{KEY}": {{"archive_dtype": "fp8"}}}}\''
+                "; far tokens of fewer bits are leank's own: make a mask of bits (leank mask "
+                "calibrate MODEL --bits 2), or use the option archive_dtype"
             )
         yield f"a KV cache of another dtype than the model's ({asked}) is not supported: {flag}"
     if config.speculative_config is not None:
