@@ -235,6 +235,6 @@ def plan_cache(
     # A pool block is as large as the larger group's pages, and far tokens are most of what a long
     # request holds: so their pages fill a block, but for `ARCHIVE_WASTE` of it.
     least = (1 - ARCHIVE_WASTE) * plan._stage_window_bytes
-    blocks = archive_format.blocks
-    fitting = (block for block in blocks if plan.stage_token_bytes * block >= least)
-    return replace(plan, archive_block=next(fitting, blocks[-1]))
+    # Each is asked for itself: how long a page is may change a token's bytes.
+    plans = [replace(plan, archive_block=block) for block in archive_format.blocks]
+    return next((one for one in plans if one.archive_page_bytes >= least), plans[-1])

@@ -11,13 +11,14 @@ from typing import Any
 
 from vllm_leank.core.options import OptionError
 
-_installed: list[Any] = []
+_before: list[Any] = [sys.excepthook]
+"""The hook that ours has replaced."""
 
 
 def say_it_last() -> None:
     """Have a refusal that ends this process said before and after its traceback."""
-    if not _installed:
-        _installed.append(sys.excepthook)
+    if sys.excepthook is not _hook:  # libraries for command lines set their own
+        _before[0] = sys.excepthook
         sys.excepthook = _hook
 
 
@@ -31,10 +32,10 @@ def sentence(error: OptionError) -> str:
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     refusal = _refusal(error)
     if refusal is None:
-        _installed[0](kind, error, trace)
+        _before[0](kind, error, trace)
         return
     print(f"leank: {sentence(refusal)}", file=sys.stderr, flush=True)
-    _installed[0](kind, error, trace)
+    _before[0](kind, error, trace)
     print(f"\nleank: {sentence(refusal)}", file=sys.stderr, flush=True)
 
 
