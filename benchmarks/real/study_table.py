@@ -134,7 +134,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
             one["variant"], (one["token_bytes"] / 1024, found.value), fontsize="small",
             xytext=(6, 4), textcoords="offset points",
         )  # fmt: skip
+    sizes = sorted({one["token_bytes"] / 1024 for one in results["variants"] if one["token_bytes"]})
     axes.set(xscale="log", xlabel="KiB of a far token, all layers", ylabel="points of 100")
+    axes.set_xticks(sizes, [f"{size:.1f}" for size in sizes], rotation=30)
+    axes.minorticks_off()
+    axes.margins(x=0.15)
     axes.set_title(results["model"], fontsize="medium")
     axes.grid(alpha=0.3)
     save_figure(figure, path)
