@@ -11,7 +11,6 @@ of tokens that occurred earlier in the answer), beside dense's own.
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from real.served import DENSE, check_words, run_side_by_side, served
-from vllm_leank.bench.machine import head_commit
-from vllm_leank.bench.serve import parse_engine_args
+from real.served import DENSE, add_options, run_variants
 from vllm_leank.errors import UserError
-from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.offline.intervals import ratio_estimate, wilson
 
 TOPICS = (
@@ -88,38 +84,20 @@ def write(args: argparse.Namespace) -> list[str]:
     Raises:
         UserError: an argument cannot be used.
     """
-    words = args.variants.split(",")
-    check_words(words)
-    checkpoint = Checkpoint.open(args.model)
-    folder: Path = args.out
-    folder.mkdir(parents=True, exist_ok=True)
-    runs = []
-    for word in words:
-        one = served(word, checkpoint)
-        run = {
+    return run_variants(
+        args,
+        "real.long_text",
+        "real.long_engine",
+        args.tokens,
+        {"seed": args.seed},
+        {
             "what": "long answers of a real model",
-            "variant": one.name,
-            "model": checkpoint.id,
-            "command": shlex.join(["python", "-m", "real.long_text", *sys.argv[1:]]),
-            "commit": args.commit or head_commit(),
-            "engine_args": {
-                "model": str(checkpoint.path),
-                "max_model_len": checkpoint.max_tokens(args.tokens + 512),
-                "seed": args.seed,
-            }
-            | parse_engine_args(args.engine_args)
-            | one.engine_args,
             "tokens": args.tokens,
             "temperature": args.temperature,
             "seed": args.seed,
             "prompts": prompts()[: args.count],
-            "results": str((folder / f"{one.name}.json").resolve()),
-        }
-        path = folder / f"{one.name}.run"
-        path.write_text(json.dumps(run), encoding="utf-8")
-        runs.append(path)
-    logs = [path.with_suffix(".log") for path in runs]
-    return run_side_by_side("real.long_engine", runs, logs)
+        },
+    )
 
 
 def show(folder: Path) -> None:
@@ -140,15 +118,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="directory of the model")
-    parser.add_argument("--variants", default="dense", help="as of study.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    add_options(parser)
     parser.add_argument("--tokens", type=int, default=4000, help="of an answer, at most")
     parser.add_argument("--count", type=int, help="of prompts; default: all 50")
     parser.add_argument("--temperature", type=float, default=0.8, help="of sampled answers")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engine-args", metavar="JSON", help="more arguments of every engine")
-    parser.add_argument("--commit", help="of the code measured; asked of git when not given")
     args = parser.parse_args()
     try:
         failed = write(args)

@@ -1,7 +1,10 @@
 """Engines that real models are asked in: dense, with a mask, or with a cache of vLLM's own."""
 
+import argparse
+import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,13 +15,18 @@ from queue import Queue
 from typing import Any
 
 from baselines.rounded_cache import MODEL_BYTES
+from rich.console import Console
 
 from real.variants import mask_token_bytes, vllm_caches
+from vllm_leank.bench.machine import head_commit
+from vllm_leank.bench.serve import parse_engine_args
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.file import load_mask
 
 DENSE = "dense"
+
+CONSOLE = Console(stderr=True, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -60,45 +68,104 @@ def served(word: str, checkpoint: Checkpoint) -> Served:
     return Served(f"vllm_{word}", {"kv_cache_dtype": word}, size)
 
 
-def gpus() -> int:
-    """GPUs that there are."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that all studies of engines have."""
+    parser.add_argument("--model", required=True, help="directory of the model")
+    parser.add_argument(
+        "--variants", default=DENSE, help="dense, masks' files, kv_cache_dtypes; with commas"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--engine-args", metavar="JSON", help="more arguments of every engine")
+    parser.add_argument("--commit", help="of the code measured; asked of git when not given")
+
+
+def run_variants(
+    args: argparse.Namespace,
+    module: str,
+    engine: str,
+    tokens: int,
+    engine_args: dict[str, Any],
+    more: dict[str, Any],
+) -> list[str]:
+    """Run `python -m ENGINE` for each variant, one at a time on each GPU, or on the CPU; see
+    `add_options` for `args`. Each gets a file that says what to do, and has a log.
+
+    Args:
+        args: the command line.
+        module: the study, which was started with it.
+        engine: the module to run.
+        tokens: most that a request has, without what a chat template adds.
+        engine_args: vLLM's arguments of all engines.
+        more: what else a run's file says.
+
+    Returns:
+        What failed, a sentence each: one engine that does not start stops no other.
+
+    Raises:
+        UserError: an option cannot be used.
+    """
+    words = args.variants.split(",")
+    check_words(words)
+    checkpoint = Checkpoint.open(args.model)
+    common = {
+        "model": str(checkpoint.path),
+        "max_model_len": checkpoint.max_tokens(tokens + 512),
+        **engine_args,
+        **parse_engine_args(args.engine_args),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    runs = []
+    for word in words:
+        one = served(word, checkpoint)
+        run = {
+            "variant": one.name,
+            "model": checkpoint.id,
+            "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+            "commit": args.commit or head_commit(),
+            "engine_args": common | one.engine_args,
+            "token_bytes": one.token_bytes,
+            "exact_tokens": one.exact_tokens,
+            "results": str((args.out / f"{one.name}.json").resolve()),
+        }
+        path = args.out / f"{one.name}.run"
+        path.write_text(json.dumps(run | more), encoding="utf-8")
+        runs.append(path)
+    CONSOLE.print(f"{len(runs)} engines; logs: {args.out}/*.log")
+    return _run_side_by_side(engine, runs)
+
+
+def visible_gpus() -> list[str]:
+    """What names each GPU in CUDA_VISIBLE_DEVICES."""
     import torch
 
-    return torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(gpu) for gpu in range(count)]
 
 
-def run_side_by_side(module: str, runs: Sequence[Path], logs: Sequence[Path]) -> list[str]:
-    """Run `python -m MODULE RUN` for each run, one at a time on each GPU, or on the CPU.
+def _run_side_by_side(engine: str, runs: Sequence[Path]) -> list[str]:
+    """Gives what failed."""
+    free: Queue[dict[str, str]] = Queue()
+    for gpu in visible_gpus():
+        free.put({"CUDA_VISIBLE_DEVICES": gpu})
+    if free.empty():
+        free.put({})  # the CPU
 
-    Gives what failed, a sentence each: one engine that does not start stops no other.
-    """
-    free: Queue[int | None] = Queue()
-    for gpu in range(gpus()) or [None]:  # type: ignore[union-attr]
-        free.put(gpu)
-
-    def run(path: Path, log: Path) -> str | None:
-        gpu = free.get()
+    def run(path: Path) -> str | None:
+        place = free.get()
+        log = path.with_suffix(".log")
         try:
-            env = dict(os.environ)
-            if gpu is not None:
-                # Counted within what this process sees.
-                seen = env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpus() else []
-                env["CUDA_VISIBLE_DEVICES"] = (
-                    seen[gpu] if gpu < len(seen) and seen[gpu] else str(gpu)
-                )
             with log.open("w", encoding="utf-8") as file:
                 done = subprocess.run(
-                    [sys.executable, "-m", module, path],
-                    env=env, stdout=file, stderr=subprocess.STDOUT, check=False,
+                    [sys.executable, "-m", engine, path],
+                    env=os.environ | place, stdout=file, stderr=subprocess.STDOUT, check=False,
                 )  # fmt: skip
-            if done.returncode:
-                return f"{path.stem}: ended with exit code {done.returncode}; see {log}"
-            return None
         finally:
-            free.put(gpu)
+            free.put(place)
+        return f"{path.stem}: exit code {done.returncode}; see {log}" if done.returncode else None
 
     with ThreadPoolExecutor(free.qsize()) as pool:
-        return [said for said in pool.map(run, runs, logs) if said]
+        return [said for said in pool.map(run, runs) if said]
 
 
 def check_words(words: Sequence[str]) -> None:

@@ -43,7 +43,8 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
     get = fields_of(config)
     count, kinds = required(get, "num_hidden_layers"), get("layer_types")
     if kinds is None:
-        return (SLIDING if _slides(get) else FULL,) * count
+        # Without `layer_types` all layers slide, or none does.
+        return (SLIDING if window_of(get) else FULL,) * count
     if len(kinds) != count:
         raise UserError(f"the model's config has {count} layers, but layer_types of {len(kinds)}")
     return tuple(map(str, kinds))
@@ -66,6 +67,6 @@ def describe_layers(kinds: Sequence[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
-def _slides(get: Get) -> bool:
-    """Whether a model without `layer_types` has sliding layers only."""
-    return bool(get("sliding_window")) and get("use_sliding_window") is not False
+def window_of(get: Get) -> int | None:
+    """Tokens that sliding layers read, None where the config switches them off or has none."""
+    return None if get("use_sliding_window") is False else get("sliding_window")

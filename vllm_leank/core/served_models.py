@@ -5,11 +5,11 @@ reads it without vLLM.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_leank.core.hf_config import fields_of
-from vllm_leank.core.layers import FULL, SLIDING, describe_layers, layer_kinds
+from vllm_leank.core.layers import FULL, SLIDING, describe_layers, layer_kinds, window_of
 from vllm_leank.core.pages import MAX_HEAD_DIM
 from vllm_leank.errors import UserError
 
@@ -85,7 +85,6 @@ class Attention:
         head_size = get("head_dim") or (hidden // heads if hidden and heads else 0)
         kind = str(get("model_type") or "")
         kinds = set(get("layer_types") or get("layers_block_type") or ())
-        window = None if get("use_sliding_window") is False else get("sliding_window")
         is_state_space = (
             kind.startswith(_STATE_SPACE)
             or any(name in one for one in kinds for name in ("linear", "mamba", "conv"))
@@ -103,7 +102,7 @@ class Attention:
         )
         if any((told.is_encoder, told.is_encoder_decoder, told.is_latent, told.is_state_space)):
             return told  # their layers are counted in other ways
-        return cls(**vars(told) | {"layers": tuple(layer_reasons(config, window, head_size))})
+        return replace(told, layers=tuple(layer_reasons(config, window_of(get), head_size)))
 
     def refusals(self, other: str = OTHER) -> Iterator[str]:
         """What of it cannot be served; `other` says what to do instead."""

@@ -26,6 +26,11 @@ class MaskError(UserError):
         super().__init__(": ".join(part for part in (place, self.key, reason) if part))
 
 
+def mask_error(path: Path, reason: str) -> MaskError:
+    """What `read_bounded` says of a file that should be a mask."""
+    return MaskError(reason, path=path)
+
+
 def _dotted(loc: Loc) -> str:
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
     return text.removeprefix(".")

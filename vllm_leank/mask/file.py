@@ -6,7 +6,8 @@ import stat
 from pathlib import Path
 
 from vllm_leank.core.atomic import write_atomically
-from vllm_leank.mask.errors import MaskError
+from vllm_leank.core.bounded import read_bounded
+from vllm_leank.mask.errors import MaskError, mask_error
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.text import dump_mask, parse_mask
 
@@ -31,19 +32,12 @@ def read_mask_bytes(path: Path) -> bytes:
         MaskError: no such file, not a regular file, or too large.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise MaskError("not a regular file", path=path)
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise MaskError(f"cannot be read: {error.strerror}", path=path) from error
-    except ValueError as error:
-        if isinstance(error, MaskError):
-            raise
-        raise MaskError(f"not a file name: {error}", path=path) from error
-    if len(data) > MAX_BYTES:
-        raise MaskError(f"larger than {MAX_BYTES} bytes, the limit for mask files", path=path)
-    return data
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):
+        regular = True  # reading it says what is wrong
+    if not regular:
+        raise MaskError("not a regular file", path=path)
+    return read_bounded(path, MAX_BYTES, "mask files", mask_error)
 
 
 def parse_mask_bytes(data: bytes, path: Path) -> Mask:

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vllm_leank.core.bounded import read_bounded
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
-from vllm_leank.mask.errors import MaskError
+from vllm_leank.mask.errors import MaskError, mask_error
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.select_channels import round_survivors
 from vllm_leank.mask.tsv import parse_tsv
@@ -98,16 +99,9 @@ def import_mask(
 
 
 def _read(path: Path) -> bytes:
-    try:
-        if not path.is_file():
-            raise MaskError("no such file", path=path)
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise MaskError(f"cannot be read: {error.strerror}", path=path) from error
-    if len(data) > MAX_BYTES:
-        raise MaskError(f"larger than {MAX_BYTES} bytes, the limit for masks", path=path)
-    return data
+    if not path.is_file():
+        raise MaskError("no such file", path=path)
+    return read_bounded(path, MAX_BYTES, "masks", mask_error)
 
 
 def _read_mask(data: bytes, path: Path, geometry: Geometry) -> npt.NDArray[np.bool_]:
