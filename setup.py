@@ -87,6 +87,8 @@ setup(
         # benchmarks/real/fetch.py: reading GGUF files
         "real": ["accelerate", "gguf"],
         "test": [
+            "accelerate",
+            "gguf",
             "hypothesis",
             "matplotlib",
             "mypy==2.4.*",

