@@ -9,19 +9,14 @@ with 1 if the answer is wrong and 2 if the server did not start.
 
 import argparse
 import contextlib
-import os
 import re
 import shlex
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import httpx
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
@@ -33,17 +28,15 @@ from recall.tasks import make_sample
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window
+from vllm_leank.errors import UserError
 from vllm_leank.mask.lookup import resolve_mask
+from vllm_leank.offline.server import address, free_port, started
 
 MODEL = Path(__file__).with_name("model")
 START_SECONDS = 600
 SERVE = ("vllm", "serve", str(MODEL), "--attention-backend", "leank")
 
 console = Console(highlight=False)
-
-
-class ServerError(Exception):
-    """The server did not come up."""
 
 
 def main() -> int:
@@ -70,7 +63,7 @@ def main() -> int:
                 temperature=0,
             )
             seconds = time.monotonic() - began
-    except ServerError as error:
+    except UserError as error:
         console.print(f"[red]{error}")
         return 2
 
@@ -90,15 +83,17 @@ def main() -> int:
 
 @contextlib.contextmanager
 def server(max_model_len: int, line: Sequence[str] = SERVE) -> Iterator[str]:
-    """Run a line that serves the bundled model and give its address; stopped on the way out."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Run a line that serves the bundled model and give its address; stopped on the way out.
+
+    Raises:
+        UserError: it does not start; what it said last is on the console.
+    """
+    port = free_port()
     program = line[0] if line[0] == "sh" else str(Path(sys.executable).with_name(line[0]))
     command = [
         *(program, *line[1:]),
         *("--served-model-name", "recall", "--max-model-len", str(max_model_len)),
-        *("--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8"),
+        *(*address(port), "--max-num-seqs", "8"),
     ]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -106,23 +101,18 @@ def server(max_model_len: int, line: Sequence[str] = SERVE) -> Iterator[str]:
         "HF_HUB_OFFLINE": "1",
     }
     console.print(f"$ {to_copy(command, environment)}", style="dim", markup=False, soft_wrap=True)
-    with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment | os.environ,
-            process_group=0,  # a new session would be scheduled apart, and starve its clients
-        )
-        url = f"http://127.0.0.1:{port}"
+    with tempfile.NamedTemporaryFile("w+", suffix=".log") as log, contextlib.ExitStack() as stack:
+        run = started(command, port, log=log, environment=environment, seconds=START_SECONDS)
         try:
             with console.status("starting the server ..."):
-                _wait(process, url, Path(log.name))
-            for line in _report(Path(log.name)):
-                console.print(f"[dim]{line}", soft_wrap=True)
-            yield url
-        finally:
-            _stop(process)
+                url = stack.enter_context(run)
+        except UserError:
+            said = Path(log.name).read_text(errors="replace").splitlines()
+            console.print("\n".join(said[-30:]), markup=False, soft_wrap=True)
+            raise
+        for line in _report(Path(log.name)):
+            console.print(f"[dim]{line}", soft_wrap=True)
+        yield url
 
 
 def to_copy(command: Sequence[str], environment: Mapping[str, str]) -> str:
@@ -132,32 +122,9 @@ def to_copy(command: Sequence[str], environment: Mapping[str, str]) -> str:
     )
 
 
-def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health").is_success:
-                return
-        time.sleep(0.5)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-    raise ServerError(f"the server did not start; its last lines:\n{tail}")
-
-
 def _report(log: Path) -> list[str]:
     """Lines of leank's startup report in the server's log."""
     return re.findall(r"\] (leank \w+: .*)", log.read_text(errors="replace"))
-
-
-def _stop(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def cache_line(length: int) -> str:

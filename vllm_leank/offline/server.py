@@ -1,13 +1,15 @@
-"""A `vllm serve` that runs while something is measured."""
+"""A server that runs while something is asked of it."""
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO
 
 from vllm_leank.errors import UserError
 
@@ -19,30 +21,65 @@ STDERR = 2
 
 
 @contextlib.contextmanager
-def serving(words: Sequence[str], seconds: float = START_SECONDS) -> Iterator[str]:
+def serving(words: Sequence[str]) -> Iterator[str]:
     """The address of `vllm serve WORDS`, on a free port; its log goes to stderr.
 
     Raises:
         UserError: it does not start.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # -P as for a script: modules are not looked for in the working directory.
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", *words]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=STDERR)
+    port = free_port()
+    with started([*command, *address(port)], port, log=STDERR) as url:
+        yield url
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def address(port: int) -> tuple[str, ...]:
+    """Options of `vllm serve` to listen to this machine alone."""
+    return "--host", "127.0.0.1", "--port", str(port)
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str],
+    port: int,
+    *,
+    log: IO[str] | int,
+    environment: Mapping[str, str] | None = None,
+    seconds: float = START_SECONDS,
+) -> Iterator[str]:
+    """The address of a server once it is healthy; it is stopped on the way out.
+
+    Args:
+        command: starts it on `port`.
+        log: a file, or its descriptor, for what the server says.
+        environment: added to that of this process, where that does not have it.
+        seconds: how long it may take to start.
+
+    Raises:
+        UserError: it does not start.
+    """
+    process = subprocess.Popen(
+        command,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=dict(environment or {}) | os.environ,
+        process_group=0,  # a new session would be scheduled apart, and starve its clients
+    )
+    url = f"http://127.0.0.1:{port}"
     try:
-        _wait(process, f"http://127.0.0.1:{port}/health", time.monotonic() + seconds)
-        yield f"http://127.0.0.1:{port}"
+        _wait(process, f"{url}/health", time.monotonic() + seconds)
+        yield url
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        _stop(process)
 
 
 def _wait(process: subprocess.Popen[bytes], health: str, deadline: float) -> None:
@@ -51,3 +88,13 @@ def _wait(process: subprocess.Popen[bytes], health: str, deadline: float) -> Non
             return
         time.sleep(0.5)
     raise UserError("the server did not start; its log is above")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its engine's processes as well
+            process.wait()
