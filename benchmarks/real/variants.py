@@ -6,7 +6,14 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
+from baselines.directions import (
+    DirectionArchive,
+    Directions,
+    best_directions,
+    measure_directions,
+)
 from baselines.kitty import Kitty
 from baselines.kivi import Kivi
 from baselines.rounded_cache import MODEL_BYTES, CacheHook, RoundedCache
@@ -15,16 +22,19 @@ from baselines.vllm_fp8 import VllmFp8
 
 from vllm_leank.core.pages import archive_token_bytes
 from vllm_leank.core.window import Window
+from vllm_leank.errors import UserError
+from vllm_leank.mask.bits import BitsArray
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.select_channels import select_channels
+from vllm_leank.offline.allocate import allocate
 from vllm_leank.offline.archive import StaticArchive
 from vllm_leank.offline.attention_hook import AttentionHook
 from vllm_leank.offline.calibrate_bits import Measured, bits_mask, measure, pruned_mask
 from vllm_leank.offline.calibration_prompts import CalibrationPrompts
 from vllm_leank.offline.context import Context, read_prompt
 from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
-from vllm_leank.offline.rope import Rotation, rotation_of_model
+from vllm_leank.offline.rope import NO_ROTATION, Rotation, rotation_of_model
 from vllm_leank.offline.served_archive import ServedArchive
 from vllm_leank.offline.simulate import SimulatedArchive
 from vllm_leank.offline.statistics import ChannelStatistics, StatisticsMeter
@@ -63,6 +73,7 @@ class Archives:
     window: Window
     prompts: CalibrationPrompts
     seed: int
+    _found: dict[bool, Directions] = field(default_factory=dict)
 
     @cached_property
     def measured(self) -> Measured:
@@ -115,6 +126,41 @@ class Archives:
                 meter(layer, self.window.sink, key, value)
         return self._with_values("means before RoPE", meter.statistics(), rotation)
 
+    def low_rank(self, before_rope: bool) -> Variant:
+        """As many numbers of K as 1.5x leaves, along the best directions; V as it is."""
+        found = self._directions(before_rope)
+        k_bits = best_directions(found.cost, 1 / 3)
+        return self._along(found, k_bits, np.full_like(k_bits, 16), "a third of the directions")
+
+    def direction_bits(self, bits: float, before_rope: bool) -> Variant:
+        """Bits per direction of K and per channel of V, in one budget; V scaled per token."""
+        found = self._directions(before_rope)
+        chosen = allocate(found.cost, self.measured.v_cost, bits)
+        return self._along(found, chosen.k_bits, chosen.v_bits, f"{bits:g} bits")
+
+    def _directions(self, before_rope: bool) -> Directions:
+        if before_rope not in self._found:
+            rotation = rotation_of_model(self.model) if before_rope else NO_ROTATION
+            if rotation is None:
+                raise UserError("it is not known how the model turns K")
+            self._found[before_rope] = measure_directions(
+                self.model, self.prompts.ids, self.window, rotation, self.seed
+            )
+        return self._found[before_rope]
+
+    def _along(self, found: Directions, k_bits: BitsArray, v_bits: BitsArray, name: str) -> Variant:
+        values = StaticArchive(k_bits, v_bits, self.measured.statistics, None, v_token_scale=True)
+        scales = ((v_bits > 0) & (v_bits < 16)).any(-1).sum() * MODEL_BYTES
+        blind = torch.tensor(~(k_bits.any(-1) | v_bits.any(-1)))
+        when = "after" if found.rotation is NO_ROTATION else "before"
+        return Variant(
+            f"directions {when} RoPE, {name}",
+            SimulatedArchive(self.window, DirectionArchive(found, k_bits, values), blind),
+            float(k_bits.sum() + v_bits.sum()) / 8 + float(scales),
+            self.window.sink + self.window.recent,
+            {"blind_heads": int(blind.sum())},
+        )
+
     def _with_values(
         self, means: str, statistics: ChannelStatistics, rotation: Rotation | None
     ) -> Variant:
@@ -163,6 +209,10 @@ def makers(
             yield from (archives.with_means, archives.with_all_values)
         elif group == "turned":
             yield archives.with_turned_means
+        elif group == "directions":
+            for before_rope in (False, True):
+                yield partial(archives.low_rank, before_rope)
+                yield from (partial(archives.direction_bits, one, before_rope) for one in bits)
         elif group == "fp8":
             yield partial(archives.pruned, "fp8", ", fp8")
         elif group == "vllm":
@@ -176,7 +226,7 @@ def makers(
     yield from (partial(_rival, cache, archives.checkpoint) for cache in rivals)
 
 
-GROUPS = "packed", "pruned", "turned", "fp8", "vllm", "kivi", "kitty", "floor"
+GROUPS = "packed", "pruned", "turned", "directions", "fp8", "vllm", "kivi", "kitty", "floor"
 
 
 def vllm_caches(num_layers: int) -> list[RoundedCache]:

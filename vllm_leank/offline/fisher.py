@@ -8,7 +8,7 @@ what the loss costs. No labels are needed, and one backward pass through the las
 tells it of all channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,9 @@ DRAWS = 2
 
 Observe = Callable[[int, int, torch.Tensor, torch.Tensor], None]
 """Takes layer, first position, K and V `[1, H, T, D]` of far tokens."""
+
+
+Add = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,22 +66,47 @@ def sensitivities(
         UserError: no prompt has far tokens, gradients are not finite, or the model has no plain
             causal attention behind transformers' AttentionInterface.
     """
+    shape = Geometry.from_hf_config(model.config).shape
+    key, value, passes = np.zeros(shape), np.zeros(shape), 0
+    for squares in far_gradients(
+        model, prompts, window, queries=queries, draws=draws, chunk=chunk, seed=seed,
+        observe=observe,
+    ):  # fmt: skip
+        for layer, (of_key, of_value) in squares.sums.items():
+            key[layer] += of_key.double().cpu().numpy()
+            value[layer] += of_value.double().cpu().numpy()
+        passes += draws
+    if not (np.isfinite(key).all() and np.isfinite(value).all()):
+        raise UserError("gradients of K or V are not finite; try another dtype")
+    return Sensitivities(key / passes, value / passes)
+
+
+def far_gradients(
+    model: transformers.PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    window: Window,
+    kind: "type[FarSquares] | None" = None,
+    *,
+    queries: int = QUERIES,
+    draws: int = DRAWS,
+    chunk: int = 4096,
+    seed: int = 0,
+    observe: Observe | None = None,
+) -> "Iterator[FarSquares]":
+    """What is summed up of the gradients of far K and V, for each prompt; as `sensitivities`."""
     model.requires_grad_(False).eval()
-    geometry = Geometry.from_hf_config(model.config)
-    context = Context(geometry)
+    context = Context(Geometry.from_hf_config(model.config))
     far = [ids for ids in prompts if _far(window, len(ids) - queries)]
     if not far:
         raise UserError(
             f"no prompt has far tokens for its last {queries} tokens; give longer prompts, or a "
             "smaller sink or recent"
         )
-    shape = geometry.shape
-    key, value = np.zeros(shape), np.zeros(shape)
     for number, ids in enumerate(reading(far, "sensitivity of each channel")):
         read_prompt(model, context, ids[:-queries], chunk)
         places = _far(window, context.length)
         if observe is not None:
-            for layer in range(len(geometry.layers)):
+            for layer in range(len(context.geometry.layers)):
                 part = slice(places.start, places.stop)
                 observe(
                     layer,
@@ -86,15 +114,9 @@ def sensitivities(
                     context.key(layer)[:, :, part],
                     context.value(layer)[:, :, part],
                 )
-        squares = FarSquares(context, window, places)
+        squares = (kind or FarSquares)(context, window, places)
         _draw(model, squares, ids[-queries:], draws, [seed, number])
-        for layer, (of_key, of_value) in squares.sums.items():
-            key[layer] += of_key.double().cpu().numpy()
-            value[layer] += of_value.double().cpu().numpy()
-    scale = 1 / (draws * len(far))
-    if not (np.isfinite(key).all() and np.isfinite(value).all()):
-        raise UserError("gradients of K or V are not finite; try another dtype")
-    return Sensitivities(key * scale, value * scale)
+        yield squares
 
 
 @dataclass
@@ -120,26 +142,34 @@ class FarSquares:
     ) -> torch.Tensor:
         """Full causal attention of the new queries, over far K and V that get gradients."""
         sums = self.sums[layer] = []
-        keys = self._parts(self.context.key(layer), sums)
-        values = self._parts(self.context.value(layer), sums)
+        keys = self._parts(self.context.key(layer), sums, self.add_key)
+        values = self._parts(self.context.value(layer), sums, self.add)
         return far_attention(
             query, [*keys, key], [*values, value], self.window, scaling=scaling
         ).contiguous()
 
-    def _parts(self, whole: torch.Tensor, sums: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _parts(self, whole: torch.Tensor, sums: list[torch.Tensor], add: Add) -> list[torch.Tensor]:
         """`whole` in three parts, of which the middle one is far."""
         start, stop = self.places.start, self.places.stop
         far = whole[:, :, start:stop].detach().requires_grad_()
-        total = torch.zeros_like(far[0, :, 0], dtype=torch.float32)
-        sums.append(total)
+        place = len(sums)
+        sums.append(torch.zeros((), device=far.device))
 
-        def add(leaf: torch.Tensor) -> None:
+        def take(leaf: torch.Tensor) -> None:
             assert leaf.grad is not None
-            total.add_(leaf.grad[0].float().square().sum(dim=1))
+            sums[place] = sums[place] + add(leaf.grad[0].float())
             leaf.grad = None
 
-        far.register_post_accumulate_grad_hook(add)
+        far.register_post_accumulate_grad_hook(take)
         return [whole[:, :, :start], far, whole[:, :, stop:]]
+
+    def add(self, gradient: torch.Tensor) -> torch.Tensor:
+        """What is summed up `[H, D]` of gradients `[H, T, D]` of far tokens."""
+        return gradient.square().sum(dim=1)
+
+    def add_key(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The same of K's."""
+        return self.add(gradient)
 
 
 def draw_labels(scores: torch.Tensor, seed: Sequence[int], draw: int) -> torch.Tensor:
