@@ -1,52 +1,127 @@
-"""What leank makes of the generation architectures that vLLM 0.32 knows: `docs/models.md`.
+"""What leank makes of the generation architectures that vLLM 0.32 knows: `docs/models.md`, and a
+table in the README.
 
-`python tests/architectures.py` writes the page. Run it when vLLM knows another architecture, after
+`python tests/architectures.py` writes both. Run it when vLLM knows another architecture, after
 looking at what kind of attention that has.
 """
 
+import textwrap
 from pathlib import Path
 
 from vllm.model_executor.models import registry
 
 VLLM = "0.32"
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "models.md"
+README = ROOT / "README.md"
+
+ALL = "all layers"
+FULL = "full attention, on CPU"
+
+ENGINE = "`tests/test_engine_sliding.py`"
 
 TESTED = {
-    "LlamaForCausalLM": ("all layers", "most engine tests; real models on GPUs"),
-    "Qwen2ForCausalLM": ("all layers", "real models on GPUs"),
-    "Gemma3ForCausalLM": ("full attention, on CPU", "`tests/test_engine_sliding.py`"),
-    "Cohere2ForCausalLM": ("full attention, on CPU", "`tests/test_engine_sliding.py`"),
-    "MistralForCausalLM": ("full attention, on CPU", "`tests/test_engine_sliding.py`"),
-    "Exaone4ForCausalLM": ("full attention, on CPU", "`tests/test_engine_sliding.py`"),
+    "LlamaForCausalLM": ("Llama 3.1, 3.2, 3.3", ALL, "most engine tests; real models on GPUs"),
+    "Qwen2ForCausalLM": ("Qwen 2, 2.5", ALL, "real models on GPUs"),
+    "Gemma3ForCausalLM": ("Gemma 3", FULL, ENGINE),
+    "Cohere2ForCausalLM": ("Command R7B, Command A", FULL, ENGINE),
+    "MistralForCausalLM": ("Mistral, Ministral", FULL, ENGINE),
+    "Exaone4ForCausalLM": ("EXAONE 4", FULL, ENGINE),
 }
-"""Layers that are served, and where that is tested."""
+"""Models that have it, layers that are served, and where that is tested."""
+
+EXAMPLES = {
+    "ApertusForCausalLM": "Apertus",
+    "ArceeForCausalLM": "AFM 4.5B",
+    "CohereForCausalLM": "Command R",
+    "Ernie4_5ForCausalLM": "ERNIE 4.5",
+    "GlmForCausalLM": "GLM 4 9B",
+    "Glm4ForCausalLM": "GLM 4 32B",
+    "Glm4MoeForCausalLM": "GLM 4.5, 4.6",
+    "GraniteForCausalLM": "Granite 3",
+    "Olmo2ForCausalLM": "OLMo 2",
+    "Olmo3ForCausalLM": "OLMo 3",
+    "OlmoeForCausalLM": "OLMoE",
+    "Phi3ForCausalLM": "Phi 3, Phi 4",
+    "Qwen3ForCausalLM": "Qwen 3",
+    "Qwen3MoeForCausalLM": "Qwen 3 MoE",
+    "MixtralForCausalLM": "Mixtral",
+    "SeedOssForCausalLM": "Seed-OSS",
+    "SmolLM3ForCausalLM": "SmolLM3",
+}
+"""Models that have one that is taken, though no test runs it."""
+
+LATENT = "multi-head latent attention (MLA)"
+HYBRID = "state-space or linear-attention layers beside full attention"
+NO_FULL = "no full attention"
+SINKS = "attention sinks as parameters"
+ALIBI = "ALiBi"
+SOFT_CAP = "a logits soft cap"
+SHARED = "layers that share their K and V"
+CHUNKED = "chunked attention"
 
 REFUSED = {
-    "multi-head latent attention (MLA)": (
-        "AXK1 DeepseekV2 DeepseekV3 DeepseekV32 DeepseekV4 Glm4MoeLite GlmMoeDsa LongcatFlash "
-        "LongcatFlashNgram MistralLarge3 PanguUltraMoE SarvamMLA"
-    ),
-    "state-space or linear-attention layers beside full attention": (
-        "BailingMoeV2_5 BailingMoeV3 FalconH1 GraniteMoeHybrid Jamba KimiLinear Lfm2 Lfm2Moe "
-        "NemotronH NemotronHPuzzle OlmoHybrid Qwen3Next Qwen3_5 Qwen3_5Moe Qwen4Exp Zamba2"
-    ),
-    "no full attention": "FalconMamba Mamba Mamba2",
-    "attention sinks as parameters": "GptOss",
-    "ALiBi": "Bloom Step1",
-    "a logits soft cap": "Gemma2 VaultGemma",
-    "layers that share their K and V": "Gemma3n Gemma4",
-    "chunked attention": "Llama4",
+    "AXK1ForCausalLM": LATENT,
+    "DeepseekV2ForCausalLM": LATENT,
+    "DeepseekV3ForCausalLM": LATENT,
+    "DeepseekV32ForCausalLM": LATENT,
+    "DeepseekV4ForCausalLM": LATENT,
+    "Glm4MoeLiteForCausalLM": LATENT,
+    "GlmMoeDsaForCausalLM": LATENT,
+    "LongcatFlashForCausalLM": LATENT,
+    "LongcatFlashNgramForCausalLM": LATENT,
+    "MistralLarge3ForCausalLM": LATENT,
+    "PanguUltraMoEForCausalLM": LATENT,
+    "SarvamMLAForCausalLM": LATENT,
+    "BailingMoeV2_5ForCausalLM": HYBRID,
+    "BailingMoeV3ForCausalLM": HYBRID,
+    "FalconH1ForCausalLM": HYBRID,
+    "GraniteMoeHybridForCausalLM": HYBRID,
+    "JambaForCausalLM": HYBRID,
+    "KimiLinearForCausalLM": HYBRID,
+    "Lfm2ForCausalLM": HYBRID,
+    "Lfm2MoeForCausalLM": HYBRID,
+    "NemotronHForCausalLM": HYBRID,
+    "NemotronHPuzzleForCausalLM": HYBRID,
+    "OlmoHybridForCausalLM": HYBRID,
+    "Qwen3NextForCausalLM": HYBRID,
+    "Qwen3_5ForCausalLM": HYBRID,
+    "Qwen3_5MoeForCausalLM": HYBRID,
+    "Qwen4ExpForCausalLM": HYBRID,
+    "Zamba2ForCausalLM": HYBRID,
+    "FalconMambaForCausalLM": NO_FULL,
+    "MambaForCausalLM": NO_FULL,
+    "Mamba2ForCausalLM": NO_FULL,
+    "GptOssForCausalLM": SINKS,
+    "BloomForCausalLM": ALIBI,
+    "Step1ForCausalLM": ALIBI,
+    "Gemma2ForCausalLM": SOFT_CAP,
+    "VaultGemmaForCausalLM": SOFT_CAP,
+    "Gemma3nForCausalLM": SHARED,
+    "Gemma4ForCausalLM": SHARED,
+    "Llama4ForCausalLM": CHUNKED,
 }
-"""Why, and names without `ForCausalLM`."""
+"""Why."""
 
 NOT_LOOKED_AT = (
-    "Glm5Next HYV4 MiniMaxM3Sparse Inkling HrmText MuseGlimmer Laguna Rnj1 MiMoV2 MiMoV2Flash "
-    "GraniteSWA GraniteMoeSWA PanguProMoEV2"
+    "Glm5NextForCausalLM",
+    "GraniteMoeSWAForCausalLM",
+    "GraniteSWAForCausalLM",
+    "HYV4ForCausalLM",
+    "HrmTextForCausalLM",
+    "InklingForCausalLM",
+    "LagunaForCausalLM",
+    "MiMoV2FlashForCausalLM",
+    "MiMoV2ForCausalLM",
+    "MiniMaxM3SparseForCausalLM",
+    "MuseGlimmerForCausalLM",
+    "PanguProMoEV2ForCausalLM",
+    "Rnj1ForCausalLM",
 )
-"""The same; their layers are checked one by one when the model is loaded."""
+"""Their layers are checked one by one when the model is loaded."""
 
 
-_TEXT = """# Models
+_PAGE = """# Models
 
 What leank makes of the architectures that vLLM {vllm} knows, written by `tests/architectures.py`.
 What counts is a model's config, which may differ from others of its architecture:
@@ -58,8 +133,6 @@ Against plain vLLM with a mask that keeps all, and against the definition with o
 models with sliding layers those with full attention are served, on CPU only: on a GPU that was
 never tried, and is refused.
 
-| architecture | layers served | tested in |
-|---|---|---|
 {tested}
 
 ## Taken
@@ -92,10 +165,11 @@ need `--language-model-only`.
 {multimodal}
 """
 
+_START, _END = "<!-- models: written by tests/architectures.py -->\n", "<!-- end of models -->\n"
 
-def full_name(short: str) -> str:
-    """A name of vLLM's registry."""
-    return f"{short}ForCausalLM"
+_OTHERS = """{taken} more architectures are taken, though no test runs them: those of {examples} and
+others. {refused} are refused, for {reasons}. [docs/models.md](docs/models.md) lists them all.
+"""
 
 
 def names() -> tuple[list[str], list[str]]:
@@ -109,25 +183,56 @@ def names() -> tuple[list[str], list[str]]:
     return sorted(text), sorted(other | set(registry._MULTIMODAL_MODELS))
 
 
+def taken() -> list[str]:
+    """Text architectures of which nothing more is said."""
+    text, multimodal = names()
+    named = REFUSED.keys() | set(NOT_LOOKED_AT) | TESTED.keys()
+    unknown = named - set(text) - set(multimodal)
+    assert not unknown, f"vLLM does not know {sorted(unknown)}"
+    found = [one for one in text if one not in named]
+    assert EXAMPLES.keys() <= set(found), "examples are those of what is taken"
+    return found
+
+
 def page() -> str:
     """The page's text."""
-    text, multimodal = names()
-    refused = {full_name(one): why for why, some in REFUSED.items() for one in some.split()}
-    special = {full_name(one) for one in NOT_LOOKED_AT.split()}
-    named = refused.keys() | special | TESTED.keys()
-    assert named <= set(text), f"vLLM does not know {sorted(named - set(text))}"
-    tested = [f"| `{name}` | {layers} | {where} |" for name, (layers, where) in TESTED.items()]
-    reasons = [
-        f"| {why} | {_list(map(full_name, some.split()))} |" for why, some in REFUSED.items()
-    ]
-    return _TEXT.format(
+    multimodal = [one for one in names()[1] if one not in TESTED]
+    reasons: dict[str, list[str]] = {}
+    for name, why in REFUSED.items():
+        reasons.setdefault(why, []).append(name)
+    return _PAGE.format(
         vllm=VLLM,
-        tested="\n".join(tested),
-        taken=_list(one for one in text if one not in named),
-        refused="\n".join(reasons),
-        special=_list(sorted(special)),
+        tested=_tested(),
+        taken=", ".join(
+            f"`{one}` ({EXAMPLES[one]})" if one in EXAMPLES else f"`{one}`" for one in taken()
+        ),
+        refused="\n".join(f"| {why} | {_list(some)} |" for why, some in reasons.items()),
+        special=_list(NOT_LOOKED_AT),
         multimodal=_list(multimodal),
     )
+
+
+def with_summary(readme: str) -> str:
+    """The README with its table of models written anew."""
+    before, rest = readme.split(_START)
+    _, after = rest.split(_END)
+    others = _OTHERS.format(
+        taken=len(taken()),
+        examples=", ".join(EXAMPLES.values()),
+        refused=len(REFUSED),
+        reasons=", ".join(dict.fromkeys(REFUSED.values())),
+    )
+    lines = textwrap.fill(others, 118, break_on_hyphens=False, break_long_words=False)
+    return f"{before}{_START}\n{_tested()}\n\n{lines}\n\n{_END}{after}"
+
+
+def _tested() -> str:
+    rows = ["| architecture | such as | served | tested |", "|---|---|---|---|"]
+    rows += [
+        f"| `{name}` | {models} | {layers} | {where} |"
+        for name, (models, layers, where) in TESTED.items()
+    ]
+    return "\n".join(rows)
 
 
 def _list(some) -> str:
@@ -136,3 +241,4 @@ def _list(some) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    README.write_text(with_summary(README.read_text()))
