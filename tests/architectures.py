@@ -59,6 +59,26 @@ ALIBI = "ALiBi"
 SOFT_CAP = "a logits soft cap"
 SHARED = "layers that share their K and V"
 CHUNKED = "chunked attention"
+HEAD_SIZES = "larger heads in layers with full attention than in others, of 512 channels"
+VALUES = "heads with more channels of K than of V"
+PREFIX = "prompts that are read both ways (prefix LM)"
+RELATIVE = "layers of kinds of their own"
+
+SAID_OF = {
+    LATENT: "multi-head latent attention (MLA) is not supported",
+    HYBRID: "state-space and linear-attention layers are not supported",
+    NO_FULL: "state-space and linear-attention layers are not supported",
+    SINKS: "attention sinks as parameters are not supported",
+    ALIBI: "ALiBi is not supported",
+    SOFT_CAP: "a logits soft cap is not supported",
+    SHARED: "layers that share their K and V are not supported",
+    CHUNKED: "layers with chunked_attention are not supported",
+    HEAD_SIZES: "heads of 256 in sliding layers and 512 in full layers are not supported",
+    VALUES: "heads with 192 channels of K and 128 of V are not supported",
+    PREFIX: "prompts that are read both ways (prefix LM) are not supported",
+    RELATIVE: "layers with hybrid, hybrid_sliding are not supported",
+}
+"""What refusals say."""
 
 REFUSED = {
     "AXK1ForCausalLM": LATENT,
@@ -71,6 +91,9 @@ REFUSED = {
     "LongcatFlashForCausalLM": LATENT,
     "LongcatFlashNgramForCausalLM": LATENT,
     "MistralLarge3ForCausalLM": LATENT,
+    "HYV4ForCausalLM": LATENT,
+    "KimiLinearForCausalLM": LATENT,
+    "MiniCPM3ForCausalLM": LATENT,
     "PanguUltraMoEForCausalLM": LATENT,
     "SarvamMLAForCausalLM": LATENT,
     "BailingMoeV2_5ForCausalLM": HYBRID,
@@ -78,7 +101,6 @@ REFUSED = {
     "FalconH1ForCausalLM": HYBRID,
     "GraniteMoeHybridForCausalLM": HYBRID,
     "JambaForCausalLM": HYBRID,
-    "KimiLinearForCausalLM": HYBRID,
     "Lfm2ForCausalLM": HYBRID,
     "Lfm2MoeForCausalLM": HYBRID,
     "NemotronHForCausalLM": HYBRID,
@@ -98,8 +120,12 @@ REFUSED = {
     "Gemma2ForCausalLM": SOFT_CAP,
     "VaultGemmaForCausalLM": SOFT_CAP,
     "Gemma3nForCausalLM": SHARED,
-    "Gemma4ForCausalLM": SHARED,
+    "Gemma4ForCausalLM": HEAD_SIZES,
     "Llama4ForCausalLM": CHUNKED,
+    "MiMoV2FlashForCausalLM": VALUES,
+    "MiMoV2ForCausalLM": VALUES,
+    "HrmTextForCausalLM": PREFIX,
+    "InklingForCausalLM": RELATIVE,
 }
 """Why."""
 
@@ -107,12 +133,8 @@ NOT_LOOKED_AT = (
     "Glm5NextForCausalLM",
     "GraniteMoeSWAForCausalLM",
     "GraniteSWAForCausalLM",
-    "HYV4ForCausalLM",
-    "HrmTextForCausalLM",
-    "InklingForCausalLM",
+    "InklingForConditionalGeneration",
     "LagunaForCausalLM",
-    "MiMoV2FlashForCausalLM",
-    "MiMoV2ForCausalLM",
     "MiniMaxM3SparseForCausalLM",
     "MuseGlimmerForCausalLM",
     "PanguProMoEV2ForCausalLM",

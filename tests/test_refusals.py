@@ -221,7 +221,7 @@ MODELS = {
         "attention sinks as parameters are not supported",
     ),
     "layers that share K and V": ({"num_kv_shared_layers": 1}, "layers that share their K and V"),
-    "other heads in full layers": ({"global_head_dim": 128}, "heads of another size in layers"),
+    "other heads in full layers": ({"global_head_dim": 128}, "heads of 128 in full layers"),
     "a mask for other layers": (
         {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]},
         "served_layers is [0, 1], not [0]",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_leank.core.hf_config import fields_of, required
+from vllm_leank.core.hf_config import fields_of, head_size, kv_heads, required
 from vllm_leank.core.layers import FULL, describe_layers, full_layers, layer_kinds
 from vllm_leank.errors import UserError
 
@@ -53,8 +53,9 @@ class Geometry:
             UserError: a needed field is missing, or no layer has full attention.
         """
         get = fields_of(config)
-        num_heads = required(get, "num_attention_heads")
-        head_dim = get("head_dim") or required(get, "hidden_size") // num_heads
+        required(get, "num_attention_heads")
+        if not (head_dim := head_size(get)):
+            required(get, "hidden_size")
         rope = _full_attention_rope(get("rope_parameters") or get("rope_scaling") or {})
         scaling = dict(rope)
         theta = scaling.pop("rope_theta", None)
@@ -69,7 +70,7 @@ class Geometry:
             )
         return cls(
             num_layers=len(kinds),
-            num_kv_heads=get("num_key_value_heads") or num_heads,
+            num_kv_heads=kv_heads(get),
             head_dim=head_dim,
             rope_theta=theta if theta is not None else get("rope_theta"),
             rope_scaling=scaling,

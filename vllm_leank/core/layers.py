@@ -47,7 +47,7 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
         return (SLIDING if window_of(get) else FULL,) * count
     if len(kinds) != count:
         raise UserError(f"the model's config has {count} layers, but layer_types of {len(kinds)}")
-    return tuple(map(str, kinds))
+    return tuple(FULL if kind == "attention" else str(kind) for kind in kinds)
 
 
 def sliding_layers(config: Any) -> SlidingLayers | None:
@@ -63,8 +63,13 @@ def full_layers(kinds: Sequence[str]) -> tuple[int, ...]:
 
 def describe_layers(kinds: Sequence[str]) -> str:
     """How many layers of each kind there are, in words."""
-    counts = Counter(kind.removesuffix("_attention").replace("_", " ") for kind in kinds)
+    counts = Counter(map(describe_kind, kinds))
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
+
+
+def describe_kind(kind: str) -> str:
+    """A kind of layers, in words."""
+    return kind.removesuffix("_attention").replace("_", " ")
 
 
 def window_of(get: Get) -> int | None:

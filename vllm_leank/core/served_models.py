@@ -4,18 +4,26 @@ Both know a model by what its config says. `serving/checks.py` asks vLLM for it,
 reads it without vLLM.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_leank.core.hf_config import fields_of
-from vllm_leank.core.layers import FULL, SLIDING, describe_layers, layer_kinds, window_of
+from vllm_leank.core.hf_config import Get, fields_of, head_size, kv_heads, layer_fields
+from vllm_leank.core.layers import (
+    FULL,
+    SLIDING,
+    describe_kind,
+    describe_layers,
+    layer_kinds,
+    window_of,
+)
 from vllm_leank.core.pages import MAX_HEAD_DIM
 from vllm_leank.errors import UserError
 
 OTHER = "use another model"
 
 _STATE_SPACE = (
+    "bailing_hybrid",
     "bamba",
     "falcon_h1",
     "falcon_mamba",
@@ -24,7 +32,6 @@ _STATE_SPACE = (
     "kimi_linear",
     "lfm2",
     "mamba",
-    "minimax",
     "nemotron_h",
     "olmo_hybrid",
     "plamo2",
@@ -35,13 +42,26 @@ _STATE_SPACE = (
     "xlstm",
     "zamba",
 )
-"""Beginnings of model types whose layers are not all attention, whatever else their configs say."""
+"""Beginnings of model types whose layers are not all attention, unless their configs say so."""
+
+_STATE_SPACE_ARCHITECTURES = (
+    "BailingMoeV2_5ForCausalLM",
+    "BailingMoeV3ForCausalLM",
+    "NemotronHPuzzleForCausalLM",
+)
+"""The same, whose model types are in no version of transformers."""
+
+_ALIBI = ("bloom", "mpt")
+"""Model types whose positions are biases."""
+
+_LATENT = ("kv_lora_rank", "compress_ratios", "compress_rates")
+"""Fields of configs with latent attention: of DeepSeek up to V3.2 and of V4."""
 
 _ENCODERS = ("bert", "roberta", "electra", "xlm-roberta", "modernbert", "nomic_bert", "vit", "clip")
 
 NOT_IN_CONFIGS = {
     "GptOssForCausalLM": "attention sinks as parameters are not supported",
-    "BloomForCausalLM": "ALiBi is not supported",
+    "HrmTextForCausalLM": "prompts that are read both ways (prefix LM) are not supported",
     "Step1ForCausalLM": "ALiBi is not supported",
 }
 """What architectures have that their configs do not show."""
@@ -81,28 +101,20 @@ class Attention:
     def of(cls, config: Any) -> "Attention":
         """The attention of a model's text part, from a transformers config or a `config.json`."""
         get = fields_of(config)
-        hidden, heads = get("hidden_size"), get("num_attention_heads")
-        head_size = get("head_dim") or (hidden // heads if hidden and heads else 0)
-        kind = str(get("model_type") or "")
-        kinds = set(get("layer_types") or get("layers_block_type") or ())
-        is_state_space = (
-            kind.startswith(_STATE_SPACE)
-            or any(name in one for one in kinds for name in ("linear", "mamba", "conv"))
-            or get("state_size") is not None
-        )
+        kind, architectures = str(get("model_type") or ""), tuple(get("architectures") or ())
         told = cls(
-            head_size,
+            _served_head_size(config),
             is_encoder=kind in _ENCODERS,
             is_encoder_decoder=bool(get("is_encoder_decoder")),
-            is_latent=get("kv_lora_rank") is not None,
-            is_state_space=is_state_space,
-            unshown=unshown(get("architectures") or ()),
+            is_latent=is_latent(config),
+            is_state_space=_is_state_space(get, architectures),
+            unshown=unshown(architectures),
             has_soft_cap=bool(get("attn_logit_softcapping")),
-            has_alibi=bool(get("alibi")) or kind == "mpt",
+            has_alibi=bool(get("alibi")) or kind in _ALIBI,
         )
         if any((told.is_encoder, told.is_encoder_decoder, told.is_latent, told.is_state_space)):
             return told  # their layers are counted in other ways
-        return replace(told, layers=tuple(layer_reasons(config, window_of(get), head_size)))
+        return replace(told, layers=tuple(layer_reasons(config, window_of(get))))
 
     def refusals(self, other: str = OTHER) -> Iterator[str]:
         """What of it cannot be served; `other` says what to do instead."""
@@ -143,10 +155,16 @@ def unshown(architectures: Iterable[str]) -> tuple[str, ...]:
     return tuple(NOT_IN_CONFIGS[one] for one in architectures if one in NOT_IN_CONFIGS)
 
 
-def layer_reasons(config: Any, window: int | None, head_size: int) -> Iterator[str]:
+def is_latent(config: Any) -> bool:
+    """Whether attention goes through a latent; some models keep full heads of it all the same."""
+    get = fields_of(config)
+    return any(get(name) is not None for name in _LATENT)
+
+
+def layer_reasons(config: Any, window: int | None) -> Iterator[str]:
     """What a model's layers are that cannot be served, or cannot be served beside each other.
 
-    `window` is the tokens that sliding layers read, `head_size` the channels of a head.
+    `window` is the tokens that sliding layers read.
     """
     get = fields_of(config)
     try:
@@ -168,7 +186,64 @@ def layer_reasons(config: Any, window: int | None, head_size: int) -> Iterator[s
         )
     if get("num_kv_shared_layers"):
         yield "layers that share their K and V are not supported"
-    if get("global_head_dim") not in (None, head_size):
-        yield "heads of another size in layers with full attention are not supported"
-    if get("num_global_key_value_heads") not in (None, get("num_key_value_heads")):
-        yield "more or fewer KV heads in layers with full attention are not supported"
+    yield from _head_reasons(config, kinds)
+
+
+def _head_reasons(config: Any, kinds: Sequence[str]) -> Iterator[str]:
+    """What is wrong with heads that differ from layer to layer, or K from V."""
+    get = fields_of(config)
+    sizes = _head_sizes(config, kinds)
+    if set(sizes) != {head_size(get)}:
+        yield f"heads of {_by_kind(sizes, kinds)} are not supported, but of one size"
+    counts = _kv_head_counts(config, kinds)
+    if set(counts) != {kv_heads(get)}:
+        yield f"{_by_kind(counts, kinds)} KV heads are not supported, but as many in all layers"
+    if get("v_head_dim") not in (None, *sizes):
+        yield f"heads with {sizes[0]} channels of K and {get('v_head_dim')} of V are not supported"
+
+
+def _head_sizes(config: Any, kinds: Sequence[str]) -> list[int]:
+    """Channels of heads in each layer."""
+    own = fields_of(config)("global_head_dim")
+    return [
+        own if own and kind == FULL else head_size(layer_fields(config, layer))
+        for layer, kind in enumerate(kinds)
+    ]
+
+
+def _kv_head_counts(config: Any, kinds: Sequence[str]) -> list[int]:
+    """KV heads of each layer."""
+    own = fields_of(config)("num_global_key_value_heads")
+    return [
+        own if own and kind == FULL else kv_heads(layer_fields(config, layer))
+        for layer, kind in enumerate(kinds)
+    ]
+
+
+def _by_kind(numbers: Sequence[int], kinds: Sequence[str]) -> str:
+    """Numbers of layers and the kinds that have them, in words."""
+    found = dict.fromkeys(zip(numbers, kinds, strict=True))
+    return " and ".join(f"{number} in {describe_kind(kind)} layers" for number, kind in found)
+
+
+def _served_head_size(config: Any) -> int:
+    """Channels of heads in layers with full attention, or in any where none has that."""
+    try:
+        kinds = layer_kinds(config)
+    except UserError:
+        return head_size(fields_of(config))
+    sizes = _head_sizes(config, kinds)
+    return max([size for size, kind in zip(sizes, kinds, strict=True) if kind == FULL] or sizes)
+
+
+def _is_state_space(get: Get, architectures: Iterable[str]) -> bool:
+    """Whether some layers are no attention."""
+    kinds = set(get("layer_types") or get("layers_block_type") or ())
+    if any(one in _STATE_SPACE_ARCHITECTURES for one in architectures):
+        return True
+    if str(get("model_type") or "").startswith(_STATE_SPACE):
+        # Some have the code for such layers, but none of them.
+        return not kinds or bool(kinds - {"attention", FULL})
+    return get("state_size") is not None or any(
+        name in one for one in kinds for name in ("linear", "mamba", "conv")
+    )

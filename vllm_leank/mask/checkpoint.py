@@ -78,7 +78,7 @@ class Checkpoint:
         plain = None if hub or override is not None else plain_config(path)
         if plain is None:
             config = text_config(path, hub) if override is None else override.get_text_config()
-            attention = Attention.of(config.to_dict())
+            attention = Attention.of(config)
         else:
             config, attention = plain, Attention.of(plain)
         if reasons := "; ".join(attention.refusals()):

@@ -16,7 +16,7 @@ from vllm_leank.core.options import (
     misplaced,
     read_options,
 )
-from vllm_leank.core.served_models import Attention, layer_reasons, unshown
+from vllm_leank.core.served_models import Attention, is_latent, unshown
 from vllm_leank.errors import UserError
 from vllm_leank.serving.flags import refused_flags
 from vllm_leank.serving.last_word import say_it_last
@@ -158,18 +158,18 @@ def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
 
 def _attention(model: "ModelConfig") -> Attention:
     """What vLLM says of a model's attention."""
-    text, head_size = model.hf_text_config, model.get_head_size()
-    told = Attention.of(text)
+    told = Attention.of(model.hf_text_config)
     return Attention(
-        head_size,
+        model.get_head_size(),
         is_encoder_decoder=model.is_encoder_decoder,
         is_diffusion=model.is_diffusion,
-        is_latent=model.use_mla,
+        # Of some that have it, vLLM keeps what comes out of the latent.
+        is_latent=model.use_mla or is_latent(model.hf_text_config),
         is_state_space=model.is_hybrid or model.is_attention_free,
-        layers=tuple(layer_reasons(text, model.get_sliding_window(), head_size)),
+        layers=told.layers,
         unshown=unshown(model.architectures),
         has_soft_cap=told.has_soft_cap,
-        has_alibi=told.has_alibi,
+        has_alibi=model.uses_alibi,
         sees_images_both_ways=model.is_mm_prefix_lm,
     )
 

@@ -7,6 +7,7 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
@@ -220,7 +221,15 @@ def check_all_layers(context: dict[str, Any], geometry: Geometry) -> None:
 
 
 def _check_layer(name: str, layer: Any, layout: CacheLayout) -> None:
-    """Refuse a layer that is not what the model's config, and so the mask, says."""
+    """Refuse a layer that is not what the model's config, and so the mask, says.
+
+    vLLM's other kinds of attention, such as those that read prompts both ways, are subclasses.
+    """
+    if type(layer) is not Attention:
+        raise OptionError(
+            f"leank does not support {type(layer).__name__}, which {name} is; serve this model "
+            "without --attention-backend leank"
+        )
     expected = (len(layout.profiles), layout.head_dim, layout.head_dim)
     found = (layer.num_kv_heads, layer.head_size, layer.head_size_v)
     if found != expected:
