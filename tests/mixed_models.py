@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tiny_models import save_tiny
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 KINDS = [f"{kind}_attention" for kind in ["sliding", "full", "sliding", "sliding", "full"]]
 WINDOW = 48
@@ -19,28 +19,8 @@ MODELS = {
 
 def save_mixed(model_type: str, folder: Path) -> Path:
     """Save a model of five layers, two of them with full attention, in float32."""
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=len(KINDS),
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=8192,
-        initializer_range=0.1,
-        sliding_window=WINDOW,
-        layer_types=KINDS,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        **MODELS[model_type],
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
+    mixed = {"num_hidden_layers": len(KINDS), "layer_types": KINDS, "sliding_window": WINDOW}
+    return save_tiny(model_type, folder, **mixed, **MODELS[model_type])
 
 
 def as_vllm_runs_it(folder: Path) -> PreTrainedModel:

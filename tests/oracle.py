@@ -225,7 +225,7 @@ class Oracle:
         if isinstance(model, (str, Path)):
             model = AutoModelForCausalLM.from_pretrained(model)
         self.model: PreTrainedModel = model.to(device, dtype).eval()
-        config = model.config
+        config = model.config.get_text_config()
         head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         layers = full_layers(config)
         shape = (len(layers), config.num_key_value_heads, head_dim)

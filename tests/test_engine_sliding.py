@@ -29,7 +29,7 @@ def kept_mask(model):
 def assert_as_defined(model, mask, leank, prompts, answers):
     """Log-probabilities of answers are the oracle's."""
     form = leank.plan.archive_format
-    oracle = Oracle(as_vllm_runs_it(model), mask, 32, 64, archive_format=form)
+    oracle = Oracle(model, mask, 32, 64, archive_format=form)
     # Sums in another order may make another code of a number at the edge of two.
     tolerance = 5e-2 if mask.is_packed else 1e-4
     for prompt, (tokens, logprobs) in zip(prompts, answers, strict=True):
@@ -37,21 +37,26 @@ def assert_as_defined(model, mask, leank, prompts, answers):
         assert torch.tensor(logprobs) == pytest.approx(found, abs=tolerance)
 
 
-@pytest.mark.parametrize("model_type", MODELS)
-def test_architectures(model_type, tmp_path):
+def assert_served(model, loaded=None, **args):
     """A full mask answers like plain vLLM, chunked and with prefix hits; another as defined."""
-    model = save_mixed(model_type, tmp_path)
-    with engine(model, **LIMITS) as plain:
+    args |= LIMITS
+    with engine(model, **args) as plain:
         expected = plain.generate(PROMPTS, 40)
     cached = {"enable_prefix_caching": True, "max_num_batched_tokens": 100}
-    with engine(model, full_mask(model), **cached, **LIMITS) as leank:
+    with engine(model, full_mask(model), **cached, **args) as leank:
         assert_same(leank.generate(PROMPTS, 40), expected, 1e-4)
         hits = leank.watch_hits()
         assert_same(leank.generate(PROMPTS, 40), expected, 1e-4)
         assert all(hits)
     mask = kept_mask(model)
-    with engine(model, mask, **LIMITS) as leank:
-        assert_as_defined(model, mask, leank, PROMPTS, leank.generate(PROMPTS, 40))
+    with engine(model, mask, **args) as leank:
+        answers = leank.generate(PROMPTS, 40)
+        assert_as_defined(loaded or as_vllm_runs_it(model), mask, leank, PROMPTS, answers)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_architectures(model_type, tmp_path):
+    assert_served(save_mixed(model_type, tmp_path))
 
 
 @pytest.mark.parametrize("mask_of", [kept_mask, coded_mask])
@@ -69,7 +74,7 @@ def test_a_tight_pool_full_of_nan(gemma, mask_of):
         leank.poison_freed_blocks()
         hits, preempted = leank.watch_hits(), leank.watch_preemptions()
         answers = leank.generate(prompts, 70) + leank.generate(prompts[:2], 70)
-        assert_as_defined(gemma, mask, leank, prompts + prompts[:2], answers)
+        assert_as_defined(as_vllm_runs_it(gemma), mask, leank, prompts + prompts[:2], answers)
         pool = leank.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     # Hits are whole archive pages, and those of codes have 384 tokens.

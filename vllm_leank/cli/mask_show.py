@@ -83,6 +83,8 @@ def print_tables(mask: Mask) -> None:
     rope = (
         "none" if mask.geometry.rope_theta is None else f"theta {mask.geometry.rope_theta}, {kind}"
     )
+    if mask.geometry.layers_without_rope:
+        rope += f", none in layers {', '.join(map(str, mask.geometry.layers_without_rope))}"
     facts.add_row("RoPE", escape(rope))
     facts.add_row("dense tokens", f"first {mask.sink}, last {mask.recent}")
     for name, text in (_bits_facts(shown) if mask.is_packed else _keep_facts(shown)).items():

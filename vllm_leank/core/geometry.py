@@ -5,7 +5,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_leank.core.hf_config import fields_of, head_size, kv_heads, required
-from vllm_leank.core.layers import FULL, describe_layers, full_layers, layer_kinds
+from vllm_leank.core.layers import (
+    FULL,
+    describe_layers,
+    full_layers,
+    layer_kinds,
+    layers_without_rope,
+)
 from vllm_leank.errors import UserError
 
 # RoPE type names of older checkpoints, and what they are called today.
@@ -17,11 +23,11 @@ class Geometry:
     """Shape and RoPE of a decoder's full attention.
 
     `num_layers` are the model's, and `served_layers` those of them that have full attention, which
-    a mask is for; None, if all have. `rope_theta` is None for models without RoPE. `rope_scaling`
-    is brought into one spelling, so that equal settings compare equal: the legacy key `type`
-    becomes `rope_type`, and what changes nothing (type `default`, None values, a partial rotary
-    factor of 1) is dropped; None is left
-    when nothing remains.
+    a mask is for; None, if all have. `rope_theta` is None where none of them has RoPE;
+    `layers_without_rope` are those without where others have it. `rope_scaling` is brought into one
+    spelling, so that equal settings compare equal: the legacy key `type` becomes `rope_type`, and
+    what changes nothing (type `default`, None values, a partial rotary factor of 1) is dropped;
+    None is left when nothing remains.
     """
 
     num_layers: int
@@ -30,12 +36,14 @@ class Geometry:
     rope_theta: float | None
     rope_scaling: dict[str, Any] | None
     served_layers: tuple[int, ...] | None = None
+    layers_without_rope: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.served_layers is not None:
             layers = tuple(self.served_layers)
             every = layers == tuple(range(self.num_layers))
             object.__setattr__(self, "served_layers", None if every else layers)
+        object.__setattr__(self, "layers_without_rope", tuple(self.layers_without_rope))
         theta = self.rope_theta
         object.__setattr__(self, "rope_theta", None if theta is None else float(theta))
         scaling = _canonical_rope_scaling(self.rope_scaling or {})
@@ -68,19 +76,29 @@ class Geometry:
                 f"no layer of the model has full attention ({describe_layers(kinds)}); leank "
                 "prunes what such layers keep, as that alone grows with the context"
             )
+        theta = theta if theta is not None else get("rope_theta")
+        if (unturned := layers_without_rope(config)) == served:
+            theta, scaling, unturned = None, {}, ()
         return cls(
             num_layers=len(kinds),
             num_kv_heads=kv_heads(get),
             head_dim=head_dim,
-            rope_theta=theta if theta is not None else get("rope_theta"),
+            rope_theta=theta,
             rope_scaling=scaling,
             served_layers=served,
+            layers_without_rope=unturned,
         )
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The model's layers that a mask is for; elsewhere they are numbered from 0."""
         return tuple(range(self.num_layers)) if self.served_layers is None else self.served_layers
+
+    @property
+    def has_rope(self) -> list[bool]:
+        """Whether q and K are turned, for each layer that a mask is for."""
+        without = self.layers_without_rope
+        return [self.rope_theta is not None and layer not in without for layer in self.layers]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -92,6 +110,8 @@ class Geometry:
         if self.rope_theta is not None:
             kind = (self.rope_scaling or {}).get("rope_type", "default")
             rope = f"RoPE of type {kind} with theta {self.rope_theta:,.10g}"
+        if self.layers_without_rope:
+            rope += f" in all but {len(self.layers_without_rope)} of them"
         heads = f"{self.num_kv_heads} KV heads of {self.head_dim} channels"
         served = len(self.layers)
         layers = f"{served} layers"
@@ -106,15 +126,19 @@ class Geometry:
             if mine == others:
                 continue
             if field.name == "served_layers":
-                mine, others = list(self.layers), list(other.layers)
+                mine, others = self.layers, other.layers
+            if isinstance(mine, tuple):
+                mine, others = list(mine), list(others)
             return f"{field.name} is {mine}, not {others}"
         return None
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values, in file order; `served_layers` only where some are not."""
+        """The fields as plain values, in file order; lists of layers only where there are any."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        del values["served_layers"]
-        return values if self.served_layers is None else values | {"served_layers": [*self.layers]}
+        for name in ("served_layers", "layers_without_rope"):
+            if layers := values.pop(name):
+                values[name] = list(layers)
+        return values
 
 
 def _canonical_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:

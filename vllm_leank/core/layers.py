@@ -17,6 +17,10 @@ FULL = "full_attention"
 SLIDING = "sliding_attention"
 
 
+_ROPE_IN_SLIDING_LAYERS = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")
+"""Model types that turn keys in sliding layers alone, where they have such layers."""
+
+
 @dataclass(frozen=True)
 class SlidingLayers:
     """Layers that read the last `window` tokens, beside served ones with the same KV heads.
@@ -59,6 +63,19 @@ def sliding_layers(config: Any) -> SlidingLayers | None:
 def full_layers(kinds: Sequence[str]) -> tuple[int, ...]:
     """Layers with full attention."""
     return tuple(layer for layer, kind in enumerate(kinds) if kind == FULL)
+
+
+def layers_without_rope(config: Any) -> tuple[int, ...]:
+    """Layers with full attention that do not turn q and K, of a model that does in others."""
+    get, kinds = fields_of(config), layer_kinds(config)
+    layers = full_layers(kinds)
+    if get("model_type") in _ROPE_IN_SLIDING_LAYERS and SLIDING in kinds:
+        # Cohere2 MoE turns in its first layers, too, those without experts.
+        turned = get("prefix_dense_sliding_window_pattern") == 1 and get("mlp_layer_types")
+        return tuple(layer for layer in layers if not turned or turned[layer] != "dense")
+    # A number for each layer, and 0 where nothing turns: a flag, or theta.
+    turns = get("no_rope_layers") or get("layer_rope_theta")
+    return tuple(layer for layer in layers if turns and not turns[layer])
 
 
 def describe_layers(kinds: Sequence[str]) -> str:

@@ -42,6 +42,12 @@ def check_geometry(geometry: Geometry) -> None:
             f"is {list(layers)}; it must name some of the {geometry.num_layers} layers, ascending",
             loc=("geometry", "served_layers"),
         )
+    without = geometry.layers_without_rope
+    if list(without) != sorted(set(without) & set(layers)):
+        raise MaskError(
+            f"is {list(without)}; it must name some of the layers that the mask is for, ascending",
+            loc=("geometry", "layers_without_rope"),
+        )
     if geometry.head_dim % 32 or not 32 <= geometry.head_dim <= MAX_HEAD_DIM:
         raise MaskError(
             f"is {geometry.head_dim}; it must be a multiple of 32, up to {MAX_HEAD_DIM}",

@@ -40,11 +40,13 @@ def wavelengths(geometry: Geometry) -> FloatArray:
 
 
 def pair_shares(keep: npt.NDArray[np.bool_ | np.uint8], geometry: Geometry) -> FloatArray:
-    """Share of each pair's channels that a mask `[L, H, D]` keeps, over all heads, `[P]`.
+    """Share of each pair's channels that a mask `[L, H, D]` keeps, over all heads of layers with
+    RoPE, `[P]`.
 
     Of bits it is their mean.
     """
-    shares: FloatArray = keep[..., channel_pairs(geometry)].mean(axis=(0, 1, 3))
+    turned = keep[geometry.has_rope]
+    shares: FloatArray = turned[..., channel_pairs(geometry)].mean(axis=(0, 1, 3))
     return shares
 
 
@@ -67,9 +69,10 @@ def high_frequency_share(energy: FloatArray, geometry: Geometry) -> FloatArray:
     `energy` is `E[q_c^2] * E[k_c^2]` per channel. LeanK (arXiv 2508.02215) proposes a head's
     high-frequency share as a sign, without training, of heads that matter little; the formula is
     ours. What turns fast tells near tokens apart and blurs over far ones. Channels without RoPE
-    count as slow. A head without energy has share 1.
+    count as slow, so heads of layers without it have share 0. A head without energy has share 1.
     """
     pairs = channel_pairs(geometry)
     fast = energy[..., pairs[: len(pairs) // 2].ravel()].sum(axis=-1)
+    fast[np.logical_not(geometry.has_rope)] = 0
     total = energy.sum(axis=-1)
     return np.divide(fast, total, out=np.ones_like(fast), where=total > 0)

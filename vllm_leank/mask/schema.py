@@ -20,6 +20,7 @@ class _GeometryBlock(_Strict):
     rope_theta: float | None
     rope_scaling: dict[str, Any] | None
     served_layers: list[int] | None = None
+    layers_without_rope: list[int] = []
 
 
 class _WindowBlock(_Strict):

@@ -93,13 +93,13 @@ def rotation_of(geometry: Geometry) -> Rotation | None:
 
 
 def rotation_of_model(model: transformers.PreTrainedModel) -> Rotation | None:
-    """The rotation of a model, None where it is not known for sure.
+    """The rotation of a model, None where it is not known for sure, or not all layers have it.
 
     Configs do not tell which channels are paired, so the model's own code is asked to turn a vector
     and the answers are compared.
     """
     geometry = Geometry.from_hf_config(model.config)
-    rotation = rotation_of(geometry)
+    rotation = None if geometry.layers_without_rope else rotation_of(geometry)
     if rotation is None or rotation is NO_ROTATION:
         return rotation
     decoder = model.base_model

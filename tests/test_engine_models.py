@@ -1,0 +1,23 @@
+"""Models of today that leank serves whole: plain vLLM and the oracle agree."""
+
+from importlib.util import find_spec
+
+import pytest
+from test_engine_sliding import assert_served
+from tiny_models import MODELS, load_tiny, save_tiny
+
+pytestmark = pytest.mark.engine
+
+NEEDS_TORCHVISION = ("qwen2_5_vl",)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_architectures(model_type, tmp_path):
+    """Experts, layers without RoPE beside others, and text for a model that sees images, whose
+    positions have three numbers.
+    """
+    if model_type in NEEDS_TORCHVISION and find_spec("torchvision") is None:
+        pytest.skip("vLLM needs torchvision to import this model's code")
+    model = save_tiny(model_type, tmp_path)
+    text_alone = {"language_model_only": True} if "text_config" in MODELS[model_type] else {}
+    assert_served(model, load_tiny(model), **text_alone)

@@ -1,0 +1,82 @@
+"""Tiny random models of any type that transformers knows."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "initializer_range": 0.1,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+_M_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
+_VISION = {"hidden_size": 64, "intermediate_size": 64}
+_TOKENS = {
+    "image_token_id": 500,
+    "video_token_id": 501,
+    "vision_start_token_id": 502,
+    "vision_end_token_id": 503,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, **_EXPERTS},
+    "smollm3": {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]},
+    "paddleocr_vl": {
+        "text_config": SIZES | {"rope_parameters": _M_ROPE},
+        "vision_config": _VISION | {"num_hidden_layers": 1, "num_attention_heads": 2},
+        **_TOKENS,
+    },
+    "qwen2_5_vl": {
+        "text_config": SIZES
+        | {"head_dim": None, "rope_parameters": _M_ROPE | {"mrope_section": [4, 6, 6]}},
+        "vision_config": _VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": 256},
+        **_TOKENS,
+    },
+}
+"""Fields of their configs, by transformers' type of model: those whose layers leank serves all."""
+
+
+def save_tiny(model_type: str, folder: Path, **fields: Any) -> Path:
+    """Save a random model in float32; its weights are drawn wide, so that attention is far from
+    uniform. `fields` are by default those of `MODELS`.
+    """
+    fields = fields or MODELS[model_type]
+    sizes = {} if "text_config" in fields else SIZES
+    config = AutoConfig.for_model(model_type, **(sizes | fields))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        class_of(config).from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def load_tiny(folder: Path) -> PreTrainedModel:
+    """The model in transformers."""
+    model = class_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+    # vLLM makes its own of classes of transformers that it runs, for good, and asks objects.
+    model.base_model.do_not_compile = True
+    return model
+
+
+def class_of(config: PreTrainedConfig) -> Any:
+    """What transformers loads such a model with."""
+    is_text = config.get_text_config() is config
+    return AutoModelForCausalLM if is_text else AutoModelForImageTextToText
