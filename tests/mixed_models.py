@@ -1,6 +1,7 @@
 """Tiny random models in which only some layers have full attention."""
 
 from pathlib import Path
+from typing import Any
 
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -17,10 +18,10 @@ MODELS = {
 """Fields of their configs, by transformers' type of model."""
 
 
-def save_mixed(model_type: str, folder: Path) -> Path:
+def save_mixed(model_type: str, folder: Path, **fields: Any) -> Path:
     """Save a model of five layers, two of them with full attention, in float32."""
     mixed = {"num_hidden_layers": len(KINDS), "layer_types": KINDS, "sliding_window": WINDOW}
-    return save_tiny(model_type, folder, **mixed, **MODELS[model_type])
+    return save_tiny(model_type, folder, **mixed, **(fields or MODELS[model_type]))
 
 
 def as_vllm_runs_it(folder: Path) -> PreTrainedModel:

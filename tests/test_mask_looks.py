@@ -61,7 +61,7 @@ def test_high_frequency_share_is_energy_in_the_faster_half():
     energy = np.zeros((1, 3, 64))
     energy[0, 0, [15, 32]] = [1, 2]
     energy[0, 1, [15, 16, 63]] = [1, 2, 1]
-    assert high_frequency_share(energy, GEOMETRY).tolist() == [[1, 0.25, 1]]
+    assert high_frequency_share(energy, Geometry(1, 3, 64, 1e4, None)).tolist() == [[1, 0.25, 1]]
 
 
 @pytest.fixture

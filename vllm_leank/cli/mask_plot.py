@@ -33,10 +33,10 @@ def _frequencies(mask: "Mask") -> list[str]:
     """The frequency profile in words."""
     import numpy as np
 
-    from vllm_leank.mask.rope_pairs import outlier_pairs, pair_shares, wavelengths
+    from vllm_leank.mask.rope_pairs import NO_ROPE, outlier_pairs, pair_shares, wavelengths
 
     if mask.geometry.rope_theta is None:
-        return ["the model has no RoPE, so its channels have no frequencies"]
+        return [NO_ROPE]
     if mask.is_packed:
         bits = pair_shares(mask.k_bits, mask.geometry)
         quarters = ", ".join(f"{part.mean():.2f}" for part in np.array_split(bits, 4))

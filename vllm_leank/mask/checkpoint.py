@@ -129,11 +129,11 @@ class Checkpoint:
         if self.plain is not None:
             return count_weights(self.plain) * itemsize
         import torch
-        import transformers
 
+        whole = self._whole_config()
         try:
             with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(self.config)
+                model = _class_of(whole).from_config(whole)
         except (ValueError, ImportError) as error:
             raise UserError(f"{self.path}: transformers cannot build this model: {error}") from None
         return sum(weight.numel() for weight in model.parameters()) * itemsize
@@ -202,11 +202,13 @@ class Checkpoint:
 
     def _weights(self, dtype: str, **more: Any) -> "transformers.PreTrainedModel":
         """The model, with the config that overrides its own, if there is one."""
-        import transformers
-
         given = {} if self.override is None else {"config": self.override}
-        kind = transformers.AutoModelForCausalLM
+        kind = _class_of(self._whole_config())
         return load_part(kind, self.path, dtype=dtype, **given, **self.hub, **more)
+
+    def _whole_config(self) -> Any:
+        """The config, not of its text part alone."""
+        return whole_config(self.path, self.hub) if self.override is None else self.override
 
 
 def is_path(model: str) -> bool:
@@ -235,6 +237,18 @@ def whole_config(path: str, hub: Mapping[str, Any]) -> Any:
     import transformers
 
     return load_part(transformers.AutoConfig, path, **hub)
+
+
+def _class_of(config: Any) -> Any:
+    """What loads a model that generates text: of some that see images, transformers calls it by
+    what they do with these.
+    """
+    import transformers
+
+    is_text = config.get_text_config() is config
+    if is_text or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForImageTextToText
 
 
 def _folder(path: str) -> str:
@@ -279,4 +293,6 @@ def load_part(kind: Any, path: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{path}: cannot be loaded by transformers: {error}") from error
+        # What follows is every model that there is.
+        why = str(error).partition("\nModel type should be one of")[0]
+        raise UserError(f"{path}: cannot be loaded by transformers: {why}") from error

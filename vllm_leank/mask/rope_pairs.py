@@ -11,6 +11,8 @@ import numpy.typing as npt
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
 
+NO_ROPE = "the layers that the mask is for have no RoPE, so their channels have no frequencies"
+
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -18,10 +20,10 @@ def channel_pairs(geometry: Geometry) -> npt.NDArray[np.int64]:
     """The two channels of each pair, fastest pair first, `[P, 2]`.
 
     Raises:
-        UserError: the model has no RoPE.
+        UserError: no layer that a mask is for has RoPE.
     """
     if geometry.rope_theta is None:
-        raise UserError("the model has no RoPE, so its channels have no frequencies")
+        raise UserError(NO_ROPE)
     partial = (geometry.rope_scaling or {}).get("partial_rotary_factor", 1)
     pairs = int(geometry.head_dim * partial) // 2
     return np.arange(pairs)[:, None] + np.array([0, pairs])
@@ -31,7 +33,7 @@ def wavelengths(geometry: Geometry) -> FloatArray:
     """Tokens in which each pair turns once, before scaling, `[P]`.
 
     Raises:
-        UserError: the model has no RoPE.
+        UserError: no layer that a mask is for has RoPE.
     """
     count = len(channel_pairs(geometry))
     assert geometry.rope_theta is not None
