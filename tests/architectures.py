@@ -17,8 +17,12 @@ README = ROOT / "README.md"
 
 ALL = "all layers"
 FULL = "full attention, on CPU"
+TEXT = "all layers, for text alone"
 
 ENGINE = "`tests/test_engine_sliding.py`"
+WHOLE_ENGINE = "`tests/test_engine_models.py`"
+
+NEEDS_TORCHVISION = ", where torchvision is installed"
 
 TESTED = {
     "LlamaForCausalLM": ("Llama 3.1, 3.2, 3.3", ALL, "most engine tests; real models on GPUs"),
@@ -27,6 +31,10 @@ TESTED = {
     "Cohere2ForCausalLM": ("Command R7B, Command A", FULL, ENGINE),
     "MistralForCausalLM": ("Mistral, Ministral", FULL, ENGINE),
     "Exaone4ForCausalLM": ("EXAONE 4", FULL, ENGINE),
+    "Qwen3MoeForCausalLM": ("Qwen 3 30B-A3B, 235B-A22B", ALL, WHOLE_ENGINE),
+    "SmolLM3ForCausalLM": ("SmolLM3", ALL, WHOLE_ENGINE),
+    "PaddleOCRVLForConditionalGeneration": ("PaddleOCR-VL", TEXT, WHOLE_ENGINE),
+    "Qwen2_5_VLForConditionalGeneration": ("Qwen 2.5 VL", TEXT, WHOLE_ENGINE + NEEDS_TORCHVISION),
 }
 """Models that have it, layers that are served, and where that is tested."""
 
@@ -44,12 +52,42 @@ EXAMPLES = {
     "OlmoeForCausalLM": "OLMoE",
     "Phi3ForCausalLM": "Phi 3, Phi 4",
     "Qwen3ForCausalLM": "Qwen 3",
-    "Qwen3MoeForCausalLM": "Qwen 3 MoE",
     "MixtralForCausalLM": "Mixtral",
     "SeedOssForCausalLM": "Seed-OSS",
-    "SmolLM3ForCausalLM": "SmolLM3",
 }
 """Models that have one that is taken, though no test runs it."""
+
+MASKS_FROM_ELSEWHERE = (
+    "BailingMoeForCausalLM",
+    "BailingMoeV2ForCausalLM",
+    "ChatGLMForConditionalGeneration",
+    "ChatGLMModel",
+    "DeciLMForCausalLM",
+    "DeepseekForCausalLM",
+    "ExaoneForCausalLM",
+    "ExaoneMoEForCausalLM",
+    "HCXVisionV2ForCausalLM",
+    "IQuestCoderForCausalLM",
+    "IQuestLoopCoderForCausalLM",
+    "InternLM2ForCausalLM",
+    "InternLM3ForCausalLM",
+    "K2HorizonForCausalLM",
+    "MiMoForCausalLM",
+    "MiniCPMForCausalLM",
+    "NanbeigeForCausalLM",
+    "OrionForCausalLM",
+    "PanguEmbeddedForCausalLM",
+    "Param2MoEForCausalLM",
+    "Plamo3ForCausalLM",
+    "SarvamMoEForCausalLM",
+    "SolarForCausalLM",
+    "Step3TextForCausalLM",
+    "Step3p5ForCausalLM",
+    "TeleChat2ForCausalLM",
+    "TeleChat3ForCausalLM",
+    "TeleFLMForCausalLM",
+)
+"""Of those that are taken, what transformers has no code for."""
 
 LATENT = "multi-head latent attention (MLA)"
 HYBRID = "state-space or linear-attention layers beside full attention"
@@ -59,7 +97,7 @@ ALIBI = "ALiBi"
 SOFT_CAP = "a logits soft cap"
 SHARED = "layers that share their K and V"
 CHUNKED = "chunked attention"
-HEAD_SIZES = "larger heads in layers with full attention than in others, of 512 channels"
+HEAD_SIZES = "heads of 512 channels in layers with full attention, and of fewer in others"
 VALUES = "heads with more channels of K than of V"
 PREFIX = "prompts that are read both ways (prefix LM)"
 RELATIVE = "layers of kinds of their own"
@@ -151,9 +189,10 @@ What counts is a model's config, which may differ from others of its architectur
 
 ## Tested
 
-Against plain vLLM with a mask that keeps all, and against the definition with one that does not. Of
-models with sliding layers those with full attention are served, on CPU only: on a GPU that was
-never tried, and is refused.
+Against plain vLLM with a mask that keeps all, and against the definition with one that does not:
+engines of tiny models with random weights on CPU, real models on GPUs. Of models with sliding
+layers those with full attention are served, on CPU only: on a GPU that was never tried, and is
+refused. Some layers of Cohere2, EXAONE 4 and SmolLM3 have no RoPE; masks know which these are.
 
 {tested}
 
@@ -165,11 +204,25 @@ here too. No test runs them.
 
 {taken}
 
+Masks are made with transformers, so one for an architecture that it does not have must come from
+elsewhere: {elsewhere}.
+
 ## Refused
+
+At startup, by `leank doctor`, and by every command that makes or plans with masks, in the same
+words; `tests/test_served_models.py` compares what they say of all architectures.
 
 | why | architectures |
 |---|---|
 {refused}
+
+Soft caps and heads of 512 channels would be served if the kernels did it at half of their usual
+speed at least, which has not been tried. Scores go through a softmax that starts from their plain
+products (`kernels/fold_columns.py`, `kernels/fold_rows.py`): a cap is a tanh for each of them,
+before the softmax, and in exact prompts as well. A tile of 512 channels takes twice the shared
+memory and registers of one of 256, the most that kernels are compiled for
+(`core/pages.py`, `MAX_HEAD_DIM`), and with heads of two sizes pages of a block differ in size.
+Serve these models without `--attention-backend leank`.
 
 ## Not looked at
 
@@ -228,6 +281,7 @@ def page() -> str:
         taken=", ".join(
             f"`{one}` ({EXAMPLES[one]})" if one in EXAMPLES else f"`{one}`" for one in taken()
         ),
+        elsewhere=_list(MASKS_FROM_ELSEWHERE),
         refused="\n".join(f"| {why} | {_list(some)} |" for why, some in reasons.items()),
         special=_list(NOT_LOOKED_AT),
         multimodal=_list(multimodal),
