@@ -1,5 +1,7 @@
 """Startup and commands judge every architecture alike, as `docs/models.md` says."""
 
+import json
+
 import pytest
 from architecture_configs import save_config
 from architectures import NOT_LOOKED_AT, REFUSED, SAID_OF, names
@@ -69,3 +71,24 @@ def test_both_judge_alike(architecture, tmp_path):
         assert geometry.num_layers == served.get_total_num_hidden_layers()
         assert geometry.num_kv_heads == served.get_total_num_kv_heads()
         assert geometry.head_dim == served.get_head_size()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [
+        ("Gemma2ForCausalLM", "a logits soft cap is not supported, as no kernel here has one"),
+        ("Gemma4ForCausalLM", "head size 512 is not a multiple of 32 up to 256, for which kernels"),
+    ],
+)
+def test_large_heads_and_soft_caps_are_named_by_every_command(architecture, why, tmp_path, leank):
+    model = save_config(architecture, tmp_path)
+    line = ["vllm", "serve", model, "--attention-backend", "leank", "--skip-tokenizer-init"]
+    code, out, _ = leank("doctor", "--json", "--", *line)
+    assert code == 1
+    reasons = json.loads(out)["serve"]["reasons"]
+    assert any(why in one and "serve this model without --attention-b" in one for one in reasons)
+    size = ("--kv-cache-memory", "1GiB", "--max-model-len", "1000", "--bits", "2")
+    for command in (("plan", "--model", model, *size), ("mask", "calibrate", model, "--bits", "2")):
+        code, _, err = leank(*command)
+        assert code == 2
+        assert why in err

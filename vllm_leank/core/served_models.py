@@ -135,7 +135,7 @@ class Attention:
             return
         yield from (f"{reason}; {other}" for reason in (*self.unshown, *self.layers))
         if self.has_soft_cap:
-            yield f"a logits soft cap is not supported; {other}"
+            yield f"a logits soft cap is not supported, as no kernel here has one; {other}"
         if self.has_alibi:
             yield f"ALiBi is not supported; {other}"
         if self.sees_images_both_ways:
@@ -146,7 +146,8 @@ class Attention:
         # Configs that do not tell are refused for what they lack.
         if self.head_size % 32 or self.head_size > MAX_HEAD_DIM:
             yield (
-                f"head size {self.head_size} is not a multiple of 32 up to {MAX_HEAD_DIM}; {other}"
+                f"head size {self.head_size} is not a multiple of 32 up to {MAX_HEAD_DIM}, for "
+                f"which kernels are made; {other}"
             )
 
 
@@ -194,10 +195,16 @@ def _head_reasons(config: Any, kinds: Sequence[str]) -> Iterator[str]:
     get = fields_of(config)
     sizes = _head_sizes(config, kinds)
     if set(sizes) != {head_size(get)}:
-        yield f"heads of {_by_kind(sizes, kinds)} are not supported, but of one size"
+        yield (
+            f"heads of {_by_kind(sizes, kinds)} are not supported, as pages of all layers have one "
+            "size"
+        )
     counts = _kv_head_counts(config, kinds)
     if set(counts) != {kv_heads(get)}:
-        yield f"{_by_kind(counts, kinds)} KV heads are not supported, but as many in all layers"
+        yield (
+            f"KV heads, {_by_kind(counts, kinds)}, are not supported, as pages of all layers have "
+            "one size"
+        )
     if get("v_head_dim") not in (None, *sizes):
         yield f"heads with {sizes[0]} channels of K and {get('v_head_dim')} of V are not supported"
 
