@@ -83,6 +83,18 @@ def tiny_llama_dir(tiny_llama: Callable[..., Path]) -> Path:
     return tiny_llama()
 
 
+@pytest.fixture
+def mask_file(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """A mask for that model, in which every other head is blind."""
+    from mask_samples import random_mask
+
+    from vllm_leank.mask.file import save_mask
+
+    path = tmp_path / "mask.yaml"
+    save_mask(random_mask(tiny_llama_dir, [32, 0]), path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def with_tokenizer(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a tokenizer of bytes, under a name of its own."""

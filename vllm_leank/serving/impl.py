@@ -91,6 +91,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         index = settings.mask.geometry.layers.index(layer_index(name))
         self._window, self._layout = settings.window, settings.plan.layer(index, rank)
         self._offset = settings.plan.archive_offset(index, rank)
+        check_kind(name, layer)
         _check_layer(name, layer, self._layout)
         if index in settings.plan.first_layers:
             check_all_layers(self._context, settings.mask.geometry)
@@ -220,16 +221,19 @@ def check_all_layers(context: dict[str, Any], geometry: Geometry) -> None:
             )
 
 
-def _check_layer(name: str, layer: Any, layout: CacheLayout) -> None:
-    """Refuse a layer that is not what the model's config, and so the mask, says.
-
-    vLLM's other kinds of attention, such as those that read prompts both ways, are subclasses.
+def check_kind(name: str, layer: Any) -> None:
+    """Refuse a layer that is no plain causal attention: vLLM's other kinds, such as one that reads
+    prompts both ways, are subclasses.
     """
     if type(layer) is not Attention:
         raise OptionError(
             f"leank does not support {type(layer).__name__}, which {name} is; serve this model "
             "without --attention-backend leank"
         )
+
+
+def _check_layer(name: str, layer: Any, layout: CacheLayout) -> None:
+    """Refuse a layer that is not what the model's config, and so the mask, says."""
     expected = (len(layout.profiles), layout.head_dim, layout.head_dim)
     found = (layer.num_kv_heads, layer.head_size, layer.head_size_v)
     if found != expected:
