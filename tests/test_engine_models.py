@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 from test_engine_sliding import assert_served
-from tiny_models import MODELS, load_tiny, save_tiny
+from tiny_models import MODELS, class_kept, load_tiny, save_tiny
 
 pytestmark = pytest.mark.engine
 
@@ -20,4 +20,6 @@ def test_architectures(model_type, tmp_path):
         pytest.skip("vLLM needs torchvision to import this model's code")
     model = save_tiny(model_type, tmp_path)
     text_alone = {"language_model_only": True} if "text_config" in MODELS[model_type] else {}
-    assert_served(model, load_tiny(model), **text_alone)
+    loaded = load_tiny(model)
+    with class_kept(loaded):
+        assert_served(model, loaded, **text_alone)

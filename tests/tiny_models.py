@@ -1,5 +1,7 @@
 """Tiny random models of any type that transformers knows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +72,26 @@ def save_tiny(model_type: str, folder: Path, **fields: Any) -> Path:
 
 def load_tiny(folder: Path) -> PreTrainedModel:
     """The model in transformers."""
-    model = class_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
-    # vLLM makes its own of classes of transformers that it runs, for good, and asks objects.
+    return class_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+
+
+@contextmanager
+def class_kept(model: PreTrainedModel) -> Iterator[None]:
+    """vLLM makes classes of transformers that it runs its own; afterwards they are as before.
+    Within the context, `model` is not compiled.
+    """
+    kind = type(model.base_model)
+    own, bases = dict(vars(kind)), kind.__bases__
     model.base_model.do_not_compile = True
-    return model
+    try:
+        yield
+    finally:
+        kind.__bases__ = bases
+        for name in vars(kind).keys() - own.keys():
+            delattr(kind, name)
+        for name, value in own.items():
+            if vars(kind)[name] is not value:
+                setattr(kind, name, value)
 
 
 def class_of(config: PreTrainedConfig) -> Any:
