@@ -4,9 +4,10 @@ Stage 1 learns one factor per layer, KV head and K channel, from 1 on, kept in [
 the distillation loss plus `reg` times the mean factor, which pulls down what nothing holds up.
 
 Stage 2 goes on from these without `reg`. Each step makes the mask of the current factors and runs
-with it: factors where the mask keeps, 0 elsewhere, and no far tokens for heads that keep nothing,
-as when served. Gradients pass straight through to all factors. What is deployed is the plain mask
-of the last factors.
+with it as when served: channels that the mask keeps are whole, others 0, and heads that keep none
+see no far tokens. Gradients pass straight through to all factors, which only say what to keep.
+Scaling kept channels by their factors, as LeanK does, learns something that is never served: on a
+real model it makes the mask worse from step to step.
 
 Where LeanK takes the quantile `ratio` as its threshold and rounding then moves the share that is
 kept, `select_channels` takes the threshold that meets `ratio` after rounding.
@@ -182,5 +183,5 @@ def _used(
     if mask is None:
         return factors, None
     keep = torch.from_numpy(mask).to(factors.device)
-    # Forward: factors where kept. Backward: the identity, for all factors.
-    return (factors * keep - factors).detach() + factors, ~keep.any(-1)
+    # Forward: the mask. Backward: the identity, for all factors.
+    return (keep.float() - factors).detach() + factors, ~keep.any(-1)
