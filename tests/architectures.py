@@ -22,7 +22,7 @@ TEXT = "all layers, for text alone"
 ENGINE = "`tests/test_engine_sliding.py`"
 WHOLE_ENGINE = "`tests/test_engine_models.py`"
 
-NEEDS_TORCHVISION = ", where torchvision is installed"
+NEEDS_TORCHVISION = ", not run so far: needs torchvision"
 
 TESTED = {
     "LlamaForCausalLM": ("Llama 3.1, 3.2, 3.3", ALL, "most engine tests; real models on GPUs"),
