@@ -30,6 +30,8 @@ class LayerCache(Prepares):
         layout: where heads and chunks lie within an archive page.
         heads: per KV head, what is known of its channels.
         window: the dense window.
+        sink_scores: `[num_heads]`, the attention sinks of query heads, of any float dtype; None: the
+            model has none.
     """
 
     window_pages: torch.Tensor
@@ -37,6 +39,7 @@ class LayerCache(Prepares):
     layout: CacheLayout
     heads: tuple[HeadChannels, ...]
     window: Window
+    sink_scores: torch.Tensor | None = None
 
     @cached_property
     def codec(self) -> Codec:

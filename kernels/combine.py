@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from vllm_leank.kernels.common import BATCH_POINTERS
+from vllm_leank.kernels.common import BATCH_POINTERS, load_sink_scores
 from vllm_leank.kernels.shares import share
 
 
@@ -11,7 +11,7 @@ from vllm_leank.kernels.shares import share
     do_not_specialize_on_alignment=BATCH_POINTERS,
 )
 def combine_kernel(
-    output_ptr, partial_ptr, lse_ptr, seq_lens_ptr, exact_until_ptr, heads_ptr,
+    output_ptr, partial_ptr, lse_ptr, sink_scores_ptr, seq_lens_ptr, exact_until_ptr, heads_ptr,
     programs, archive_units, split_units, stride_o_token, stride_o_head,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
@@ -33,8 +33,12 @@ def combine_kernel(
     if splits != 1:
         o_d = tl.arange(0, D_PAD)
         m_d = o_d < D
-        m = -float("inf")
-        l = 0.0
+        if sink_scores_ptr is None:
+            m = -float("inf")
+            l = 0.0
+        else:  # one more partial result, of a token without V
+            m = load_sink_scores(sink_scores_ptr, i_head, True)
+            l = 1.0
         acc = tl.zeros([D_PAD], tl.float32)
         for start in range(0, splits, SPLITS):
             o_split = start + tl.arange(0, SPLITS)

@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""Kernels compute exponentials of base 2: scores are in units of log2."""
+
 BATCH_POINTERS = [
     "slots_ptr", "window_table_ptr", "archive_table_ptr", "query_start_ptr", "seq_lens_ptr",
     "exact_until_ptr",
@@ -30,3 +33,11 @@ def dense_pages(length, boundary, SINK: tl.constexpr):
 def skip_archived(page, boundary, SINK: tl.constexpr):
     """Index in the window's block table of dense page `page`, counted without the pruned range."""
     return tl.where(page < SINK // 32, page, page + (boundary - SINK) // 32)
+
+
+@triton.jit
+def load_sink_scores(sink_scores_ptr, head, m_head):
+    """The attention sinks of query heads, fp32, in units of log2; `-inf` of heads that do not
+    exist.
+    """
+    return tl.load(sink_scores_ptr + head, mask=m_head, other=float("-inf")).to(tl.float32) * LOG2_E

@@ -2,7 +2,6 @@
 take a share of the tokens of one KV head; a second launch combines their results.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -11,14 +10,12 @@ import triton.language as tl
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.combine import combine_kernel
-from vllm_leank.kernels.common import BATCH_POINTERS, skip_archived
+from vllm_leank.kernels.common import BATCH_POINTERS, LOG2_E, load_sink_scores, skip_archived
 from vllm_leank.kernels.fold_columns import fold_window
 from vllm_leank.kernels.launch import DecodeLaunch, choose_decode
 from vllm_leank.kernels.launcher import Launch
 from vllm_leank.kernels.pages import window_tile
 from vllm_leank.kernels.shares import share
-
-LOG2_E = math.log2(math.e)
 
 
 @triton.jit(
@@ -28,7 +25,7 @@ LOG2_E = math.log2(math.e)
     do_not_specialize_on_alignment=BATCH_POINTERS,
 )  # fmt: skip
 def _decode_kernel(
-    q_ptr, output_ptr, partial_ptr, lse_ptr, window_ptr, archive_ptr, side_ptr,
+    q_ptr, output_ptr, partial_ptr, lse_ptr, sink_scores_ptr, window_ptr, archive_ptr, side_ptr,
     window_desc, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10,
     window_table_ptr, archive_table_ptr, seq_lens_ptr, exact_until_ptr,
     work_ptr, order_ptr, numbers_ptr, scale_log2, archive_units, split_units,
@@ -120,6 +117,8 @@ def _decode_kernel(
 
         l = tl.sum(l_rows, 0)
         if splits == 1:
+            if sink_scores_ptr is not None:
+                l += tl.exp2(load_sink_scores(sink_scores_ptr, head * G + o_g, o_g < G) - m)
             p_output = output_ptr + i_req.to(tl.int64) * stride_o_token + head * G * stride_o_head
             tl.store(
                 p_output + o_g[None, :] * stride_o_head + o_d[:, None],
@@ -207,6 +206,7 @@ def _launches(
     shared = {
         "archive_units": tables.archive_units,
         "split_units": shape.split_bytes // 256,
+        "sink_scores_ptr": cache.sink_scores,
         "stride_o_token": output_strides[0],
         "stride_o_head": output_strides[1],
         "SINK": window.sink,
@@ -233,7 +233,7 @@ def _launches(
         work_ptr=work.programs,
         order_ptr=tables.order,
         numbers_ptr=tables.numbers,
-        scale_log2=scale * LOG2_E,
+        scale_log2=scale * LOG2_E.value,
         stride_q_token=query_strides[0], stride_q_head=query_strides[1],
         stride_window_page=cache.window_pages.stride(0),
         stride_archive_page=archive.stride(0), stride_side=side.stride(0),

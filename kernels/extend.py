@@ -10,8 +10,14 @@ import triton
 import triton.language as tl
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
-from vllm_leank.kernels.common import BATCH_POINTERS, boundary_of, dense_pages, skip_archived
-from vllm_leank.kernels.decode import LOG2_E
+from vllm_leank.kernels.common import (
+    BATCH_POINTERS,
+    LOG2_E,
+    boundary_of,
+    dense_pages,
+    load_sink_scores,
+    skip_archived,
+)
 from vllm_leank.kernels.fold_rows import fold_window
 from vllm_leank.kernels.launch import choose_extend
 from vllm_leank.kernels.launcher import Launch
@@ -25,7 +31,7 @@ from vllm_leank.core.pages import WINDOW_BLOCK
     do_not_specialize_on_alignment=BATCH_POINTERS,
 )
 def _extend_kernel(
-    q_ptr, output_ptr, window_ptr, archive_ptr, side_ptr,
+    q_ptr, output_ptr, sink_scores_ptr, window_ptr, archive_ptr, side_ptr,
     window_desc, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10,
     window_table_ptr, archive_table_ptr, query_start_ptr, seq_lens_ptr, exact_until_ptr,
     heads_ptr, order_ptr, numbers_ptr, scale_log2,
@@ -97,6 +103,8 @@ def _extend_kernel(
             seen &= (token < SINK)[None, :] | (token[None, :] >= boundary[:, None])
             m, l, acc = fold_window(m, l, acc, k, v, q, seen, scale_log2)
 
+        if sink_scores_ptr is not None:
+            l += tl.exp2(load_sink_scores(sink_scores_ptr, head * G + o_m % G, m_m) - m)
         p_output = output_ptr + row * stride_o_token + (head * G + o_m % G) * stride_o_head
         acc = (acc / l[:, None]).to(output_ptr.dtype.element_ty)
         tl.store(p_output[:, None] + o_d[None, :], acc, mask=m_md)
@@ -145,13 +153,14 @@ def _prepare(
         ("q_ptr", "output_ptr", "window_table_ptr", "archive_table_ptr", "query_start_ptr",
          "seq_lens_ptr", "exact_until_ptr"),
         **cache.descriptor_arguments(shape.tile, WINDOW_BLOCK, shape.tma),
+        sink_scores_ptr=cache.sink_scores,
         window_ptr=cache.window_pages,
         archive_ptr=cache.archive_pages,
         side_ptr=cache.side,
         heads_ptr=tables.heads,
         order_ptr=tables.order,
         numbers_ptr=tables.numbers,
-        scale_log2=scale * LOG2_E,
+        scale_log2=scale * LOG2_E.value,
         stride_q_token=query_strides[0],
         stride_q_head=query_strides[1],
         stride_o_token=output_strides[0],

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from vllm_leank.kernels.batch import Batch, Row
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.codecs.codec import Stored
+from vllm_leank.kernels.sinks import softmax, with_sink_token
 
 from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.core.window import GRANULE
@@ -105,20 +106,23 @@ def _attend_dense(
     """Exact causal attention of queries `[n, num_heads, head_dim]` at `start` onwards."""
     end = start + len(query)
     key, value = _dense_tokens(cache, batch.window_table[row.table_row], 0, end)
-    mask = None
-    if start:
+    queries, mask = query.float().transpose(0, 1), None
+    if start or cache.sink_scores is not None:
         device = query.device
         mask = torch.arange(end, device=device) <= torch.arange(start, end, device=device)[:, None]
+    if cache.sink_scores is not None:
+        queries, key, value = with_sink_token(queries, key, value, cache.sink_scores, scale)
+        mask = F.pad(mask, (1, 0), value=True)
     attended = F.scaled_dot_product_attention(
-        query.float().transpose(0, 1)[None],
+        queries[None],
         key[None],
         value[None],
         attn_mask=mask,
-        is_causal=not start,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=True,
     )
-    return attended[0].transpose(0, 1)
+    return attended[0, ..., : query.shape[-1]].transpose(0, 1)
 
 
 def _attend_pruned(
@@ -142,18 +146,19 @@ def _attend_pruned(
     sees_archive = torch.arange(window.sink, newest, device=device) < boundary
 
     heads = query.float().transpose(0, 1).unflatten(0, (len(cache.heads), -1))
+    sinks = None if cache.sink_scores is None else cache.sink_scores.view(*heads.shape[:2], 1, 1)
     attended = torch.empty_like(heads)
     for head, part in enumerate(cache.head_pages):
-        q = heads[head] * scale
+        q, sink = heads[head] * scale, None if sinks is None else sinks[head]
         scores = (q @ key[head].T).masked_fill(~sees_dense, -torch.inf)
         if part is None or newest == window.sink:
-            attended[head] = scores.softmax(-1) @ value[head]
+            attended[head] = softmax(scores, sink) @ value[head]
             continue
         archived_key, archived_value = _archived_tokens(
             cache, batch.archive_table[row.table_row], head, newest
         )
         pruned = (q @ archived_key.T).masked_fill(~sees_archive, -torch.inf)
-        weights = torch.cat((scores, pruned), dim=-1).softmax(-1)
+        weights = softmax(torch.cat((scores, pruned), dim=-1), sink)
         dense = scores.shape[-1]
         attended[head] = weights[..., :dense] @ value[head] + weights[..., dense:] @ archived_value
     return attended.flatten(0, 1).transpose(0, 1)

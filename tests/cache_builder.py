@@ -83,6 +83,7 @@ class CacheBuilder:
         num_blocks: blocks of each pool.
         spare_bytes: bytes per token by which an archive page exceeds the layer's part; half of them
             lie before it.
+        sinks: whether query heads have attention sinks.
         means: whether there are statistics, so that what is not stored is read as its mean; codes
             need them.
         seed: of everything random.
@@ -100,6 +101,7 @@ class CacheBuilder:
         archive_format: ArchiveFormat = NATIVE,
         num_blocks: int = 160,
         spare_bytes: int = 64,
+        sinks: bool = False,
         means: bool = False,
         seed: int = 0,
         device: str = "cpu",
@@ -135,8 +137,14 @@ class CacheBuilder:
             layout=layout,
             heads=channels.heads,
             window=window,
+            sink_scores=self._sinks(len(kept) * group) if sinks else None,
         )
         self._free = list(range(1, num_blocks))
+
+    def _sinks(self, num_heads: int) -> Tensor:
+        """Between a share of hardly anything and one of almost all, by head."""
+        scores = 8 * torch.rand(num_heads, generator=self._generator) - 1
+        return scores.to(self._dtype).to(self._device)
 
     def _channels(self, layout: CacheLayout, statistics: bool) -> tuple[dict, dict]:
         """Bits of each channel, and means and scales, of K and V, `[num_kv_heads, head_dim]`."""
@@ -263,7 +271,9 @@ class CacheBuilder:
             if self.cache.layout.profiles[kv_head].stores:
                 far_k, far_v = self.archived(request, kv_head)
                 scores = torch.where(far, q @ far_k.T, scores)
-            weights = scores.softmax(-1)
+            if (sinks := self.cache.sink_scores) is not None:
+                scores = torch.cat((scores, sinks[head].double().expand(length, 1)), dim=-1)
+            weights = scores.softmax(-1)[:, :length]
             output[:, head] = (weights * dense) @ v + (weights * far) @ far_v
         return output
 

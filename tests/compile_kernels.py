@@ -71,7 +71,7 @@ def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], d
     types, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             types[name], constants[index,] = "constexpr", value
             continue
         types[name] = type_of(value)
@@ -134,7 +134,9 @@ def stack_bytes(cubin: bytes) -> int | None:
 
 
 def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -> None:
-    """Compile a decode step and a prompt that is read pruned."""
+    """Compile a decode step and a prompt that is read pruned; with attention sinks for heads of 64,
+    which gpt-oss has.
+    """
 
     def tell(kernel: str, shared: int, stack: int | None) -> None:
         line = {
@@ -145,7 +147,9 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
     window = Window(128, 768, exact=False)
     block = 128 // archive_format.itemsize(2)
     heads = MIXED[head_dim] if archive_format == PACKED else KEPT[head_dim]
-    builder = CacheBuilder(heads, head_dim, 4, window, block, torch.bfloat16, archive_format)
+    builder = CacheBuilder(
+        heads, head_dim, 4, window, block, torch.bfloat16, archive_format, sinks=head_dim == 64
+    )
     request = builder.add(0, 1100)
     device = launch.Device(tma=capability // 10 in launch.TMA_CAPABILITIES)
     stand_in = partial(Recorder, capability=capability, tell=tell)

@@ -165,6 +165,45 @@ def test_prompts_that_are_read_pruned(kept, head_dim, group, archive_block, dtyp
         assert relative_rms(output, step.expected) < tolerance
 
 
+@pytest.mark.parametrize(
+    ("kept", "head_dim", "group", "archive_block", "dtypes"),
+    [
+        ((16, 0), 32, 3, 64, (FP16, NATIVE)),
+        (CODED[64][1:2], 64, 2, 128, (CODED_FP16, PACKED)),
+        *(
+            pytest.param(heads, head_dim, 8, 128, dtypes, marks=gpu)
+            for head_dim in (64, 128)
+            for heads, dtypes in (
+                (mixed(head_dim), (BF16, NATIVE)),
+                (mixed(head_dim), (BF16, FP8)),
+                (CODED[head_dim], (BF16, PACKED)),
+            )
+        ),
+    ],
+)
+def test_models_with_attention_sinks(
+    kept, head_dim, group, archive_block, dtypes, tma, monkeypatch
+):
+    """A sink counts once, whether a token is decoded by one program or by several, or extended."""
+    (dtype, tolerance), archive_format = dtypes
+    builder = CacheBuilder(
+        kept, head_dim, group, Window(32, 64, exact=False), archive_block, dtype, archive_format,
+        sinks=True, device=DEVICE,
+    )  # fmt: skip
+    request = builder.add(0, 164)
+    builder.run(builder.step([(request, 145)]), reference)
+    for tokens, split_bytes in ((17, 256), (1, 256), (1, 1 << 20)):
+        monkeypatch.setattr(
+            decode,
+            "choose_decode",
+            lambda *a, size=split_bytes: launch.choose_decode(*a)._replace(split_bytes=size),
+        )
+        builder.cache = replace(builder.cache)  # which has prepared nothing yet
+        step = builder.step([(request, tokens)])
+        output = builder.run(step, kernels_for(archive_format))
+        assert relative_rms(output, step.expected) < tolerance
+
+
 @pytest.mark.parametrize(("rows", "tile"), [(16, 32), (64, 64), (128, 128)])
 def test_a_prompt_is_read_the_same_in_programs_and_tiles_of_any_size(monkeypatch, rows, tile, tma):
     """Tiles that sink tokens share with others, and rows on both sides of a boundary."""

@@ -112,6 +112,17 @@ def test_channels_that_are_not_kept_are_read_as_their_means(archive_format):
         assert relative_rms(builder.run(step, reference), step.expected) < FP32_ERROR
 
 
+@pytest.mark.parametrize("archive_format", [NATIVE, PACKED], ids=str)
+@pytest.mark.parametrize("exact", [True, False])
+def test_models_with_attention_sinks(exact, archive_format):
+    window = Window(32, 64, exact=exact)
+    builder = CacheBuilder((16, 0, 64), 64, 2, window, archive_format=archive_format, sinks=True)
+    requests = [builder.add(prompt if exact else 0, 200) for prompt in (1, 150)]
+    for tokens in (120, 77, 1, 2):
+        step = builder.step([(request, tokens) for request in requests])
+        assert relative_rms(builder.run(step, reference), step.expected) < FP32_ERROR
+
+
 @pytest.mark.parametrize("kept", [(0, 0), (32, 32), (128, 128)])
 def test_masks_with_equal_heads(kept):
     builder = CacheBuilder(kept, 128, 2, Window(32, 64))
