@@ -5,7 +5,6 @@ time are compared with this one's.
 """
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from vllm_leank.core.geometry import Geometry
@@ -13,6 +12,7 @@ from vllm_leank.core.window import Window
 from vllm_leank.offline.attention_hook import hooked_attention
 from vllm_leank.offline.context import Context
 from vllm_leank.offline.far_attention import far_attention
+from vllm_leank.offline.plain_attention import plain_attention
 from vllm_leank.offline.prompts import Sample
 
 
@@ -28,16 +28,10 @@ def two_pass_loss(
     empty = Context(Geometry.from_hf_config(model.config))
     tokens = torch.tensor([sample.prompt + sample.answer], device=model.device)
 
-    def full(query, key, value, scaling):
-        output = scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
-        return output.transpose(1, 2)
+    def teacher(layer, query, key, value, attention_mask, scaling, sink_scores):
+        return plain_attention(query, key, value, None, scaling, sink_scores)
 
-    def teacher(layer, query, key, value, attention_mask, scaling):
-        return full(query, key, value, scaling)
-
-    def student(layer, query, key, value, attention_mask, scaling):
+    def student(layer, query, key, value, attention_mask, scaling, sink_scores):
         read = (part[:, :, :prompt] for part in (query, key, value))
         scaled = far_attention(
             query[:, :, prompt:],
@@ -47,8 +41,10 @@ def two_pass_loss(
             factors[layer],
             None if blind is None else blind[layer],
             scaling,
+            sink_scores,
         )
-        return torch.cat([full(*read, scaling), scaled], dim=1)
+        full = plain_attention(*read, None, scaling, sink_scores)
+        return torch.cat([full, scaled], dim=1)
 
     hidden = []
     for hook, grad in ((teacher, False), (student, True)):

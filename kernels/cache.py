@@ -30,7 +30,7 @@ class LayerCache(Prepares):
         layout: where heads and chunks lie within an archive page.
         heads: per KV head, what is known of its channels.
         window: the dense window.
-        sink_scores: `[num_heads]`, the attention sinks of query heads, of any float dtype; None: the
+        sink_scores: `[num_heads]`, attention sinks of query heads in any float dtype; None: the
             model has none.
     """
 

@@ -106,13 +106,13 @@ def _attend_dense(
     """Exact causal attention of queries `[n, num_heads, head_dim]` at `start` onwards."""
     end = start + len(query)
     key, value = _dense_tokens(cache, batch.window_table[row.table_row], 0, end)
-    queries, mask = query.float().transpose(0, 1), None
-    if start or cache.sink_scores is not None:
+    queries, mask, sink_scores = query.float().transpose(0, 1), None, cache.sink_scores
+    if start or sink_scores is not None:
         device = query.device
         mask = torch.arange(end, device=device) <= torch.arange(start, end, device=device)[:, None]
-    if cache.sink_scores is not None:
-        queries, key, value = with_sink_token(queries, key, value, cache.sink_scores, scale)
-        mask = F.pad(mask, (1, 0), value=True)
+        if sink_scores is not None:
+            queries, key, value = with_sink_token(queries, key, value, sink_scores, scale)
+            mask = F.pad(mask, (1, 0), value=True)
     attended = F.scaled_dot_product_attention(
         queries[None],
         key[None],

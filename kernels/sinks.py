@@ -34,7 +34,7 @@ def with_sink_token(
     key: torch.Tensor,
     value: torch.Tensor,
     sink_scores: torch.Tensor,
-    scale: float | None,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What to give to an attention that knows no sinks: q, K and V with one more token, before all
     others and seen by all, whose scores are the sinks and whose V is 0.
@@ -47,7 +47,7 @@ def with_sink_token(
         key: `[..., H, S, D]`.
         value: like `key`.
         sink_scores: `[num_heads]`.
-        scale: factor of the QK product; None: `D ** -0.5`.
+        scale: factor of the QK product.
     """
     D = query.shape[-1]
     query, key, value = (
@@ -55,6 +55,6 @@ def with_sink_token(
         F.pad(key, (0, CHANNELS, 1, 0)),
         F.pad(value, (0, CHANNELS, 1, 0)),
     )
-    query[..., D] = (sink_scores.float() / (D**-0.5 if scale is None else scale))[:, None]
+    query[..., D] = (sink_scores.float() / scale)[:, None]
     key[..., 0, D] = 1
     return query, key, value

@@ -36,6 +36,7 @@ class Attention:
         query_heads: of a layer, on this rank.
         dtype: of queries, K and V.
         max_reqs: most requests of a step.
+        sinks_dtype: of attention sinks; None: the layers have none.
     """
 
     layout: CacheLayout
@@ -43,6 +44,7 @@ class Attention:
     query_heads: int
     dtype: torch.dtype
     max_reqs: int
+    sinks_dtype: torch.dtype | None = None
 
 
 @cache
@@ -90,6 +92,7 @@ def _layer_cache(attention: Attention, device: torch.device) -> LayerCache:
     layout, codec = attention.layout, codec_of(attention.layout.archive_format)
     heads, head_dim = len(layout.profiles), layout.head_dim
     window_shape = (1, heads, WINDOW_BLOCK, 2 * head_dim)
+    sinks = attention.sinks_dtype
     archive = torch.empty((1, max(layout.archive_page_bytes, 512)), dtype=torch.uint8)
     return LayerCache(
         window_pages=torch.empty(window_shape, dtype=attention.dtype, device=device),
@@ -97,6 +100,11 @@ def _layer_cache(attention: Attention, device: torch.device) -> LayerCache:
         layout=layout,
         heads=first_channels(layout).to(device).heads,
         window=attention.window,
+        sink_scores=(
+            None
+            if sinks is None
+            else torch.empty(attention.query_heads, dtype=sinks, device=device)
+        ),
     )
 
 

@@ -31,6 +31,8 @@ TESTED = {
     "Cohere2ForCausalLM": ("Command R7B, Command A", FULL, ENGINE),
     "MistralForCausalLM": ("Mistral, Ministral", FULL, ENGINE),
     "Exaone4ForCausalLM": ("EXAONE 4", FULL, ENGINE),
+    "GptOssForCausalLM": ("gpt-oss", FULL, ENGINE),
+    "GraniteSWAForCausalLM": ("Granite Swash", FULL, ENGINE),
     "Qwen3MoeForCausalLM": ("Qwen 3 30B-A3B, 235B-A22B", ALL, WHOLE_ENGINE),
     "SmolLM3ForCausalLM": ("SmolLM3", ALL, WHOLE_ENGINE),
     "PaddleOCRVLForConditionalGeneration": ("PaddleOCR-VL", TEXT, WHOLE_ENGINE),
@@ -92,7 +94,6 @@ MASKS_FROM_ELSEWHERE = (
 LATENT = "multi-head latent attention (MLA)"
 HYBRID = "state-space or linear-attention layers beside full attention"
 NO_FULL = "no full attention"
-SINKS = "attention sinks as parameters"
 ALIBI = "ALiBi"
 SOFT_CAP = "a logits soft cap"
 SHARED = "layers that share their K and V"
@@ -106,7 +107,6 @@ SAID_OF = {
     LATENT: "multi-head latent attention (MLA) is not supported",
     HYBRID: "state-space and linear-attention layers are not supported",
     NO_FULL: "state-space and linear-attention layers are not supported",
-    SINKS: "attention sinks as parameters are not supported",
     ALIBI: "ALiBi is not supported",
     SOFT_CAP: "a logits soft cap is not supported",
     SHARED: "layers that share their K and V are not supported",
@@ -152,7 +152,6 @@ REFUSED = {
     "FalconMambaForCausalLM": NO_FULL,
     "MambaForCausalLM": NO_FULL,
     "Mamba2ForCausalLM": NO_FULL,
-    "GptOssForCausalLM": SINKS,
     "BloomForCausalLM": ALIBI,
     "Step1ForCausalLM": ALIBI,
     "Gemma2ForCausalLM": SOFT_CAP,
@@ -170,7 +169,6 @@ REFUSED = {
 NOT_LOOKED_AT = (
     "Glm5NextForCausalLM",
     "GraniteMoeSWAForCausalLM",
-    "GraniteSWAForCausalLM",
     "InklingForConditionalGeneration",
     "LagunaForCausalLM",
     "MiniMaxM3SparseForCausalLM",
@@ -199,7 +197,7 @@ refused. Some layers of Cohere2, EXAONE 4 and SmolLM3 have no RoPE; masks know w
 ## Taken
 
 Every layer with full attention is served, and sliding layers beside them stay vLLM's. What leank
-cannot do (ALiBi, soft caps, sinks, shared K and V, other heads than the config says) ends startup,
+cannot do (ALiBi, soft caps, shared K and V, other heads than the config says) ends startup,
 here too. No test runs them.
 
 {taken}

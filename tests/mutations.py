@@ -55,7 +55,30 @@ FREED_BY_WHAT_WAS_SCHEDULED = (
 
 PROMPTS = "exact_until[: len(lengths)].copy_(lengths[: len(exact_until)], non_blocking=True)"
 
+SINKS = "test_kernels.py::test_models_with_attention_sinks"
+
 MUTATIONS = (
+    Mutation(
+        "a head that one program decodes has no attention sink",
+        "kernels/decode.py",
+        "l += tl.exp2(load_sink_scores(",
+        "l += 0 * tl.exp2(load_sink_scores(",
+        SINKS,
+    ),
+    Mutation(
+        "a head that several programs decode has no attention sink",
+        "kernels/combine.py",
+        "            l = 1.0\n",
+        "            l = 0.0\n",
+        SINKS,
+    ),
+    Mutation(
+        "extend knows no attention sinks",
+        "kernels/extend.py",
+        "l += tl.exp2(load_sink_scores(",
+        "l += 0 * tl.exp2(load_sink_scores(",
+        SINKS,
+    ),
     Mutation(
         "the boundary is off by one",
         "core/window.py",

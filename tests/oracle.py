@@ -8,6 +8,7 @@ for how archive formats round:
   between them only in the channels that the mask keeps, at unchanged scale. A KV head that keeps no
   channel does not see far keys at all: neither their score nor their V;
 * layers with another attention than full, by the model's config, slide: queries read the last keys;
+* an attention sink of a query head is one more score of each query, to which no V belongs;
 * what is read of far keys and their V was rounded as the archive's format does, by its codec: also
   what stands for channels that are not stored, if the mask has statistics. What that has to be for
   each format is tested beside the codecs, in `test_archive_pages.py` and `test_packed_codes.py`.
@@ -37,6 +38,9 @@ GRANULE = 32
 
 QUERY_CHUNK = 256
 """Queries scored at once: bounds the memory of a long sequence."""
+
+NO_SINK = torch.tensor(float("-inf"))
+"""What a model without attention sinks has for one."""
 
 
 def boundary(length: int, sink: int, recent: int) -> int:
@@ -121,13 +125,26 @@ def archived(key: Tensor, value: Tensor, head: HeadChannels, rule: Rule) -> tupl
     return far_key, far_value
 
 
+def softmax(scores: Tensor, sinks: Tensor) -> Tensor:
+    """Weights of keys, `[..., heads, T, S]`; `sinks` are `[heads]`, `-inf` where there is none."""
+    column = sinks.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat((column, scores), dim=-1).softmax(dim=-1)[..., 1:]
+
+
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int, rule: Rule
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    layer: int,
+    rule: Rule,
+    sinks: Tensor = NO_SINK,
 ) -> Tensor:
     """Attention of one layer and one sequence, computed in float32 or wider.
 
     `query` is `[query heads, T, head_dim]`, `key` and `value` are `[KV heads, S, head_dim]`; the
-    queries stand at the last T of the S positions. Returns `[query heads, T, head_dim]`.
+    queries stand at the last T of the S positions; `sinks` are `[query heads]`. Returns
+    `[query heads, T, head_dim]`.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[0] // key.shape[0]
@@ -135,6 +152,7 @@ def masked_attention(
     first = num_keys - num_queries
     output = torch.empty_like(query)
     heads = rule.heads[layer]
+    sinks = sinks.expand(len(query))
     read_back = [archived(*head, rule) for head in zip(key, value, heads, strict=True)]
     for start in range(0, num_queries, QUERY_CHUNK):
         rows = range(start, min(start + QUERY_CHUNK, num_queries))
@@ -147,14 +165,20 @@ def masked_attention(
             for head in range(kv_head * group, (kv_head + 1) * group):
                 q = query[head, rows.start : rows.stop].to(dtype)
                 scores = torch.where(far, q @ k_pruned.T, q @ k.T) * scaling
-                weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+                scores = scores.masked_fill(hidden, float("-inf"))
+                weights = softmax(scores[None], sinks[head : head + 1])[0]
                 attended = (weights * ~far) @ v + (weights * far) @ v_far
                 output[head, rows.start : rows.stop] = attended
     return output
 
 
 def sliding_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int,
+    sinks: Tensor = NO_SINK,
 ) -> Tensor:
     """Attention of one sequence, each query over the last `window` keys; shapes as above."""
     group = query.shape[0] // key.shape[0]
@@ -163,7 +187,7 @@ def sliding_attention(
     age = position[num_keys - num_queries :, None] - position
     hidden = (age < 0) | (age >= window)
     scores = query.float() @ key.float().repeat_interleave(group, 0).transpose(1, 2) * scaling
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    weights = softmax(scores.masked_fill(hidden, float("-inf")), sinks.expand(len(query)))
     return (weights @ value.float().repeat_interleave(group, 0)).to(query.dtype)
 
 
@@ -177,6 +201,7 @@ def _attention(
     scaling: float,
     oracle_rule: Rule,
     sliding_window: int | None = None,
+    s_aux: Tensor = NO_SINK,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Adapt `masked_attention` to transformers: batch of one, heads before tokens in, after out."""
@@ -185,10 +210,10 @@ def _attention(
     assert query.shape[0] == 1
     if module.layer_idx in oracle_rule.heads:
         output = masked_attention(
-            query[0], key[0], value[0], scaling, module.layer_idx, oracle_rule
+            query[0], key[0], value[0], scaling, module.layer_idx, oracle_rule, s_aux
         )
     else:
-        output = sliding_attention(query[0], key[0], value[0], scaling, sliding_window)
+        output = sliding_attention(query[0], key[0], value[0], scaling, sliding_window, s_aux)
     return output.transpose(0, 1).unsqueeze(0), None
 
 

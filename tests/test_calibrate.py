@@ -149,7 +149,7 @@ def test_a_hook_can_replace_attention():
     ids = torch.tensor([PROMPTS[0]])
     seen = []
 
-    def scaled_down(layer, query, key, value, attention_mask, scaling):
+    def scaled_down(layer, query, key, value, attention_mask, scaling, sink_scores):
         seen.append((layer, tuple(query.shape), tuple(key.shape), scaling))
         key = key * 0
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -173,7 +173,6 @@ def test_a_hook_can_replace_attention():
     [
         ("mistral", {"sliding_window": 16}, "no layer of the model has full attention"),
         ("gemma2", {"attn_logit_softcapping": 50.0}, "logits"),
-        ("gpt_oss", {"layer_types": ["full_attention"] * 2, "num_local_experts": 2}, "sinks"),
         ("deepseek_v3", LATENT, "latent attention"),
         ("mpt", {"d_model": 48, "n_heads": 6, "n_layers": 2}, "AttentionInterface"),
     ],

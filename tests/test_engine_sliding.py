@@ -1,6 +1,7 @@
 """Models with sliding layers beside those that leank serves: plain vLLM and the oracle agree."""
 
 import os
+from functools import cache
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ PROMPTS = prompts_of([300, 33])
 
 
 @pytest.fixture(scope="module")
-def gemma(tmp_path_factory):
-    return save_mixed("gemma3_text", tmp_path_factory.mktemp("gemma"))
+def saved(tmp_path_factory):
+    """Folder of a model, by its type."""
+    return cache(lambda model_type: save_mixed(model_type, tmp_path_factory.mktemp(model_type)))
 
 
 def kept_mask(model):
@@ -55,18 +57,22 @@ def assert_served(model, loaded=None, **args):
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-def test_architectures(model_type, tmp_path):
-    assert_served(save_mixed(model_type, tmp_path))
+def test_architectures(model_type, saved):
+    assert_served(saved(model_type))
 
 
-@pytest.mark.parametrize("mask_of", [kept_mask, coded_mask])
-def test_a_tight_pool_full_of_nan(gemma, mask_of):
+@pytest.mark.parametrize(
+    ("model_type", "mask_of"),
+    [("gemma3_text", kept_mask), ("gemma3_text", coded_mask), ("gpt_oss", coded_mask)],
+)
+def test_a_tight_pool_full_of_nan(saved, model_type, mask_of):
     """Chunks, preemption and prefix hits, where memory that nobody may read is NaN."""
-    mask, (document,) = mask_of(gemma), prompts_of([128], seed=1)
+    model = saved(model_type)
+    mask, (document,) = mask_of(model), prompts_of([128], seed=1)
     tails = prompts_of([1, 40, 9], seed=2)
     prompts = [document + tail for tail in tails] + prompts_of([30, 31, 32], seed=3)
     with engine(
-        gemma, mask, enable_prefix_caching=True, max_num_batched_tokens=100, max_model_len=256,
+        model, mask, enable_prefix_caching=True, max_num_batched_tokens=100, max_model_len=256,
         num_gpu_blocks_override=BLOCKS,
     ) as leank:  # fmt: skip
         assert leank.plan.blocks_in_prefill(leank.window, 256, 100) < BLOCKS
@@ -74,7 +80,7 @@ def test_a_tight_pool_full_of_nan(gemma, mask_of):
         leank.poison_freed_blocks()
         hits, preempted = leank.watch_hits(), leank.watch_preemptions()
         answers = leank.generate(prompts, 70) + leank.generate(prompts[:2], 70)
-        assert_as_defined(as_vllm_runs_it(gemma), mask, leank, prompts + prompts[:2], answers)
+        assert_as_defined(as_vllm_runs_it(model), mask, leank, prompts + prompts[:2], answers)
         pool = leank.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     # Hits are whole archive pages, and those of codes have 384 tokens.
@@ -82,10 +88,10 @@ def test_a_tight_pool_full_of_nan(gemma, mask_of):
     assert preempted
 
 
-def test_what_requests_hold_is_what_is_planned(gemma):
+def test_what_requests_hold_is_what_is_planned(saved):
     """In prompts and answers, with vLLM's own groups of sliding layers."""
-    (prompt,) = prompts_of([300])
-    with engine(gemma, kept_mask(gemma), **LIMITS) as leank:
+    model, (prompt,) = saved("gemma3_text"), prompts_of([300])
+    with engine(model, kept_mask(model), **LIMITS) as leank:
         plan, pool, most = leank.plan, leank.block_pool, []
         assert plan.sliding.count == KINDS.count("sliding_attention")
         assert plan.sliding.window == WINDOW
@@ -106,12 +112,17 @@ def test_what_requests_hold_is_what_is_planned(gemma):
 
 
 @pytest.mark.skipif(not os.environ.get("LEANK_PARALLEL"), reason="slow: set LEANK_PARALLEL=1")
-def test_two_ranks_answer_like_one(gemma, monkeypatch):
+@pytest.mark.parametrize(
+    ("model_type", "mask_of"),
+    [("gemma3_text", kept_mask), ("gemma3_text", coded_mask), ("gpt_oss", kept_mask)],
+)
+def test_two_ranks_answer_like_one(saved, model_type, mask_of, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    for mask in (kept_mask(gemma), coded_mask(gemma)):
-        with engine(gemma, mask, **LIMITS) as leank:
-            expected = leank.generate(PROMPTS, 70)
-        split = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-        with engine(gemma, mask, enable_prefix_caching=True, **split, **LIMITS) as leank:
-            for _ in range(2):
-                assert_same(leank.generate(PROMPTS, 70), expected, 5e-3)
+    model = saved(model_type)
+    mask = mask_of(model)
+    with engine(model, mask, **LIMITS) as leank:
+        expected = leank.generate(PROMPTS, 70)
+    split = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with engine(model, mask, enable_prefix_caching=True, **split, **LIMITS) as leank:
+        for _ in range(2):
+            assert_same(leank.generate(PROMPTS, 70), expected, 5e-3)

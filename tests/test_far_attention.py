@@ -13,7 +13,7 @@ from vllm_leank.offline.far_attention import far_attention
 B, H, GROUP, D = 2, 3, 2, 16
 
 
-def plain(query, key, value, window, factors, blind, scaling):
+def plain(query, key, value, window, factors, blind, scaling, sinks=None):
     """One query after the other, with a scaled copy of its keys."""
     T, S = query.shape[2], key.shape[2]
     output = torch.zeros(B, T, H * GROUP, D)
@@ -25,7 +25,9 @@ def plain(query, key, value, window, factors, blind, scaling):
         logits = keys @ query[b, head, i] * scaling
         if blind[kv]:
             logits = logits.masked_fill(far, -math.inf)
-        output[b, i, head] = logits.softmax(0) @ value[b, kv, : t + 1]
+        if sinks is not None:
+            logits = torch.cat([logits, sinks[head : head + 1]])
+        output[b, i, head] = logits.softmax(0)[: t + 1] @ value[b, kv, : t + 1]
     return output
 
 
@@ -64,6 +66,15 @@ def test_far_keys_are_scaled_for_each_query(tensors, monkeypatch, sink, recent, 
     torch.testing.assert_close(
         found, plain(query, key, value, window, factors, blind, 0.3), rtol=1e-5, atol=1e-5
     )
+
+
+def test_sinks_take_a_part_of_the_weights(tensors):
+    query, key, value, factors = tensors(9, 150)
+    window, blind = Window(32, 32), torch.tensor([False, True, False])
+    sinks = torch.linspace(-1, 7, H * GROUP)
+    rest = window, factors, blind, 0.3, sinks
+    found = far_attention(query, [key], [value], *rest)
+    torch.testing.assert_close(found, plain(query, key, value, *rest), rtol=1e-5, atol=1e-5)
 
 
 def test_without_factors_it_is_causal_attention(tensors):

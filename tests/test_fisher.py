@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny_models import make_sinks_felt
 
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
@@ -29,15 +30,19 @@ MIXED = {
     "num_hidden_layers": 4,
     "layer_types": [f"{kind}_attention" for kind in ["sliding", "full", "sliding", "full"]],
     "sliding_window": 40,
-    "query_pre_attn_scalar": 16,
+}
+OPTIONS = {
+    "gemma3_text": MIXED | {"query_pre_attn_scalar": 16},
+    "gpt_oss": MIXED | {"num_local_experts": 2, "num_experts_per_tok": 1},
 }
 
 
 def tiny(model_type="llama"):
     transformers.set_seed(0)
-    options = MIXED if model_type == "gemma3_text" else {}
-    config = transformers.AutoConfig.for_model(model_type, **SHAPE | options)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    config = transformers.AutoConfig.for_model(model_type, **SHAPE | OPTIONS.get(model_type, {}))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    make_sinks_felt(model)
+    return model
 
 
 def prompt(tokens, seed=0):
@@ -53,14 +58,17 @@ class Shifted:
         shape = (layers, 2, 1, 2, len(far), 16)
         self.shifts = torch.zeros(shape, requires_grad=True)
 
-    def __call__(self, layer, query, key, value, attention_mask, scaling):
+    def __call__(self, layer, query, key, value, attention_mask, scaling, sink_scores):
         T = key.shape[2]
         hidden = torch.ones(T, T).triu(1).bool()
 
         def attend(k, v):
             k, v = (one.repeat_interleave(2, dim=1) for one in (k, v))
             scores = (query @ k.transpose(-1, -2) * scaling).masked_fill(hidden, float("-inf"))
-            return scores.softmax(-1) @ v
+            if sink_scores is not None:
+                sinks = sink_scores.view(1, -1, 1, 1).expand(-1, -1, T, -1)
+                scores = torch.cat([scores, sinks], dim=-1)
+            return scores.softmax(-1)[..., :T] @ v
 
         places = slice(self.far.start, self.far.stop)
         shifted = []
@@ -73,7 +81,7 @@ class Shifted:
         return torch.where(last, moved, plain).transpose(1, 2)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "gpt_oss"])
 def test_sums_of_squared_gradients_are_those_of_a_direct_computation(model_type):
     model = tiny(model_type)
     prompts = [prompt(150), prompt(121, 1), prompt(60, 2)]  # the last has no far tokens

@@ -17,6 +17,7 @@ from vllm_leank.kernels.cache import LayerCache
 
 from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.window import Window
+from vllm_leank.serving.step import attend_layer
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -202,6 +203,22 @@ def test_models_with_attention_sinks(
         step = builder.step([(request, tokens)])
         output = builder.run(step, kernels_for(archive_format))
         assert relative_rms(output, step.expected) < tolerance
+
+
+@gpu
+@pytest.mark.parametrize("sinks", [False, True])
+def test_prompts_that_are_read_exactly(sinks):
+    """By FlashAttention, and what comes after them in many tokens by extend."""
+    builder = CacheBuilder(
+        (32, 0), 128, 8, Window(32, 64), 64, torch.bfloat16, sinks=sinks, device=DEVICE
+    )
+    request = builder.add(300, 330)
+    for tokens in (170, 135, 25):
+        step = builder.step([(request, tokens)])
+        output = torch.full_like(step.query, float("nan"))
+        new = step.query, step.key, step.value
+        attend_layer(*new, output, builder.cache, step.batch, builder.scale)
+        assert relative_rms(output, step.expected) < BF16[1]
 
 
 @pytest.mark.parametrize(("rows", "tile"), [(16, 32), (64, 64), (128, 128)])

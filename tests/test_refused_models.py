@@ -29,15 +29,6 @@ MODELS = {
         {"layer_types": ["full_attention", "sliding_attention"]},
         "1 full, 1 sliding layers without a sliding_window are not supported",
     ),
-    "sinks": (
-        {
-            "architectures": ["GptOssForCausalLM"],
-            "model_type": "gpt_oss",
-            "sliding_window": 64,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-        "attention sinks as parameters are not supported",
-    ),
     "layers that share K and V": ({"num_kv_shared_layers": 1}, "layers that share their K and V"),
     "other heads in full layers": ({"global_head_dim": 128}, "heads of 128 in full layers"),
     "a mask for other layers": (
@@ -154,7 +145,6 @@ LAYERS = {
     "ALiBi": {"alibi_slopes": [1.0]},
     "sliding-window attention": {"sliding_window": 128},
     "a logits soft cap": {"logits_soft_cap": 30.0},
-    "attention sink parameters": {"sinks": [0.0]},
     "encoder_only attention": {"attn_type": "encoder_only"},
     "encoder_decoder attention": {"attn_type": "encoder_decoder"},
     "KV sharing between layers": {"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"},
@@ -206,6 +196,16 @@ def test_a_layer_of_another_kind_than_causal_attention():
     check_kind("model.layers.0.attn", object.__new__(Attention))
     with pytest.raises(ValueError, match="not support PrefillPrefixLMAttention, which"):
         check_kind("model.layers.0.attn", object.__new__(PrefillPrefixLMAttention))
+
+
+def test_a_layer_that_slides_by_the_config_alone():
+    """vLLM has gpt-oss slide in turns, whatever its layer_types are."""
+    from vllm_leank.serving.impl import served_index
+
+    geometry = Geometry(4, 2, 64, 1e4, None, (1, 3))
+    assert served_index("model.layers.3.attn", geometry) == 1
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.attn has full attention, but"):
+        served_index("model.layers.2.attn", geometry)
 
 
 MIXED = {

@@ -42,7 +42,7 @@ def test_queries_read_the_rounded_tokens_of_their_position(length):
         random(1, 2, length, 64),
         random(1, 2, length, 64),
     )
-    found = CacheHook(Halved())(0, query, key, value, None, None)
+    found = CacheHook(Halved())(0, query, key, value, None, None, None)
     for i in range(queries):
         at = length - queries + i
         k, v = key[:, :, : at + 1].clone(), value[:, :, : at + 1].clone()

@@ -34,9 +34,9 @@ def test_far_tokens_come_from_the_archive(length, queries):
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 4, queries, 16, generator=generator)
     key, value = torch.randn(2, 2, 2, length, 16, generator=generator)
-    found = SimulatedArchive(WINDOW, halved)(0, query, key, value, None, None)
+    found = SimulatedArchive(WINDOW, halved)(0, query, key, value, None, None, None)
     torch.testing.assert_close(found, expected(query, key, value, length - queries))
-    dense = SimulatedArchive(WINDOW)(0, query, key, value, None, None)
+    dense = SimulatedArchive(WINDOW)(0, query, key, value, None, None, None)
     far = WINDOW.boundary(length) > 32
     assert torch.allclose(dense, found) != far
 
@@ -44,11 +44,11 @@ def test_far_tokens_come_from_the_archive(length, queries):
 def test_blind_heads_see_no_far_tokens():
     query, key, value = torch.randn(1, 4, 3, 16), *torch.randn(2, 1, 2, 200, 16)
     blind = torch.tensor([[False, True]])
-    found = SimulatedArchive(WINDOW, halved, blind)(0, query, key, value, None, None)
-    seeing = SimulatedArchive(WINDOW, halved)(0, query, key, value, None, None)
+    found = SimulatedArchive(WINDOW, halved, blind)(0, query, key, value, None, None, None)
+    seeing = SimulatedArchive(WINDOW, halved)(0, query, key, value, None, None, None)
     torch.testing.assert_close(found[:, :, :2], seeing[:, :, :2])
     loud = key.clone()
     loud[:, :, 32 : WINDOW.boundary(198)] *= 9
-    louder = SimulatedArchive(WINDOW, halved, blind)(0, query, loud, value, None, None)
+    louder = SimulatedArchive(WINDOW, halved, blind)(0, query, loud, value, None, None, None)
     torch.testing.assert_close(louder[:, :, 2:], found[:, :, 2:])
     assert not torch.allclose(louder[:, :, :2], found[:, :, :2])

@@ -66,8 +66,17 @@ def save_tiny(model_type: str, folder: Path, **fields: Any) -> Path:
     config = AutoConfig.for_model(model_type, **(sizes | fields))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        class_of(config).from_config(config, dtype=torch.float32).save_pretrained(folder)
+        model = class_of(config).from_config(config, dtype=torch.float32)
+        make_sinks_felt(model)
+        model.save_pretrained(folder)
     return folder
+
+
+def make_sinks_felt(model: PreTrainedModel) -> None:
+    """Random attention sinks, where the model has any, that take much of the weights."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".sinks"):
+            torch.nn.init.uniform_(parameter, 2, 7)
 
 
 def load_tiny(folder: Path) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from vllm_leank.kernels.sinks import softmax
 
 from vllm_leank.core.geometry import Geometry
 
@@ -73,6 +74,7 @@ class CacheHook:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float | None,
+        sink_scores: torch.Tensor | None,
     ) -> torch.Tensor:
         """Causal attention of the last queries `[B, num_heads, T, D]`, in fp32.
 
@@ -92,6 +94,9 @@ class CacheHook:
         rows = query.reshape(B, H, -1, D).float() * (D**-0.5 if scaling is None else scaling)
         scores = torch.where(of_key, rows @ stored_key.mT, rows @ key.float().mT)
         hidden = (at_key > at[:, None]).repeat(num_heads // H, 1)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        sinks = None
+        if sink_scores is not None:
+            sinks = sink_scores.repeat_interleave(T).view(H, -1, 1)
+        weights = softmax(scores.masked_fill(hidden, float("-inf")), sinks)
         output = (weights * of_value) @ stored_value + (weights * ~of_value) @ value.float()
         return output.view(B, num_heads, T, D).transpose(1, 2).to(query.dtype)

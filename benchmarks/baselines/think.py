@@ -26,6 +26,7 @@ class ThinK:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float | None,
+        sink_scores: torch.Tensor | None,
     ) -> None:
         """Note the energies of one layer's prompts, q `[B, num_heads, T, D]`, K `[B, H, T, D]`."""
         last = query[:, :, -self.QUERIES :].unflatten(1, (key.shape[1], -1)).float()

@@ -60,7 +60,6 @@ _LATENT = ("kv_lora_rank", "compress_ratios", "compress_rates")
 _ENCODERS = ("bert", "roberta", "electra", "xlm-roberta", "modernbert", "nomic_bert", "vit", "clip")
 
 NOT_IN_CONFIGS = {
-    "GptOssForCausalLM": "attention sinks as parameters are not supported",
     "HrmTextForCausalLM": "prompts that are read both ways (prefix LM) are not supported",
     "Step1ForCausalLM": "ALiBi is not supported",
 }

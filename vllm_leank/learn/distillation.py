@@ -59,6 +59,7 @@ class Distiller:
             value: torch.Tensor,
             attention_mask: torch.Tensor | None,
             scaling: float | None,
+            sink_scores: torch.Tensor | None,
         ) -> torch.Tensor:
             return far_attention(
                 query,
@@ -68,6 +69,7 @@ class Distiller:
                 None if factors is None else factors[layer].to(query.device),
                 None if blind is None else blind[layer].to(query.device),
                 scaling,
+                sink_scores,
             )
 
         with hooked_attention(self.model, attend, context=self.context):

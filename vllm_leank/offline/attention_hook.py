@@ -17,13 +17,13 @@ from transformers.masking_utils import sdpa_mask
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
+from vllm_leank.offline.plain_attention import plain_attention
 
 _NAME, _NAME_WITHOUT_MASK = "leank_hook", "leank_hook_without_mask"
 
 # Arguments by which models ask for another attention than plain causal softmax(qK)V.
 _REFUSED = {
     "softcap": "a cap on attention logits",
-    "s_aux": "attention sinks as parameters",
     "position_bias": "a position bias",
 }
 
@@ -33,8 +33,9 @@ class AttentionHook(Protocol):
 
     `query` is `[B, num_heads, Tq, D]`, `key` and `value` `[B, num_kv_heads, Tk, D]`, q and K after
     RoPE, with the keys of the model's cache before the new ones. `attention_mask` is the mask that
-    sdpa would get (None: causal). The result is the attention output `[B, Tq, num_heads, D]`, or
-    None to leave the computation to sdpa.
+    sdpa would get (None: causal), and `sink_scores` `[num_heads]` are the layer's attention sinks
+    (None: it has none). The result is the attention output `[B, Tq, num_heads, D]`, or None to
+    leave the computation to the model's own attention.
     """
 
     def __call__(
@@ -45,6 +46,7 @@ class AttentionHook(Protocol):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float | None,
+        sink_scores: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """Run in layer `layer`."""
 
@@ -60,6 +62,7 @@ class KnowsContext(Protocol):
         value: torch.Tensor,
         window: int,
         scaling: float | None,
+        sink_scores: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of the model's layer `layer` over the last `window` tokens; as a hook's."""
 
@@ -118,6 +121,7 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     for name, what in _REFUSED.items():
@@ -134,11 +138,13 @@ def _attention(
         raise UserError(f"attention layer {layer} is of another kind than the model's config says")
     if window is None:
         number = active.numbers[layer]
-        output = active.hook(number, query, key, value, attention_mask, scaling)
+        output = active.hook(number, query, key, value, attention_mask, scaling, s_aux)
         if output is not None:
             return output, None
     elif active.context is not None:
-        return active.context.slide(layer, query, key, value, window, scaling), None
+        return active.context.slide(layer, query, key, value, window, scaling, s_aux), None
+    if s_aux is not None:
+        return plain_attention(query, key, value, attention_mask, scaling, s_aux), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )

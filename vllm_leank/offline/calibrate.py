@@ -33,6 +33,7 @@ import transformers
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
+from vllm_leank.kernels.sinks import softmax
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.attention_hook import hooked_attention
 from vllm_leank.offline.calibration_prompts import CalibrationPrompts
@@ -99,6 +100,7 @@ class HeadMeter:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float | None,
+        sink_scores: torch.Tensor | None,
     ) -> None:
         """Add one layer's q `[B, num_heads, T, D]` and K `[B, H, T, D]`, rows without padding."""
         _, H, D = self.q_sum.shape
@@ -114,7 +116,9 @@ class HeadMeter:
         k_sum = key.float().square().sum(dim=(0, 2), dtype=torch.float64)
         self.q_sum[layer] += q_sum.to(self.device)
         self.k_sum[layer] += k_sum.to(self.device)
-        self.far_sum[layer] += far_mass(grouped, key, self.window, scaling).to(self.device)
+        self.far_sum[layer] += far_mass(grouped, key, self.window, scaling, sink_scores).to(
+            self.device
+        )
         self.q_count[layer] += grouped.numel() // (H * D)
         self.k_count[layer] += key.numel() // (H * D)
 
@@ -134,22 +138,28 @@ class HeadMeter:
 
 
 def far_mass(
-    query: torch.Tensor, key: torch.Tensor, window: Window, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    window: Window,
+    scaling: float | None,
+    sink_scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention on far tokens, summed over queries: float64 `[H]`.
 
     `query` `[B, H, group, T, D]` stands at the last T positions of `key` `[B, H, S, D]`. `scaling`
-    is what logits are multiplied by (None: `D ** -0.5`).
+    is what logits are multiplied by (None: `D ** -0.5`), `sink_scores` `[num_heads]` are attention
+    sinks, which get a part of the whole.
     """
     T, S, D = query.shape[-2], key.shape[-2], key.shape[-1]
     scale = D**-0.5 if scaling is None else scaling
+    sinks = None if sink_scores is None else sink_scores.view(*query.shape[1:3], 1, 1)
     keys = key.float().unsqueeze(2).transpose(-1, -2)  # [B, H, 1, D, S]
     at_key = torch.arange(S, device=key.device)
     at_query = torch.arange(S - T, S, device=key.device)[:, None]
     total = torch.zeros(key.shape[1], dtype=torch.float64, device=key.device)
     for q, t in zip(query.split(QUERY_CHUNK, -2), at_query.split(QUERY_CHUNK), strict=True):
         logits = (q.float() @ keys) * scale  # [B, H, group, chunk, S]
-        weights = logits.masked_fill(at_key > t, float("-inf")).softmax(dim=-1)
+        weights = softmax(logits.masked_fill(at_key > t, float("-inf")), sinks)
         far = (at_key >= window.sink) & (at_key < window.boundary(t + 1))
         total += (weights * far).sum(dim=(0, 2, 3, 4), dtype=torch.float64)
     return total

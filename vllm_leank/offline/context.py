@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
 from vllm_leank.offline.attention_hook import AttentionHook, hooked_attention
+from vllm_leank.offline.plain_attention import plain_attention
 
 
 @dataclass
@@ -105,18 +104,11 @@ class Context:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float | None,
+        sink_scores: torch.Tensor | None,
     ) -> torch.Tensor:
         """Full causal attention of the chunk's queries over everything up to them."""
         keys, values = self.put(self.geometry.layers[layer], key, value)
-        output = scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=causal_lower_right(query.shape[2], keys.shape[2]),
-            scale=scaling,
-            enable_gqa=True,
-        )
-        return output.transpose(1, 2).contiguous()
+        return plain_attention(query, keys, values, None, scaling, sink_scores)
 
     def slide(
         self,
@@ -126,6 +118,7 @@ class Context:
         value: torch.Tensor,
         window: int,
         scaling: float | None,
+        sink_scores: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of the chunk's queries over the last `window` tokens up to each, in the model's
         layer `layer`. Gradients reach the chunk's K and V.
@@ -138,10 +131,7 @@ class Context:
         at_key = torch.arange(S, device=query.device)
         age = at_key[S - T :, None] - at_key
         seen = (age >= 0) & (age < window)
-        output = scaled_dot_product_attention(
-            query, keys, values, attn_mask=seen, scale=scaling, enable_gqa=True
-        )
-        return output.transpose(1, 2).contiguous()
+        return plain_attention(query, keys, values, seen, scaling, sink_scores)
 
 
 @torch.no_grad()
@@ -208,10 +198,11 @@ class AfterContext:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float | None,
+        sink_scores: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """Attention of tokens that stand right after the context."""
         keys, values = self.context.put(self.context.geometry.layers[layer], key, value)
-        return self.hook(layer, query, keys, values, attention_mask, scaling)
+        return self.hook(layer, query, keys, values, attention_mask, scaling, sink_scores)
 
 
 @torch.no_grad()

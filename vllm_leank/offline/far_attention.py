@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from vllm_leank.core.window import Window
+from vllm_leank.kernels.sinks import softmax
 
 SCORES = 1 << 28
 """Attention scores in memory at once, 1 GiB in fp32; more queries are split into blocks."""
@@ -24,6 +25,7 @@ def far_attention(
     factors: torch.Tensor | None = None,
     blind: torch.Tensor | None = None,
     scaling: float | None = None,
+    sink_scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention `[B, T, num_heads, D]` of queries `[B, num_heads, T, D]`, computed in fp32.
 
@@ -31,7 +33,8 @@ def far_attention(
     positions. The query at position t sees the keys `[sink, boundary(t + 1))` of `window` times
     `factors` (fp32 `[H, D]` or `[B, H, D]`; None: 1). Heads where `blind` (bool `[H]` or `[B, H]`)
     do not see them at all: a head that keeps no channel has no V of far tokens either. `scaling` is
-    what logits are multiplied by (None: `D ** -0.5`).
+    what logits are multiplied by (None: `D ** -0.5`), `sink_scores` `[num_heads]` are the model's
+    attention sinks, if it has any.
 
     K is never copied to be scaled: `(q * a) . k` is `q . (a * k)`. Gradients reach everything but
     `blind`. For the backward pass nothing but the arguments is kept; scores are computed again.
@@ -42,7 +45,7 @@ def far_attention(
     outputs = []
     for at in range(0, T, rows):
         block = query[:, :, at : at + rows]
-        args = (block, S - T + at, keys, values, window, factors, blind, scaling)
+        args = (block, S - T + at, keys, values, window, factors, blind, scaling, sink_scores)
         if torch.is_grad_enabled():
             outputs.append(checkpoint(_attend, *args, use_reentrant=False))
         else:
@@ -59,6 +62,7 @@ def _attend(
     factors: torch.Tensor | None,
     blind: torch.Tensor | None,
     scaling: float | None,
+    sink_scores: torch.Tensor | None,
 ) -> torch.Tensor:
     """`far_attention` of the queries at `first` and the positions after it."""
     B, num_heads, T, D = query.shape
@@ -94,7 +98,10 @@ def _attend(
                 scores = torch.where(is_far, far @ k, near @ k).masked_fill(hidden, float("-inf"))
             logits.append(scores)
             parts.append(value)
-    weights = torch.cat(logits, dim=-1).softmax(dim=-1)  # [B, H, group * T, S]
+    sinks = None
+    if sink_scores is not None:
+        sinks = sink_scores.repeat_interleave(T).view(H, group * T, 1)
+    weights = softmax(torch.cat(logits, dim=-1), sinks)  # [B, H, group * T, S]
     shares = weights.split([value.shape[2] for value in parts], dim=-1)
     seen = (share @ value.float() for share, value in zip(shares, parts, strict=True))
     output = functools.reduce(torch.add, seen)

@@ -139,13 +139,19 @@ class FarSquares:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float | None,
+        sink_scores: torch.Tensor | None,
     ) -> torch.Tensor:
         """Full causal attention of the new queries, over far K and V that get gradients."""
         sums = self.sums[layer] = []
         keys = self._parts(self.context.key(layer), sums, self.add_key)
         values = self._parts(self.context.value(layer), sums, self.add)
         return far_attention(
-            query, [*keys, key], [*values, value], self.window, scaling=scaling
+            query,
+            [*keys, key],
+            [*values, value],
+            self.window,
+            scaling=scaling,
+            sink_scores=sink_scores,
         ).contiguous()
 
     def _parts(self, whole: torch.Tensor, sums: list[torch.Tensor], add: Add) -> list[torch.Tensor]:

@@ -33,13 +33,21 @@ class SimulatedPruning:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float | None,
+        sink_scores: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """Attention of `query` `[B, num_heads, T, D]`, in fp32: `[B, T, num_heads, D]`."""
         if self.keep is None:
             return None
         keep = self.keep[layer].to(query.device)
         return far_attention(
-            query, [key], [value], self.window, keep.float(), ~keep.any(-1), scaling
+            query,
+            [key],
+            [value],
+            self.window,
+            keep.float(),
+            ~keep.any(-1),
+            scaling,
+            sink_scores,
         )
 
 
@@ -70,6 +78,7 @@ class SimulatedArchive:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float | None,
+        sink_scores: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of the last queries `[B, num_heads, T, D]`, in fp32: `[B, T, num_heads, D]`.
 
@@ -80,7 +89,9 @@ class SimulatedArchive:
         first = last - query.shape[2]
         far_end = window.boundary(last)
         if self.archive is None or far_end <= sink:
-            return far_attention(query, [key], [value], window, scaling=scaling)
+            return far_attention(
+                query, [key], [value], window, scaling=scaling, sink_scores=sink_scores
+            )
         far_key, far_value = self.archive(
             layer, sink, key[:, :, sink:far_end], value[:, :, sink:far_end]
         )
@@ -93,7 +104,17 @@ class SimulatedArchive:
                 for dense, stored in ((key, far_key), (value, far_value))
             )
             part = query[:, :, start - first : end - first]
-            outputs.append(far_attention(part, keys, values, window, blind=blind, scaling=scaling))
+            outputs.append(
+                far_attention(
+                    part,
+                    keys,
+                    values,
+                    window,
+                    blind=blind,
+                    scaling=scaling,
+                    sink_scores=sink_scores,
+                )
+            )
         return torch.cat(outputs, dim=1)
 
 

@@ -38,6 +38,10 @@ class LeanKBackend(PagesBackend):
         return head_size % 32 == 0 and head_size <= MAX_HEAD_DIM
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_rswa(cls) -> bool:
         """True: `vllm.prompt_lengths` switches it on, for the prompt lengths alone."""
         return True

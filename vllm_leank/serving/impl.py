@@ -54,7 +54,6 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             "ALiBi": alibi_slopes is not None,
             "sliding-window attention": sliding_window is not None,
             "a logits soft cap": bool(logits_soft_cap),
-            "attention sink parameters": sinks is not None,
             f"{attn_type} attention": attn_type != AttentionType.DECODER,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
         }
@@ -69,6 +68,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self._sink_scores = sinks
         self._vllm_config = get_current_vllm_config()
         self._context = self._vllm_config.compilation_config.static_forward_context
         self._cache: LayerCache | None = None
@@ -88,7 +88,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         name, layer = self._find_layer()
         settings = load_settings(self._vllm_config)
         rank = get_tensor_model_parallel_rank()
-        index = settings.mask.geometry.layers.index(layer_index(name))
+        index = served_index(name, settings.mask.geometry)
         self._window, self._layout = settings.window, settings.plan.layer(index, rank)
         self._offset = settings.plan.archive_offset(index, rank)
         check_kind(name, layer)
@@ -131,6 +131,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             self.num_heads,
             self._vllm_config.model_config.dtype,
             most_decode_rows(self._vllm_config),
+            None if self._sink_scores is None else self._sink_scores.dtype,
         )
         compile_kernels(attention, device, logger.info)
 
@@ -188,6 +189,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
                 layout=self._layout,
                 heads=channels.heads,
                 window=self._window,
+                sink_scores=self._sink_scores,
             )
         assert self._cache is not None
         return self._cache
@@ -230,6 +232,21 @@ def check_kind(name: str, layer: Any) -> None:
             f"leank does not support {type(layer).__name__}, which {name} is; serve this model "
             "without --attention-backend leank"
         )
+
+
+def served_index(name: str, geometry: Geometry) -> int:
+    """The number that the mask has for a layer.
+
+    Raises:
+        OptionError: by the model's config the layer has no full attention.
+    """
+    layer = layer_index(name)
+    if layer not in geometry.layers:
+        raise OptionError(
+            f"leank: {name} has full attention, but the layer_types of the model's config say that "
+            "it has not; serve this model without --attention-backend leank"
+        )
+    return geometry.layers.index(layer)
 
 
 def _check_layer(name: str, layer: Any, layout: CacheLayout) -> None:

@@ -9,6 +9,7 @@ import torch
 from vllm_leank.kernels import reference
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.sinks import tokens_share
 
 
 def attend_layer(
@@ -81,7 +82,8 @@ def attend_exact(
     tokens = slice(int(batch.query_start_loc_cpu[0]), int(batch.query_start_loc_cpu[-1]))
     # [num_blocks, 32, num_kv_heads, head_dim] each
     key, value = cache.window_pages.transpose(1, 2).chunk(2, dim=-1)
-    flash_attention(
+    sink_scores = cache.sink_scores
+    found = flash_attention(
         q=query[tokens],
         k=key,
         v=value,
@@ -94,7 +96,12 @@ def attend_exact(
         softmax_scale=scale,
         causal=True,
         fa_version=version,
+        return_softmax_lse=sink_scores is not None,
     )
+    if sink_scores is not None:
+        # FlashAttention 3 would take them itself, but 2 knows none.
+        lse = found[1]  # [num_heads, num_tokens]
+        output[tokens].mul_(tokens_share(lse.T, sink_scores)[..., None])
 
 
 @memo
