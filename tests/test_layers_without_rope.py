@@ -55,7 +55,7 @@ def test_geometries_say_what_models_do(model_type, tmp_path):
     model = load_tiny(save(model_type, tmp_path)).eval()
     tokens, keys = torch.arange(10, 40)[None], []
 
-    def keep(layer, query, key, value, attention_mask, scaling):
+    def keep(layer, query, key, value, attention_mask, scaling, sink_scores):
         keys[-1][layer] = key
 
     for first in (0, 1000):
@@ -112,7 +112,7 @@ def test_means_of_masks_are_those_of_k_as_it_is_read(model_type, tmp_path, leank
     assert code == 0, err
     mask, far = load_mask(tmp_path / "mask.yaml"), {}
 
-    def keep(layer, query, key, value, attention_mask, scaling):
+    def keep(layer, query, key, value, attention_mask, scaling, sink_scores):
         far[layer] = key[0]
 
     loaded = load_tiny(model)
