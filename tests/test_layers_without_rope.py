@@ -34,6 +34,8 @@ TURNED = {
     "exaone4": [False, False],
     "exaone_moe": [False, False],
     "gemma3_text": [True, True],
+    "gpt_oss": [True, True],
+    "granite_swa": [False, False],
     "mistral": [True, True],
     "paddleocr_vl": [True, True],
     "qwen2_5_vl": [True, True],
