@@ -14,7 +14,7 @@ from vllm_leank.kernels.codecs.codec import Stored
 from vllm_leank.kernels.sinks import softmax, with_sink_token
 
 from vllm_leank.core.pages import WINDOW_BLOCK
-from vllm_leank.core.window import GRANULE
+from vllm_leank.core.window import GRANULE, Window
 
 MAX_SCORES = 1 << 24
 """Scores of one KV head's query group that are held at once (64 MiB in fp32)."""
@@ -129,39 +129,61 @@ def _attend_pruned(
     query: torch.Tensor, start: int, row: Row, cache: LayerCache, batch: Batch, scale: float
 ) -> torch.Tensor:
     """Attention by the second rule of queries `[n, num_heads, head_dim]` at `start` onwards."""
-    device, window = query.device, cache.window
-    end = start + len(query)
-    position = torch.arange(start, end, device=device)[:, None]
-    boundary = window.boundary(position + 1)
-    # Tokens between the first and the last query's boundary are dense for some of the queries
-    # and archived for others: they are read from both places, each under its own mask.
-    oldest, newest = window.boundary(start + 1), window.boundary(end)
-
+    window, end = cache.window, start + len(query)
+    newest = window.boundary(end)
     table = batch.window_table[row.table_row]
-    dense_ranges = (0, min(window.sink, end)), (min(oldest, end), end)
-    parts = [_dense_tokens(cache, table, *tokens) for tokens in dense_ranges]
+    parts = [_dense_tokens(cache, table, *tokens) for tokens in _dense_ranges(window, start, end)]
     key, value = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
-    dense_at = torch.cat([torch.arange(*tokens, device=device) for tokens in dense_ranges])
-    sees_dense = (dense_at <= position) & ((dense_at < window.sink) | (dense_at >= boundary))
-    sees_archive = torch.arange(window.sink, newest, device=device) < boundary
+    hidden, hidden_archived = batch.prepared(_hidden, window, start, end)
 
     heads = query.float().transpose(0, 1).unflatten(0, (len(cache.heads), -1))
     sinks = None if cache.sink_scores is None else cache.sink_scores.view(*heads.shape[:2], 1, 1)
     attended = torch.empty_like(heads)
     for head, part in enumerate(cache.head_pages):
         q, sink = heads[head] * scale, None if sinks is None else sinks[head]
-        scores = (q @ key[head].T).masked_fill(~sees_dense, -torch.inf)
+        scores = _masked(q @ key[head].T, hidden)
         if part is None or newest == window.sink:
             attended[head] = softmax(scores, sink) @ value[head]
             continue
         archived_key, archived_value = _archived_tokens(
             cache, batch.archive_table[row.table_row], head, newest
         )
-        pruned = (q @ archived_key.T).masked_fill(~sees_archive, -torch.inf)
+        pruned = _masked(q @ archived_key.T, hidden_archived)
         weights = softmax(torch.cat((scores, pruned), dim=-1), sink)
         dense = scores.shape[-1]
         attended[head] = weights[..., :dense] @ value[head] + weights[..., dense:] @ archived_value
     return attended.flatten(0, 1).transpose(0, 1)
+
+
+def _dense_ranges(window: Window, start: int, end: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Tokens that queries from `start` to `end` read from window pages.
+
+    Those between the first and the last query's boundary are dense for some of the queries and
+    archived for others: they are read from both places, each under its own mask.
+    """
+    return (0, min(window.sink, end)), (min(window.boundary(start + 1), end), end)
+
+
+def _hidden(
+    batch: Batch, window: Window, start: int, end: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which dense and which archived tokens that are read the queries from `start` to `end` do not
+    see, bool `[end - start, tokens]`; a single query sees them all: None.
+    """
+    if end - start == 1:
+        return None, None
+    device = batch.window_table.device
+    position = torch.arange(start, end, device=device)[:, None]
+    boundary = window.boundary(position + 1)
+    ranges = _dense_ranges(window, start, end)
+    dense_at = torch.cat([torch.arange(*tokens, device=device) for tokens in ranges])
+    sees_dense = (dense_at <= position) & ((dense_at < window.sink) | (dense_at >= boundary))
+    archived_at = torch.arange(window.sink, window.boundary(end), device=device)
+    return ~sees_dense, archived_at >= boundary
+
+
+def _masked(scores: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
 
 
 def _dense_tokens(
