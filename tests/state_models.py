@@ -1,5 +1,5 @@
-"""Tiny random models in which layers keep Mamba's states beside full attention: some of Granite's
-layers, and all of Falcon's, which have attention as well.
+"""Tiny random models in which layers keep states beside full attention: some of LFM2's and of
+Granite's layers, and all of Falcon's, which have attention as well.
 """
 
 from pathlib import Path
@@ -34,6 +34,12 @@ _MAMBA = {
 
 
 MODELS = {
+    "lfm2": {
+        "layer_types": [kind.replace(STATE, "conv") for kind in KINDS],
+        "block_auto_adjust_ff_dim": False,
+        "block_dim": 256,
+        "conv_dim": 256,
+    },
     "granitemoehybrid": {
         "layer_types": KINDS,
         "shared_intermediate_size": 256,
@@ -45,6 +51,11 @@ MODELS = {
     "falcon_h1": _MAMBA,
 }
 """Fields of their configs, by transformers' type of model."""
+
+
+NATIVE_ROPE = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+"""For an engine with LFM2: the CPU kernel of vLLM 0.32, which eager engines use, takes each head of
+a token for a token. Compiled models do not use it."""
 
 
 def save_state(model_type: str, folder: Path) -> Path:

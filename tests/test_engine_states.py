@@ -1,11 +1,11 @@
-"""Models whose layers keep states beside those that leank serves: plain vLLM and the oracle agree."""
+"""Models with layers that keep states beside served ones: plain vLLM and the oracle agree."""
 
 import os
 
 import pytest
 from engines import engine
 from mask_samples import coded_mask, full_mask
-from state_models import KINDS, MODELS, STATE, save_state
+from state_models import KINDS, MODELS, NATIVE_ROPE, STATE, save_state
 from test_engine_answers import assert_same, prompts_of
 from test_engine_sliding import LIMITS, PROMPTS, assert_as_defined, kept_mask
 
@@ -23,12 +23,13 @@ def granite(tmp_path_factory):
 def test_architectures(model_type, tmp_path):
     """A full mask answers like plain vLLM, in chunks; another as defined."""
     model = save_state(model_type, tmp_path)
-    with engine(model, **LIMITS) as plain:
+    args = LIMITS | (NATIVE_ROPE if model_type == "lfm2" else {})
+    with engine(model, **args) as plain:
         expected = plain.generate(PROMPTS, 40)
-    with engine(model, full_mask(model), max_num_batched_tokens=100, **LIMITS) as leank:
+    with engine(model, full_mask(model), max_num_batched_tokens=100, **args) as leank:
         assert_same(leank.generate(PROMPTS, 40), expected, 1e-4)
     mask = kept_mask(model)
-    with engine(model, mask, **LIMITS) as leank:
+    with engine(model, mask, **args) as leank:
         assert_as_defined(model, mask, leank, PROMPTS, leank.generate(PROMPTS, 40))
 
 

@@ -70,9 +70,6 @@ class Geometry:
         partial = get("partial_rotary_factor")
         if partial is not None:
             scaling.setdefault("partial_rotary_factor", partial)
-        theta = get("rope_theta") if theta is None else theta
-        if get("model_type") == "granitemoehybrid" and get("position_embedding_type") != "rope":
-            theta, scaling = None, {}  # the config has settings all the same
         kinds = layer_kinds(config)
         if not (served := full_layers(kinds)):
             raise UserError(

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_leank.core.hf_config import Get, fields_of, required
 from vllm_leank.core.pages import WINDOW_BLOCK, pages
-from vllm_leank.core.states import StateLayers, count_states, state_items
+from vllm_leank.core.states import StateLayers, count_states, keeps_states, state_items
 from vllm_leank.errors import UserError
 
 FULL = "full_attention"
@@ -50,7 +50,7 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
     """
     get = fields_of(config)
     count, kinds = required(get, "num_hidden_layers"), get("layer_types")
-    if kinds is None or set(kinds) == {HYBRID}:
+    if kinds is None or (keeps_states(config) and set(kinds) == {HYBRID}):
         # Without `layer_types` all layers slide, or none does.
         return (SLIDING if window_of(get) else FULL,) * count
     if len(kinds) != count:
@@ -85,6 +85,8 @@ def layers_without_rope(config: Any) -> tuple[int, ...]:
         # Cohere2 MoE turns in its first layers, too, those without experts.
         turned = get("prefix_dense_sliding_window_pattern") == 1 and get("mlp_layer_types")
         return tuple(layer for layer in layers if not turned or turned[layer] != "dense")
+    if get("model_type") == "granitemoehybrid":
+        return () if get("position_embedding_type") == "rope" else layers
     # A number for each layer, and 0 where nothing turns: a flag, or theta.
     turns = get("no_rope_layers") or get("layer_rope_theta")
     return tuple(layer for layer in layers if turns and not turns[layer])

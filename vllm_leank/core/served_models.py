@@ -18,7 +18,7 @@ from vllm_leank.core.layers import (
     window_of,
 )
 from vllm_leank.core.pages import MAX_HEAD_DIM
-from vllm_leank.core.states import STATE, count_states, keeps_states
+from vllm_leank.core.states import STATES, count_states, keeps_states
 from vllm_leank.errors import UserError
 
 OTHER = "use another model"
@@ -176,7 +176,7 @@ def layer_reasons(config: Any, window: int | None) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    known = {FULL, SLIDING, STATE} if keeps_states(config) else {FULL, SLIDING}
+    known = {FULL, SLIDING, *STATES} if keeps_states(config) else {FULL, SLIDING}
     if others := sorted(set(kinds) - known):
         yield f"layers with {', '.join(others)} are not supported"
     elif states := count_states(config, kinds):

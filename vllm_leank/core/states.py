@@ -1,5 +1,5 @@
-"""Layers that keep a state of each request instead of K and V, or beside them: Mamba's. A state is
-as large for a long request as for a short one, and stays vLLM's.
+"""Layers that keep a state of each request instead of K and V, or beside them: Mamba's, and
+short convolutions. A state is as large for a long request as for a short one, and stays vLLM's.
 
 A type of model is added here when tests run it.
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 from vllm_leank.core.hf_config import Get, fields_of, required
 
-STATE = "linear_attention"
-"""What transformers calls a layer with a state alone, in `layer_types`."""
+STATES = ("conv", "linear_attention")
+"""What transformers calls layers with a state alone, in `layer_types`."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,18 @@ def count_states(config: Any, kinds: tuple[str, ...]) -> int:
         return 0
     if fields_of(config)("model_type") == "falcon_h1":
         return len(kinds)  # every layer has attention and a state
-    return kinds.count(STATE)
+    return sum(kind in STATES for kind in kinds)
 
 
 def state_items(config: Any, tp_size: int) -> int:
     """Numbers in a layer's state on a tensor-parallel rank, as vLLM keeps it."""
     get = fields_of(config)
     return _STATE_ITEMS[str(get("model_type"))](get, tp_size)
+
+
+def _short_conv(get: Get, tp_size: int) -> int:
+    channels = get("conv_dim") or required(get, "hidden_size")
+    return int(channels) // tp_size * (required(get, "conv_L_cache") - 1)
 
 
 def _mamba2(get: Get, tp_size: int) -> int:
@@ -52,6 +57,7 @@ def _mamba2(get: Get, tp_size: int) -> int:
 
 
 _STATE_ITEMS: dict[str, Callable[[Get, int], int]] = {
+    "lfm2": _short_conv,
     "granitemoehybrid": _mamba2,
     "falcon_h1": _mamba2,
 }

@@ -1,4 +1,4 @@
-"""States of linear, state-space and short-convolution layers beside leank's pages. For vLLM 0.32.
+"""States of layers beside leank's pages. For vLLM 0.32 and 0.33; run with 0.32 alone.
 
 Goes when `initialize_mamba_ssu_backend` and the runner look inside `UniformTypeKVCacheSpecs`, and
 when `_align_hybrid_block_size` leaves pages alone that need not be equal.
@@ -41,14 +41,18 @@ def hook_states() -> None:
     group, and what prepares kernels for states does not look inside.
     """
     from vllm.platforms import current_platform
-    from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import MambaSpec
 
-    if hasattr(kv_cache_utils, "_leank_hooked"):
+    try:
+        from vllm.v1.core import kv_cache_planning as planner
+    except ImportError:  # vLLM 0.32
+        from vllm.v1.core import kv_cache_utils as planner
+
+    if hasattr(planner, "_leank_hooked"):
         return
     platform = type(current_platform)
     align = platform._align_hybrid_block_size.__func__
-    packed = kv_cache_utils._get_packed_kv_cache_groups
+    packed = planner._get_packed_kv_cache_groups
 
     @functools.wraps(align)
     def align_hybrid_block_size(cls: Any, vllm_config: "VllmConfig", backend: Any) -> None:
@@ -66,5 +70,5 @@ def hook_states() -> None:
         return groups
 
     platform._align_hybrid_block_size = classmethod(align_hybrid_block_size)
-    kv_cache_utils._get_packed_kv_cache_groups = packed_groups
-    kv_cache_utils._leank_hooked = True
+    planner._get_packed_kv_cache_groups = packed_groups
+    planner._leank_hooked = True
