@@ -95,9 +95,7 @@ MASKS_FROM_ELSEWHERE = (
 
 LATENT = "multi-head latent attention (MLA)"
 HYBRID = "state-space or linear-attention layers beside full attention"
-GATED = (
-    "gated delta nets, which vLLM's CPU build computes in bfloat16 alone: nothing exact to compare"
-)
+GATED = "gated delta nets (vLLM's CPU build has them in bfloat16 alone)"
 NO_FULL = "no full attention"
 SINKS = "attention sinks as parameters"
 ALIBI = "ALiBi"
