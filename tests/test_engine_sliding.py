@@ -92,18 +92,9 @@ def test_what_requests_hold_is_what_is_planned(saved):
     """In prompts and answers, with vLLM's own groups of sliding layers."""
     model, (prompt,) = saved("gemma3_text"), prompts_of([300])
     with engine(model, kept_mask(model), **LIMITS) as leank:
-        plan, pool, most = leank.plan, leank.block_pool, []
+        plan, most = leank.plan, leank.watch_blocks_held()
         assert plan.sliding.count == KINDS.count("sliding_attention")
         assert plan.sliding.window == WINDOW
-        allocate = leank.scheduler.kv_cache_manager.allocate_slots
-
-        def watch(request, *args, **kwargs):
-            found = allocate(request, *args, **kwargs)
-            held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-            most.append((request.num_computed_tokens, held))
-            return found
-
-        leank.scheduler.kv_cache_manager.allocate_slots = watch
         leank.generate([prompt], 70)
     in_answer = [held for tokens, held in most if tokens > 310]
     planned = plan.blocks_in_decode(leank.window, 370)

@@ -18,6 +18,7 @@ from vllm_planning import get_kv_cache_groups
 from vllm_leank.core.formats import known_formats
 from vllm_leank.core.layers import SlidingLayers
 from vllm_leank.core.pages import WINDOW_BLOCK
+from vllm_leank.core.states import StateLayers
 from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import ArchiveSpec, WindowSpec
 
@@ -207,6 +208,27 @@ def test_pages_of_sliding_layers_lie_in_the_same_blocks(make):
             group.sort(key=lambda page: page[0])
             assert all(end <= first for (_, end, _), (first, _, _) in pairwise(group))
             assert group[-1][1] <= plan.block_bytes
+
+
+@pytest.mark.parametrize("make", MASKS)
+def test_states_lie_in_the_same_blocks(make):
+    """In groups of their own, as many in a block as fit, counted as vLLM counts them."""
+    rng = random.Random(make.__name__)
+    for size in (512, 20_480, 300_032, 4_194_304):
+        mask = make(rng, rng.choice([1, 2, 4, 10]), rng.choice([1, 2, 4]))
+        states = StateLayers(rng.randint(1, 60), size)
+        plan = plan_of(mask, HEAD_DIM, 2, archive_format=rng.choice(known_formats()), states=states)
+        config = vllm_config(LENGTH)
+        blocks = plan.blocks_in_prefill(WINDOW, LENGTH, config.max_in_flight_tokens)
+        # One more block: vLLM keeps one for itself.
+        (found,) = cache_configs(plan, WINDOW, plan.block_bytes * (blocks + 1), LENGTH)
+        assert found.num_blocks == blocks + 1
+        concurrency = get_max_concurrency_for_kv_cache_config(config, found)
+        assert concurrency == (blocks + 1) / blocks
+        kinds = Counter(type(layer_specs(group)[0]) for group in found.kv_cache_groups)
+        assert kinds[ArchiveSpec] == kinds[WindowSpec] == 1
+        for group in pages(found):
+            assert max(end for _, end, _ in group) <= plan.block_bytes
 
 
 def test_the_scheduler_sees_one_spec_per_group():

@@ -40,7 +40,7 @@ def told_by_startup(model, options):
     try:
         config = EngineArgs(
             model=str(model), skip_tokenizer_init=True, attention_backend="leank",
-            additional_config={"leank": options},
+            additional_config={"leank": options}, enable_prefix_caching=False,
         ).create_engine_config()  # fmt: skip
     except Exception as error:
         if "failed to be inspected" in str(error):

@@ -9,6 +9,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheLayout,
     KVCacheSpec,
+    MambaSpec,
     SlidingWindowSpec,
 )
 from vllm_planning import MODEL_CONFIG, get_kv_cache_configs
@@ -19,6 +20,9 @@ from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import archive_spec, window_spec
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+LONGEST = 1 << 20
+"""Tokens of the longest request, more than any test's."""
 
 IN_FLIGHT = 1024
 """Tokens that steps planned and not yet run hold at most."""
@@ -57,6 +61,11 @@ def cache_specs(
             sliding_window=plan.sliding.window,
         )
         specs |= {f"model.layers.{100 + i}.attn": sliding for i in range(plan.sliding.count)}
+    if plan.states is not None:
+        state = MambaSpec(
+            block_size=LONGEST, shapes=((plan.states.state_bytes,),), dtypes=(torch.uint8,)
+        )
+        specs |= {f"model.layers.{200 + i}.mixer": state for i in range(plan.states.count)}
     for index, (first, count) in enumerate(zip(plan.first_layers, plan.stages, strict=True)):
         if stage in (None, index):
             specs[f"layers.{first}.archive"] = archive_spec(plan, window, base.dtype)

@@ -18,7 +18,7 @@ from vllm_leank.core.capacity import (
     estimate_pool,
     pruned_prefill,
 )
-from vllm_leank.core.layers import SlidingLayers, sliding_layers
+from vllm_leank.core.layers import sliding_layers, state_layers
 from vllm_leank.errors import UserError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def plan(
 
         found = even_mask(checkpoint.id, checkpoint.geometry, bits)
     model = model or found.model
-    settings = _settings(found, options, tp, _sliding(checkpoint, found))
+    settings = _settings(checkpoint, found, options, tp)
     facts: dict[str, Any] = {
         "model": model,
         "mask": {"path": str(found.path), "sha256": found.sha256} if bits is None else None,
@@ -220,22 +220,20 @@ def _mask(checkpoint: "Checkpoint | None", mask: str | None) -> "Mask":
 
 
 def _settings(
-    mask: "Mask", options: "Options", tp: int, sliding: SlidingLayers | None
+    checkpoint: "Checkpoint | None", mask: "Mask", options: "Options", tp: int
 ) -> "Settings":
     from vllm_leank.mask.settings import plan_settings
 
     heads = mask.geometry.num_kv_heads
     if heads % tp and tp % heads:
         raise UserError(f"--tp is {tp}, which neither divides {heads} KV heads nor is a multiple")
-    return plan_settings(mask, options, _ITEMSIZE, tp, sliding=sliding)
-
-
-def _sliding(checkpoint: "Checkpoint | None", mask: "Mask") -> SlidingLayers | None:
     if checkpoint is not None:
-        return sliding_layers(checkpoint.plain or checkpoint.config)
+        config = checkpoint.plain or checkpoint.config
+        sliding, states = sliding_layers(config), state_layers(config, _ITEMSIZE, tp)
+        return plan_settings(mask, options, _ITEMSIZE, tp, sliding=sliding, states=states)
     if mask.geometry.served_layers is not None:
         raise UserError("other layers than those of the mask take memory as well: give --model")
-    return None
+    return plan_settings(mask, options, _ITEMSIZE, tp)
 
 
 def _weights(checkpoint: "Checkpoint") -> int:

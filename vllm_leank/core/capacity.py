@@ -72,7 +72,7 @@ def dense_capacity(
     """
     dense = replace(plan, itemsize=itemsize or plan.itemsize)
     token_bytes = dense.dense_token_bytes
-    requests = pool_bytes / (token_bytes * length + dense.sliding_bytes(length))
+    requests = pool_bytes / (token_bytes * length + dense.other_bytes(length))
     return Capacity(token_bytes, None, None, requests, requests)
 
 
@@ -93,6 +93,7 @@ def compare(
             plan.draft_items,
             plan.stages,
             plan.sliding,
+            plan.states,
         )
         return leank_capacity(variant, window, pool_bytes, length, in_flight)
 

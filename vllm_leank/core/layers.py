@@ -1,7 +1,8 @@
 """Kinds of a model's layers: which of them leank serves, and what the others keep beside.
 
 A layer with full attention reads every token before it, so its cache grows with the request, and
-leank shrinks it. A sliding layer reads the last few, keeps no more, and stays vLLM's.
+leank shrinks it. A sliding layer reads the last few, keeps no more, and stays vLLM's; so does one
+that keeps a state (`core/states.py`).
 """
 
 from collections import Counter
@@ -11,10 +12,13 @@ from typing import Any
 
 from vllm_leank.core.hf_config import Get, fields_of, required
 from vllm_leank.core.pages import WINDOW_BLOCK, pages
+from vllm_leank.core.states import StateLayers, count_states, keeps_states, state_items
 from vllm_leank.errors import UserError
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+HYBRID = "hybrid"
+"""Full attention and a state in one layer."""
 
 
 _ROPE_IN_SLIDING_LAYERS = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")
@@ -46,7 +50,7 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
     """
     get = fields_of(config)
     count, kinds = required(get, "num_hidden_layers"), get("layer_types")
-    if kinds is None:
+    if kinds is None or (keeps_states(config) and set(kinds) == {HYBRID}):
         # Without `layer_types` all layers slide, or none does.
         return (SLIDING if window_of(get) else FULL,) * count
     if len(kinds) != count:
@@ -58,6 +62,14 @@ def sliding_layers(config: Any) -> SlidingLayers | None:
     """The sliding layers of a decoder, None where there are none."""
     count = layer_kinds(config).count(SLIDING)
     return SlidingLayers(count, required(fields_of(config), "sliding_window")) if count else None
+
+
+def state_layers(config: Any, itemsize: int, tp_size: int) -> StateLayers | None:
+    """The layers of a decoder that keep states, of numbers of `itemsize` bytes; None where there
+    are none.
+    """
+    count = count_states(config, layer_kinds(config))
+    return StateLayers(count, itemsize * state_items(config, tp_size)) if count else None
 
 
 def full_layers(kinds: Sequence[str]) -> tuple[int, ...]:
@@ -73,6 +85,8 @@ def layers_without_rope(config: Any) -> tuple[int, ...]:
         # Cohere2 MoE turns in its first layers, too, those without experts.
         turned = get("prefix_dense_sliding_window_pattern") == 1 and get("mlp_layer_types")
         return tuple(layer for layer in layers if not turned or turned[layer] != "dense")
+    if get("model_type") == "granitemoehybrid":
+        return () if get("position_embedding_type") == "rope" else layers
     # A number for each layer, and 0 where nothing turns: a flag, or theta.
     turns = get("no_rope_layers") or get("layer_rope_theta")
     return tuple(layer for layer in layers if turns and not turns[layer])

@@ -21,6 +21,7 @@ from vllm_leank.core.pages import (
     window_token_bytes,
 )
 from vllm_leank.core.profile import Profile, Profiles
+from vllm_leank.core.states import StateLayers
 from vllm_leank.core.window import Window
 
 ARCHIVE_WASTE = 0.05
@@ -53,6 +54,7 @@ class CachePlan:
         draft_items: elements of a dense token over all layers of a draft model, on each rank; its
             window pages lie beside those of the last stage.
         sliding: layers that stay vLLM's, whose pages lie in blocks of the same pool.
+        states: layers that stay vLLM's as well, whose states lie there too.
     """
 
     profiles: Profiles
@@ -64,6 +66,7 @@ class CachePlan:
     archive_block: int
     draft_items: int = 0
     sliding: SlidingLayers | None = None
+    states: StateLayers | None = None
 
     def layer(self, index: int, rank: int = 0) -> CacheLayout:
         """Layout of layer `index` on tensor-parallel rank `rank`."""
@@ -137,7 +140,13 @@ class CachePlan:
     @property
     def _stage_block_bytes(self) -> int:
         """Bytes of one block on a stage; pages of sliding layers never make it larger."""
-        return max(self.archive_page_bytes, self._stage_window_bytes)
+        return max(self.archive_page_bytes, self._stage_least_bytes)
+
+    @property
+    def _stage_least_bytes(self) -> int:
+        """Bytes of a block on a stage but for archive pages: window pages, or one state."""
+        state = 0 if self.states is None else self.states.state_bytes
+        return max(self._stage_window_bytes, state)
 
     @property
     def _stage_window_bytes(self) -> int:
@@ -162,7 +171,7 @@ class CachePlan:
 
     def blocks_held(self, window: Window, length: int, freed: int) -> int:
         """Blocks of a request of `length` tokens whose first `freed` window pages after the sink
-        have been freed, less those of sliding layers.
+        have been freed, less those of other layers.
         """
         archive = pages(window.archived(length), self.archive_block)
         return archive + pages(length, WINDOW_BLOCK) - freed
@@ -173,26 +182,33 @@ class CachePlan:
         """
         archive = pages(window.archived(length), self.archive_block)
         dense = pages(window.most_dense(length, in_flight), WINDOW_BLOCK)
-        return archive + dense + self._sliding_blocks(length, in_flight)
+        return archive + dense + self._other_blocks(length, in_flight)
 
     def blocks_in_decode(self, window: Window, length: int) -> int:
         """Blocks that a request of `length` tokens holds once its prompt is done."""
         freed = len(window.free_tokens(length, 0))
-        return self.blocks_held(window, length, freed) + self._sliding_blocks(length)
+        return self.blocks_held(window, length, freed) + self._other_blocks(length)
 
-    def sliding_bytes(self, length: int) -> int:
-        """Bytes that sliding layers of a rank keep of a request of `length` tokens."""
-        if self.sliding is None:
-            return 0
-        return self.sliding.count * min(self.sliding.window, length) * self._window_bytes
+    def other_bytes(self, length: int) -> int:
+        """Bytes that other layers of a rank keep of a request of `length` tokens."""
+        kept = 0
+        if self.sliding is not None:
+            kept += self.sliding.count * min(self.sliding.window, length) * self._window_bytes
+        if self.states is not None:
+            kept += self.states.count * self.states.state_bytes
+        return kept
 
-    def _sliding_blocks(self, length: int, in_flight: int = 1) -> int:
-        """Blocks of sliding layers: vLLM puts as many layers into a block as fit."""
-        if self.sliding is None:
-            return 0
-        in_block = self._stage_block_bytes // (self._window_bytes * WINDOW_BLOCK)
-        groups = pages(self.sliding.count, in_block)
-        return groups * self.sliding.pages(length, in_flight)
+    def _other_blocks(self, length: int, in_flight: int = 1) -> int:
+        """Blocks of other layers: vLLM puts as many layers into a block as fit."""
+        blocks = 0
+        if self.sliding is not None:
+            in_block = self._stage_block_bytes // (self._window_bytes * WINDOW_BLOCK)
+            groups = pages(self.sliding.count, in_block)
+            blocks += groups * self.sliding.pages(length, in_flight)
+        if self.states is not None:
+            in_block = self._stage_block_bytes // self.states.state_bytes
+            blocks += pages(self.states.count, in_block)
+        return blocks
 
 
 def plan_cache(
@@ -204,6 +220,7 @@ def plan_cache(
     draft_items: int = 0,
     stages: Sequence[int] | None = None,
     sliding: SlidingLayers | None = None,
+    states: StateLayers | None = None,
 ) -> CachePlan:
     """Choose the page sizes for a mask.
 
@@ -217,9 +234,10 @@ def plan_cache(
         draft_items: elements of a dense token of a draft model on each rank.
         stages: layers of each pipeline stage; by default one stage has all.
         sliding: layers that stay vLLM's.
+        states: layers that stay vLLM's and keep states.
 
     Returns:
-        The plan. Its pages always give vLLM two cache groups, beside those of sliding layers.
+        The plan. Its pages always give vLLM two cache groups, beside those of other layers.
     """
     plan = CachePlan(
         profiles=tuple(map(tuple, profiles)),
@@ -231,10 +249,11 @@ def plan_cache(
         archive_block=archive_format.blocks[-1],
         draft_items=draft_items,
         sliding=sliding,
+        states=states,
     )
     # A pool block is as large as the larger group's pages, and far tokens are most of what a long
     # request holds: so their pages fill a block, but for `ARCHIVE_WASTE` of it.
-    least = (1 - ARCHIVE_WASTE) * plan._stage_window_bytes
+    least = (1 - ARCHIVE_WASTE) * plan._stage_least_bytes
     # Each is asked for itself: how long a page is may change a token's bytes.
     plans = [replace(plan, archive_block=block) for block in archive_format.blocks]
     return next((one for one in plans if one.archive_page_bytes >= least), plans[-1])

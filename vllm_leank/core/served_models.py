@@ -18,6 +18,7 @@ from vllm_leank.core.layers import (
     window_of,
 )
 from vllm_leank.core.pages import MAX_HEAD_DIM
+from vllm_leank.core.states import STATES, count_states, keeps_states
 from vllm_leank.errors import UserError
 
 OTHER = "use another model"
@@ -42,7 +43,9 @@ _STATE_SPACE = (
     "xlstm",
     "zamba",
 )
-"""Beginnings of model types whose layers are not all attention, unless their configs say so."""
+"""Beginnings of model types whose layers are not all attention, unless their configs say so.
+Those of them that are served are in `core/states.py`.
+"""
 
 _STATE_SPACE_ARCHITECTURES = (
     "BailingMoeV2_5ForCausalLM",
@@ -76,7 +79,7 @@ class Attention:
         is_encoder_decoder: it has cross attention.
         is_diffusion: it does not generate one token after the other.
         is_latent: multi-head latent attention (MLA).
-        is_state_space: some layers are no attention.
+        is_state_space: some layers are no attention, and leank does not know their states.
         layers: what is wrong with its layers, a sentence part each: `layer_reasons`.
         unshown: what is wrong with its architecture, the same: of `NOT_IN_CONFIGS`.
         has_soft_cap: logits are capped.
@@ -106,7 +109,7 @@ class Attention:
             is_encoder=kind in _ENCODERS,
             is_encoder_decoder=bool(get("is_encoder_decoder")),
             is_latent=is_latent(config),
-            is_state_space=_is_state_space(get, architectures),
+            is_state_space=not keeps_states(config) and _is_state_space(get, architectures),
             unshown=unshown(architectures),
             has_soft_cap=bool(get("attn_logit_softcapping")),
             has_alibi=bool(get("alibi")) or kind in _ALIBI,
@@ -172,8 +175,14 @@ def layer_reasons(config: Any, window: int | None) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    if others := sorted(set(kinds) - {FULL, SLIDING}):
+    known = {FULL, SLIDING, *STATES} if keeps_states(config) else {FULL, SLIDING}
+    if others := sorted(set(kinds) - known):
         yield f"layers with {', '.join(others)} are not supported"
+    elif states := count_states(config, kinds):
+        if FULL not in kinds:
+            yield "no layer has full attention, so nothing grows with the context"
+        if SLIDING in kinds or window:
+            yield f"sliding layers beside {states} that keep states are not supported"
     elif FULL not in kinds or (SLIDING not in kinds and window):
         yield (
             f"sliding-window attention in all of its {len(kinds)} layers keeps nothing that leank "

@@ -7,6 +7,7 @@ from vllm_leank.core.formats import NATIVE, ArchiveFormat, find_format, formats_
 from vllm_leank.core.layers import SlidingLayers
 from vllm_leank.core.options import Options
 from vllm_leank.core.plan import CachePlan, plan_cache
+from vllm_leank.core.states import StateLayers
 from vllm_leank.core.window import Window, whole_pages
 from vllm_leank.errors import UserError
 from vllm_leank.mask.mask import Mask
@@ -35,6 +36,7 @@ def plan_settings(
     draft_items: int = 0,
     stages: Sequence[int] | None = None,
     sliding: SlidingLayers | None = None,
+    states: StateLayers | None = None,
 ) -> Settings:
     """The settings of a mask and options; see `plan_cache` for the rest.
 
@@ -51,6 +53,7 @@ def plan_settings(
         draft_items=draft_items,
         stages=stages,
         sliding=sliding,
+        states=states,
     )
     return Settings(mask, _window(options, mask), plan)
 

@@ -7,7 +7,7 @@ import vllm.envs as envs
 
 from vllm_leank.core.capacity import EIGHT_BIT_CACHE
 from vllm_leank.core.formats import find_format
-from vllm_leank.core.layers import sliding_layers
+from vllm_leank.core.layers import layer_kinds, sliding_layers
 from vllm_leank.core.options import (
     KEY,
     OptionError,
@@ -17,6 +17,7 @@ from vllm_leank.core.options import (
     read_options,
 )
 from vllm_leank.core.served_models import Attention, is_latent, unshown
+from vllm_leank.core.states import count_states, keeps_states
 from vllm_leank.errors import UserError
 from vllm_leank.serving.flags import refused_flags
 from vllm_leank.serving.last_word import say_it_last
@@ -24,6 +25,7 @@ from vllm_leank.serving.vllm.backend_name import is_selected
 from vllm_leank.serving.vllm.config import cache_dtype
 from vllm_leank.serving.vllm.draft_model import draft_with, has_draft, is_draft
 from vllm_leank.serving.vllm.prompt_lengths import request_prompt_lengths
+from vllm_leank.serving.vllm.states import hook_states
 from vllm_leank.serving.vllm.statistics import hook_metrics
 from vllm_leank.serving.vllm.streaming_input import refuse_streaming_input
 
@@ -37,6 +39,8 @@ LEAST_CAPABILITY = (8, 0)
 
 LAYOUT = "BLHNC"
 """How vLLM lays out the cache: blocks outermost."""
+
+STATES = "layers that keep states"
 
 DRAFTERS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 """Speculative methods that take their drafts from text, or from a model of its own."""
@@ -93,6 +97,8 @@ def check_config(vllm_config: "VllmConfig") -> None:
     from vllm_leank.serving.settings import attach_settings
 
     attach_settings(vllm_config, settings)
+    if settings.plan.states is not None:
+        hook_states()
     if has_draft(vllm_config):
         draft_with(vllm_config, vllm_config.attention_config.backend)
     hook_metrics(publish)
@@ -132,8 +138,8 @@ def _models(vllm_config: "VllmConfig") -> Iterator[str]:
         draft = vllm_config.speculative_config.draft_model_config
         other = "use another draft model in --speculative-config"
         reasons = list(_attention(draft).refusals(other))
-        if not reasons and sliding_layers(draft.hf_text_config):
-            reasons = [f"a draft model with sliding layers is not supported; {other}"]
+        if not reasons and (kind := _other_layers(draft)):
+            reasons = [f"a draft model with {kind} is not supported; {other}"]
         yield from reasons
 
 
@@ -158,14 +164,15 @@ def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
 
 def _attention(model: "ModelConfig") -> Attention:
     """What vLLM says of a model's attention."""
-    told = Attention.of(model.hf_text_config)
+    text = model.hf_text_config
+    told = Attention.of(text)
     return Attention(
         model.get_head_size(),
         is_encoder_decoder=model.is_encoder_decoder,
         is_diffusion=model.is_diffusion,
         # Of some that have it, vLLM keeps what comes out of the latent.
-        is_latent=model.use_mla or is_latent(model.hf_text_config),
-        is_state_space=model.is_hybrid or model.is_attention_free,
+        is_latent=model.use_mla or is_latent(text),
+        is_state_space=model.is_attention_free or (model.is_hybrid and not keeps_states(text)),
         layers=told.layers,
         unshown=unshown(model.architectures),
         has_soft_cap=told.has_soft_cap,
@@ -175,28 +182,41 @@ def _attention(model: "ModelConfig") -> Attention:
 
 
 def _mixed(config: "VllmConfig", options: Options) -> Iterator[str]:
-    """What does not go together with sliding layers beside served ones."""
+    """What does not go together with sliding layers, or such that keep states, beside served
+    ones.
+    """
     from vllm.platforms import current_platform
 
-    if sliding_layers(config.model_config.hf_text_config) is None:
+    if (kind := _other_layers(config.model_config)) is None:
         return
     if current_platform.is_cuda():
-        yield "models with sliding layers are served on CPU only: on a GPU that was never tried"
+        yield f"models with {kind} are served on CPU only: on a GPU that was never tried"
     if options.prefill == "pruned":
         yield (
-            'the option prefill "pruned" is for models without sliding layers: remove it from '
+            f'the option prefill "pruned" is for models without {kind}: remove it from '
             "--additional-config"
         )
     if config.parallel_config.pipeline_parallel_size > 1:
         yield (
-            "pipeline parallelism is for models without sliding layers: remove "
-            "--pipeline-parallel-size"
+            f"pipeline parallelism is for models without {kind}: remove --pipeline-parallel-size"
         )
-    if has_draft(config):
+    if kind == STATES and config.speculative_config is not None:
+        yield f"speculative decoding is for models without {kind}: remove --speculative-config"
+    elif has_draft(config):
         yield (
-            "a draft model is for models without sliding layers: use another method in "
+            f"a draft model is for models without {kind}: use another method in "
             "--speculative-config"
         )
+    if kind == STATES and config.cache_config.enable_prefix_caching:
+        yield f"prefix caching is for models without {kind}: add --no-enable-prefix-caching"
+
+
+def _other_layers(model: "ModelConfig") -> str | None:
+    """What other layers than those with full attention a model has, in words."""
+    text = model.hf_text_config
+    if count_states(text, layer_kinds(text)):
+        return STATES
+    return None if sliding_layers(text) is None else "sliding layers"
 
 
 def _flags(config: "VllmConfig") -> Iterator[str]:

@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.options import OptionError
 from vllm_leank.core.pages import CacheLayout
+from vllm_leank.core.states import StateLayers
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.channels import LayerChannels, layer_channels
 from vllm_leank.kernels.codecs import codec_of
@@ -23,6 +24,7 @@ from vllm_leank.serving.page_backends import window_backend
 from vllm_leank.serving.settings import load_settings
 from vllm_leank.serving.step import attend_layer
 from vllm_leank.serving.vllm.config import layer_index, most_decode_rows
+from vllm_leank.serving.vllm.states import is_state
 
 logger = init_logger("vllm.leank.impl")
 
@@ -94,7 +96,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         check_kind(name, layer)
         _check_layer(name, layer, self._layout)
         if index in settings.plan.first_layers:
-            check_all_layers(self._context, settings.mask.geometry)
+            check_all_layers(self._context, settings.mask.geometry, settings.plan.states)
         heads = settings.plan.rank_heads(rank)
         channels = layer_channels(*settings.mask.layer(index, heads))
         self._take_pages(layer, channels, settings.plan.layer(0, rank))
@@ -201,18 +203,29 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         return self._archive.part(self._offset, self._layout, codec.dtype(dtype))
 
 
-def check_all_layers(context: dict[str, Any], geometry: Geometry) -> None:
+def check_all_layers(
+    context: dict[str, Any], geometry: Geometry, states: StateLayers | None = None
+) -> None:
     """Refuse a model whose code does not take its layers for what its config says.
 
     Args:
         context: vLLM's forward context, the model's layers by name.
-        geometry: says which layers are served; all others slide.
+        geometry: says which layers are served; all others slide, or keep states.
+        states: says how many layers keep states.
 
     Raises:
         OptionError: names the first such layer.
     """
+    found, expected = sum(map(is_state, context.values())), 0 if states is None else states.count
+    if found != expected:
+        raise OptionError(
+            f"leank: {found} layers keep states, but the model's config says {expected}; serve "
+            "this model without --attention-backend leank"
+        )
     for name, layer in context.items():
         if not isinstance(layer, AttentionLayerBase) or isinstance(layer, Archive):
+            continue
+        if is_state(layer):
             continue
         if isinstance(getattr(layer, "impl", None), LeanKImpl):
             continue

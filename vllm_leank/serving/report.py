@@ -103,14 +103,23 @@ def beyond_calibration(mask: Mask, max_model_len: int) -> str | None:
 
 def _layers(settings: Settings) -> list[str]:
     """Which layers are served, where some are not."""
-    geometry, sliding = settings.mask.geometry, settings.plan.sliding
-    if sliding is None:
-        return []
-    return [
+    geometry, sliding, states = settings.mask.geometry, settings.plan.sliding, settings.plan.states
+    served = (
         f"leank layers: serves {len(geometry.layers)} of {geometry.num_layers} layers, those with "
-        f"full attention; {sliding.count} sliding layers stay vLLM's, with the last "
-        f"{sliding.window:,} tokens"
-    ]
+        "full attention; "
+    )
+    lines = []
+    if sliding is not None:
+        lines.append(
+            f"{served}{sliding.count} sliding layers stay vLLM's, with the last "
+            f"{sliding.window:,} tokens"
+        )
+    if states is not None:
+        lines.append(
+            f"{served}the states of {states.count} layers stay vLLM's, {states.state_bytes:,} "
+            "bytes of each layer and request"
+        )
+    return lines
 
 
 def _kept(mask: Mask) -> str:

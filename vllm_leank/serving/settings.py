@@ -3,13 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.core.layers import sliding_layers
+from vllm_leank.core.layers import layer_kinds, sliding_layers
 from vllm_leank.core.options import Options
 from vllm_leank.core.pages import window_token_bytes
+from vllm_leank.core.states import StateLayers, count_states
 from vllm_leank.mask.lookup import resolve_mask
 from vllm_leank.mask.settings import Settings, plan_settings
 from vllm_leank.serving.vllm.config import stage_layers
 from vllm_leank.serving.vllm.draft_model import has_draft
+from vllm_leank.serving.vllm.states import state_bytes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,6 +45,7 @@ def resolve_settings(vllm_config: "VllmConfig", options: Options) -> Settings:
         _draft_items(vllm_config),
         [len(served.intersection(stage)) for stage in stage_layers(vllm_config)],
         sliding_layers(model.hf_text_config),
+        _state_layers(vllm_config),
     )
 
 
@@ -62,6 +65,12 @@ def load_settings(vllm_config: "VllmConfig") -> Settings:
     """What `attach_settings` attached to the config."""
     settings: Settings = _holder(vllm_config).__dict__[_ATTACHED]
     return settings
+
+
+def _state_layers(vllm_config: "VllmConfig") -> StateLayers | None:
+    text = vllm_config.model_config.hf_text_config
+    count = count_states(text, layer_kinds(text))
+    return StateLayers(count, state_bytes(vllm_config)) if count else None
 
 
 def _holder(vllm_config: "VllmConfig") -> Any:

@@ -1,0 +1,77 @@
+"""Models with layers that keep states beside served ones: plain vLLM and the oracle agree."""
+
+import os
+
+import pytest
+from engines import engine
+from mask_samples import coded_mask, full_mask
+from state_models import KINDS, MODELS, NATIVE_ROPE, STATE, save_state
+from test_engine_answers import assert_same, prompts_of
+from test_engine_sliding import LIMITS, PROMPTS, assert_as_defined, kept_mask
+
+pytestmark = pytest.mark.engine
+
+BLOCKS = 21
+
+
+@pytest.fixture(scope="module")
+def granite(tmp_path_factory):
+    return save_state("granitemoehybrid", tmp_path_factory.mktemp("granite"))
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_architectures(model_type, tmp_path):
+    """A full mask answers like plain vLLM, in chunks; another as defined."""
+    model = save_state(model_type, tmp_path)
+    args = LIMITS | (NATIVE_ROPE if model_type == "lfm2" else {})
+    with engine(model, **args) as plain:
+        expected = plain.generate(PROMPTS, 40)
+    with engine(model, full_mask(model), max_num_batched_tokens=100, **args) as leank:
+        assert_same(leank.generate(PROMPTS, 40), expected, 1e-4)
+    mask = kept_mask(model)
+    with engine(model, mask, **args) as leank:
+        assert_as_defined(model, mask, leank, PROMPTS, leank.generate(PROMPTS, 40))
+
+
+@pytest.mark.parametrize("mask_of", [kept_mask, coded_mask])
+def test_a_tight_pool_full_of_nan(granite, mask_of):
+    """Chunks and preemption, where memory that nobody may read is NaN."""
+    mask, prompts = mask_of(granite), prompts_of([150, 128, 9, 30, 31, 32])
+    with engine(
+        granite, mask, max_num_batched_tokens=100, max_model_len=256,
+        num_gpu_blocks_override=BLOCKS,
+    ) as leank:  # fmt: skip
+        assert leank.plan.blocks_in_prefill(leank.window, 256, 100) < BLOCKS
+        leank.poison(leank.block_pool.blocks)
+        leank.poison_freed_blocks()
+        preempted = leank.watch_preemptions()
+        assert_as_defined(granite, mask, leank, prompts, leank.generate(prompts, 70))
+        pool = leank.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    assert preempted
+
+
+def test_what_requests_hold_is_what_is_planned(granite):
+    """In prompts and answers, with vLLM's own groups of states."""
+    (prompt,) = prompts_of([300])
+    with engine(granite, kept_mask(granite), **LIMITS) as leank:
+        plan, held = leank.plan, leank.watch_blocks_held()
+        assert plan.states.count == KINDS.count(STATE)
+        block = leank.core.model_executor.driver_worker.model_runner.kv_cache_config
+        assert {one.block_stride for one in block.kv_cache_tensors} == {plan.block_bytes}
+        leank.generate([prompt], 70)
+    in_answer = max(blocks for tokens, blocks in held if tokens > 310)
+    planned = plan.blocks_in_decode(leank.window, 370)
+    assert planned - 3 <= in_answer <= planned
+    assert max(blocks for _, blocks in held) <= plan.blocks_in_prefill(leank.window, 370, 4096)
+
+
+@pytest.mark.skipif(not os.environ.get("LEANK_PARALLEL"), reason="slow: set LEANK_PARALLEL=1")
+def test_two_ranks_answer_like_one(granite, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    for mask in (kept_mask(granite), coded_mask(granite)):
+        with engine(granite, mask, **LIMITS) as leank:
+            expected = leank.generate(PROMPTS, 70)
+        split = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+        with engine(granite, mask, **split, **LIMITS) as leank:
+            assert_same(leank.generate(PROMPTS, 70), expected, 5e-3)

@@ -1,0 +1,133 @@
+"""Layers that keep states: what a plan makes of them, and that vLLM counts the same."""
+
+import json
+
+import pytest
+from archive_definition import plan_of
+from mask_samples import full_mask, geometry_of
+from mixed_models import save_mixed
+from state_models import KINDS, MODELS, STATE, save_state
+from test_refusals import config_of as any_config_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vllm_leank.core.capacity import dense_capacity, leank_capacity
+from vllm_leank.core.layers import state_layers
+from vllm_leank.core.states import StateLayers
+from vllm_leank.core.window import Window
+from vllm_leank.errors import UserError
+from vllm_leank.mask.file import save_mask
+from vllm_leank.offline.context import Context, read_prompt
+from vllm_leank.serving.impl import check_all_layers
+from vllm_leank.serving.report import describe
+from vllm_leank.serving.serve_line import examine
+from vllm_leank.serving.settings import load_settings
+
+
+@pytest.fixture(scope="module")
+def granite(tmp_path_factory):
+    return save_state("granitemoehybrid", tmp_path_factory.mktemp("granite"))
+
+
+def config_of(model, options, **args):
+    return any_config_of(model, options, **({"enable_prefix_caching": False} | args))
+
+
+def options_of(model):
+    path = model / "mask.yaml"
+    save_mask(full_mask(model), path, overwrite=True)
+    return {"mask": str(path)}
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_states_are_as_large_as_vllms(model_type, tmp_path):
+    model = save_state(model_type, tmp_path)
+    config, options = AutoConfig.from_pretrained(model), options_of(model)
+    count = len(KINDS) if model_type == "falcon_h1" else KINDS.count(STATE)
+    for tp_size in (1, 2, 4):
+        args = {"tensor_parallel_size": tp_size, "distributed_executor_backend": "mp"}
+        found = load_settings(config_of(model, options, dtype="float32", **args)).plan.states
+        assert found == state_layers(config, 4, tp_size)
+        assert found.count == count
+    wider = config_of(model, options, dtype="bfloat16", mamba_ssm_cache_dtype="float32")
+    narrow = config_of(model, options, dtype="bfloat16")
+    sizes = [load_settings(one).plan.states.state_bytes for one in (wider, narrow)]
+    assert sizes[1] == state_layers(config, 2, 1).state_bytes
+    assert (sizes[1] < sizes[0]) == (model_type != "lfm2")  # which has convolutions alone
+
+
+def test_the_log_says_whose_the_layers_are(granite):
+    line, *_ = describe(load_settings(config_of(granite, options_of(granite), dtype="float32")))
+    assert line == (
+        "leank layers: serves 2 of 6 layers, those with full attention; the states of 4 layers "
+        "stay vLLM's, 19,840 bytes of each layer and request"
+    )
+
+
+def test_capacity_counts_states():
+    window, pool = Window(64, 256), 1 << 30
+    alone = plan_of([[128, 128]] * 4, 128, 2)
+    small = plan_of([[128, 128]] * 4, 128, 2, states=StateLayers(20, 50_000))
+    large = plan_of([[128, 128]] * 4, 128, 2, states=StateLayers(20, 2_000_000))
+    token = 4 * 2 * 2 * 128 * 2
+    for plan, kept in ((alone, 0), (small, 20 * 50_000), (large, 20 * 2_000_000)):
+        found = dense_capacity(plan, pool, 32768).in_decode
+        assert found == pytest.approx(pool / (32768 * token + kept))
+    # A block holds the window pages of four layers, so two states.
+    assert small.block_bytes == alone.block_bytes == 32 * token
+    held = [plan.blocks_in_decode(window, 32768) for plan in (alone, small, large)]
+    assert held[1] - held[0] == 10
+    # A large state is a block, and archive pages grow with it; window pages do not.
+    assert large.block_bytes == max(2_000_000, large.archive_page_bytes)
+    assert large.archive_block > alone.archive_block
+    freed = len(window.free_tokens(32768, 0))
+    assert held[2] == large.blocks_held(window, 32768, freed) + 20
+    capacities = [leank_capacity(one, window, pool, 32768).in_prefill for one in (small, large)]
+    assert capacities[0] > 3 * capacities[1]
+
+
+def test_granite_without_positions_has_no_rope(granite, tmp_path):
+    assert geometry_of(granite).rope_theta is None
+    config = json.loads((granite / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"position_embedding_type": "rope"}))
+    assert geometry_of(tmp_path).rope_theta == 10000
+
+
+STATES = {
+    "prefix caching": ({}, {"enable_prefix_caching": True}, "add --no-enable-prefix-caching"),
+    "pruned prompts": ({"prefill": "pruned"}, {}, 'the option prefill "pruned" is for models'),
+    "pipeline": ({}, {"pipeline_parallel_size": 2}, "remove --pipeline-parallel-size"),
+    "speculation": (
+        {},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "speculative decoding is for models without layers that keep states: remove",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "flags", "message"), STATES.values(), ids=STATES)
+def test_what_does_not_go_with_states(granite, options, flags, message):
+    with pytest.raises(ValueError, match=f"(?s)leank cannot serve this.*{message}"):
+        config_of(granite, options_of(granite) | options, **flags)
+
+
+def test_doctor_names_the_flag(granite):
+    given = ["--additional-config", json.dumps({"leank": options_of(granite)})]
+    line = [str(granite), "--attention-backend", "leank", "--skip-tokenizer-init", *given]
+    (reason,) = examine(line).reasons  # vLLM's default
+    assert "add --no-enable-prefix-caching" in reason
+    assert examine([*line, "--no-enable-prefix-caching"]).reasons == ()
+
+
+def test_prompts_are_not_read_in_parts(granite):
+    """Whose states would be lost between them."""
+    model = AutoModelForCausalLM.from_pretrained(granite)
+    context = Context(geometry_of(granite))
+    with pytest.raises(UserError, match="layers that keep states are not read in parts"):
+        read_prompt(model, context, [1, 2, 3], 2)
+
+
+def test_layers_that_keep_states_are_what_the_config_says(granite, tmp_path):
+    geometry = geometry_of(save_mixed("gemma3_text", tmp_path))
+    check_all_layers({}, geometry)
+    with pytest.raises(ValueError, match="0 layers keep states, but the model's config says 4"):
+        check_all_layers({}, geometry, StateLayers(4, 64))
