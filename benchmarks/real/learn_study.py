@@ -1,0 +1,186 @@
+r"""What the second stage of `leank mask learn` makes of a mask on a real model, by where it starts.
+
+    PYTHONPATH=benchmarks python -m real.learn_study --model models/qwen-1.5b --steps 400 \
+        --second 100 --rates 0.01,0.002 --masks masks --out learn_study.json
+
+Starts are the factors of a first stage (`learned`) and the ranks of channels by what reading them
+as 0 costs (`fisher`). From each, second stages are run at several rates. What is told of each mask
+is the loss on held-out samples with far keys as the mask would have them served, before and after,
+and the losses of training. Masks are written for `leank verify` and `real.kl`.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+
+from vllm_leank.bench.machine import head_commit, machine
+from vllm_leank.errors import UserError
+from vllm_leank.learn.data import Data, Source
+from vllm_leank.learn.distillation import Distiller
+from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, run_stage
+from vllm_leank.mask.checkpoint import DTYPES
+from vllm_leank.mask.file import save_mask
+from vllm_leank.offline.calibrate_bits import BY_SQUARE, measure
+from vllm_leank.offline.calibration_prompts import calibration_prompts
+from vllm_leank.offline.mask_request import MaskRequest
+from vllm_leank.offline.prompts import Sample
+
+HELD_OUT = 1_000_000
+"""Number of the first held-out sample: training does not get so far."""
+
+CONSOLE = Console(stderr=True, highlight=False)
+
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass
+class Study:
+    """The runs, and what is known of them so far."""
+
+    args: argparse.Namespace
+    request: MaskRequest
+    distiller: Distiller
+    source: Source
+    held_out: list[Sample]
+    device: torch.device
+    results: dict[str, Any] = field(default_factory=lambda: {"masks": []})
+
+    def judge(self, name: str, scores: Scores, **detail: Any) -> None:
+        """Tell of the mask of these scores `[L, H, D]`, and write it."""
+        mask = self.request.mask(scores, {"method": "learn", "study": name})
+        keep = torch.tensor(mask.keep, device=self.device)
+        with torch.no_grad():
+            losses = [
+                float(self.distiller.loss(sample, keep.float(), ~keep.any(-1)))
+                for sample in self.held_out
+            ]
+        row = {"name": name, "loss": round(float(np.mean(losses)), 6), **detail}
+        self.results["masks"].append(row)
+        CONSOLE.print(f"{name}: held-out loss {row['loss']:.4f} as served")
+        if self.args.masks:
+            self.args.masks.mkdir(parents=True, exist_ok=True)
+            file = self.args.masks / f"{name.replace(' ', '_')}.yaml"
+            save_mask(mask, file, overwrite=True)
+
+    def train(self, name: str, stage: Stage, factors: torch.Tensor) -> Progress:
+        """Run a stage from these factors `[L, H, D]`."""
+        progress = Progress.start(factors)
+        begin = time.monotonic()
+
+        def on_step() -> None:
+            if progress.step % 10 == 0:
+                last, seconds = np.mean(progress.losses[-10:]), time.monotonic() - begin
+                CONSOLE.print(f"{name}: step {progress.step}, loss {last:.4f}, {seconds:.0f} s")
+
+        run_stage(stage, progress, self.distiller, self.source, on_step=on_step)
+        return progress
+
+    def run(self, cost: Scores, write: Callable[[], None]) -> None:
+        """Everything, from the cost `[L, H, D]` of reading channels as 0."""
+        recipe = Recipe(steps=self.args.steps)
+        selection = Selection(self.request.ratio, self.request.align)
+        self.judge("fisher", cost)
+        first = self.train(
+            "first stage", recipe.first(), torch.ones(cost.shape, device=self.device)
+        )
+        self.judge("learned", first.scores(), losses=_rounded(first.losses))
+        write()
+        starts = {"learned": first.factors.detach(), "fisher": ranks(cost).to(self.device)}
+        for start, factors in starts.items():
+            for rate in self.args.rates:
+                name = f"{start} second {rate:g}"
+                stage = Stage(self.args.second, rate, 0.0, selection, self.args.steps)
+                progress = self.train(name, stage, factors)
+                self.judge(name, progress.scores(), losses=_rounded(progress.losses))
+                write()
+
+
+def ranks(cost: Scores) -> torch.Tensor:
+    """Factors `[L, H, D]` from 0 to 1, equally far apart, that rank channels as their costs do."""
+    place = cost.argsort(axis=None, kind="stable").argsort(kind="stable")
+    return torch.from_numpy(place.reshape(cost.shape) / max(cost.size - 1, 1)).float()
+
+
+def _rounded(losses: Sequence[float]) -> list[float]:
+    return [round(loss, 6) for loss in losses]
+
+
+def main() -> None:
+    """Run the study."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", required=True, help="directory of the model")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--masks", type=Path, help="folder for the masks")
+    parser.add_argument("--ratio", type=float, default=0.7)
+    parser.add_argument("--steps", type=int, default=400, help="of the first stage")
+    parser.add_argument("--second", type=int, default=100, help="steps of each second stage")
+    parser.add_argument("--rates", default="0.01,0.002", help="of second stages, with commas")
+    parser.add_argument("--min-tokens", type=int, default=4096)
+    parser.add_argument("--max-tokens", type=int, default=8192)
+    parser.add_argument("--held-out", type=int, default=16, help="samples to judge by")
+    parser.add_argument("--prompts", type=int, help="to calibrate on; by default as `leank`")
+    parser.add_argument("--sink", type=int, default=64)
+    parser.add_argument("--recent", type=int, default=256)
+    parser.add_argument("--device", help="cpu or cuda; by default the GPU")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="of the code measured; asked of git when not given")
+    args = parser.parse_args()
+    try:
+        study(args)
+    except (UserError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def study(args: argparse.Namespace) -> None:
+    """The study that the options ask for.
+
+    Raises:
+        UserError: the model or an option cannot be used.
+    """
+    args.rates = [float(rate) for rate in args.rates.split(",")]
+    request = MaskRequest.open(
+        args.model, None, ratio=args.ratio, align=32, sink=args.sink, recent=args.recent
+    )
+    checkpoint, window = request.checkpoint, request.window
+    data = Data(min_tokens=args.min_tokens, max_tokens=args.max_tokens)
+    source, _ = data.open(checkpoint, window, args.seed)
+    device = checkpoint.place(args.device, args.dtype)
+    model = checkpoint.load(args.dtype, device)
+    prompts = calibration_prompts(
+        checkpoint, None, window, max_tokens=args.max_tokens, count=args.prompts, seed=args.seed
+    )
+    measured = measure(model, prompts, window, args.seed)
+    held_out = [source(HELD_OUT + i) for i in range(args.held_out)]
+    found = Study(args, request, Distiller(model, window), source, held_out, model.device)
+    found.results |= {
+        "what": "held-out distillation loss of masks as served, by how they were found",
+        "command": shlex.join(["python", "-m", "real.learn_study", *sys.argv[1:]]),
+        "commit": args.commit or head_commit(),
+        "machine": machine(),
+        "model": checkpoint.id,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "window": {"sink": window.sink, "recent": window.recent},
+        "fisher": {"score": BY_SQUARE, **prompts.provenance},
+    }
+    cost = measured.sensitivities.key * measured.statistics.k_square
+    found.run(cost, lambda: _write(args.out, found.results))
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
