@@ -28,7 +28,7 @@ NEEDS_TORCHVISION = ", not run so far: needs torchvision"
 TESTED = {
     "LlamaForCausalLM": ("Llama 3.1, 3.2, 3.3", ALL, "most engine tests; real models on GPUs"),
     "Qwen2ForCausalLM": ("Qwen 2, 2.5", ALL, "real models on GPUs"),
-    "Gemma3ForCausalLM": ("Gemma 3", FULL, ENGINE),
+    "Gemma3ForCausalLM": ("Gemma 3", FULL, ENGINE + "; the real 270M"),
     "Cohere2ForCausalLM": ("Command R7B, Command A", FULL, ENGINE),
     "MistralForCausalLM": ("Mistral, Ministral", FULL, ENGINE),
     "Exaone4ForCausalLM": ("EXAONE 4", FULL, ENGINE),
