@@ -29,6 +29,17 @@ def softmax(scores: torch.Tensor, sink_scores: torch.Tensor | None) -> torch.Ten
     return weights * tokens_share(scores.logsumexp(-1, keepdim=True), sink_scores)
 
 
+def sinks_of_rows(
+    sink_scores: torch.Tensor | None, num_kv_heads: int, queries: int
+) -> torch.Tensor | None:
+    """Sinks `[num_heads]` as `[num_kv_heads, group * queries, 1]`, where the queries of all heads
+    of a group follow each other, head by head; None: there are none.
+    """
+    if sink_scores is None:
+        return None
+    return sink_scores.repeat_interleave(queries).view(num_kv_heads, -1, 1)
+
+
 def with_sink_token(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -185,6 +185,20 @@ def test_vllm_counts_a_request_of_full_length_as_it_is_in_prefill():
         cache_configs(plan, WINDOW, plan.block_bytes * blocks, LENGTH)
 
 
+def config_of_one_request(plan):
+    """vLLM's cache for one request, whose blocks it counts as the plan does."""
+    config = vllm_config(LENGTH)
+    blocks = plan.blocks_in_prefill(WINDOW, LENGTH, config.max_in_flight_tokens)
+    # One more block: vLLM keeps one for itself.
+    (found,) = cache_configs(plan, WINDOW, plan.block_bytes * (blocks + 1), LENGTH)
+    assert found.num_blocks == blocks + 1
+    concurrency = get_max_concurrency_for_kv_cache_config(config, found)
+    assert concurrency == (blocks + 1) / blocks
+    kinds = Counter(type(layer_specs(group)[0]) for group in found.kv_cache_groups)
+    assert kinds[ArchiveSpec] == kinds[WindowSpec] == 1
+    return found
+
+
 @pytest.mark.parametrize("make", MASKS)
 def test_pages_of_sliding_layers_lie_in_the_same_blocks(make):
     """In groups of their own, which make no block larger, counted as vLLM counts them."""
@@ -194,15 +208,7 @@ def test_pages_of_sliding_layers_lie_in_the_same_blocks(make):
         sliding = SlidingLayers(rng.randint(1, 60), rng.choice([1, 32, 100, 1024, 100_000]))
         made = plan_of(mask, HEAD_DIM, 2, archive_format=rng.choice(known_formats()))
         plan = replace(made, sliding=sliding)
-        config = vllm_config(LENGTH)
-        blocks = plan.blocks_in_prefill(WINDOW, LENGTH, config.max_in_flight_tokens)
-        # One more block: vLLM keeps one for itself.
-        (found,) = cache_configs(plan, WINDOW, plan.block_bytes * (blocks + 1), LENGTH)
-        assert found.num_blocks == blocks + 1
-        concurrency = get_max_concurrency_for_kv_cache_config(config, found)
-        assert concurrency == (blocks + 1) / blocks
-        kinds = Counter(type(layer_specs(group)[0]) for group in found.kv_cache_groups)
-        assert kinds[ArchiveSpec] == kinds[WindowSpec] == 1
+        found = config_of_one_request(plan)
         assert found.needs_kv_cache_zeroing
         for group in pages(found):
             group.sort(key=lambda page: page[0])
@@ -218,15 +224,7 @@ def test_states_lie_in_the_same_blocks(make):
         mask = make(rng, rng.choice([1, 2, 4, 10]), rng.choice([1, 2, 4]))
         states = StateLayers(rng.randint(1, 60), size)
         plan = plan_of(mask, HEAD_DIM, 2, archive_format=rng.choice(known_formats()), states=states)
-        config = vllm_config(LENGTH)
-        blocks = plan.blocks_in_prefill(WINDOW, LENGTH, config.max_in_flight_tokens)
-        # One more block: vLLM keeps one for itself.
-        (found,) = cache_configs(plan, WINDOW, plan.block_bytes * (blocks + 1), LENGTH)
-        assert found.num_blocks == blocks + 1
-        concurrency = get_max_concurrency_for_kv_cache_config(config, found)
-        assert concurrency == (blocks + 1) / blocks
-        kinds = Counter(type(layer_specs(group)[0]) for group in found.kv_cache_groups)
-        assert kinds[ArchiveSpec] == kinds[WindowSpec] == 1
+        found = config_of_one_request(plan)
         for group in pages(found):
             assert max(end for _, end, _ in group) <= plan.block_bytes
 

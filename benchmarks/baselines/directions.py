@@ -70,7 +70,6 @@ def measure_directions(
     """
     moments = _Moments(Geometry.from_hf_config(model.config), rotation)
 
-    @dataclass
     class FarProducts(FarSquares):
         def add_key(self, gradient: torch.Tensor) -> torch.Tensor:
             positions = torch.arange(self.places.start, self.places.stop, device=gradient.device)
@@ -139,8 +138,8 @@ class DirectionArchive:
         self, layer: int, first: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V `[B, H, T, D]` of the tokens from `first` on, as the archive gives them back."""
-        found, positions = self.directions, torch.arange(first, first + key.shape[2])
-        positions = positions.to(key.device)
+        found = self.directions
+        positions = torch.arange(first, first + key.shape[2], device=key.device)
 
         def of(numbers: Array) -> torch.Tensor:
             return torch.tensor(numbers[layer], dtype=torch.float32, device=key.device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from vllm_leank.kernels.sinks import softmax
+from vllm_leank.kernels.sinks import sinks_of_rows, softmax
 
 from vllm_leank.core.geometry import Geometry
 
@@ -94,9 +94,7 @@ class CacheHook:
         rows = query.reshape(B, H, -1, D).float() * (D**-0.5 if scaling is None else scaling)
         scores = torch.where(of_key, rows @ stored_key.mT, rows @ key.float().mT)
         hidden = (at_key > at[:, None]).repeat(num_heads // H, 1)
-        sinks = None
-        if sink_scores is not None:
-            sinks = sink_scores.repeat_interleave(T).view(H, -1, 1)
+        sinks = sinks_of_rows(sink_scores, H, T)
         weights = softmax(scores.masked_fill(hidden, float("-inf")), sinks)
         output = (weights * of_value) @ stored_value + (weights * ~of_value) @ value.float()
         return output.view(B, num_heads, T, D).transpose(1, 2).to(query.dtype)

@@ -12,8 +12,6 @@ after each length.
 """
 
 import argparse
-import json
-import shlex
 import sys
 import time
 from collections import defaultdict
@@ -31,7 +29,7 @@ from rich.table import Table
 
 from real.unseen_texts import unseen_prompts, unseen_texts
 from real.variants import GROUPS, Archives, Variant, makers
-from vllm_leank.bench.machine import head_commit, machine
+from vllm_leank.bench.results import header, save_results
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
@@ -125,11 +123,12 @@ class Study:
         variants = [make() for make in makers(archives, _numbers(args.bits, float), groups)]
         dense = round(Unrounded().token_bytes(checkpoint.geometry))
         self.results = {
-            "what": "KL to full attention in nats per token, teacher-forced; caches of others, and "
-            "attention, are simulated",
-            "command": shlex.join(["python", "-m", "real.kl", *sys.argv[1:]]),
-            "commit": args.commit or head_commit(),
-            "machine": machine(),
+            **header(
+                "KL to full attention in nats per token, teacher-forced; caches of others, and "
+                "attention, are simulated",
+                args.commit,
+                "python -m real.kl",
+            ),
             "model": checkpoint.id,
             "dtype": str(model.dtype).removeprefix("torch."),
             "window": {"sink": window.sink, "recent": window.recent},
@@ -258,7 +257,7 @@ def main() -> None:
     def write(results: dict[str, Any]) -> None:
         show(results)
         if args.out:
-            args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            save_results(results, args.out)
 
     try:
         Study(args).run(write)

@@ -10,8 +10,6 @@ and the losses of training. Masks are written for `leank verify` and `real.kl`.
 """
 
 import argparse
-import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +22,7 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 
-from vllm_leank.bench.machine import head_commit, machine
+from vllm_leank.bench.results import header, save_results
 from vllm_leank.errors import UserError
 from vllm_leank.learn.data import Data, Source
 from vllm_leank.learn.distillation import Distiller
@@ -165,21 +163,18 @@ def study(args: argparse.Namespace) -> None:
     held_out = [source(HELD_OUT + i) for i in range(args.held_out)]
     found = Study(args, request, Distiller(model, window), source, held_out, model.device)
     found.results |= {
-        "what": "held-out distillation loss of masks as served, by how they were found",
-        "command": shlex.join(["python", "-m", "real.learn_study", *sys.argv[1:]]),
-        "commit": args.commit or head_commit(),
-        "machine": machine(),
+        **header(
+            "held-out distillation loss of masks as served, by how they were found",
+            args.commit,
+            "python -m real.learn_study",
+        ),
         "model": checkpoint.id,
         "dtype": str(model.dtype).removeprefix("torch."),
         "window": {"sink": window.sink, "recent": window.recent},
         "fisher": {"score": BY_SQUARE, **prompts.provenance},
     }
     cost = measured.sensitivities.key * measured.statistics.k_square
-    found.run(cost, lambda: _write(args.out, found.results))
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    found.run(cost, lambda: save_results(found.results, args.out))
 
 
 if __name__ == "__main__":

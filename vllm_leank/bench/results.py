@@ -21,11 +21,13 @@ class CorrectnessError(UserError):
     """What was to be measured gives wrong results, so there is nothing to report."""
 
 
-def header(what: str, commit: str | None = None) -> dict[str, Any]:
-    """The first entries of every result file; `commit` is asked of git when it is not given."""
+def header(what: str, commit: str | None = None, program: str = "leank") -> dict[str, Any]:
+    """The first entries of every result file; `commit` is asked of git when it is not given, and
+    `program` is what was called, with this process's arguments.
+    """
     return {
         "what": what,
-        "command": shlex.join(["leank", *sys.argv[1:]]),
+        "command": shlex.join([*program.split(), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "vllm_leank": __version__,
         "commit": commit or head_commit(),

@@ -64,11 +64,20 @@ def sliding_layers(config: Any) -> SlidingLayers | None:
     return SlidingLayers(count, required(fields_of(config), "sliding_window")) if count else None
 
 
+def count_state_layers(config: Any) -> int:
+    """How many layers of a decoder keep states.
+
+    Raises:
+        UserError: the config contradicts itself.
+    """
+    return count_states(config, layer_kinds(config))
+
+
 def state_layers(config: Any, itemsize: int, tp_size: int) -> StateLayers | None:
     """The layers of a decoder that keep states, of numbers of `itemsize` bytes; None where there
     are none.
     """
-    count = count_states(config, layer_kinds(config))
+    count = count_state_layers(config)
     return StateLayers(count, itemsize * state_items(config, tp_size)) if count else None
 
 

@@ -16,8 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.core.layers import layer_kinds
-from vllm_leank.core.states import count_states
+from vllm_leank.core.layers import count_state_layers
 from vllm_leank.errors import UserError
 from vllm_leank.offline.plain_attention import plain_attention
 
@@ -97,7 +96,7 @@ def hooked_attention(
             layer does another attention than its config says.
     """
     layers = Geometry.from_hf_config(model.config).layers
-    if context is not None and count_states(model.config, layer_kinds(model.config)):
+    if context is not None and count_state_layers(model.config):
         raise UserError(
             "prompts of models with layers that keep states are not read in parts yet, which this "
             "needs: choose channels with leank mask calibrate --ratio RATIO --score energy"

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from vllm_leank.core.window import Window
-from vllm_leank.kernels.sinks import softmax
+from vllm_leank.kernels.sinks import sinks_of_rows, softmax
 
 SCORES = 1 << 28
 """Attention scores in memory at once, 1 GiB in fp32; more queries are split into blocks."""
@@ -98,9 +98,7 @@ def _attend(
                 scores = torch.where(is_far, far @ k, near @ k).masked_fill(hidden, float("-inf"))
             logits.append(scores)
             parts.append(value)
-    sinks = None
-    if sink_scores is not None:
-        sinks = sink_scores.repeat_interleave(T).view(H, group * T, 1)
+    sinks = sinks_of_rows(sink_scores, H, T)
     weights = softmax(torch.cat(logits, dim=-1), sinks)  # [B, H, group * T, S]
     shares = weights.split([value.shape[2] for value in parts], dim=-1)
     seen = (share @ value.float() for share, value in zip(shares, parts, strict=True))

@@ -33,8 +33,8 @@ DRAWS = 2
 Observe = Callable[[int, int, torch.Tensor, torch.Tensor], None]
 """Takes layer, first position, K and V `[1, H, T, D]` of far tokens."""
 
-
 Add = Callable[[torch.Tensor], torch.Tensor]
+"""What is summed up of gradients `[H, T, D]` of far tokens."""
 
 
 @dataclass(frozen=True)
@@ -79,44 +79,6 @@ def sensitivities(
     if not (np.isfinite(key).all() and np.isfinite(value).all()):
         raise UserError("gradients of K or V are not finite; try another dtype")
     return Sensitivities(key / passes, value / passes)
-
-
-def far_gradients(
-    model: transformers.PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    window: Window,
-    kind: "type[FarSquares] | None" = None,
-    *,
-    queries: int = QUERIES,
-    draws: int = DRAWS,
-    chunk: int = 4096,
-    seed: int = 0,
-    observe: Observe | None = None,
-) -> "Iterator[FarSquares]":
-    """What is summed up of the gradients of far K and V, for each prompt; as `sensitivities`."""
-    model.requires_grad_(False).eval()
-    context = Context(Geometry.from_hf_config(model.config))
-    far = [ids for ids in prompts if _far(window, len(ids) - queries)]
-    if not far:
-        raise UserError(
-            f"no prompt has far tokens for its last {queries} tokens; give longer prompts, or a "
-            "smaller sink or recent"
-        )
-    for number, ids in enumerate(reading(far, "sensitivity of each channel")):
-        read_prompt(model, context, ids[:-queries], chunk)
-        places = _far(window, context.length)
-        if observe is not None:
-            for layer in range(len(context.geometry.layers)):
-                part = slice(places.start, places.stop)
-                observe(
-                    layer,
-                    places.start,
-                    context.key(layer)[:, :, part],
-                    context.value(layer)[:, :, part],
-                )
-        squares = (kind or FarSquares)(context, window, places)
-        _draw(model, squares, ids[-queries:], draws, [seed, number])
-        yield squares
 
 
 @dataclass
@@ -176,6 +138,50 @@ class FarSquares:
     def add_key(self, gradient: torch.Tensor) -> torch.Tensor:
         """The same of K's."""
         return self.add(gradient)
+
+
+def far_gradients(
+    model: transformers.PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    window: Window,
+    kind: type[FarSquares] = FarSquares,
+    *,
+    queries: int = QUERIES,
+    draws: int = DRAWS,
+    chunk: int = 4096,
+    seed: int = 0,
+    observe: Observe | None = None,
+) -> Iterator[FarSquares]:
+    """What is summed up of the gradients of far K and V, prompt by prompt; see `sensitivities`.
+
+    `kind` is the hook that sums.
+
+    Raises:
+        UserError: as there, but for gradients that are not finite.
+    """
+    model.requires_grad_(False).eval()
+    context = Context(Geometry.from_hf_config(model.config))
+    far = [ids for ids in prompts if _far(window, len(ids) - queries)]
+    if not far:
+        raise UserError(
+            f"no prompt has far tokens for its last {queries} tokens; give longer prompts, or a "
+            "smaller sink or recent"
+        )
+    for number, ids in enumerate(reading(far, "sensitivity of each channel")):
+        read_prompt(model, context, ids[:-queries], chunk)
+        places = _far(window, context.length)
+        if observe is not None:
+            for layer in range(len(context.geometry.layers)):
+                part = slice(places.start, places.stop)
+                observe(
+                    layer,
+                    places.start,
+                    context.key(layer)[:, :, part],
+                    context.value(layer)[:, :, part],
+                )
+        squares = kind(context, window, places)
+        _draw(model, squares, ids[-queries:], draws, [seed, number])
+        yield squares
 
 
 def draw_labels(scores: torch.Tensor, seed: Sequence[int], draw: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import vllm.envs as envs
 
 from vllm_leank.core.capacity import EIGHT_BIT_CACHE
 from vllm_leank.core.formats import find_format
-from vllm_leank.core.layers import layer_kinds, sliding_layers
+from vllm_leank.core.layers import count_state_layers, sliding_layers
 from vllm_leank.core.options import (
     KEY,
     OptionError,
@@ -17,7 +17,7 @@ from vllm_leank.core.options import (
     read_options,
 )
 from vllm_leank.core.served_models import Attention, is_latent, unshown
-from vllm_leank.core.states import count_states, keeps_states
+from vllm_leank.core.states import keeps_states
 from vllm_leank.errors import UserError
 from vllm_leank.serving.flags import refused_flags
 from vllm_leank.serving.last_word import say_it_last
@@ -214,7 +214,7 @@ def _mixed(config: "VllmConfig", options: Options) -> Iterator[str]:
 def _other_layers(model: "ModelConfig") -> str | None:
     """What other layers than those with full attention a model has, in words."""
     text = model.hf_text_config
-    if count_states(text, layer_kinds(text)):
+    if count_state_layers(text):
         return STATES
     return None if sliding_layers(text) is None else "sliding layers"
 

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.core.layers import layer_kinds, sliding_layers
+from vllm_leank.core.layers import count_state_layers, sliding_layers
 from vllm_leank.core.options import Options
 from vllm_leank.core.pages import window_token_bytes
-from vllm_leank.core.states import StateLayers, count_states
+from vllm_leank.core.states import StateLayers
 from vllm_leank.mask.lookup import resolve_mask
 from vllm_leank.mask.settings import Settings, plan_settings
 from vllm_leank.serving.vllm.config import stage_layers
@@ -68,8 +68,7 @@ def load_settings(vllm_config: "VllmConfig") -> Settings:
 
 
 def _state_layers(vllm_config: "VllmConfig") -> StateLayers | None:
-    text = vllm_config.model_config.hf_text_config
-    count = count_states(text, layer_kinds(text))
+    count = count_state_layers(vllm_config.model_config.hf_text_config)
     return StateLayers(count, state_bytes(vllm_config)) if count else None
 
 
