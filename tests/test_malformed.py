@@ -22,7 +22,7 @@ from vllm_leank.mask.lookup import broken_masks, resolve_mask
 from vllm_leank.mask.text import dump_mask, parse_mask
 from vllm_leank.offline.prompts import MAX_LINE, read_prompts, read_samples
 
-STEPS, MEGABYTES, CHARACTERS = 10_000_000, 500, 1000
+STEPS, MEGABYTES, CHARACTERS = 30_000_000, 500, 1000
 """What a refusal may take, of time (below) and of memory, and how long it may be."""
 
 MASK = packed_mask(Geometry(2, 2, 128, 1e4, None))
@@ -31,8 +31,8 @@ TIMES = int(os.environ.get("LEANK_MALFORMED", "1"))
 
 @cache
 def seconds():
-    """What a refusal may take of a processor's time: that of so many steps of an empty loop, half a
-    second on most machines, so that a slow machine is no failure and a reader in n**2 is one.
+    """What a refusal may take of a processor's time: that of so many steps of an empty loop, about
+    a second on most machines, so that a slow machine is no failure and a reader in n**2 is one.
     """
     began = time.thread_time()
     for _ in range(STEPS // 10):
