@@ -43,6 +43,16 @@ def statistics_of(shape: tuple[int, int, int], seed: int = 0) -> Statistics:
     return Statistics(means(), scales(), means(), scales())
 
 
+def bits_mask(geometry: Geometry, bits: int, model: str) -> Mask:
+    """All channels of so many bits."""
+    shape = geometry.shape
+    same = np.full(shape, bits, np.uint8)
+    return Mask.from_bits(
+        same, same, geometry, model=model, provenance={"method": "even"},
+        statistics=statistics_of(shape),
+    )  # fmt: skip
+
+
 def coded_mask(model: Path, seed: int = 0) -> Mask:
     """Heads of 8, 4 and 2 bits, of V alone and of none in turn; 64 channels or a multiple."""
     heads = [

@@ -5,6 +5,7 @@ import socket
 
 import huggingface_hub.constants as hub
 import pytest
+from mask_samples import bits_mask
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
@@ -132,6 +133,17 @@ def test_the_users_masks_win(own):
         resolve_mask(None, "org/model-7b", SHORT)
     assert f"{own / 'mine.yaml'}, {own / 'second.yaml'}; name a mask file" in str(caught.value)
     assert '"mask" in --additional-config' in str(caught.value)
+
+
+def test_of_the_packages_masks_the_most_careful_one_wins(own, tmp_path):
+    package = tmp_path / "package"
+    few, some = (bits_mask(SHORT, bits, "org/model-7b") for bits in (2, 4))
+    save_mask(few, package / "a_few.yaml")
+    assert resolve_mask(None, "org/model-7b", SHORT).path == package / "a_few.yaml"
+    save_mask(some, package / "some.yaml")
+    assert resolve_mask(None, "org/model-7b", SHORT).path == package / "some.yaml"
+    save_mask(few, own / "few.yaml")
+    assert resolve_mask(None, "org/model-7b", SHORT).path == own / "few.yaml"
 
 
 def test_where_masks_were_looked_for(own):

@@ -1,6 +1,6 @@
 """Finds the mask for a model: the file an option names, else one of the user's folder or package's.
 
-A mask in the user's folder wins over those of the package.
+A mask in the user's folder wins over those of the package, and of these the most careful one.
 """
 
 import json
@@ -50,7 +50,7 @@ def resolve_mask(
         return mask
 
     named = find_masks(model, folder)
-    fitting = preferred([mask for mask in named if mask.geometry == geometry])
+    fitting = most_careful(preferred([mask for mask in named if mask.geometry == geometry]))
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -120,6 +120,17 @@ def preferred(masks: list[Mask]) -> list[Mask]:
     """Those of the user's folder if there are any, else all."""
     own = user_folder()
     return [mask for mask in masks if mask.path and mask.path.is_relative_to(own)] or masks
+
+
+def most_careful(masks: list[Mask]) -> list[Mask]:
+    """Of the package's masks the one that changes answers least, codes of most bits before pruned
+    channels; others, such as the user's own, all.
+    """
+    bundled = package_folder()
+    if not all(mask.path and mask.path.is_relative_to(bundled) for mask in masks):
+        return masks
+    care = [(mask.is_packed, mask.bits) for mask in masks]
+    return [mask for mask, one in zip(masks, care, strict=True) if one == max(care)]
 
 
 def find_masks(model: str, folder: Path | None = None) -> list[Mask]:
