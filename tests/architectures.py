@@ -16,7 +16,7 @@ PAGE = ROOT / "docs" / "models.md"
 README = ROOT / "README.md"
 
 ALL = "all layers"
-FULL = "full attention, on CPU"
+FULL = "full attention"
 TEXT = "all layers, for text alone"
 
 ENGINE = "`tests/test_engine_sliding.py`"
@@ -35,7 +35,7 @@ TESTED = {
     "GptOssForCausalLM": ("gpt-oss", FULL, ENGINE),
     "GraniteSWAForCausalLM": ("Granite Swash", FULL, ENGINE),
     "GraniteMoeHybridForCausalLM": ("Granite 4 H", FULL, STATES_ENGINE),
-    "FalconH1ForCausalLM": ("Falcon-H1", "attention, on CPU", STATES_ENGINE),
+    "FalconH1ForCausalLM": ("Falcon-H1", "attention", STATES_ENGINE),
     "Lfm2ForCausalLM": ("LFM2", FULL, STATES_ENGINE),
     "Qwen3MoeForCausalLM": ("Qwen 3 30B-A3B, 235B-A22B", ALL, WHOLE_ENGINE),
     "SmolLM3ForCausalLM": ("SmolLM3", ALL, WHOLE_ENGINE),
@@ -192,9 +192,9 @@ What counts is a model's config, which may differ from others of its architectur
 
 Against plain vLLM with a mask that keeps all, and against the definition with one that does not:
 engines of tiny models with random weights on CPU, real models on GPUs. Of models with sliding
-layers, or with layers that keep states, those with full attention are served, on CPU only: on a GPU
-that was never tried, and is refused. Some layers of Cohere2, EXAONE 4 and SmolLM3 have no RoPE;
-masks know which these are.
+layers, or with layers that keep states, those with full attention are served. Tiny ones of Gemma 3,
+gpt-oss, Granite 4 H and LFM2 run on a GPU as well (`tests/test_gpu_mixed.py`), the others on CPU
+alone. Some layers of Cohere2, EXAONE 4 and SmolLM3 have no RoPE; masks know which these are.
 
 The CPU kernel for RoPE of vLLM 0.32 is wrong for LFM2, with leank or without. It is used with
 `--enforce-eager`: leave that out, or give `-cc.custom_ops='["-rotary_embedding"]'` as well.

@@ -148,6 +148,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+@pytest.fixture
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of vLLM's two model runners: a parameter of `gpu_engines.runners`."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", request.param)
+
+
 @pytest.fixture(scope="module")
 def few_programs() -> Iterator[None]:
     """In the interpreter, which runs programs one after the other: for each head some that find

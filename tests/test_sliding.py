@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from archive_definition import plan_of
+from leank_configs import config_of
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity
 from vllm_leank.core.layers import SlidingLayers, layer_kinds, sliding_layers
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
+from vllm_leank.serving.metadata import PagesMetadataBuilder
+from vllm_leank.serving.settings import load_settings
 from vllm_leank.serving.sliding import hide_left_pages
 
 
@@ -29,6 +32,22 @@ def test_pages_before_the_first_query_that_is_computed_are_hidden(window):
         kept = [page for page in range(12) if table[row, page] == given[row, page]]
         assert kept == seen
         assert (table[row] == 0).sum() == 12 - len(seen)
+
+
+def test_a_dummy_run_archives_nothing(tiny_llama_dir, mask_file):
+    """Its tables name the null block, which sliding layers take for zeros."""
+    options = {"mask": str(mask_file), "sink": 32, "recent": 64}
+    config = config_of(tiny_llama_dir, options, max_model_len=4096)
+    window, lengths = load_settings(config).window, torch.tensor([300, 4096], dtype=torch.int32)
+    builder = PagesMetadataBuilder(None, [], config, torch.device("cpu"))
+    step = {"num_reqs": 2, "seq_lens": lengths, "is_prefilling": None}
+    real = builder.build(0, SimpleNamespace(rswa_prefix_lens=torch.tensor([0, 0]), **step))
+    for length in lengths.tolist():
+        assert window.compaction(0, length, 0)
+    assert real.exact_until.tolist() == [0, 0]
+    dummy = builder.build(0, SimpleNamespace(rswa_prefix_lens=None, **step))
+    for length, exact_until in zip(lengths.tolist(), dummy.exact_until.tolist(), strict=True):
+        assert not window.compaction(0, length, exact_until)
 
 
 def test_capacity_counts_what_sliding_layers_keep():

@@ -14,6 +14,7 @@ from vllm_leank.serving.page_backends import PagesBackend
 from vllm_leank.serving.report import log_capacity
 from vllm_leank.serving.scheduler.specs import ArchiveSpec, archive_spec
 from vllm_leank.serving.settings import load_settings
+from vllm_leank.serving.vllm.states import hook_states
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,6 +47,8 @@ class Archive(AttentionLayerBase):
 
     def __init__(self, vllm_config: "VllmConfig") -> None:
         plan = load_settings(vllm_config).plan
+        if plan.states is not None:
+            hook_states()  # in a worker that was spawned nothing has checked the config
         self.name = f"layers.{plan.first_layers[get_pp_group().rank_in_group]}.archive"
         self.kv_cache = torch.tensor([])
         self._vllm_config = vllm_config

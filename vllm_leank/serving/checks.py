@@ -185,12 +185,8 @@ def _mixed(config: "VllmConfig", options: Options) -> Iterator[str]:
     """What does not go together with sliding layers, or such that keep states, beside served
     ones.
     """
-    from vllm.platforms import current_platform
-
     if (kind := _other_layers(config.model_config)) is None:
         return
-    if current_platform.is_cuda():
-        yield f"models with {kind} are served on CPU only: on a GPU that was never tried"
     if options.prefill == "pruned":
         yield (
             f'the option prefill "pruned" is for models without {kind}: remove it from '

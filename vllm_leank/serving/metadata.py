@@ -29,8 +29,9 @@ class PagesMetadata(AttentionMetadata):
 
     Attributes:
         common: vLLM's description of the step, for this group.
-        exact_until: `[num_reqs]`; zeros where prompts are read pruned, and in vLLM's dummy runs,
-            which have no prompts.
+        exact_until: `[num_reqs]`; zeros where prompts are read pruned. In vLLM's dummy runs it lies
+            behind all tokens, for they must archive nothing: their tables name the null block,
+            which sliding layers take for zeros.
         in_prompt: `[num_reqs]` or shorter, on the host; see `Batch`.
     """
 
@@ -78,6 +79,7 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
         self._exact_until = shared_exact_until(vllm_config, device)
         self._exact = load_settings(vllm_config).window.exact
+        self._behind_all = vllm_config.model_config.max_model_len + 1
 
     def build(
         self,
@@ -94,7 +96,7 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
             if not self._exact:
                 in_prompt = in_prompt[:0]
             elif lengths is None:
-                exact_until.zero_()
+                exact_until.fill_(self._behind_all)
             else:
                 # Rows of padding, which have no prompt, have no tokens either.
                 exact_until[: len(lengths)].copy_(lengths[: len(exact_until)], non_blocking=True)

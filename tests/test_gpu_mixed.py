@@ -1,0 +1,103 @@
+"""Engines on a GPU with models in which only some layers have full attention: sliding windows,
+attention sinks, and layers that keep states, which stay vLLM's, beside leank's pages.
+
+Run each test in a process of its own, as those of `test_gpu_engine.py`.
+"""
+
+import numpy as np
+import pytest
+import torch
+from engines import engine
+from gpu_engines import (
+    ON_GPU,
+    RECENT,
+    SINK,
+    V1,
+    V2,
+    assert_same_up_to_ties,
+    mean_error,
+    runners,
+)
+from mask_samples import coded_mask, full_mask
+from mixed_models import MODELS as MIXED
+from mixed_models import save_mixed
+from oracle import Oracle
+from state_models import MODELS as WITH_STATES
+from state_models import save_state
+from test_engine_answers import prompts_of
+from transformers import AutoModelForCausalLM
+
+from vllm_leank.core.formats import find_format
+
+pytestmark = [pytest.mark.gpu, pytest.mark.engine]
+
+LIMITS = {
+    "max_model_len": 2048,
+    "max_num_batched_tokens": 256,
+    "kv_cache_memory_bytes": 1 << 30,
+}
+
+PROMPTS = prompts_of([300, 33, 1100, 700, 1500])
+"""Most are longer than the dense window and any sliding one, and are read in chunks."""
+
+TOKENS = 80
+
+
+FIELDS = {"gpt_oss": {"num_experts_per_tok": 4}}
+"""All of its experts: where two are as good, rounding would choose."""
+
+
+def save_in_bf16(model_type, folder):
+    """Save a tiny random model whose weights a GPU holds as they are."""
+    if model_type in WITH_STATES:
+        save_state(model_type, folder)
+    else:
+        save_mixed(model_type, folder, **MIXED[model_type] | FIELDS.get(model_type, {}))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("runner", "model_type"),
+    runners(
+        (V2, "gemma3_text"),
+        (V2, "gpt_oss"),
+        (V2, "granitemoehybrid"),
+        (V2, "lfm2"),
+        (V1, "gemma3_text"),
+        (V1, "granitemoehybrid"),
+    ),
+    indirect=["runner"],
+)
+def test_architectures(runner, model_type, tmp_path):
+    """With all channels the answers are FlashAttention's, and as near the model in fp32. With
+    random codes they are near the definition, and far from the model without them. Prefix hits,
+    where they are served, change nothing.
+    """
+    model = save_in_bf16(model_type, tmp_path)
+    mask, cached = coded_mask(model), model_type not in WITH_STATES
+    arguments = ON_GPU | LIMITS
+    with engine(model, attention_backend="FLASH_ATTN", **arguments) as plain:
+        flash = plain.generate(PROMPTS, TOKENS)
+    arguments |= {"sink": SINK, "recent": RECENT, "enable_prefix_caching": cached}
+    answers = []
+    for one in (full_mask(model), mask):
+        with engine(model, one, **arguments) as leank:
+            hits = leank.watch_hits()
+            answers.append(leank.generate(PROMPTS, TOKENS))
+            if cached:
+                answers.append(leank.generate(PROMPTS, TOKENS))
+                assert any(hits)
+    half = len(answers) // 2
+    dense = Oracle(model, np.ones_like(mask.keep), SINK, RECENT)
+    packed = Oracle(model, mask, SINK, RECENT, archive_format=find_format("packed"))
+    noise = mean_error(flash, PROMPTS, dense)
+    for given in answers[:half]:
+        assert_same_up_to_ties(flash, given)
+        assert mean_error(given, PROMPTS, dense) < 1.5 * noise
+    for given in answers[half:]:
+        # A number at the edge of two codes may take the other one in bf16.
+        assert mean_error(given, PROMPTS, packed) < 2 * noise
+        # It matters what the archive keeps.
+        assert mean_error(given, PROMPTS, dense) > 4 * noise
