@@ -179,14 +179,14 @@ def test_a_wrong_kernel_ends_the_benchmark(attention, mask, monkeypatch, wrong):
         output[1] *= wrong
 
     monkeypatch.setattr(attention, "decode_call", lambda *arguments: partial(broken, *arguments))
-    shape = attention.Shape(mask, [0], 4, torch.bfloat16, ["auto"])
+    shape = attention.Shape(mask, [0], 4, torch.bfloat16)
     with pytest.raises(results.CorrectnessError, match=r"leank, layer 0, .*relative RMS"):
         next(attention.measure(shape, [Case(3, 500, WINDOW)], print, device="cpu"))
 
 
 def test_query_heads_must_fit(attention, mask):
     with pytest.raises(UserError, match="multiple of the mask's 2 KV heads"):
-        attention.Shape(mask, [0], 3, torch.bfloat16, ["auto"])
+        attention.Shape(mask, [0], 3, torch.bfloat16)
 
 
 def test_flash_stand_in_is_what_flash_should_be(attention):

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
@@ -80,12 +79,10 @@ def compare(
     plan: CachePlan, window: Window, pool_bytes: int, length: int, in_flight: int
 ) -> dict[str, Capacity]:
     """Capacity of dense caches and of leank's, by name; see `leank_capacity`."""
-    form = plan.archive_format
-    leank = "leank" if form == NATIVE else f"leank, {form.archive}"
     return {
         "vLLM": dense_capacity(plan, pool_bytes, length),
         f"vLLM, {EIGHT_BIT_CACHE} cache": dense_capacity(plan, pool_bytes, length, itemsize=1),
-        leank: leank_capacity(plan, window, pool_bytes, length, in_flight),
+        "leank": leank_capacity(plan, window, pool_bytes, length, in_flight),
     }
 
 
