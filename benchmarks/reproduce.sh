@@ -28,7 +28,7 @@ run() {
     kernel_tests) python3 -m pytest -q -p no:cacheprovider "$root/tests/test_kernels.py" ;;
     engine_tests) engine_tests ;;
     attention_llama) leank bench attention --commit "$commit" --query-heads 32 --mask "$masks/llama3.1-8b.yaml" \
-        --case 64,32768 --archive-dtype both --out attention_llama.json ;;
+        --case 64,32768 --out attention_llama.json ;;
     attention_qwen) leank bench attention --commit "$commit" --query-heads 28 --mask "$masks/qwen2.5-7b.yaml" \
         --case 64,32768 --out attention_qwen.json ;;
     attention_llama_small) leank bench attention --commit "$commit" --query-heads 32 \
@@ -36,16 +36,13 @@ run() {
         --out attention_llama_small.json ;;
     attention_sweep) # shellcheck disable=SC2046
         leank bench attention --commit "$commit" --query-heads 32 --mask "$masks/llama3.1-8b.yaml" \
-            --layers 0,28 --archive-dtype both $(sweep) --out attention_sweep.json ;;
+            --layers 0,28 $(sweep) --out attention_sweep.json ;;
     prompt_chunk) python3 "$root/benchmarks/prompt_chunk.py" --commit "$commit" --query-heads 32 \
         --mask "$masks/llama3.1-8b.yaml" --layers 0,10,20,28 \
         --launch 64,64,4,3 64,64,4,2 128,64,4,2 128,32,4,3 128,32,4,2 --out prompt_chunk.json ;;
     serve_llama) # shellcheck disable=SC2086
-        leank bench serve $llama --commit "$commit" --variants flash,leank,leank-fp8 --prompt-tokens 32000 \
+        leank bench serve $llama --commit "$commit" --variants flash,leank,flash-fp8 --prompt-tokens 32000 \
             --output-tokens 96 --lone-prompts 2 --num-prompts 100 --time-limit 170 --out serve_llama.json ;;
-    serve_llama_fp8) # shellcheck disable=SC2086
-        leank bench serve $llama --commit "$commit" --variants flash-fp8,leank-fp8,leank-pruned-fp8 --prompt-tokens 32000 \
-            --output-tokens 96 --lone-prompts 2 --num-prompts 94 --time-limit 170 --out serve_llama_fp8.json ;;
     serve_llama_short) # shellcheck disable=SC2086
         leank bench serve $llama --commit "$commit" --variants flash,leank --num-prompts 8 --prompt-tokens 1024 \
             --max-model-len 4096 --engine-args '{"max_num_seqs": 8}' --out serve_llama_short.json ;;
@@ -53,10 +50,10 @@ run() {
     learn_cost) python3 -m learn_cost --model "$root/benchmarks/shapes/llama-3.1-8b" --commit "$commit" \
         --tokens 4096 32768 98304 --repeats 2 --out learn_cost.json ;;
     recall_engine) python3 -m recall.evaluate_engine --dtype bfloat16 --samples 128 --commit "$commit" \
-        --attention dense leank leank-fp8 leank-pruned leank-pruned-fp8 \
+        --attention dense leank leank-pruned \
         --gpu-memory-utilization 0.1 --kv-cache-memory-bytes 17179869184 --out recall_engine.json ;;
     serve_llama_prefill) # shellcheck disable=SC2086
-        leank bench serve $llama --commit "$commit" --variants flash,leank-pruned,leank-pruned-fp8 \
+        leank bench serve $llama --commit "$commit" --variants flash,leank-pruned \
             --prompt-tokens 32000 --output-tokens 64 --lone-prompts 4 --num-prompts 8 --time-limit 60 \
             --out serve_llama_prefill.json ;;
     *) echo "there is no step $1" && return 2 ;;
@@ -87,8 +84,8 @@ soak() {
     kill $server
 }
 
-steps=${*:-attention_llama attention_qwen attention_llama_small attention_sweep prompt_chunk serve_llama serve_llama_fp8 \
-    serve_llama_short serve_llama_prefill recall_engine learn_cost soak}
+steps=${*:-attention_llama attention_qwen attention_llama_small attention_sweep prompt_chunk serve_llama serve_llama_short \
+    serve_llama_prefill recall_engine learn_cost soak}
 status=0
 for step in $steps; do
     echo "== $step, $(date -u +%T)"

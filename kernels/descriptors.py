@@ -66,7 +66,7 @@ def _packed(pages: torch.Tensor, layout: CacheLayout, tile: int) -> list[Any]:
     """
     keys, values = set(), set()
     for profile in layout.variants:
-        part = layout.archive_format.head_part(profile, tile, 1, 0, 0)
+        part = layout.archive_format.head_part(profile, tile, 1, 0)
         keys |= {chunk.width for chunk in part.k_chunks}
         values |= {chunk.width for chunk in part.v_chunks}
     block = layout.archive_block

@@ -63,7 +63,6 @@ def _extend_kernel(
         p_q = q_ptr + row * stride_q_token + (head * G + o_m % G) * stride_q_head
         m_md = m_m[:, None] & (o_d < D)[None, :]
         q = tl.load(p_q[:, None] + o_d[None, :], mask=m_md, other=0.0)  # [M, D_PAD]
-        q_max = tl.maximum(tl.max(tl.abs(q), 1).to(tl.float32), 1e-30)
         m = tl.full([M], float("-inf"), tl.float32)
         l = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D_PAD], tl.float32)
@@ -80,7 +79,7 @@ def _extend_kernel(
             for c in tl.static_range(len(VARIANTS)):
                 if variant == VARIANTS[c]:
                     m, l, acc = TILES.fold_rows(
-                        m, l, acc, first_boundary, stop, boundary, p_q, m_m, q_max, scale_log2,
+                        m, l, acc, first_boundary, stop, boundary, p_q, m_m, scale_log2,
                         head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr,
                         side_ptr, stride_archive_page, stride_side,
                         SINK, H, D, D_PAD, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,

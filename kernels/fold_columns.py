@@ -38,14 +38,11 @@ def fold_window(m, l_rows, acc, k, v, q, seen, scale_log2, MASKED: tl.constexpr)
 
 @triton.jit
 def _kept_query(
-    p_q, m_q, p_channels, q_max, KEPT: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr
+    p_q, m_q, p_channels, KEPT: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """The queries' channels of the K chunk of `WIDTH`, `[WIDTH, N]`."""
     channel = chunk_channels(p_channels, KEPT, WIDTH)
-    q = tl.load(p_q[None, :] + channel[:, None], mask=m_q[None, :], other=0.0)
-    if TILES.SCALED:
-        q = (q.to(tl.float32) / q_max[None, :]).to(tl.float16)
-    return q
+    return tl.load(p_q[None, :] + channel[:, None], mask=m_q[None, :], other=0.0)
 
 
 @triton.jit
@@ -90,23 +87,14 @@ def fold_archive(
     k_offset = tl.load(p_head + 2)
     v_offset = k_offset + KEPT * BLOCK
     added = mean_scores(p_q, m_q, p_channels, numbers_ptr + head * D, D, D_PAD) * scale_log2
-    side_offset = tl.load(p_head + 4)
-    q_max = scale_log2  # not used without scales
-    if TILES.SCALED:
-        # In units of its largest channel, a query fits fp16, to which 8-bit numbers convert fast.
-        q_max = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 0), 1e-30)
     # Chunks have the widths of KEPT's binary digits, widest first: `CHUNK_WIDTHS`.
     queries = ()
     for c in tl.static_range(5):
         if KEPT & (256 >> c):
-            part = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 256 >> c, TILES)
+            part = _kept_query(p_q, m_q, p_channels, KEPT, 256 >> c)
             queries = queries + (part,)  # noqa: RUF005
         else:
             queries = queries + (0,)  # noqa: RUF005
-    DOT: tl.constexpr = tl.float16 if TILES.SCALED else q.dtype
-    if TILES.SCALED:
-        # Weights times scales, of the order of V over UNIT, would leave the range of fp16.
-        acc *= TILES.UNIT
     # Each row keeps a sum of its own until the end: a sum over rows would make all warps wait.
     l_rows = tl.zeros([TILE, m.shape[0]], tl.float32)
     # One tile ahead, so that the pipeline of tiles does not wait for the block table.
@@ -122,26 +110,13 @@ def fold_archive(
                 s = _add_scores(s, queries[c], descs[1 + c], archive_ptr, page, k_offset, slot,
                                 stride_page, KEPT, 256 >> c, TILE, BLOCK, TMA)  # fmt: skip
         v = value_tile(descs[0], archive_ptr, page, v_offset, slot, stride_page, D, D_PAD, TILE,
-                       BLOCK, TMA).to(DOT)  # fmt: skip
+                       BLOCK, TMA).to(q.dtype)  # fmt: skip
         o_token = token + tl.arange(0, TILE)
         seen = (o_token >= SINK) & (o_token < boundary)
-        if TILES.SCALED:
-            p_scale = side_ptr + page.to(tl.int64) * stride_side + side_offset
-            p_scale += o_token % BLOCK // 32 * 2
-            k_scale = tl.load(p_scale) * scale_log2
-            # Scales of steps that hold no token may hold anything.
-            v_scale = tl.where(seen, tl.load(p_scale + 1) * TILES.UNIT, 0.0)
-            s *= q_max[None, :] * k_scale[:, None]
-        else:
-            s *= scale_log2
-        s += added[None, :]
+        s = s * scale_log2 + added[None, :]
         m, alpha, p = _rescale(tl.where(seen[:, None], s, float("-inf")), m)
         l *= alpha
         l_rows = l_rows * alpha[None, :] + p
-        if TILES.SCALED:
-            p *= v_scale[:, None]
-        acc = tl.dot(v, p.to(DOT), acc=acc * alpha[None, :])
+        acc = tl.dot(v, p.to(q.dtype), acc=acc * alpha[None, :])
     l += tl.sum(l_rows, 0)
-    if TILES.SCALED:
-        acc *= 1 / TILES.UNIT
     return m, l, acc

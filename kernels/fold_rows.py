@@ -38,16 +38,11 @@ def fold_window(m, l, acc, k, v, q, seen, scale_log2):
 
 @triton.jit
 def _kept_query(
-    p_q, m_q, p_channels, q_max, KEPT: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr
+    p_q, m_q, p_channels, KEPT: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """The queries' channels of the K chunk of `WIDTH`, `[M, WIDTH]`. With scales in units of their
-    largest value: so they fit into fp16, to which 8-bit numbers convert fast.
-    """
+    """The queries' channels of the K chunk of `WIDTH`, `[M, WIDTH]`."""
     channel = chunk_channels(p_channels, KEPT, WIDTH)
-    q = tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None], other=0.0)
-    if TILES.SCALED:
-        q = (q.to(tl.float32) / q_max[:, None]).to(tl.float16)
-    return q
+    return tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None], other=0.0)
 
 
 @triton.jit
@@ -75,35 +70,29 @@ def _add_scores(
 
 @triton.jit
 def _fold_tiles(
-    m, l, acc, first, last, boundary, p_q, m_q, q_max, scale_log2,
-    added, p_channels, k_offset, side_offset, p_table, descs, archive_ptr, side_ptr,
-    stride_page, stride_side,
+    m, l, acc, first, last, boundary, p_q, m_q, scale_log2,
+    added, p_channels, k_offset, p_table, descs, archive_ptr, stride_page,
     MASKED: tl.constexpr, SINK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr,
+    KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Take archive tiles `first` to `last` of a head that keeps `KEPT` channels into the running
     softmax of `M` rows of queries, each of which sees the tokens from `SINK` to its `boundary`.
     Without MASKED these are all the tokens of the tiles.
 
-    m, l, boundary: `[M]`; acc: `[M, D_PAD]`; p_q, m_q: `[M]`, the queries and which exist; q_max:
-    `[M]`, used with scales, their largest absolute values.
+    m, l, boundary: `[M]`; acc: `[M, D_PAD]`; p_q, m_q: `[M]`, the queries and which exist.
     """
     v_offset = k_offset + KEPT * BLOCK
     factor = tl.full([m.shape[0]], scale_log2, tl.float32)
-    if TILES.SCALED:
-        factor *= q_max
-        # Weights times scales, of the order of V over UNIT, would leave the range of fp16.
-        acc *= TILES.UNIT
     # Chunks have the widths of KEPT's binary digits, widest first: `CHUNK_WIDTHS`.
     queries = ()
     for c in tl.static_range(5):
         if KEPT & (256 >> c):
-            part = _kept_query(p_q, m_q, p_channels, q_max, KEPT, 256 >> c, TILES)
+            part = _kept_query(p_q, m_q, p_channels, KEPT, 256 >> c)
             queries = queries + (part,)  # noqa: RUF005
         else:
             queries = queries + (0,)  # noqa: RUF005
-    DOT: tl.constexpr = tl.float16 if TILES.SCALED else p_q.dtype.element_ty
+    DOT: tl.constexpr = p_q.dtype.element_ty
     # One tile ahead, so that the pipeline of tiles does not wait for the block table.
     next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
     for i in tl.range(first, last, num_stages=STAGES):
@@ -120,29 +109,17 @@ def _fold_tiles(
                        BLOCK, TMA).to(DOT)  # fmt: skip
         o_token = token + tl.arange(0, TILE)
         seen = (o_token[None, :] >= SINK) & (o_token[None, :] < boundary[:, None])
-        if TILES.SCALED:
-            p_scale = side_ptr + page.to(tl.int64) * stride_side + side_offset
-            p_scale += o_token % BLOCK // 32 * 2
-            s *= tl.load(p_scale)[None, :]
-            v_scale = tl.load(p_scale + 1) * TILES.UNIT
         if MASKED:
             s = tl.where(seen, s, float("-inf"))
         m, alpha, p = _rescale(s, m, factor, added)
         l = l * alpha + tl.sum(p, 1)
-        if TILES.SCALED:
-            p *= v_scale[None, :]
-            if MASKED:
-                # Scales of steps that hold no token may hold anything.
-                p = tl.where(seen, p, 0.0)
         acc = tl.dot(p.to(DOT), tl.trans(v), acc=acc * alpha[:, None])
-    if TILES.SCALED:
-        acc *= 1 / TILES.UNIT
     return m, l, acc
 
 
 @triton.jit
 def fold_archive(
-    m, l, acc, first_boundary, stop, boundary, p_q, m_q, q_max, scale_log2,
+    m, l, acc, first_boundary, stop, boundary, p_q, m_q, scale_log2,
     head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
     stride_page, stride_side,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
@@ -156,7 +133,6 @@ def fold_archive(
     p_channels = order_ptr + head * D
     added = mean_scores(p_q, m_q, p_channels, numbers_ptr + head * D, D, D_PAD) * scale_log2
     k_offset = tl.load(p_head + 2)
-    side_offset = tl.load(p_head + 4)
     # Tiles of which every query sees every token lie between those where sink tokens end and where
     # boundaries lie.
     full = tl.cdiv(SINK, TILE)
@@ -169,9 +145,8 @@ def fold_archive(
         else:
             first, last = full_stop, tl.cdiv(stop, TILE)
         m, l, acc = _fold_tiles(
-            m, l, acc, first, last, boundary, p_q, m_q, q_max, scale_log2,
-            added, p_channels, k_offset, side_offset, p_table, descs, archive_ptr, side_ptr,
-            stride_page, stride_side,
-            part != 1, SINK, D, D_PAD, KEPT, TILE, BLOCK, TILES, TMA, STAGES,
+            m, l, acc, first, last, boundary, p_q, m_q, scale_log2,
+            added, p_channels, k_offset, p_table, descs, archive_ptr, stride_page,
+            part != 1, SINK, D, D_PAD, KEPT, TILE, BLOCK, TMA, STAGES,
         )  # fmt: skip
     return m, l, acc

@@ -76,7 +76,7 @@ def _split_granules(x):
 
 @triton.jit
 def fold_archive(
-    m, l, acc, first_boundary, stop, boundary, p_q, m_q, q_max, scale_log2,
+    m, l, acc, first_boundary, stop, boundary, p_q, m_q, scale_log2,
     head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
     stride_page, stride_side,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,

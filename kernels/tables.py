@@ -77,7 +77,7 @@ class Tables:
         codec = codec_of(layout.archive_format)
         tile, itemsize = tile_tokens(layout), layout.itemsize
         units = [
-            int(layout.archive_format.token_bytes(profile, itemsize) * tile) // 256
+            layout.archive_format.token_bytes(profile, itemsize) * tile // 256
             for profile in layout.profiles
         ]
         rows, start = [], 0
@@ -114,7 +114,7 @@ class Tables:
         dense = (window.sink + window.recent) * 2 * layout.head_dim * layout.itemsize
         far = NOMINAL_LENGTH - window.sink - window.recent
         costs: list[float] = [
-            dense + far * layout.archive_format.head_bytes(profile, layout.itemsize)
+            dense + far * layout.archive_format.token_bytes(profile, layout.itemsize)
             for profile in layout.profiles
         ]
         # Half of an even share on top: in short requests all heads read the same.

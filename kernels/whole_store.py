@@ -15,7 +15,6 @@ def compact(
 ):  # fmt: skip
     """Every `step`-th granule from `start` to `stop`, of a head that keeps `kept` channels."""
     v_offset = tl.load(p_head + 2) + kept * BLOCK
-    side_offset = tl.load(p_head + 4)
     o_c = tl.arange(0, KEPT_PAD)
     m_c = o_c < kept
     p_column = columns_ptr + 3 * (tl.load(p_head + 1) + o_c)
@@ -32,12 +31,8 @@ def compact(
         p_source = window_ptr + source * stride_window_page + (head * 32 + o_32) * (2 * D)
         k = tl.load(p_source[:, None] + channel[None, :], mask=m_c[None, :], other=0.0)
         v = tl.load(p_source[None, :] + D + o_d[:, None], mask=m_d[:, None], other=0.0)
-        if TILES.SCALED:
-            k, k_scale = TILES.encode(k.to(tl.float32))
-            v, v_scale = TILES.encode(v.to(tl.float32))
-            p_scale = side_ptr + page * stride_side + side_offset + slot // 32 * 2
-            tl.store(p_scale, k_scale)
-            tl.store(p_scale + 1, v_scale)
+        if TILES.encode is not None:
+            k, v = TILES.encode(k), TILES.encode(v)
         p_page = archive_ptr + page * stride_archive_page
         dtype: tl.constexpr = archive_ptr.dtype.element_ty
         p_k = p_page + column[None, :] + (slot + o_32)[:, None] * width[None, :]
@@ -50,12 +45,6 @@ def compact(
         if token + 32 == stop:
             for i in range(slot + 32, BLOCK, 32):
                 tl.store(p_v + i, empty, mask=m_d[:, None])
-                if TILES.SCALED:
-                    tl.store(p_scale + (i - slot) // 32 * 2, 1.0)
-                    tl.store(p_scale + (i - slot) // 32 * 2 + 1, 1.0)
         if token == SINK:
             for i in range(0, slot, 32):
                 tl.store(p_v + i, empty, mask=m_d[:, None])
-                if TILES.SCALED:
-                    tl.store(p_scale - (slot - i) // 32 * 2, 1.0)
-                    tl.store(p_scale - (slot - i) // 32 * 2 + 1, 1.0)

@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_leank.core.formats import NATIVE, ArchiveFormat, find_format
+from vllm_leank.core.formats import NATIVE, ArchiveFormat
+from vllm_leank.core.formats.packed import FORMAT as PACKED
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.profile import Profile, Profiles, whole_heads
 from vllm_leank.mask.mask import Mask
-
-FP8, PACKED = find_format("fp8"), find_format("packed")
 
 STEP = {8: 1 / 24, 4: 0.335, 2: 0.996}
 

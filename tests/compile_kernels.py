@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_leank.kernels import decode, extend, launch
 
-from vllm_leank.core.formats import ArchiveFormat, find_format
+from vllm_leank.core.formats import ArchiveFormat, known_formats
 from vllm_leank.core.window import Window
 
 KEPT = {64: (0, 48), 128: (0, 96), 256: (0, 240)}
@@ -44,7 +44,6 @@ TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "fp8e4nv",
     torch.int8: "i8",
     torch.uint8: "u8",
     torch.uint16: "u16",
@@ -167,5 +166,6 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
 
 if __name__ == "__main__":
     capability, head_dim = map(int, sys.argv[1:3])
-    for name in sys.argv[3:]:
-        compile_all(capability, head_dim, find_format(name))
+    for one in known_formats():
+        if one.name in sys.argv[3:]:
+            compile_all(capability, head_dim, one)

@@ -207,7 +207,6 @@ def arena(seed, model, speculation=None):
     # Room for one request of full length, for a little more, or for all.
     options["num_gpu_blocks_override"] = chance.choice((26, 32, 250))
     options["prefill"] = "pruned" if seed % 2 else "exact"
-    options["archive_dtype"] = chosen.name
     with engine(model, mask, sink=SINK, recent=RECENT, **options) as running:
         running.poison_freed_blocks()
         recent = running.window.recent

@@ -228,7 +228,6 @@ def engine(
     *,
     sink: int = 32,
     recent: int = 64,
-    archive_dtype: str = "auto",
     prefill: str = "exact",
     **args: Any,
 ) -> Iterator[Engine]:
@@ -238,10 +237,7 @@ def engine(
             path = Path(model) / f"{mask.sha256}.yaml"
             save_mask(mask, path, overwrite=True)
             mask = path
-        options = {
-            "mask": str(mask), "sink": sink, "recent": recent, "archive_dtype": archive_dtype,
-            "prefill": prefill,
-        }  # fmt: skip
+        options = {"mask": str(mask), "sink": sink, "recent": recent, "prefill": prefill}
         args |= {"attention_backend": "leank", "additional_config": {"leank": options}}
     defaults = {
         "dtype": "float32",

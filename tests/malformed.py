@@ -4,8 +4,6 @@ import json
 import random
 import string
 
-from vllm_leank.core.formats import known_formats
-
 KEYS = (
     "format", "model", "geometry", "align", "window", "provenance", "layers", "num_layers", "sink",
     "recent", "head_dim", "num_kv_heads", "rope_theta", "rope_scaling", "method", "evaluation",
@@ -118,20 +116,13 @@ def options(count, seed=0):
             *([{rng.choice(KEYS): value(depth + 1)}] if kind == 8 else [None]),
         )[kind]  # fmt: skip
 
-    formats = [one.name for one in known_formats()]
-
-    def option(name):
-        if name == "archive_dtype" and rng.random() < 0.5:  # right, or nearly
-            return rng.choice(MUTATIONS)(rng.choice(formats), rng)
-        return value()
-
     names = ("mask", "sink", "recent", "archive_dtype", "prefill", "Sink", "ratio", "", "mask ")
     for _ in range(count):
         if rng.random() < 0.15:
             yield value()
         else:
             chosen = rng.choices(names, k=rng.randint(1, 3))
-            yield {name: option(name) for name in chosen}
+            yield {name: value() for name in chosen}
 
 
 def requests(count, model, max_model_len, vocabulary, seed=0):

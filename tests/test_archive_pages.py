@@ -1,10 +1,8 @@
 """What compaction leaves in archive pages: tokens, zeros where there are none, and scales."""
 
-import numpy as np
 import pytest
 import torch
 from archive_definition import (
-    FP8,
     PACKED,
     archive_of,
     codes_of,
@@ -17,7 +15,6 @@ from format_samples import head_for
 from mask_samples import coded_mask
 from oracle import heads_of
 from vllm_leank.kernels import reference
-from vllm_leank.kernels.channels import layer_channels
 from vllm_leank.kernels.codecs import codec_of
 
 from vllm_leank.core.formats import NATIVE, known_formats
@@ -85,28 +82,6 @@ def test_the_native_archive_does_not_round():
     assert rounded[1].equal(value.float())
 
 
-def test_fp8_rounds_to_the_nearest_e4m3_number_of_a_granule():
-    """From the definition of e4m3: 3 bits after the leading one, exponents from -6, at most 448."""
-    generator = torch.Generator().manual_seed(1)
-    key, value = torch.randn(2, 70, 16, generator=generator, dtype=torch.float64)
-    value = value * 1e-3
-    rounded = codec_of(FP8).round(key, value, head_for(FP8, 16, 16))
-    for given, found in zip((key, value), rounded, strict=True):
-        for first in range(0, 70, 32):
-            part = given[first : first + 32].float().double()
-            scale = part.abs().max() / 448
-            exponent = (part / scale).abs().log2().floor().clamp(min=-6)
-            step = 2 ** (exponent - 3)
-            expected = (part / scale / step).round() * step * scale
-            torch.testing.assert_close(
-                found[first : first + 32].double(), expected, rtol=1e-6, atol=0
-            )
-
-
-def test_fp8_scales_of_granules_without_a_token_are_1():
-    assert codec_of(FP8).empty_side.view(torch.float32).tolist() == [1, 1]
-
-
 def test_a_packed_archive_gives_back_what_its_definition_says(tiny_llama_dir):
     mask = coded_mask(tiny_llama_dir)
     read_back, codec = archive_of(mask), codec_of(PACKED)
@@ -134,34 +109,3 @@ def test_bytes_of_a_packed_archive_are_those_of_its_definition(tiny_llama_dir):
                 codes = codes_of(given.flatten(0, 1), bits, mean, of_channel, scale)
                 fields = [field_bytes(codes, bits, one) for one in (8, 4, 2)]
                 assert part.flatten(0, 1).equal(torch.cat(fields, dim=1))
-
-
-def quantize(values):
-    """K `[n, 32, channels]` as an fp8 archive stores it, and the scales `[n]`."""
-    (head,) = layer_channels(*np.full((2, 1, values.shape[-1]), 16, np.uint8)).heads
-    stored = codec_of(FP8).encode(values, values, head)
-    return stored.key, stored.side.view(torch.float32)[:, 0]
-
-
-@pytest.mark.parametrize("magnitude", [0.0, 1e-42, 1e-30, 1.0, 1e30])
-def test_quantized_numbers_are_within_half_a_step(magnitude):
-    """e4m3 has 3 bits after the leading one, and 2 ** -9 is its smallest number."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(3, 32, 112, generator=generator) * magnitude
-    stored, scale = quantize(values)
-    assert (stored.dtype, scale.dtype) == (torch.float8_e4m3fn, torch.float32)
-    assert stored.float().isfinite().all()
-    largest = values.abs().amax((1, 2))
-    if magnitude in (1e-30, 1.0, 1e30):
-        assert stored.float().abs().amax((1, 2)).tolist() == [448.0] * 3
-        assert torch.allclose(scale * 448, largest)
-    half_step = torch.maximum(values.abs() * 2**-4, scale[:, None, None] * 2**-10)
-    error = (stored.float() * scale[:, None, None] - values).abs()
-    assert (error <= half_step * (1 + 1e-5)).all()
-
-
-def test_steps_have_scales_of_their_own():
-    values = torch.tensor([1.0, 0.0, 448.0])[:, None, None].expand(3, 32, 16)
-    stored, scale = quantize(values)
-    assert scale.tolist() == pytest.approx([1 / 448, 1, 1])
-    assert stored.float()[:, 0, 0].tolist() == [448, 0, 448]

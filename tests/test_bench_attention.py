@@ -9,26 +9,28 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from archive_definition import plan_of
+from archive_definition import PACKED, plan_of
 from cache_builder import relative_rms
+from mask_samples import coded_mask
 from vllm_leank.kernels import reference
 from vllm_leank.kernels.channels import layer_channels
 
 from vllm_leank.bench import pools, results
 from vllm_leank.bench.cases import Case, parse_case, parse_layers
-from vllm_leank.core.formats import find_format
 from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.options import Options
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.settings import plan_settings
 
 KEPT = ((0, 32), (64, 16))
 WINDOW = Window(32, 64)
 
 
-def layout(archive_dtype="auto", itemsize=2):
-    return plan_of(KEPT, 64, itemsize, archive_format=find_format(archive_dtype)).layer(1)
+def layout():
+    return plan_of(KEPT, 64, 2).layer(1)
 
 
 @pytest.fixture
@@ -49,9 +51,10 @@ def test_bytes_that_decode_must_read():
     dense = 8 * 2 * 128 * 2
     bf16 = plan_of(kept, 128, 2).layer(0)
     assert case.read_bytes(bf16) == 64 * (896 * dense + 31872 * pruned * 2) == 5_326_241_792
-    fp8 = plan_of(kept, 128, 2, archive_format=find_format("fp8")).layer(0)
-    # Scales: 2 floats a head and 32 tokens, of 7 heads.
-    assert case.read_bytes(fp8) == 64 * (896 * dense + 31872 * pruned + 31872 * 7 // 4)
+    packed = plan_of(kept, 128, 2, archive_format=PACKED).layer(0)
+    # 64 channels of V have 4 bits and 64 have 2; of K 32 or 64 take 16 bytes, and 96 take 32.
+    coded = 6 * (16 + 48 + 2) + (32 + 48 + 2)
+    assert case.read_bytes(packed) == 64 * (896 * dense + 31872 * coded)
     assert case.dense_bytes(8, 128, 2) == 64 * 32768 * 4096
 
 
@@ -80,11 +83,12 @@ def test_cases_of_the_command_line():
             parse_layers(text, 3)
 
 
-@pytest.mark.parametrize("archive_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [1, 96, 127, 128, 500])
-def test_pages_hold_what_a_query_reads_and_no_page_is_shared(mask, archive_dtype, length):
+def test_pages_hold_what_a_query_reads_and_no_page_is_shared(mask, tiny_llama_dir, packed, length):
     case = Case(3, length, WINDOW)
-    pages = layout(archive_dtype)
+    mask = coded_mask(tiny_llama_dir) if packed else mask
+    pages = plan_settings(mask, Options(), 2).plan.layer(1)
     tables = pools.Tables.shuffled(case, pages.archive_block, 2, torch.device("cpu"))
     channels = layer_channels(*mask.layer(1, range(2)))
     cache = pools.layer_cache(pages, channels, case, tables, torch.bfloat16)
@@ -95,7 +99,7 @@ def test_pages_hold_what_a_query_reads_and_no_page_is_shared(mask, archive_dtype
         used = torch.cat([getattr(batch, name).flatten() for batch in tables.batches])
         assert sorted(used[used > 0].tolist()) == list(range(1, count))
     assert cache.window_pages[0].isnan().all()
-    assert cache.archive_pages[0].isnan().all()
+    assert (cache.archive_pages[0].view(torch.uint8) == 0xFF).all()
     query = torch.randn(3, 4, 64)
     for batch in tables.batches:
         output = torch.full_like(query, float("nan"))
@@ -144,12 +148,12 @@ def attention(monkeypatch):
 
 
 def test_everything_but_the_clock(attention, mask):
-    shape = attention.Shape(mask, [0, 1], 4, torch.bfloat16, ["auto", "fp8"])
+    shape = attention.Shape(mask, [0, 1], 4, torch.bfloat16)
     lines = []
     (measured,) = attention.measure(shape, [Case(3, 500, WINDOW)], lines.append, device="cpu")
     json.dumps(measured)
     assert measured["read_limit_tb_s"] == 4
-    auto, fp8 = measured["cases"]
+    (auto,) = measured["cases"]
     assert (auto["batch"], auto["length"], auto["archive_dtype"]) == (3, 500, "auto")
     assert [layer["kept"] for layer in auto["layers"]] == [[0, 32], [64, 16]]
     assert auto["flash"]["bytes"] == 3 * 500 * 2 * 2 * 64 * 2
@@ -160,7 +164,6 @@ def test_everything_but_the_clock(attention, mask):
     assert auto["mean"]["ms"] == 2
     assert auto["mean"]["speedup_flash"] == 1
     assert auto["mean"]["bound_flash"] == pytest.approx(3 * 500 * 512 / auto["mean"]["bytes"])
-    assert fp8["mean"]["bytes"] < auto["mean"]["bytes"]
     assert auto["layers"][0]["error"] < 0.01
     assert any("layer 1" in line for line in lines)
 
@@ -176,14 +179,14 @@ def test_a_wrong_kernel_ends_the_benchmark(attention, mask, monkeypatch, wrong):
         output[1] *= wrong
 
     monkeypatch.setattr(attention, "decode_call", lambda *arguments: partial(broken, *arguments))
-    shape = attention.Shape(mask, [0], 4, torch.bfloat16, ["auto"])
+    shape = attention.Shape(mask, [0], 4, torch.bfloat16)
     with pytest.raises(results.CorrectnessError, match=r"leank, layer 0, .*relative RMS"):
         next(attention.measure(shape, [Case(3, 500, WINDOW)], print, device="cpu"))
 
 
 def test_query_heads_must_fit(attention, mask):
     with pytest.raises(UserError, match="multiple of the mask's 2 KV heads"):
-        attention.Shape(mask, [0], 3, torch.bfloat16, ["auto"])
+        attention.Shape(mask, [0], 3, torch.bfloat16)
 
 
 def test_flash_stand_in_is_what_flash_should_be(attention):
@@ -217,8 +220,8 @@ def test_options_are_checked_before_the_gpu(leank, mask_file, tmp_path):
         (["--out", mask_file], "exists already"),
         (["--out", tmp_path / "no" / "r.json"], "no such directory"),
         (
-            ["--archive-dtype", "int4"],
-            "--archive-dtype: archive_dtype is",
+            ["--archive-dtype", "both"],
+            "--archive-dtype is no more: remove it; ",
         ),
     ]:
         arguments = ["--mask", mask_file, "--query-heads", 4, *options]

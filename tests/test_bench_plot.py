@@ -21,7 +21,7 @@ def file(tmp_path):
             "archive_dtype": dtype,
             "mean": {"speedup_flash": 1.5 + factor, "bound_flash": 1.7 + factor},
         }
-        for dtype, factor in (("auto", 0), ("fp8", 1.5))
+        for dtype, factor in (("auto", 0), ("packed", 1.5))
         for batch, length in ((64, 32768), (16, 8192), (16, 32768))
     ]
     results = {"what": ATTENTION, "mask": {"model": "llama"}, "cases": cases}
@@ -34,12 +34,12 @@ def test_lines_are_cases_that_differ_in_one_thing(file):
     assert list(lines) == [
         "archive in the model's dtype, batch 16",
         "archive in the model's dtype, batch 64",
-        "archive fp8, batch 16",
-        "archive fp8, batch 64",
+        "archive packed, batch 16",
+        "archive packed, batch 64",
     ]
-    assert [row["length"] for row in lines["archive fp8, batch 16"]] == [8192, 32768]
+    assert [row["length"] for row in lines["archive packed, batch 16"]] == [8192, 32768]
     lines = series(read_cases(file), "batch")
-    assert [row["batch"] for row in lines["archive fp8, length 32,768"]] == [16, 64]
+    assert [row["batch"] for row in lines["archive packed, length 32,768"]] == [16, 64]
 
 
 def test_a_lone_case_has_a_label(file):

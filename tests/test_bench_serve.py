@@ -77,10 +77,8 @@ def test_variants():
         "attention_backend": "leank",
         "additional_config": {"leank": options},
     }
-    fp8 = serve.variant_args("leank-fp8", options)["additional_config"]["leank"]
-    assert fp8 == {"mask": "m.yaml", "sink": 64, "archive_dtype": "fp8"}
-    pruned = serve.variant_args("leank-pruned-fp8", options)["additional_config"]["leank"]
-    assert (pruned["prefill"], pruned["archive_dtype"]) == ("pruned", "fp8")
+    pruned = serve.variant_args("leank-pruned", options)["additional_config"]["leank"]
+    assert pruned == {"mask": "m.yaml", "sink": 64, "prefill": "pruned"}
     assert serve.parse_variants("leank, flash") == ["leank", "flash"]
 
 
@@ -161,7 +159,7 @@ def test_an_engine_on_cpu(leank, repo, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     engine_args = {"max_num_seqs": 3, "enforce_eager": True, "dtype": "float32"}
     code, out, err = leank(
-        *("bench", "serve", "--variants", "leank-fp8"),
+        *("bench", "serve", "--variants", "leank-pruned"),
         *("--model", repo / "benchmarks/recall/model"),
         *("--mask", repo / "masks/leank/recall.yaml", "--sink", 64, "--recent", 128),
         *("--prompt-tokens", 400, "--output-tokens", 8, "--num-prompts", 5, "--lone-prompts", 1),
@@ -171,7 +169,7 @@ def test_an_engine_on_cpu(leank, repo, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "r.json").read_text())
     (one,) = results["variants"]
     assert (one["variant"], one["concurrent"], one["waiting"], one["preempted"]) == (
-        "leank-fp8",
+        "leank-pruned",
         3,
         2,
         0,
@@ -182,8 +180,8 @@ def test_an_engine_on_cpu(leank, repo, tmp_path, monkeypatch):
     assert 0.3 * per_step < one["decode"]["tpot_p50_ms"] < 3 * per_step
     assert one["ttft_s"]["median"] > 0
     options = one["run"]["engine_args"]["additional_config"]["leank"]
-    assert options["archive_dtype"] == "fp8"
+    assert options["prefill"] == "pruned"
     assert options["recent"] == 128
     assert results["mask"]["model"] == "leank/recall"
     assert results["ratios"] == []
-    assert "leank-fp8" in out
+    assert "leank-pruned" in out

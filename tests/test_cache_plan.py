@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from archive_definition import FP8, PACKED, plan_of
+from archive_definition import PACKED, plan_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity
-from vllm_leank.core.formats import NATIVE, find_format, known_formats
+from vllm_leank.core.formats import known_formats
 from vllm_leank.core.plan import ARCHIVE_WASTE, plan_cache, rank_heads
 from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import Window
@@ -21,22 +21,19 @@ HAND_WRITTEN = ((32, 64, 0, 96), (0, 0, 0, 0), (32, 32, 32, 32), (128, 128, 128,
 
 
 @pytest.mark.parametrize(
-    ("tp_size", "itemsize", "archive", "token_bytes", "archive_block", "block_bytes", "dense"),
+    ("tp_size", "itemsize", "token_bytes", "archive_block", "block_bytes", "dense"),
     [
-        (1, 2, NATIVE, 1152 + 1280 + 2048, 64, 286720, 8192),
-        (1, 4, NATIVE, 2304 + 2560 + 4096, 64, 573440, 16384),
-        (2, 2, NATIVE, 704 + 640 + 1024, 64, 151552, 4096),
-        (4, 2, NATIVE, 448 + 320 + 512, 64, 81920, 2048),
-        (8, 2, NATIVE, 448 + 320 + 512, 64, 81920, 2048),
-        (1, 2, FP8, 592 + 656 + 1040, 128, 292864, 8192),
-        (1, 4, FP8, 592 + 656 + 1040, 224, 524288, 16384),
-        (4, 2, FP8, 240 + 176 + 272, 96, 66048, 2048),
+        (1, 2, 1152 + 1280 + 2048, 64, 286720, 8192),
+        (1, 4, 2304 + 2560 + 4096, 64, 573440, 16384),
+        (2, 2, 704 + 640 + 1024, 64, 151552, 4096),
+        (4, 2, 448 + 320 + 512, 64, 81920, 2048),
+        (8, 2, 448 + 320 + 512, 64, 81920, 2048),
     ],
 )
 def test_plan_of_a_hand_written_mask(
-    tp_size, itemsize, archive, token_bytes, archive_block, block_bytes, dense
+    tp_size, itemsize, token_bytes, archive_block, block_bytes, dense
 ):
-    plan = plan_of(HAND_WRITTEN, 128, itemsize, tp_size, archive)
+    plan = plan_of(HAND_WRITTEN, 128, itemsize, tp_size)
     assert plan.archive_token_bytes == token_bytes
     assert plan.archive_block == archive_block
     assert plan.block_bytes == block_bytes
@@ -94,49 +91,42 @@ def official(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "tp_size", "archive", "token", "dense", "archive_block", "block_bytes"),
+    ("name", "tp_size", "token", "dense", "archive_block", "block_bytes"),
     [
-        ("llama3.1-8b-instruct", 1, NATIVE, 73984, 131072, 64, 4734976),
-        ("llama3.1-8b-instruct", 2, NATIVE, 37248, 65536, 64, 2383872),
-        ("llama3.1-8b-instruct", 1, FP8, 37504, 131072, 128, 4800512),
-        ("qwen2.5-7b-instruct", 1, NATIVE, 28032, 57344, 64, 1835008),
-        ("qwen2.5-7b-instruct", 2, NATIVE, 14720, 28672, 64, 942080),
-        ("qwen2.5-7b-instruct", 1, FP8, 14448, 57344, 128, 1849344),
+        ("llama3.1-8b-instruct", 1, 73984, 131072, 64, 4734976),
+        ("llama3.1-8b-instruct", 2, 37248, 65536, 64, 2383872),
+        ("qwen2.5-7b-instruct", 1, 28032, 57344, 64, 1835008),
+        ("qwen2.5-7b-instruct", 2, 14720, 28672, 64, 942080),
     ],
 )
-def test_plan_of_the_official_masks(
-    name, tp_size, archive, token, dense, archive_block, block_bytes
-):
-    plan = plan_of(official(name), 128, 2, tp_size, archive)
+def test_plan_of_the_official_masks(name, tp_size, token, dense, archive_block, block_bytes):
+    plan = plan_of(official(name), 128, 2, tp_size)
     window = Window(64, 256)
     assert plan.archive_block == archive_block
     assert plan.archive_token_bytes == token
     assert plan.dense_token_bytes == dense
     assert plan.block_bytes == block_bytes
-    pages = {64: 508, 128: 254}[archive_block]
-    assert plan.blocks_in_prefill(window, 32768) == pages + 1024
-    assert plan.blocks_in_decode(window, 32768) == pages + 2 + 8
+    assert plan.blocks_in_prefill(window, 32768) == 508 + 1024
+    assert plan.blocks_in_decode(window, 32768) == 508 + 2 + 8
 
 
 LEAST = {
-    ("llama3.1-8b-instruct", "auto"): (1.72, 1.71, 1.59, 1.46),
-    ("llama3.1-8b-instruct", "fp8"): (3.22, 3.15, 2.83, 2.61),
-    ("qwen2.5-7b-instruct", "auto"): (1.94, 1.89, 1.89, 1.89),
-    ("qwen2.5-7b-instruct", "fp8"): (3.65, 3.40, 3.30, 3.30),
+    "llama3.1-8b-instruct": (1.72, 1.71, 1.59, 1.46),
+    "qwen2.5-7b-instruct": (1.94, 1.89, 1.89, 1.89),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "archive", "tp_size", "least"),
+    ("name", "tp_size", "least"),
     [
-        (*which, tp_size, least)
-        for which, ratios in LEAST.items()
+        (name, tp_size, least)
+        for name, ratios in LEAST.items()
         for tp_size, least in zip((1, 2, 4, 8), ratios, strict=True)
     ],
 )
-def test_requests_that_fit_against_dense(name, archive, tp_size, least):
+def test_requests_that_fit_against_dense(name, tp_size, least):
     """Of 32K tokens: what one page for all layers of a stage brought."""
-    plan = plan_of(official(name), 128, 2, tp_size, find_format(archive))
+    plan = plan_of(official(name), 128, 2, tp_size)
     pool = 64 << 30
     fit = leank_capacity(plan, Window(64, 256), pool, 32768).in_decode
     assert fit / dense_capacity(plan, pool, 32768).in_decode >= least

@@ -169,7 +169,10 @@ def test_flags_of_a_file_count(serve, with_tokenizer, tmp_path):
         (["--additional-config", "[1]"], "--additional-config is '[1]', but must be a JSON"),
         (["--additional-config.leank.mask", "m.yaml"], "names one, m.yaml: give one of both"),
         (["--additional-config.leank.sinks", "3"], 'leank has no option "sinks"'),
-        (["--additional-config.leank.archive_dtype", "fp8"], 'remove archive_dtype "fp8"'),
+        (
+            ["--additional-config.leank.archive_dtype", "fp8"],
+            "archive_dtype is no more: remove it; ",
+        ),
         (["--block-size", "32", "--kv-cache-dtype", "fp8"], "remove the flag"),
         (["--max-model-len", "many"], "vLLM refuses it: argument --max-model-len"),
         (["--no-such-flag"], "vLLM refuses it: unrecognized arguments: --no-such-flag"),

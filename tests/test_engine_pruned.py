@@ -44,7 +44,7 @@ def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_forma
     mask = mask_for(archive_format, tiny_llama_dir, KEPT)
     (prompt,) = prompts_of([700], seed=7)
     with engine(
-        tiny_llama_dir, mask, prefill="pruned", archive_dtype=archive_format.name, max_logprobs=512,
+        tiny_llama_dir, mask, prefill="pruned", max_logprobs=512,
         max_num_batched_tokens=chunk,
     ) as leank:  # fmt: skip
         leank.memory.fill_(torch.nan)

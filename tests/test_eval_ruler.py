@@ -151,6 +151,6 @@ def test_two_servers_in_one_call(leank, monkeypatch):
     assert ["ruler_vt", "1,024", "100.0%", "75.0%"] in [line.split() for line in out.splitlines()]
     code, out, _ = leank(*asked, "--dry-run")
     assert [line.split()[0] for line in out.splitlines()] == ["vllm", sys.executable] * 2
-    code, _, err = leank(*asked[:4], "dense,fp8", "--dry-run")
+    code, _, err = leank(*asked[:4], "dense,pruned", "--dry-run")
     assert code == 2
     assert "it takes dense and leank" in err

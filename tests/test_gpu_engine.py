@@ -7,6 +7,7 @@ leaves compiled graphs and, if it can sleep, an allocator behind, which the next
 import numpy as np
 import pytest
 import torch
+from archive_definition import PACKED
 from engines import engine
 from gpu_engines import (
     ON_GPU,
@@ -24,7 +25,6 @@ from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
 from speculation import DRAFT, NGRAM, prompts, watch
 
-from vllm_leank.core.formats import find_format
 from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.lookup import find_masks
 
@@ -82,7 +82,7 @@ def test_codes_are_read_as_defined(runner, prefill, tmp_path):
     mask = coded_mask(MODEL)
     save_mask(mask, tmp_path / "mask.yaml")
     exact_until = None if prefill == "exact" else 0
-    packed = Oracle(MODEL, mask, SINK, RECENT, archive_format=find_format("packed"), device="cuda")
+    packed = Oracle(MODEL, mask, SINK, RECENT, archive_format=PACKED, device="cuda")
     dense = definition(np.ones_like(mask.keep))
     arguments = ON_GPU | {"max_num_batched_tokens": 2048}
     with engine(
@@ -155,9 +155,7 @@ def test_two_starts_answer_alike():
     ]
     answers = []
     for _ in range(2):
-        with engine(
-            MODEL, mask.path, sink=mask.sink, recent=mask.recent, archive_dtype="fp8", **ON_GPU
-        ) as running:
+        with engine(MODEL, mask.path, sink=mask.sink, recent=mask.recent, **ON_GPU) as running:
             answers.append(running.generate(prompts, 100))
     assert answers[0] == answers[1]
 
@@ -205,24 +203,16 @@ def test_two_gpus_answer_like_one(split):
 
 
 @pytest.mark.parametrize(
-    ("runner", "archive_dtype", "prefill"),
-    runners(
-        (V2, "auto", "exact"),
-        (V2, "fp8", "exact"),
-        (V2, "auto", "pruned"),
-        (V2, "fp8", "pruned"),
-        (V1, "auto", "exact"),
-        (V1, "fp8", "pruned"),
-    ),
+    ("runner", "prefill"),
+    runners((V2, "exact"), (V2, "pruned"), (V1, "exact"), (V1, "pruned")),
     indirect=["runner"],
 )
-def test_needles_are_found(runner, archive_dtype, prefill):
+def test_needles_are_found(runner, prefill):
     (mask,) = find_masks(str(MODEL))
     right = asked = 0
     with engine(
-        MODEL, mask.path, sink=mask.sink, recent=mask.recent, archive_dtype=archive_dtype,
-        prefill=prefill, **ON_GPU,
-    ) as running:  # fmt: skip
+        MODEL, mask.path, sink=mask.sink, recent=mask.recent, prefill=prefill, **ON_GPU
+    ) as running:
         for task in TASKS:
             for length in (1024, 8192):
                 samples = [make_sample(task, length, seed) for seed in range(64)]

@@ -1,6 +1,6 @@
 """The Triton kernels against the definition and against the reference.
 
-Without a GPU they run in Triton's interpreter, which knows no bf16 and rounds to fp8 wrongly.
+Without a GPU they run in Triton's interpreter, which knows no bf16.
 """
 
 from dataclasses import replace
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from archive_definition import CODED, FP8, PACKED
+from archive_definition import CODED, PACKED
 from cache_builder import CacheBuilder, relative_rms
 from test_reference import mixed
 from test_reference import serve as serve_long
@@ -58,12 +58,6 @@ def attend(query, output, cache, batch, scale):
 
 
 KERNELS = SimpleNamespace(store=store.store, compact=store.compact, attend=attend)
-# The interpreter's compaction would round to fp8 wrongly.
-KERNELS_FP8 = KERNELS if GPU else SimpleNamespace(**vars(KERNELS) | {"compact": reference.compact})
-
-
-def kernels_for(archive_format):
-    return KERNELS_FP8 if archive_format == FP8 else KERNELS
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=gpu)], ids=["pointers", "tma"])
@@ -84,7 +78,7 @@ def tma(request, monkeypatch):
         ((32, 0), 64, 1, Window(0, 32), 32, (FP32, NATIVE)),
         ((96, 0, 64), 96, 3, Window(64, 100), 96, (FP16, NATIVE)),
         ((112, 16), 128, 4, Window(32, 64), 64, (FP16, NATIVE)),
-        ((48, 128), 128, 7, Window(32, 64), 128, (FP16, FP8)),
+        ((48, 128), 128, 7, Window(32, 64), 128, (FP16, NATIVE)),
         ((256, 144), 256, 2, Window(32, 64), 32, (FP32, NATIVE)),
         ((0, 0), 64, 16, Window(32, 64), 64, (FP16, NATIVE)),
         (CODED[64][:2], 64, 1, Window(32, 64), 128, (CODED_FP16, PACKED)),
@@ -106,14 +100,14 @@ def tma(request, monkeypatch):
             for window in (Window(0, 32), Window(64, 100), Window(128, 96))
             for head_dim, group, block, dtype, archive in (
                 (64, 1, 64, BF16, NATIVE),
-                (64, 8, 128, BF16, FP8),
+                (64, 8, 128, BF16, NATIVE),
                 (96, 4, 96, BF16, NATIVE),
-                (96, 3, 128, FP16, FP8),
+                (96, 3, 128, FP16, NATIVE),
                 (128, 4, 64, BF16, NATIVE),
-                (128, 7, 128, BF16, FP8),
+                (128, 7, 128, BF16, NATIVE),
                 (128, 32, 96, FP16, NATIVE),
                 (256, 2, 64, BF16, NATIVE),
-                (256, 8, 128, BF16, FP8),
+                (256, 8, 128, BF16, NATIVE),
             )
         ),
     ],
@@ -128,7 +122,7 @@ def test_every_query_reads_what_the_rule_says(
         kept, head_dim, group, window, archive_block, dtype, archive_format, device=DEVICE
     )
     for step in serve(builder):
-        output = builder.run(step, kernels_for(archive_format))
+        output = builder.run(step, KERNELS)
         assert output.isfinite().all()
         assert relative_rms(output, step.expected) < tolerance
 
@@ -144,9 +138,9 @@ def test_every_query_reads_what_the_rule_says(
             for block, dtype in ((128, CODED_FP16), (256, BF16))
         ),
         pytest.param(mixed(128), 128, 4, 64, (BF16, NATIVE), marks=gpu),
-        pytest.param(mixed(128), 128, 7, 128, (BF16, FP8), marks=gpu),
+        pytest.param(mixed(128), 128, 7, 128, (BF16, NATIVE), marks=gpu),
         pytest.param(mixed(96), 96, 3, 96, (FP16, NATIVE), marks=gpu),
-        pytest.param(mixed(64), 64, 8, 128, (BF16, FP8), marks=gpu),
+        pytest.param(mixed(64), 64, 8, 128, (BF16, NATIVE), marks=gpu),
         pytest.param(mixed(256), 256, 2, 64, (BF16, NATIVE), marks=gpu),
     ],
 )
@@ -161,7 +155,7 @@ def test_prompts_that_are_read_pruned(kept, head_dim, group, archive_block, dtyp
     requests = [builder.add(0, sum(chunks)) for _ in range(2 if GPU else 1)]
     for chunk in chunks:
         step = builder.step([(request, chunk) for request in requests])
-        output = builder.run(step, kernels_for(archive_format))
+        output = builder.run(step, KERNELS)
         assert output.isfinite().all()
         assert relative_rms(output, step.expected) < tolerance
 
@@ -176,7 +170,6 @@ def test_prompts_that_are_read_pruned(kept, head_dim, group, archive_block, dtyp
             for head_dim in (64, 128)
             for heads, dtypes in (
                 (mixed(head_dim), (BF16, NATIVE)),
-                (mixed(head_dim), (BF16, FP8)),
                 (CODED[head_dim], (BF16, PACKED)),
             )
         ),
@@ -201,7 +194,7 @@ def test_models_with_attention_sinks(
         )
         builder.cache = replace(builder.cache)  # which has prepared nothing yet
         step = builder.step([(request, tokens)])
-        output = builder.run(step, kernels_for(archive_format))
+        output = builder.run(step, KERNELS)
         assert relative_rms(output, step.expected) < tolerance
 
 
@@ -242,8 +235,7 @@ def test_a_prompt_is_read_the_same_in_programs_and_tiles_of_any_size(monkeypatch
     ("kept", "head_dim", "archive_block", "window", "archive_format"),
     [
         *(
-            pytest.param(*case, archive_format, marks=[gpu] if archive_format == FP8 else [])
-            for archive_format in (NATIVE, FP8)
+            (*case, NATIVE)
             for case in (
                 ((32, 0, 112), 128, 64, Window(32, 64)),
                 ((96, 16), 96, 96, Window(32, 64)),
@@ -277,22 +269,6 @@ def test_pages_are_those_of_the_reference(kept, head_dim, archive_block, window,
             assert pages[slots // 32, :, slots % 32].isfinite().all()
         one, two = (c.window_pages[slots // 32, :, slots % 32] for c in (cache, other))
         assert torch.equal(one, two)
-
-
-def test_fp8_compaction_of_values_that_need_no_rounding():
-    """What the interpreter can show of it: scales, places and zeros."""
-    builder = CacheBuilder((32, 0), 64, 1, Window(32, 32), 128, torch.float16, FP8, device=DEVICE)
-    request = builder.add(200, 200)
-    for values in (request.key, request.value):
-        signs = torch.randint(0, 2, values.shape, device=DEVICE) * 2 - 1
-        values.copy_(448.0 * signs / 2.0 ** torch.randint(0, 9, values.shape, device=DEVICE))
-        values[::32] = 448.0
-    step = builder.step([(request, 200)])
-    other = copy_of(builder.cache)
-    for kernels, cache in ((reference, builder.cache), (store, other)):
-        kernels.store(step.key, step.value, cache, step.batch)
-        kernels.compact(cache, step.batch)
-    assert torch.equal(raw(builder.cache.archive_pages), raw(other.archive_pages))
 
 
 @pytest.mark.parametrize(
@@ -369,7 +345,7 @@ def test_addresses_beyond_two_to_the_31_elements(tma):
 
 
 @gpu
-@pytest.mark.parametrize("archive_format", [NATIVE, FP8, PACKED])
+@pytest.mark.parametrize("archive_format", [NATIVE, PACKED])
 def test_a_captured_graph_replays_like_eager_launches(archive_format):
     """One graph over 50 batches of changing size, length, tables and boundary crossings."""
     builder = CacheBuilder(

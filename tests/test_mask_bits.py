@@ -353,32 +353,15 @@ def coded(kind=2):
     )  # fmt: skip
 
 
-def test_the_mask_decides_the_archive_where_the_options_do_not():
+def test_the_mask_decides_the_archive():
     assert plan_settings(coded(), Options(), 2).plan.archive_format.name == "packed"
     assert plan_settings(coded(16), Options(), 2).plan.archive_format.name == "auto"
-    assert (
-        plan_settings(coded(16), Options(archive_dtype="fp8"), 2).plan.archive_format.name == "fp8"
-    )
-    assert plan_settings(coded(), Options(archive_dtype="packed"), 2).plan.profiles == (
-        (Profile(k2=64, v2=64),),
-    )
+    assert plan_settings(coded(), Options(), 2).plan.profiles == ((Profile(k2=64, v2=64),),)
 
 
-@pytest.mark.parametrize(
-    ("mask", "archive_dtype", "message"),
-    [
-        (
-            coded(),
-            "fp8",
-            '2, 4 or 8 bits, which no fp8 archive can hold: remove archive_dtype "fp8"',
-        ),
-        (coded(16), "packed", "channels of 16 bits, which no packed archive can hold"),
-        (packed_mask(Geometry(2, 2, 128, 1e4, None)), "auto", "beside heads with fewer"),
-    ],
-)
-def test_masks_that_an_archive_cannot_hold_are_refused(mask, archive_dtype, message):
-    with pytest.raises(UserError, match=message):
-        plan_settings(mask, Options(archive_dtype=archive_dtype), 2)
+def test_a_mask_that_no_archive_can_hold_is_refused():
+    with pytest.raises(UserError, match="beside heads with fewer, which no archive can hold"):
+        plan_settings(packed_mask(Geometry(2, 2, 128, 1e4, None)), Options(), 2)
 
 
 @st.composite

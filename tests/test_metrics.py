@@ -93,10 +93,10 @@ def test_each_data_parallel_engine_has_its_own_cache(publish):
 def test_a_second_server_replaces_the_gauges_of_the_first(publish):
     publish()
     first = len(samples())
-    publish(archive_dtype="fp8")
+    publish(prefill="pruned")
     assert len(samples()) == first
     (info,) = [sample for sample in samples() if sample.name == "vllm:leank_mask_info"]
-    assert info.labels["archive_dtype"] == "fp8"
+    assert info.labels["prefill"] == "pruned"
 
 
 def test_plain_vllm_has_no_such_gauges(publish):

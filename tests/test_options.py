@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from mask_samples import statistics_of
 
-from vllm_leank.core.formats import find_format
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.options import OptionError, Options, given_options, parse_options, read_options
 from vllm_leank.core.plan import plan_cache
@@ -26,8 +25,6 @@ from vllm_leank.serving.report import describe, report
         ({"leank": {"mask": "m.yaml"}}, Options(mask="m.yaml")),
         ({"leank": {"sink": 0, "recent": 32}}, Options(sink=0, recent=32)),
         ({"leank": {"sink": None}}, Options()),
-        ({"leank": {"archive_dtype": "auto"}}, Options()),
-        ({"leank": {"archive_dtype": "fp8"}}, Options(archive_dtype="fp8")),
     ],
 )
 def test_options_are_read(given, options):
@@ -39,7 +36,7 @@ def test_options_are_read(given, options):
     [
         (
             {"sinc": 64},
-            'leank has no option "sinc"; allowed: mask, sink, recent, archive_dtype, prefill',
+            'leank has no option "sinc"; allowed: mask, sink, recent, prefill',
         ),
         ({"sink": "64"}, "leank option sink = '64': input should be a valid integer"),
         ({"sink": 64.0}, "leank option sink = 64.0: input should be a valid integer"),
@@ -50,14 +47,15 @@ def test_options_are_read(given, options):
         ({"mask": 3}, "leank option mask = 3: input should be a valid string"),
         ({"mask": ""}, "leank option mask = '': string should have at least 1 character"),
         (
-            {"archive_dtype": "int4"},
-            "leank option archive_dtype is 'int4', but must be one of: auto, fp8, packed",
+            {"archive_dtype": "fp8"},
+            "leank option archive_dtype is no more: remove it; smaller than 8-bit floats, and "
+            "nearer to dense attention, is a mask of bits: leank mask calibrate MODEL --bits 4",
         ),
         (
             {"prefill": "dense"},
             "leank option prefill = 'dense': input should be 'exact' or 'pruned'",
         ),
-        ({"archive_dtype": 8}, "leank option archive_dtype = 8: input should be a valid string"),
+        ({"archive_dtype": 8}, "leank option archive_dtype is no more"),
         ([], 'additional_config["leank"] is [], but must be a mapping of options'),
         ("m.yaml", "additional_config[\"leank\"] is 'm.yaml', but must be a mapping of options"),
         (None, 'additional_config["leank"] is None, but must be a mapping of options'),
@@ -68,6 +66,12 @@ def test_wrong_options_are_refused_by_name(given, message):
     with pytest.raises(OptionError) as refused:
         parse_options({"leank": given})
     assert str(refused.value).startswith(message)
+
+
+def test_a_retired_option_is_refused_wherever_it_is_given():
+    with pytest.raises(OptionError, match="leank option archive_dtype is no more: remove it"):
+        parse_options({"archive_dtype": "fp8"})
+    assert given_options({"archive_dtype": "fp8"})
 
 
 def test_every_wrong_option_is_named_and_the_others_are_read():
@@ -121,8 +125,8 @@ def test_window_comes_from_options_then_from_the_mask(options, made_for, window)
     assert _window(options, hand_made_mask(*made_for)) == window
 
 
-def settings(window, mask, archive_dtype="auto"):
-    plan = plan_cache(mask.profiles, 64, 2, archive_format=find_format(archive_dtype))
+def settings(window, mask):
+    plan = plan_cache(mask.profiles, 64, 2)
     return Settings(mask, window, replace(plan, archive_block=64))
 
 
@@ -154,17 +158,6 @@ def test_report_of_a_hand_made_mask():
         "leank cache: 640 bytes per far token against 1,024 dense (62.5%); archive pages of 64 "
         "tokens",
         "leank capacity: 7.5 requests of 8,192 tokens in decode, 4.9 dense (1.53x), in 0.04 GiB",
-    ]
-
-
-def test_report_of_an_fp8_archive():
-    """112 and 240 bytes per far token in the two layers, scales included."""
-    fp8 = settings(Window(64, 256), hand_made_mask(), archive_dtype="fp8")
-    lines = report(fp8, num_blocks=1000, length=8192)
-    assert lines[-2:] == [
-        "leank cache: 352 bytes per far token against 1,024 dense (34.4%); fp8 archive pages of "
-        "64 tokens",
-        "leank capacity: 7.5 requests of 8,192 tokens in decode, 3.9 dense (1.91x), in 0.03 GiB",
     ]
 
 

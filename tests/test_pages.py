@@ -1,7 +1,7 @@
 """Where every byte of a layer's pages is."""
 
 import pytest
-from archive_definition import FP8, PACKED, profiles_for
+from archive_definition import PACKED, profiles_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,21 +91,6 @@ def test_offsets_of_a_page_in_literal_numbers():
     assert layout.window_page_bytes == 3 * 32 * 2 * 128 * 2
 
 
-def test_offsets_of_an_fp8_page_in_literal_numbers():
-    """Beside K and V of a head: for each of 2 granules a scale of K and one of V."""
-    layout = layout_of((112, 0, 16), 128, 2, 64, FP8)
-    first, second, third = layout.heads
-    assert [(c.offset, c.width, c.first) for c in first.k_chunks] == [
-        (0, 64, 0), (4096, 32, 64), (6144, 16, 96)
-    ]  # fmt: skip
-    assert (first.v_offset, first.side_offset) == (7168, 24576)
-    assert second is None
-    assert [(c.offset, c.width, c.first) for c in third.k_chunks] == [(15360, 16, 0)]
-    assert (third.v_offset, third.side_offset) == (16384, 24592)
-    assert layout.archive_page_bytes == 64 * 400
-    assert layout.window_page_bytes == 3 * 32 * 2 * 128 * 2
-
-
 def test_bytes_of_a_packed_page_in_literal_numbers():
     """Of 128 tokens. Head 0: K 32 x 8, 32 x 4, 64 x 2 bits, V 16 x 8, 64 x 4; head 2: V alone."""
     heads = Profile(k8=32, k4=32, k2=64, v8=16, v4=64), Profile(), Profile(v2=64)
@@ -147,9 +132,8 @@ def test_no_packed_page_holds_what_does_not_fill_16_bytes(profile):
     ("kept", "archive_format", "token_bytes"),
     [
         ((48, 0, 16), NATIVE, 640),
-        ((48, 0, 16), FP8, 320 + 16),
-        ((16,) * 8, FP8, 1152 + 16),
-        ((0, 0), FP8, 0),
+        ((48, 0, 16), PACKED, 160),  # 32 and 16 bytes of K, 48 of V and 2 of a scale
+        ((0, 0), PACKED, 0),
     ],
 )
 def test_bytes_of_a_token_come_in_units_and_include_side_data(kept, archive_format, token_bytes):

@@ -23,7 +23,6 @@ from vllm_leank.core.capacity import (
     estimate_pool,
     leank_capacity,
 )
-from vllm_leank.core.formats import find_format
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
@@ -60,7 +59,6 @@ def test_plan_says_what_a_server_says(recall):
         ("vLLM", 6144, None, 21.2),
         ("vLLM, fp8 cache", 3072, None, 42.3),
         ("leank", 2432, 96, 48.9),
-        ("leank, fp8 archive", 1280, 160, 87.4),
     ]
     assert round(engines["leank"]["ratio_in_decode"], 2) == 2.31
     assert engines["leank"]["in_prefill"] < engines["vLLM"]["in_prefill"] == pytest.approx(21.17, 1)
@@ -95,7 +93,7 @@ def test_plan_as_a_table(recall):
     assert code == 0
     assert "sink 64, recent 256: cache of 1.00 GiB" in " ".join(out.split())
     assert "requests of 8,256 tokens that fit" in out
-    for text in ("48.9", "2.31x", "87.4", "2,432"):
+    for text in ("48.9", "2.31x", "2,432"):
         assert text in out
     assert "would not start" not in out
 
@@ -104,14 +102,14 @@ def test_plan_as_a_table(recall):
 def test_the_table_loses_nothing_where_columns_are_few(width):
     """Names may wrap; numbers of seven digits are whole."""
     most = Capacity(9_999_999, 9_999, 9_999_999, 9_999_999, 9_999_999)
-    names = ["vLLM", "vLLM, fp8 cache", "leank", "leank, fp8 archive"]
+    names = ["vLLM", "vLLM, fp8 cache", "leank"]
     file = io.StringIO()
     Console(file=file, width=width).print(capacity_table(dict.fromkeys(names, most), 1))
     shown = file.getvalue()
     assert max(map(len, shown.splitlines())) <= width
     assert "…" not in shown
     assert shown.count(" 9,999,999 ") == 4 * len(names)
-    assert all((name in shown) == (width == 80) for name in names[1::2])
+    assert (names[1] in shown) == (width == 80)
 
 
 def test_tenths_are_shown_of_few_requests_only(recall):
@@ -172,7 +170,7 @@ def test_requests_that_can_never_be_admitted_are_told(recall):
     code, out, _ = recall("--kv-cache-memory", "80MiB", "--max-model-len", 12288)
     assert code == 1
     told = " ".join(out.split())
-    assert "does not fit while its prompt is computed: leank; leank, fp8 archive." in told
+    assert "does not fit while its prompt is computed: leank." in told
 
 
 @pytest.mark.parametrize(
@@ -269,13 +267,6 @@ def test_short_requests_gain_nothing():
     assert both["leank"].in_decode == both["leank"].in_prefill
 
 
-def test_the_variant_in_use_does_not_matter():
-    fp8 = plan_of([[32, 0], [64, 32]], 64, 2, archive_format=find_format("fp8"))
-    bf16 = plan_of([[32, 0], [64, 32]], 64, 2)
-    window = Window(64, 256)
-    assert compare(fp8, window, 2**30, 8192, 1) == compare(bf16, window, 2**30, 8192, 1)
-
-
 def test_estimates_name_what_takes_the_memory():
     assert estimate_pool(100, 0.9, 20, 10) == 60
     with pytest.raises(UserError, match=r"weights \(2\.00 GiB\)"):
@@ -333,7 +324,7 @@ def test_plan_needs_no_model_where_there_is_its_mask(leank):
     assert code == 0
     planned = json.loads(out)
     assert planned["model"] == "leank/recall"
-    assert [one["far_token_bytes"] for one in planned["engines"]] == [6144, 3072, 2432, 1280]
+    assert [one["far_token_bytes"] for one in planned["engines"]] == [6144, 3072, 2432]
     code, _, err = leank("plan", *asked)
     assert code == 2
     assert "name a model by --model, or its mask by --mask" in err

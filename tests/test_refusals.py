@@ -56,16 +56,16 @@ def test_a_compile_cache_is_of_one_mask_and_one_window(tiny_llama_dir, tmp_path)
 
     first = key([32, 0])
     assert key([32, 0]) == first
-    others = [key([64]), key([32, 0], sink=32), key([32, 0], archive_dtype="fp8")]
+    others = [key([64]), key([32, 0], sink=32), key([32, 0], prefill="pruned")]
     assert len({first, *others}) == 4
 
 
 OPTIONS = {
     "unknown option": (
         {"sinks": 64},
-        'no option "sinks"; allowed: mask, sink, recent, archive_dtype',
+        'no option "sinks"; allowed: mask, sink, recent, prefill',
     ),
-    "unknown archive dtype": ({"archive_dtype": "int8"}, "must be one of: auto, "),
+    "retired option": ({"archive_dtype": "fp8"}, "is a mask of bits: leank mask calibrate MODEL"),
     "sink of a wrong type": ({"sink": "64"}, "option sink = '64'"),
     "sink not in whole pages": ({"sink": 30}, "sink is 30, but must be 0 or a multiple of 32"),
     "recent below a step": ({"recent": 16}, "recent is 16, but must be at least 32"),
@@ -175,18 +175,11 @@ def test_batch_invariant_mode(tiny_llama_dir, mask_file, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "archive_dtype", "refused"),
-    [
-        ((8, 0), "auto", None),
-        ((7, 5), "auto", "needs a GPU of compute capability 8.0 or newer"),
-        ((8, 6), "fp8", "needs a GPU of compute capability 8.9 or newer: remove it from"),
-        ((8, 9), "fp8", None),
-    ],
+    ("capability", "refused"),
+    [((8, 0), None), ((7, 5), "needs a GPU of compute capability 8.0 or newer")],
 )
-def test_what_a_gpu_must_have(
-    tiny_llama_dir, mask_file, monkeypatch, capability, archive_dtype, refused
-):
-    config = config_of(tiny_llama_dir, {"mask": str(mask_file), "archive_dtype": archive_dtype})
+def test_what_a_gpu_must_have(tiny_llama_dir, mask_file, monkeypatch, capability, refused):
+    config = config_of(tiny_llama_dir, {"mask": str(mask_file)})
     gpu = SimpleNamespace(
         is_cuda=lambda: True, has_device_capability=lambda needed: capability >= needed
     )

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from archive_definition import PACKED
 from mask_samples import coded_mask, full_mask, random_mask, statistics_of
 from oracle import Oracle, heads_of
 from transformers import AutoModelForCausalLM
 from vllm_leank.kernels.codecs import codec_of
 
-from vllm_leank.core.formats import find_format
+from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.window import Window
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.attention_hook import hooked_attention
@@ -78,29 +79,27 @@ def whole_mask(model_dir):
     )
 
 
-ARCHIVES = [(coded_mask, "packed"), (whole_mask, "auto"), (whole_mask, "fp8")]
+ARCHIVES = [(coded_mask, PACKED), (whole_mask, NATIVE)]
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "pruned"])
-@pytest.mark.parametrize(("make", "name"), ARCHIVES)
-def test_far_tokens_are_read_as_served(model, tiny_llama_dir, make, name, exact):
+@pytest.mark.parametrize(("make", "archive_format"), ARCHIVES)
+def test_far_tokens_are_read_as_served(model, tiny_llama_dir, make, archive_format, exact):
     mask, window = make(tiny_llama_dir), Window(32, 64, exact)
-    one = compare(model, mask, ANSWER, window, chunk=100, archive_dtype=name)
+    one = compare(model, mask, ANSWER, window, chunk=100)
     until = window.exact_until(len(PROMPT))
-    kl, _ = oracle_kl(
-        tiny_llama_dir, mask, PROMPT + ANSWER, until, archive_format=find_format(name)
-    )
+    kl, _ = oracle_kl(tiny_llama_dir, mask, PROMPT + ANSWER, until, archive_format=archive_format)
     assert one.found.total == pytest.approx(kl.sum(), rel=2e-3)
     assert one.found.total > 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("make", "name"), ARCHIVES)
-def test_an_archive_gives_back_the_bits_of_its_codec(tiny_llama_dir, make, name, dtype):
+@pytest.mark.parametrize(("make", "archive_format"), ARCHIVES)
+def test_an_archive_gives_back_the_bits_of_its_codec(tiny_llama_dir, make, archive_format, dtype):
     mask = make(tiny_llama_dir)
-    archive = ServedArchive(mask, name)
+    archive = ServedArchive(mask)
     key, value = torch.randn(2, 2, 2, 96, 64).to(dtype)
-    codec = codec_of(find_format(name))
+    codec = codec_of(archive_format)
     for layer, heads in heads_of(mask, range(len(mask.keep))).items():
         given = archive(layer, 32, key, value)
         for index, head in enumerate(heads):

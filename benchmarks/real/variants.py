@@ -27,6 +27,7 @@ from vllm_leank.mask.bits import BitsArray
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.select_channels import select_channels
+from vllm_leank.mask.settings import choose_format
 from vllm_leank.offline.allocate import allocate
 from vllm_leank.offline.archive import StaticArchive
 from vllm_leank.offline.attention_hook import AttentionHook
@@ -85,11 +86,11 @@ class Archives:
         mask = bits_mask(BitsRequest(self.checkpoint, bits, self.window), self.measured)
         return self._served(f"leank packed, {bits:g} bits", mask)
 
-    def pruned(self, archive_dtype: str, suffix: str = "") -> Variant:
+    def pruned(self) -> Variant:
         """What `leank mask calibrate --ratio` makes; channels that are not kept read as 0."""
         request = MaskRequest(self.checkpoint, RATIO, ALIGN, self.window)
         mask = pruned_mask(request, self.measured)
-        return self._served(f"leank 70% pruned{suffix}, zeros", mask, archive_dtype)
+        return self._served("leank 70% pruned, zeros", mask)
 
     def with_means(self) -> Variant:
         """Channels of K that are not kept read as their means after RoPE."""
@@ -176,10 +177,9 @@ class Archives:
             {"before_rope": statistics.before_rope},
         )
 
-    def _served(self, name: str, mask: Mask, archive_dtype: str = "auto") -> Variant:
+    def _served(self, name: str, mask: Mask) -> Variant:
         """A mask's archive, as engines store and read it."""
-        archive = ServedArchive(mask, archive_dtype)
-        token_bytes = mask_token_bytes(mask, archive_dtype)
+        archive = ServedArchive(mask)
         detail = {
             "format": archive.archive_format.name,
             "bits": round(float(mask.k_bits.mean() + mask.v_bits.mean()) / 2, 4),
@@ -187,12 +187,14 @@ class Archives:
             "blind_heads": int(archive.blind.sum()),
         }
         hook = SimulatedArchive(self.window, archive, archive.blind)
-        return Variant(name, hook, token_bytes, self.window.sink + self.window.recent, detail)
+        return Variant(
+            name, hook, mask_token_bytes(mask), self.window.sink + self.window.recent, detail
+        )
 
 
-def mask_token_bytes(mask: Mask, archive_dtype: str = "auto") -> float:
+def mask_token_bytes(mask: Mask) -> float:
     """Bytes of a far token over all layers, with all scales."""
-    form = ServedArchive(mask, archive_dtype).archive_format
+    form = choose_format(mask)
     return float(sum(archive_token_bytes(heads, MODEL_BYTES, form) for heads in mask.profiles))
 
 
@@ -205,16 +207,13 @@ def makers(
         if group == "packed":
             yield from (partial(archives.packed, one) for one in bits)
         elif group == "pruned":
-            yield partial(archives.pruned, "auto")
-            yield from (archives.with_means, archives.with_all_values)
+            yield from (archives.pruned, archives.with_means, archives.with_all_values)
         elif group == "turned":
             yield archives.with_turned_means
         elif group == "directions":
             for before_rope in (False, True):
                 yield partial(archives.low_rank, before_rope)
                 yield from (partial(archives.direction_bits, one, before_rope) for one in bits)
-        elif group == "fp8":
-            yield partial(archives.pruned, "fp8", ", fp8")
         elif group == "vllm":
             rivals += vllm_caches(len(archives.checkpoint.geometry.layers))
         elif group == "kivi":
@@ -226,7 +225,7 @@ def makers(
     yield from (partial(_rival, cache, archives.checkpoint) for cache in rivals)
 
 
-GROUPS = "packed", "pruned", "turned", "directions", "fp8", "vllm", "kivi", "kitty", "floor"
+GROUPS = "packed", "pruned", "turned", "directions", "vllm", "kivi", "kitty", "floor"
 
 
 def vllm_caches(num_layers: int) -> list[RoundedCache]:

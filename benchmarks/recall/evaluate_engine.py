@@ -26,19 +26,17 @@ from rich.table import Table
 from recall.endpoint import Endpoint, EndpointError
 from recall.evaluate import LENGTHS, head_commit, machine
 from recall.tasks import TASKS, make_sample
-from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.offline.intervals import wilson
 
 MODEL = str(Path(__file__).with_name("model"))
 SLACK = 64  # tokens of the model's length beyond the longest sample
 
-ENGINES: dict[str, dict[str, str] | None] = {"dense": None}
+ENGINES: dict[str, dict[str, str] | None] = {
+    "dense": None,
+    "leank": {"prefill": "exact"},
+    "leank-pruned": {"prefill": "pruned"},
+}
 """leank's options by name; None is vLLM's own attention."""
-for _prompts in ("exact", "pruned"):
-    for _format in known_formats():
-        _words = ["leank", *([_prompts] * (_prompts == "pruned"))]
-        _words += [_format.name] * (_format != NATIVE)
-        ENGINES["-".join(_words)] = {"prefill": _prompts, "archive_dtype": _format.name}
 
 Right = dict[tuple[str, int], list[bool]]
 """Per task and length, which samples were answered without a mistake."""

@@ -11,7 +11,7 @@ has left in the L2 cache. `eager_ms` is that of one call launched from Python.
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -46,14 +46,12 @@ class Shape:
         layers: the layers to measure.
         query_heads: query heads of a layer.
         dtype: of the model.
-        archive_dtypes: names of archive formats.
     """
 
     mask: Mask
     layers: Sequence[int]
     query_heads: int
     dtype: torch.dtype
-    archive_dtypes: Sequence[str]
 
     def __post_init__(self) -> None:
         if self.query_heads < 1 or self.query_heads % self.kv_heads:
@@ -77,13 +75,14 @@ class Shape:
         """Factor of the QK product."""
         return float(self.head_dim**-0.5)
 
-    def plan(self, archive_dtype: str) -> CachePlan:
+    @cached_property
+    def plan(self) -> CachePlan:
         """Page sizes."""
         return plan_cache(
             self.mask.profiles,
             self.head_dim,
             self.dtype.itemsize,
-            archive_format=choose_format(archive_dtype, self.mask),
+            archive_format=choose_format(self.mask),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -113,39 +112,38 @@ def measure(
     tell(f"read limit: {limit / 1e12:.2f} TB/s")
     measured: list[dict[str, Any]] = []
     for case in cases:
-        measured += _measure_case(shape, case, limit, device, tell)
+        measured.append(_measure_case(shape, case, limit, device, tell))
         yield {"shape": shape.as_dict(), "read_limit_tb_s": limit / 1e12, "cases": measured}
 
 
 def _measure_case(
     shape: Shape, case: Case, limit: float, device: str, tell: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
-    """Figures of a case, one for each dtype of the archive."""
+) -> dict[str, Any]:
+    """Figures of a case."""
     query = torch.randn(case.batch, shape.query_heads, shape.head_dim, device=device)
     query = (2 * query).to(shape.dtype)
     flash = {FLASH: _time_flash(shape, case, query, eight_bit=False)}
     if flash[FLASH]["version"] == 3:
         flash[FLASH_EIGHT_BIT] = _time_flash(shape, case, query, eight_bit=True)
-    for archive_dtype in shape.archive_dtypes:
-        layers = []
-        for layer in shape.layers:
-            layers.append(_time_layer(shape, case, query, archive_dtype, layer))
-            tell(f"{case}, archive {archive_dtype}, layer {layer}: {layers[-1]['ms']:.4f} ms")
-        for row in layers:
-            row |= _rates(row, flash, limit)
-        mean = {key: statistics.mean(row[key] for row in layers) for key in ("ms", "eager_ms")}
-        mean["bytes"] = round(statistics.mean(row["bytes"] for row in layers))
-        yield {
-            "batch": case.batch,
-            "length": case.length,
-            "sink": case.window.sink,
-            "recent": case.window.recent,
-            "archive_dtype": archive_dtype,
-            "archive_block": shape.plan(archive_dtype).archive_block,
-            **{name: row | _rates(row, {}, limit) for name, row in flash.items()},
-            "mean": mean | _rates(mean, flash, limit),
-            "layers": layers,
-        }
+    layers = []
+    for layer in shape.layers:
+        layers.append(_time_layer(shape, case, query, layer))
+        tell(f"{case}, layer {layer}: {layers[-1]['ms']:.4f} ms")
+    for row in layers:
+        row |= _rates(row, flash, limit)
+    mean = {key: statistics.mean(row[key] for row in layers) for key in ("ms", "eager_ms")}
+    mean["bytes"] = round(statistics.mean(row["bytes"] for row in layers))
+    return {
+        "batch": case.batch,
+        "length": case.length,
+        "sink": case.window.sink,
+        "recent": case.window.recent,
+        "archive_dtype": shape.plan.archive_format.name,
+        "archive_block": shape.plan.archive_block,
+        **{name: row | _rates(row, {}, limit) for name, row in flash.items()},
+        "mean": mean | _rates(mean, flash, limit),
+        "layers": layers,
+    }
 
 
 def _rates(row: dict[str, Any], flash: dict[str, Any], limit: float) -> dict[str, Any]:
@@ -180,11 +178,9 @@ def _time_flash(
     return figures
 
 
-def _time_layer(
-    shape: Shape, case: Case, query: torch.Tensor, archive_dtype: str, layer: int
-) -> dict[str, Any]:
+def _time_layer(shape: Shape, case: Case, query: torch.Tensor, layer: int) -> dict[str, Any]:
     """Time our decode on the pages of a layer of the mask."""
-    layout = shape.plan(archive_dtype).layer(layer)
+    layout = shape.plan.layer(layer)
     read = case.read_bytes(layout)
     device = query.device
     tables = Tables.shuffled(case, layout.archive_block, copies_needed(read, device), device)

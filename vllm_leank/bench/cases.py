@@ -40,7 +40,7 @@ class Case:
             layout.archive_format.token_bytes(profile, layout.itemsize)
             for profile in layout.profiles
         )
-        return self.batch * ((self.length - archived) * dense + int(archived * pruned))
+        return self.batch * ((self.length - archived) * dense + archived * pruned)
 
     def dense_bytes(self, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
         """Bytes of K and V that dense attention has to read in a layer."""

@@ -10,19 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_leank.core.capacity import EIGHT_BIT_CACHE
-from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.errors import UserError
 from vllm_leank.version import SUPPORTED_VLLM
 
-_FORMATS = ("", *(f"-{one.name}" for one in known_formats() if one != NATIVE))
-VARIANTS = (
-    "flash",
-    f"flash-{EIGHT_BIT_CACHE}",
-    *(f"leank{one}" for one in _FORMATS),
-    *(f"leank-pruned{one}" for one in _FORMATS),
-)
+VARIANTS = ("flash", f"flash-{EIGHT_BIT_CACHE}", "leank", "leank-pruned")
 """vLLM's FlashAttention in the model's dtype and in 8-bit floats; leank, and leank reading prompts
-pruned, with every archive format."""
+pruned."""
 
 DEFAULT_VARIANTS = ",".join(one for one in VARIANTS if "pruned" not in one)
 
@@ -62,11 +55,8 @@ def variant_args(variant: str, leank: dict[str, Any]) -> dict[str, Any]:
         cache = {"kv_cache_dtype": words[0]} if words else {}
         return {"attention_backend": "FLASH_ATTN"} | cache
     options = dict(leank)
-    if "pruned" in words:
-        options["prefill"] = "pruned"
-        words.remove("pruned")
     if words:
-        options["archive_dtype"] = words[0]
+        options["prefill"] = words[0]
     return {"attention_backend": "leank", "additional_config": {"leank": options}}
 
 

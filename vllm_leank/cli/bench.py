@@ -8,10 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from vllm_leank.bench.serve import DEFAULT_VARIANTS, VARIANTS
-from vllm_leank.cli.options import RecentOfMask, SinkOfMask
+from vllm_leank.cli.options import ArchiveDtype, RecentOfMask, SinkOfMask
 from vllm_leank.cli.outputs import check_new
-from vllm_leank.core.formats import NATIVE, find_format, formats_for
-from vllm_leank.errors import UserError
 
 app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True)
 
@@ -46,9 +44,7 @@ def attention(
     dtype: Annotated[
         Literal["bfloat16", "float16"], typer.Option(help="Of the model.")
     ] = "bfloat16",
-    archive_dtype: Annotated[
-        str, typer.Option(help="Of far tokens; auto is the model's, both is every format.")
-    ] = NATIVE.name,
+    archive_dtype: ArchiveDtype = None,
     out: Out = None,
     overwrite: Overwrite = False,
     commit: Commit = None,
@@ -73,19 +69,11 @@ def attention(
     cases = [parse_case(text, sink, recent) for text in case or [f"{batch},{length}"]]
     chosen = parse_layers(layers, len(loaded.geometry.layers))
 
-    archive_dtypes = [archive_dtype]
-    if archive_dtype == "both":
-        archive_dtypes = [one.name for one in formats_for(loaded.profiles)]
-    try:
-        [find_format(name) for name in archive_dtypes]
-    except ValueError as error:
-        raise UserError(f"--archive-dtype: {error}") from error
-
     require_gpu("leank bench attention")
     from vllm_leank.bench.attention import DTYPES, Shape, measure
     from vllm_leank.bench.report_attention import print_attention
 
-    shape = Shape(loaded, chosen, query_heads, DTYPES[dtype], archive_dtypes)
+    shape = Shape(loaded, chosen, query_heads, DTYPES[dtype])
     results = header(ATTENTION, commit) | {"mask": describe_mask(loaded)}
     for measured in measure(
         shape, cases, tell=lambda line: print(line, file=sys.stderr, flush=True)

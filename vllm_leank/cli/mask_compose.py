@@ -9,7 +9,6 @@ import typer
 
 from vllm_leank.cli.options import Overrides
 from vllm_leank.cli.outputs import check_new, report_mask
-from vllm_leank.core.formats import NATIVE
 from vllm_leank.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def compose(
         dense_layers=_numbers(dense_layers or ""),
         model_id=model_id,
     )
-    choose_format(NATIVE.name, mask)  # as a server would
+    choose_format(mask)  # as a server would
     save_mask(mask, out, overwrite=overwrite)
     report_mask(out, mask)
 

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_leank.errors import UserError
+
 SINK, RECENT = 64, 256
 """What masks are calibrated for, where it is not said."""
 
@@ -49,6 +51,21 @@ Overrides = Annotated[
         show_default="none",
     ),
 ]
+
+
+def _refuse_archive_dtype(given: str | None) -> None:
+    """Say what to use instead of a flag that there was.
+
+    Raises:
+        UserError: it is given.
+    """
+    from vllm_leank.core.options import INSTEAD
+
+    if given is not None:
+        raise UserError(f"--archive-dtype {INSTEAD}")
+
+
+ArchiveDtype = Annotated[str | None, typer.Option(hidden=True, callback=_refuse_archive_dtype)]
 
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[

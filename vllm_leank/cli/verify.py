@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_leank.cli.options import Device, Overrides, RecentOfMask, SinkOfMask
+from vllm_leank.cli.options import ArchiveDtype, Device, Overrides, RecentOfMask, SinkOfMask
 from vllm_leank.cli.outputs import check_new
 from vllm_leank.errors import UserError
 
@@ -57,9 +57,7 @@ def verify(
     sink: SinkOfMask = None,
     recent: RecentOfMask = None,
     prefill: Annotated[str, typer.Option(help="How prompts are read: exact or pruned.")] = "exact",
-    archive_dtype: Annotated[
-        str, typer.Option(help="How far tokens are stored, as the server's option says.")
-    ] = "auto",
+    archive_dtype: ArchiveDtype = None,
     min_top1: Annotated[
         float, typer.Option(help="Least share of tokens with the same most likely token, 0..1.")
     ] = 0.95,
@@ -118,7 +116,7 @@ def verify(
     device = checkpoint.place(device, dtype)
     found = resolve_mask(mask, model, checkpoint.geometry, overrides=hf_overrides)
     # As served; the window does not depend on the bytes of a number.
-    options = {"sink": sink, "recent": recent, "prefill": prefill, "archive_dtype": archive_dtype}
+    options = {"sink": sink, "recent": recent, "prefill": prefill}
     window = plan_settings(found, parse_options({KEY: options}), itemsize=2).window
     samples = []
     if data is not None:
@@ -130,7 +128,6 @@ def verify(
         window,
         request,
         thresholds,
-        archive_dtype=archive_dtype,
         dtype=dtype,
         device=device,
     )

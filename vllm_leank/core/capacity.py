@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from vllm_leank.core.formats import NATIVE, ArchiveFormat, formats_for
-from vllm_leank.core.plan import CachePlan, plan_cache
+from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 
@@ -79,31 +78,11 @@ def dense_capacity(
 def compare(
     plan: CachePlan, window: Window, pool_bytes: int, length: int, in_flight: int
 ) -> dict[str, Capacity]:
-    """Capacity of dense caches and of leank's in every format that takes the
-    plan's heads, by name; see `leank_capacity`.
-    """
-
-    def leank(archive_format: ArchiveFormat) -> Capacity:
-        variant = plan_cache(
-            plan.profiles,
-            plan.head_dim,
-            plan.itemsize,
-            plan.tp_size,
-            archive_format,
-            plan.draft_items,
-            plan.stages,
-            plan.sliding,
-            plan.states,
-        )
-        return leank_capacity(variant, window, pool_bytes, length, in_flight)
-
+    """Capacity of dense caches and of leank's, by name; see `leank_capacity`."""
     return {
         "vLLM": dense_capacity(plan, pool_bytes, length),
         f"vLLM, {EIGHT_BIT_CACHE} cache": dense_capacity(plan, pool_bytes, length, itemsize=1),
-        **{
-            "leank" if one == NATIVE else f"leank, {one.archive}": leank(one)
-            for one in formats_for(plan.profiles)
-        },
+        "leank": leank_capacity(plan, window, pool_bytes, length, in_flight),
     }
 
 

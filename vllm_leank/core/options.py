@@ -7,11 +7,20 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from vllm_leank.core.formats import NATIVE, check_format
 from vllm_leank.core.window import check_recent, check_sink
 from vllm_leank.errors import UserError, shortened
 
 KEY = "leank"
+
+
+RETIRED = "archive_dtype"
+"""An option that there was: how far tokens are stored, which the mask alone says now."""
+
+INSTEAD = (
+    "is no more: remove it; smaller than 8-bit floats, and nearer to dense attention, is a mask of "
+    "bits: leank mask calibrate MODEL --bits 4"
+)
+"""What is said where it, or a flag of its name, is given."""
 
 
 class OptionError(UserError):
@@ -25,7 +34,6 @@ class Options(pydantic.BaseModel):
         mask: path of a mask file; by default the one shipped for the model.
         sink: first tokens that stay dense, a multiple of 32; by default the mask's.
         recent: last tokens that stay dense, at least 32; by default the mask's.
-        archive_dtype: name of the archive format: how far tokens are stored.
         prefill: how prompts are read: with full attention ("exact") or as answers are ("pruned").
     """
 
@@ -34,7 +42,6 @@ class Options(pydantic.BaseModel):
     mask: str | None = pydantic.Field(default=None, min_length=1)
     sink: Annotated[int, pydantic.AfterValidator(check_sink)] | None = None
     recent: Annotated[int, pydantic.AfterValidator(check_recent)] | None = None
-    archive_dtype: Annotated[str, pydantic.AfterValidator(check_format)] = NATIVE.name
     prefill: Literal["exact", "pruned"] = "exact"
 
 
@@ -74,6 +81,8 @@ def misplaced(additional_config: Any) -> str | None:
     """What is wrong where options were given, but not under "leank"; None where nothing is."""
     if not isinstance(additional_config, Mapping):
         return None
+    if RETIRED in additional_config:
+        return f"leank option {RETIRED} {INSTEAD}"
     found = [*_misspelled(additional_config)]
     found += [name for name in additional_config if name in Options.model_fields]
     if not found:
@@ -101,7 +110,7 @@ def _misspelled(additional_config: Mapping[Any, Any]) -> Iterator[str]:
         plain = "".join(letter for letter in name.lower() if letter.isalpha())
         near = difflib.SequenceMatcher(None, plain.removeprefix("vllm"), KEY).ratio() >= 0.8
         is_mask = name == "mask" and str(value).endswith((".yaml", ".yml"))
-        if near or is_mask or name == "archive_dtype":
+        if near or is_mask or name == RETIRED:
             yield name
 
 
@@ -109,6 +118,8 @@ def _explain(error: Any) -> str:
     name = ".".join(map(str, error["loc"]))[:60]
     if error["type"] == "value_error":
         return f"leank option {error['ctx']['error']}"
+    if name == RETIRED:
+        return f"leank option {RETIRED} {INSTEAD}"
     if error["type"] == "extra_forbidden":
         allowed = ", ".join(Options.model_fields)
         return f"leank has no option {json.dumps(name)}; allowed: {allowed}"

@@ -1,9 +1,9 @@
 """Where every byte of a layer's pages lies: the heads of an archive page, and the window page.
 
 Archive page of one layer (`archive_block` tokens): the part of each KV head that stores anything,
-one behind the other, with the fields that the format gives it; then what the format keeps behind
-all heads. Parts of a `WholeChannels` format: kept K channels as chunks `[archive_block, width]`,
-then V transposed, `[head_dim, archive_block]`. Those of `Packed`: see there.
+one behind the other, with the fields that the format gives it. Parts of a `WholeChannels` format:
+kept K channels as chunks `[archive_block, width]`, then V transposed, `[head_dim, archive_block]`.
+Those of `Packed`: see there.
 
 Window page of one layer: `[num_kv_heads, 32, 2 * head_dim]`, K then V in the last dimension.
 
@@ -81,16 +81,14 @@ class CacheLayout:
     def heads(self) -> tuple[HeadPart | None, ...]:
         """Each KV head's part of the archive page; None for one that stores nothing."""
         form, block = self.archive_format, self.archive_block
-        sizes = [form.head_bytes(profile, self.itemsize) * block for profile in self.profiles]
         parts: list[HeadPart | None] = []
-        offset, side_offset = 0, sum(sizes)
-        for profile, size in zip(self.profiles, sizes, strict=True):
+        offset = 0
+        for profile in self.profiles:
             if not profile.stores:
                 parts.append(None)
                 continue
-            parts.append(form.head_part(profile, block, self.itemsize, offset, side_offset))
-            offset += size
-            side_offset += form.behind_bytes * block // GRANULE
+            parts.append(form.head_part(profile, block, self.itemsize, offset))
+            offset += form.token_bytes(profile, self.itemsize) * block
         return tuple(parts)
 
     @property

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_leank.core.formats import NATIVE, ArchiveFormat, find_format, formats_for
+from vllm_leank.core.formats import ArchiveFormat, formats_for
 from vllm_leank.core.layers import SlidingLayers
 from vllm_leank.core.options import Options
 from vllm_leank.core.plan import CachePlan, plan_cache
@@ -41,15 +41,14 @@ def plan_settings(
     """The settings of a mask and options; see `plan_cache` for the rest.
 
     Raises:
-        UserError: no archive format, or not the one that is asked for, can store what the mask
-            keeps.
+        UserError: no archive format can store what the mask keeps.
     """
     plan = plan_cache(
         mask.profiles,
         mask.geometry.head_dim,
         itemsize,
         tp_size,
-        archive_format=choose_format(options.archive_dtype, mask),
+        archive_format=choose_format(mask),
         draft_items=draft_items,
         stages=stages,
         sliding=sliding,
@@ -58,27 +57,19 @@ def plan_settings(
     return Settings(mask, _window(options, mask), plan)
 
 
-def choose_format(name: str, mask: Mask) -> ArchiveFormat:
-    """The format that is asked for; by default the first that takes the mask's heads.
+def choose_format(mask: Mask) -> ArchiveFormat:
+    """The first format that takes all of the mask's heads.
 
     Raises:
-        UserError: it cannot store what the mask keeps.
+        UserError: none can store what the mask keeps.
     """
-    fitting, asked = formats_for(mask.profiles), find_format(name)
-    if asked in fitting:
-        return asked
+    fitting = formats_for(mask.profiles)
     if not fitting:
         raise UserError(
             f"the mask for {mask.model} has heads with channels of 16 bits beside heads with "
             "fewer, which no archive can hold; take a mask with one of both"
         )
-    if asked == NATIVE:
-        return fitting[0]
-    kind = "2, 4 or 8 bits" if mask.is_packed else "16 bits"
-    raise UserError(
-        f"the mask for {mask.model} has channels of {kind}, which no {asked.archive} can hold: "
-        f'remove archive_dtype "{asked.name}"'
-    )
+    return fitting[0]
 
 
 def _window(options: Options, mask: Mask) -> Window:

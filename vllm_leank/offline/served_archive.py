@@ -6,7 +6,6 @@ from functools import cache
 
 import torch
 
-from vllm_leank.core.formats import NATIVE
 from vllm_leank.kernels.channels import LayerChannels, layer_channels
 from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.mask.mask import Mask
@@ -17,15 +16,15 @@ class ServedArchive:
     """An `Archive` for `SimulatedArchive`: a mask's, in the format that engines take for it.
 
     Attributes:
-        archive_format: what `archive_dtype` and the mask decide.
+        archive_format: what the mask decides.
         blind: bool `[L, H]`, heads that store nothing and so do not see far tokens.
 
     Raises:
-        UserError: the format cannot store what the mask keeps.
+        UserError: no format can store what the mask keeps.
     """
 
-    def __init__(self, mask: Mask, archive_dtype: str = NATIVE.name):
-        self.archive_format = choose_format(archive_dtype, mask)
+    def __init__(self, mask: Mask):
+        self.archive_format = choose_format(mask)
         self.blind = torch.tensor(~(mask.k_bits.any(-1) | mask.v_bits.any(-1)))
         self._mask = mask
         self._channels = cache(self._load_channels)

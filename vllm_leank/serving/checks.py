@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import vllm.envs as envs
 
 from vllm_leank.core.capacity import EIGHT_BIT_CACHE
-from vllm_leank.core.formats import find_format
 from vllm_leank.core.layers import count_state_layers, sliding_layers
 from vllm_leank.core.options import (
     KEY,
@@ -152,14 +151,6 @@ def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
         yield "it needs a GPU of compute capability 8.0 or newer (Ampere)"
     if current_platform.is_cuda() and config.model_config.dtype.itemsize == 4:
         yield "on a GPU it computes in 16 bits: use --dtype bfloat16 or --dtype float16"
-    name = options.archive_dtype
-    major, minor = find_format(name).capability
-    needs = (major, minor) > LEAST_CAPABILITY and current_platform.is_cuda()
-    if needs and not current_platform.has_device_capability((major, minor)):
-        yield (
-            f'the option archive_dtype "{name}" needs a GPU of compute capability {major}.{minor} '
-            "or newer: remove it from --additional-config"
-        )
 
 
 def _attention(model: "ModelConfig") -> Attention:
@@ -229,7 +220,7 @@ def _flags(config: "VllmConfig") -> Iterator[str]:
         if str(cache.cache_dtype).startswith(EIGHT_BIT_CACHE):
             flag += (
                 "; far tokens of fewer bits are leank's own: make a mask of bits (leank mask "
-                "calibrate MODEL --bits 2), or use the option archive_dtype"
+                "calibrate MODEL --bits 2)"
             )
         yield f"a KV cache of another dtype than the model's ({asked}) is not supported: {flag}"
     if config.speculative_config is not None:

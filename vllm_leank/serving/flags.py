@@ -96,7 +96,7 @@ SOME_VALUES = {
     "--convert": "`auto` and `none`: leank serves text generation",
     "--disable-sliding-window": "for models without sliding layers",
     "--dtype": "on a GPU 16 bits",
-    "--kv-cache-dtype": "the model's own: far tokens are made small by leank's `archive_dtype`",
+    "--kv-cache-dtype": "the model's own: far tokens are made small by a mask of bits",
     "--runner": "`auto` and `generate`: leank serves text generation",
     "--spec-method": "as `--speculative-config`",
     "--spec-model": "as `--speculative-config`",

@@ -14,52 +14,27 @@ from vllm_leank.core.profile import Profile
 __all__ = [
     "NATIVE",
     "ArchiveFormat",
-    "check_format",
-    "find_format",
     "formats_for",
     "known_formats",
-    "register_format",
 ]
 
 NATIVE = Native()
-"""The default."""
+"""LeanK as published."""
 
-_FORMATS: dict[str, ArchiveFormat] = {}
-
-
-def register_format(archive_format: ArchiveFormat) -> None:
-    """Make a format known by its name, in this process."""
-    _FORMATS[archive_format.name] = archive_format
+_FORMATS: dict[str, ArchiveFormat] = {NATIVE.name: NATIVE}
 
 
 def known_formats() -> tuple[ArchiveFormat, ...]:
-    """All formats, the default first."""
+    """All formats, `NATIVE` first."""
     return tuple(_FORMATS.values())
 
 
-def find_format(name: str) -> ArchiveFormat:
-    """The format of this name.
-
-    Raises:
-        ValueError: there is none; the message says which there are.
-    """
-    if name not in _FORMATS:
-        raise ValueError(f"archive_dtype is {name!r}, but must be one of: {', '.join(_FORMATS)}")
-    return _FORMATS[name]
-
-
 def formats_for(profiles: Iterable[Iterable[Profile]]) -> tuple[ArchiveFormat, ...]:
-    """Formats that can store all heads of a model, the one to take by default first."""
+    """Formats that can store all heads of a model, the one that is taken first."""
     heads = {profile for layer in profiles for profile in layer}
     return tuple(one for one in known_formats() if all(map(one.takes, heads)))
 
 
-def check_format(name: str) -> str:
-    """The name itself, if a format has it; see `find_format`."""
-    return find_format(name).name
-
-
-register_format(NATIVE)
 for _file in pkgutil.iter_modules(__path__, f"{__name__}."):
     _found = getattr(importlib.import_module(_file.name), "FORMAT", NATIVE)
-    register_format(_found)
+    _FORMATS[_found.name] = _found

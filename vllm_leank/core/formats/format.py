@@ -17,26 +17,22 @@ class ArchiveFormat(ABC):
     one class, and they travel in vLLM's config, so they can be pickled.
 
     Attributes:
-        name: value of the option `archive_dtype`.
+        name: what results and metrics call it.
         archive: what messages call such an archive.
-        capability: least compute capability of a GPU that can read it.
         codec: `module:class` of its `kernels.codec.Codec`, imported where it is used, since plans
             are made without torch.
         blocks: numbers of tokens that an archive page may have, ascending.
         side_bytes: bytes beside K and V for each head that stores anything and each granule; a
             multiple of 4.
-        behind_bytes: as many of these as lie behind all heads of a layer, and not with the head.
         together: granules whose tokens alternate in each row of V: with 2, token 0 of the first,
             token 0 of the second, token 1 of the first, and so on.
     """
 
     name: ClassVar[str]
     archive: ClassVar[str]
-    capability: ClassVar[tuple[int, int]] = (8, 0)
     codec: ClassVar[str]
     blocks: ClassVar[tuple[int, ...]] = tuple(range(GRANULE, 257, GRANULE))
     side_bytes: ClassVar[int] = 0
-    behind_bytes: ClassVar[int] = 0
     together: ClassVar[int] = 1
 
     @abstractmethod
@@ -48,13 +44,11 @@ class ArchiveFormat(ABC):
         """Bytes of a stored element of K or V, where the model's have `model`."""
 
     @abstractmethod
-    def head_bytes(self, profile: Profile, model: int) -> int:
-        """Bytes of one token within its head's part of a page."""
+    def token_bytes(self, profile: Profile, model: int) -> int:
+        """Bytes of one token of a head, its share of side bytes included."""
 
     @abstractmethod
-    def head_part(
-        self, profile: Profile, block: int, model: int, offset: int, side_offset: int
-    ) -> HeadPart:
+    def head_part(self, profile: Profile, block: int, model: int, offset: int) -> HeadPart:
         """Where the fields of a head that stores anything lie.
 
         Args:
@@ -62,14 +56,8 @@ class ArchiveFormat(ABC):
             block: tokens of an archive page.
             model: bytes of an element of the model's dtype.
             offset: byte of the page where the head begins.
-            side_offset: byte where its share of what lies behind all heads begins.
         """
 
     @abstractmethod
     def variant(self, profile: Profile) -> int:
         """A number above 0 that tells kernels all of a profile that stores anything."""
-
-    def token_bytes(self, profile: Profile, model: int) -> float:
-        """Bytes of one token of a head, its share of all side bytes included."""
-        behind = self.behind_bytes / GRANULE if profile.stores else 0
-        return self.head_bytes(profile, model) + behind

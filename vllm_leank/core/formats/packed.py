@@ -64,7 +64,7 @@ class Packed(ArchiveFormat):
     def itemsize(self, model: int) -> int:
         return 1
 
-    def head_bytes(self, profile: Profile, model: int) -> int:
+    def token_bytes(self, profile: Profile, model: int) -> int:
         codes = sum(_row_bytes(profile.k)) + sum(_row_bytes(profile.v))
         return codes + 2 * profile.stores
 
@@ -73,9 +73,7 @@ class Packed(ArchiveFormat):
         widths = [*_row_bytes(profile.k), *_row_bytes(profile.v)]
         return sum(width // 16 << (5 * i) for i, width in enumerate(widths))
 
-    def head_part(
-        self, profile: Profile, block: int, model: int, offset: int, side_offset: int
-    ) -> HeadPart:
+    def head_part(self, profile: Profile, block: int, model: int, offset: int) -> HeadPart:
         keys, values = sum(_row_bytes(profile.k)), sum(_row_bytes(profile.v))
         v_offset = offset + keys * block
         return HeadPart(

@@ -17,21 +17,19 @@ class WholeChannels(ArchiveFormat):
 
     Kept K channels lie in chunks of the widths that add up to their number, each a power of two, at
     least 16 and widest first (112 = 64 + 32 + 16): tiles have powers of two for sides. V is
-    transposed, as the product with the weights wants it. Side data lies behind all heads.
+    transposed, as the product with the weights wants it. There are no side data.
     """
 
     def takes(self, profile: Profile) -> bool:
         return Profile(k16=profile.k16, v16=profile.v16) == profile
 
-    def head_bytes(self, profile: Profile, model: int) -> int:
+    def token_bytes(self, profile: Profile, model: int) -> int:
         return (profile.kept + profile.v_kept) * self.itemsize(model)
 
     def variant(self, profile: Profile) -> int:
         return profile.kept
 
-    def head_part(
-        self, profile: Profile, block: int, model: int, offset: int, side_offset: int
-    ) -> HeadPart:
+    def head_part(self, profile: Profile, block: int, model: int, offset: int) -> HeadPart:
         offset //= self.itemsize(model)
         chunks, first = [], 0
         for width in CHUNK_WIDTHS:
@@ -39,4 +37,5 @@ class WholeChannels(ArchiveFormat):
                 chunks.append(Chunk(offset + first * block, width, first))
                 first += width
         values = Chunk(offset + first * block, profile.v_kept, 0)
-        return HeadPart(profile, tuple(chunks), (values,), side_offset)
+        end = (values.offset + values.width * block) * self.itemsize(model)
+        return HeadPart(profile, tuple(chunks), (values,), side_offset=end)

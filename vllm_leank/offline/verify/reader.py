@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import transformers
 
-from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.window import Window
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.attention_hook import AttentionHook, hooked_attention
@@ -43,7 +42,6 @@ class Reader:
         mask: Mask,
         window: Window,
         *,
-        archive_dtype: str = NATIVE.name,
         chunk: int = 1024,
         tick: Tick | None = None,
     ):
@@ -51,7 +49,7 @@ class Reader:
         self.window = window
         self.chunk = chunk
         self.geometry = mask.geometry
-        self.archive = ServedArchive(mask, archive_dtype)
+        self.archive = ServedArchive(mask)
         self.tick = tick
         self._dense = self._served = Context(mask.geometry)
         self._ways: list[tuple[Context, AttentionHook]] = [(self._dense, self._dense)]

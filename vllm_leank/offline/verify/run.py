@@ -42,7 +42,6 @@ def verify_mask(
     request: Request,
     thresholds: Thresholds,
     *,
-    archive_dtype: str,
     dtype: str,
     device: str,
 ) -> Findings:
@@ -57,7 +56,7 @@ def verify_mask(
         dtype = "float32"
     try:
         model = checkpoint.load(dtype, device)
-        reader = Reader(model, mask, window, archive_dtype=archive_dtype)
+        reader = Reader(model, mask, window)
         with Steps(60 * request.minutes) as steps:
             reader.tick = steps.advance
             seen = Run(checkpoint, reader, request, material, steps).measure()
