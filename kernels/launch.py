@@ -119,7 +119,7 @@ class ExtendLaunch:
 def tile_tokens(layout: CacheLayout) -> int:
     """Tokens of an archive tile: a power of two that divides the page."""
     block = layout.archive_block
-    return min(block & -block, codec_of(layout.archive_format).decode_shape.tile)
+    return min(block & -block, codec_of(layout.archive_format).decode_shape(layout).tile)
 
 
 def decode_programs(num_reqs: int, num_kv_heads: int, wave: int = ONE_WAVE) -> int:
@@ -139,7 +139,7 @@ def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeL
     """Launch for a batch of `num_reqs` rows, padding included."""
     few, many = SPLIT_BYTES
     is_few = num_reqs * len(layout.profiles) <= FEW_HEADS
-    shape = codec_of(layout.archive_format).decode_shape
+    shape = codec_of(layout.archive_format).decode_shape(layout)
     programs = decode_programs(num_reqs, len(layout.profiles), shape.wave)
     return DecodeLaunch(
         programs=programs,

@@ -120,9 +120,10 @@ class Tables:
         # Half of an even share on top: in short requests all heads read the same.
         costs = [cost + sum(costs) / len(costs) / 2 for cost in costs]
         # All of them now: while a CUDA graph is captured no tensor may come from the host.
+        wave = codec.decode_shape(layout).wave
         self._work = {
             programs: _share_work(heads, costs, programs).to(device)
-            for programs in decode_programs_of_all(len(layout.profiles), codec.decode_shape.wave)
+            for programs in decode_programs_of_all(len(layout.profiles), wave)
         }
 
     def work(self, programs: int) -> Work:

@@ -2,9 +2,10 @@
 
     python tests/compile_kernels.py CAPABILITY HEAD_DIM ARCHIVE_FORMAT...
 
-Prints a line of JSON for each: kernel, archive, bytes of shared memory, and bytes of stack, into
-which registers spill (null where nothing can tell). What the interpreter takes and the compiler or
-the launcher does not shows here, and what no multiprocessor could hold.
+Prints a line of JSON for each: kernel, archive, bytes of shared memory, bytes of stack, into which
+registers spill (null where nothing can tell), and whether their number is capped. What the
+interpreter takes and the compiler or the launcher does not shows here, and what no multiprocessor
+could hold.
 """
 
 import json
@@ -34,8 +35,9 @@ from vllm_leank.core.window import Window
 KEPT = {64: (0, 48), 128: (0, 96), 256: (0, 240)}
 """Kept channels of a layer's heads, by head size: chunks of several widths."""
 
-MIXED = {64: CODED[64][1:3], 128: CODED[128][0:3:2], 256: CODED[256][1:2]}
-"""Heads of a packed archive, by head size: one has channels of every class."""
+MIXED = {64: CODED[64][0:2], 128: CODED[128][0:3:2], 256: CODED[256][1:2]}
+"""Heads of a packed archive, by head size: those of 128 have many bits, others few; some have
+channels of every class."""
 
 OPTIONS = ("num_warps", "launch_pdl", "maxnreg")
 TYPES = {
@@ -85,8 +87,8 @@ def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], d
     return types, constants, attributes
 
 
-Tell = Callable[[str, int, int | None], None]
-"""Takes a kernel's name, bytes of shared memory, and of stack."""
+Tell = Callable[[str, int, int | None, bool], None]
+"""Takes a kernel's name, bytes of shared memory, and of stack, and whether registers are capped."""
 
 
 class Recorder:
@@ -117,7 +119,10 @@ class Recorder:
             descriptors = getattr(compiled.metadata, "tensordesc_meta", None)
             driver.make_launcher(source.constants, dict(source.signature), descriptors)
         self._tell(
-            self._kernel.__name__, compiled.metadata.shared, stack_bytes(compiled.asm["cubin"])
+            self._kernel.__name__,
+            compiled.metadata.shared,
+            stack_bytes(compiled.asm["cubin"]),
+            options.get("maxnreg") is not None,
         )
 
 
@@ -137,9 +142,10 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
     which gpt-oss has.
     """
 
-    def tell(kernel: str, shared: int, stack: int | None) -> None:
+    def tell(kernel: str, shared: int, stack: int | None, capped: bool) -> None:
         line = {
             "kernel": kernel, "archive": archive_format.name, "shared": shared, "stack": stack,
+            "capped": capped,
         }  # fmt: skip
         print(json.dumps(line), flush=True)
 

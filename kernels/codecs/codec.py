@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from vllm_leank.kernels.channels import HeadChannels
 
+from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.window import GRANULE
 
 
@@ -58,14 +59,12 @@ class Codec(ABC):
     Attributes:
         side_dtype: of the numbers that are kept beside K and V.
         any_codes: whether V is finite whatever bytes there are, if its side bytes are.
-        decode_shape: how decode is launched, on Hopper the fastest of those tried.
         extend_shape: rows, tile, warps and stages of extend on Hopper: the fastest of those tried.
         whole_channels: whether each stored channel has elements of its own.
     """
 
     side_dtype: torch.dtype = torch.float32
     any_codes: bool = False
-    decode_shape: DecodeShape = DecodeShape()
     extend_shape: tuple[int, int, int, int] = 128, 64, 4, 2
     whole_channels: bool = True
 
@@ -97,6 +96,12 @@ class Codec(ABC):
         Its device functions must write the bytes that `encode` writes, and read what `decode`
         reads. Only Triton kernels ask for it; on a CPU it may raise `NotImplementedError`.
         """
+
+    def decode_shape(self, layout: CacheLayout) -> DecodeShape:
+        """How decode is launched, on Hopper the fastest of those tried; the same for all layers of
+        a model, by `layout.variants`.
+        """
+        return DecodeShape()
 
     @property
     def empty_side(self) -> torch.Tensor:

@@ -15,7 +15,18 @@ from vllm_leank.kernels.codecs.codec import Codec, DecodeShape, Stored
 from vllm_leank.kernels.codecs.tiles import Tiles
 
 from vllm_leank.core.formats.packed import CODE_CLASSES, LARGEST_SCALE, LEAST_SCALE, STEPS
+from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.window import GRANULE
+
+FEW_BITS = DecodeShape(
+    tile=64, warps=1, stages=3, window_stages=2, window_tile=16, registers=128, wave=1024
+)
+"""Instructions are the limit: few registers, so that many programs run at once."""
+
+MANY_BITS = DecodeShape(
+    tile=128, warps=1, stages=3, window_stages=2, window_tile=16, registers=None, wave=512
+)
+"""Bytes are the limit: long tiles."""
 
 
 class PackedCodec(Codec):
@@ -24,9 +35,6 @@ class PackedCodec(Codec):
     side_dtype = torch.float16
     any_codes = True
     whole_channels = False
-    decode_shape = DecodeShape(
-        tile=64, warps=1, stages=3, window_stages=2, window_tile=16, registers=128, wave=1024
-    )
     extend_shape = 128, 128, 8, 2
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
@@ -38,6 +46,9 @@ class PackedCodec(Codec):
 
         folds = packed_columns.fold_archive, packed_rows.fold_archive
         return Tiles(*folds, packed_store.compact)
+
+    def decode_shape(self, layout: CacheLayout) -> DecodeShape:
+        return MANY_BITS if _many_bits(layout) else FEW_BITS
 
     @property
     def empty_side(self) -> torch.Tensor:
@@ -63,6 +74,15 @@ class PackedCodec(Codec):
             head.k.complete(keys + head.k.mean[: keys.shape[-1]]),
             head.v.complete(values + head.v.mean[: values.shape[-1]]),
         )
+
+
+def _many_bits(layout: CacheLayout) -> bool:
+    """Whether heads have 3 bits per number or more in the mean. Large heads never count as such:
+    their sums over V leave no registers for long tiles.
+    """
+    sizes = [layout.archive_format.token_bytes(one, layout.itemsize) for one in layout.variants]
+    most = 3 * 2 * layout.head_dim / 8
+    return layout.head_dim <= 128 and sum(sizes) >= most * max(len(sizes), 1)
 
 
 def _steps(values: torch.Tensor, channels: Channels) -> Iterator[tuple[int, torch.Tensor]]:

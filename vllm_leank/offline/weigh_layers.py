@@ -1,0 +1,135 @@
+"""Hands out bits a second time, with layers weighed by what their archives were seen to cost.
+
+The cost of a channel (`fisher`) takes errors as small, and those of tokens and channels as
+independent. Where they are not, as in a first layer, whose K and V are much the same for the same
+token, a layer may cost many times more. So once bits are handed out, each layer's archive stands
+in the model alone, and the KL divergence that it causes is held against what its channels' costs
+say. Layers are weighed by that, and bits are handed out again. Of all masks on the way the one is
+kept with which answers change least.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import transformers
+
+from vllm_leank.core.window import Window
+from vllm_leank.mask.mask import Mask
+from vllm_leank.offline.allocate import Allocation, allocate
+from vllm_leank.offline.calibrate_bits import BY_VARIANCE, Measured
+from vllm_leank.offline.mask_request import BitsRequest
+from vllm_leank.offline.progress import reading
+from vllm_leank.offline.verify.reader import Reader
+
+ROUNDS = 2
+"""How often layers are weighed."""
+
+PROMPTS = 6
+"""Prompts that layers are looked at on, at most."""
+
+TOKENS = 64
+"""Tokens at their ends whose distributions are compared."""
+
+DAMPING = 0.5
+"""Power of what a layer costs beyond its channels' costs by which its weight grows: what one layer
+gets, others lose, and the next round goes on from there."""
+
+SLIGHT = 0.1
+"""Of the mean over layers: divergences much below it say little, and move no weight."""
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """KL divergences to full attention in nats per token: of each layer's archive alone, `[L]`,
+    and of all together.
+    """
+
+    layers: Array
+    together: float
+
+
+def weighed_mask(
+    request: BitsRequest,
+    measured: Measured,
+    model: transformers.PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+) -> Mask:
+    """The mask of `request` for the model that was measured on these prompts of token ids.
+
+    Raises:
+        UserError: logits are not finite.
+    """
+    samples = some_of(prompts, request.window)
+    weights = np.ones(len(measured.k_cost))
+    found: list[tuple[float, Mask]] = []
+    for number in range(ROUNDS + 1):
+        mask, expected = _handed_out(request, measured, weights)
+        seen = look_at_layers(model, mask, samples, alone=number < ROUNDS)
+        found.append((seen.together, mask))
+        if number < ROUNDS:
+            weights = weights * surplus(seen.layers, expected) ** DAMPING
+    return min(found, key=lambda one: one[0])[1]
+
+
+def some_of(prompts: Sequence[Sequence[int]], window: Window) -> list[Sequence[int]]:
+    """At most `PROMPTS` of them, evenly, that have far tokens before their last ones."""
+    long = [ids for ids in prompts if window.boundary(len(ids) - TOKENS) > window.sink]
+    places = np.linspace(0, len(long) - 1, min(PROMPTS, len(long))).round().astype(int)
+    return [long[place] for place in places]
+
+
+def surplus(seen: Array, expected: Array) -> Array:
+    """How many times more than expected, beside the others, each layer `[L]` was seen to cost."""
+    level = seen.mean()
+    if not level > 0:
+        return np.ones_like(seen)
+    slight = SLIGHT * level
+    return (seen + slight) / (expected * (level / expected.mean()) + slight)
+
+
+def look_at_layers(
+    model: transformers.PreTrainedModel,
+    mask: Mask,
+    samples: Sequence[Sequence[int]],
+    *,
+    alone: bool = True,
+) -> Seen:
+    """What a mask's archive costs on samples of token ids; without `alone`, of no single layer.
+
+    Raises:
+        UserError: logits are not finite.
+    """
+    layers, together, tokens = np.zeros(len(mask.k_bits)), 0.0, 0
+    reader = Reader(model, mask, Window(mask.sink, mask.recent))
+    for ids in reading(samples, "what each layer costs" if alone else "what they cost together"):
+        prompt, rest = ids[:-TOKENS], ids[-TOKENS:]
+        reader.begin(len(ids))
+        reader.read(prompt)
+        together += reader.compare(rest).total
+        if alone:
+            layers += [one.total for one in reader.compare_layers(rest)]
+        tokens += len(rest)
+    return Seen(layers / tokens, together / tokens)
+
+
+def _handed_out(request: BitsRequest, measured: Measured, weights: Array) -> tuple[Mask, Array]:
+    """The mask where layers have these weights, and what its channels' costs say of each layer."""
+    costs = measured.k_cost, measured.v_cost
+    chosen = allocate(*(cost * weights[:, None, None] for cost in costs), request.bits)
+    provenance = measured.provenance | {
+        "score": BY_VARIANCE,
+        "layer_weights": [round(float(weight), 3) for weight in weights],
+    }
+    mask = request.mask(chosen, measured.statistics.for_mask(), provenance)
+    return mask, _cost_of_layers(chosen, *costs)
+
+
+def _cost_of_layers(chosen: Allocation, k_cost: Array, v_cost: Array) -> Array:
+    """What is left of the costs `[L]` with bits handed out: a quarter for each bit."""
+    left = k_cost * 4.0 ** -chosen.k_bits.astype(float)
+    left += v_cost * 4.0 ** -chosen.v_bits.astype(float)
+    return left.sum(axis=(1, 2))
