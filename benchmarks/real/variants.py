@@ -31,7 +31,7 @@ from vllm_leank.mask.settings import choose_format
 from vllm_leank.offline.allocate import allocate
 from vllm_leank.offline.archive import StaticArchive
 from vllm_leank.offline.attention_hook import AttentionHook
-from vllm_leank.offline.calibrate_bits import Measured, bits_mask, measure, pruned_mask
+from vllm_leank.offline.calibrate_bits import Measured, measure, pruned_mask
 from vllm_leank.offline.calibration_prompts import CalibrationPrompts
 from vllm_leank.offline.context import Context, read_prompt
 from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
@@ -39,6 +39,7 @@ from vllm_leank.offline.rope import NO_ROTATION, Rotation, rotation_of_model
 from vllm_leank.offline.served_archive import ServedArchive
 from vllm_leank.offline.simulate import SimulatedArchive
 from vllm_leank.offline.statistics import ChannelStatistics, StatisticsMeter
+from vllm_leank.offline.weigh_layers import weighed_mask
 
 RATIO, ALIGN = 0.7, 32
 
@@ -83,7 +84,8 @@ class Archives:
 
     def packed(self, bits: float) -> Variant:
         """What `leank mask calibrate --bits` makes."""
-        mask = bits_mask(BitsRequest(self.checkpoint, bits, self.window), self.measured)
+        request = BitsRequest(self.checkpoint, bits, self.window)
+        mask = weighed_mask(request, self.measured, self.model, self.prompts.ids)
         return self._served(f"leank packed, {bits:g} bits", mask)
 
     def pruned(self) -> Variant:

@@ -168,17 +168,18 @@ def measured_mask(
     import torch
 
     from vllm_leank.offline.calibrate import energy_mask
-    from vllm_leank.offline.calibrate_bits import bits_mask, measure, pruned_mask
-    from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
+    from vllm_leank.offline.calibrate_bits import measure, pruned_mask
+    from vllm_leank.offline.mask_request import MaskRequest
+    from vllm_leank.offline.weigh_layers import weighed_mask
 
     try:
         model = request.checkpoint.load(dtype, device)
         if isinstance(request, MaskRequest) and score == "energy":
             return energy_mask(request, model, prompts, query_tokens)
         measured = measure(model, prompts, request.window, seed)
-        if isinstance(request, BitsRequest):
-            return bits_mask(request, measured)
-        return pruned_mask(request, measured)
+        if isinstance(request, MaskRequest):
+            return pruned_mask(request, measured)
+        return weighed_mask(request, measured, model, prompts.ids)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{request.checkpoint.path}: calibrating it takes more memory than is free on "

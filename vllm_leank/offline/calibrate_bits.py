@@ -1,8 +1,9 @@
-"""Makes a mask of bits without training: what each channel needs, by what it is worth.
+"""What masks are made of without training: what each channel costs, by what it is worth.
 
 A backward pass per prompt says how much answers depend on each channel of far K and V (`fisher`);
 the same pass adds up what these are like (`statistics`). The cost of knowing a channel by its mean
-alone is sensitivity times variance, and bits go where they save most (`allocate`).
+alone is sensitivity times variance, and bits go where they save most (`allocate`,
+`weigh_layers`).
 
 K's mean is taken after RoPE, one number for all positions, as that is what mask files hold and
 engines read. V's scale is the standard deviation of a channel; engines store one scale per token
@@ -23,15 +24,13 @@ import transformers
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.mask.mask import Mask
-from vllm_leank.offline.allocate import allocate
 from vllm_leank.offline.calibration_prompts import CalibrationPrompts
 from vllm_leank.offline.fisher import QUERIES, Sensitivities, sensitivities
-from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
+from vllm_leank.offline.mask_request import MaskRequest
 from vllm_leank.offline.statistics import ChannelStatistics, StatisticsMeter
 
-BY_VARIANCE = "Fisher information of far K and V * variance"
 BY_SQUARE = "Fisher information of far K * mean square"
-"""What provenances call the costs of channels."""
+"""What provenances call the costs of channels that are read as 0."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,6 @@ def measure(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     return Measured(found, meter.statistics(), provenance)
-
-
-def bits_mask(request: BitsRequest, measured: Measured) -> Mask:
-    """The mask of `request` for the model that was measured."""
-    chosen = allocate(measured.k_cost, measured.v_cost, request.bits)
-    provenance = measured.provenance | {"score": BY_VARIANCE}
-    return request.mask(chosen, measured.statistics.for_mask(), provenance)
 
 
 def pruned_mask(request: MaskRequest, measured: Measured) -> Mask:

@@ -18,19 +18,13 @@ import transformers
 from vllm_leank.core.window import Window
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.allocate import Allocation, allocate
-from vllm_leank.offline.calibrate_bits import BY_VARIANCE, Measured
+from vllm_leank.offline.calibrate_bits import Measured
 from vllm_leank.offline.mask_request import BitsRequest
 from vllm_leank.offline.progress import reading
 from vllm_leank.offline.verify.reader import Reader
 
-ROUNDS = 2
-"""How often layers are weighed."""
-
-PROMPTS = 6
-"""Prompts that layers are looked at on, at most."""
-
-TOKENS = 64
-"""Tokens at their ends whose distributions are compared."""
+BY_VARIANCE = "Fisher information of far K and V * variance, layers weighed"
+"""What provenances call the costs of channels."""
 
 DAMPING = 0.5
 """Power of what a layer costs beyond its channels' costs by which its weight grows: what one layer
@@ -40,6 +34,26 @@ SLIGHT = 0.1
 """Of the mean over layers: divergences much below it say little, and move no weight."""
 
 Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How closely layers are looked at: a forward pass for each of them, prompt and round.
+
+    Attributes:
+        rounds: how often layers are weighed.
+        prompts: that they are looked at on, at most.
+        tokens: at the prompts' ends whose distributions are compared.
+    """
+
+    rounds: int
+    prompts: int
+    tokens: int
+
+    @classmethod
+    def on(cls, device_type: str) -> "Effort":
+        """What takes about as long as the sensitivities did."""
+        return cls(1, 2, 32) if device_type == "cpu" else cls(2, 6, 64)
 
 
 @dataclass(frozen=True)
@@ -63,22 +77,28 @@ def weighed_mask(
     Raises:
         UserError: logits are not finite.
     """
-    samples = some_of(prompts, request.window)
+    effort = Effort.on(model.device.type)
+    samples = some_of(prompts, request.window, effort)
     weights = np.ones(len(measured.k_cost))
     found: list[tuple[float, Mask]] = []
-    for number in range(ROUNDS + 1):
+    for number in range(effort.rounds + 1):
         mask, expected = _handed_out(request, measured, weights)
-        seen = look_at_layers(model, mask, samples, alone=number < ROUNDS)
+        more = number < effort.rounds
+        seen = look_at_layers(model, mask, samples, effort.tokens, alone=more)
         found.append((seen.together, mask))
-        if number < ROUNDS:
+        if more:
             weights = weights * surplus(seen.layers, expected) ** DAMPING
     return min(found, key=lambda one: one[0])[1]
 
 
-def some_of(prompts: Sequence[Sequence[int]], window: Window) -> list[Sequence[int]]:
-    """At most `PROMPTS` of them, evenly, that have far tokens before their last ones."""
-    long = [ids for ids in prompts if window.boundary(len(ids) - TOKENS) > window.sink]
-    places = np.linspace(0, len(long) - 1, min(PROMPTS, len(long))).round().astype(int)
+def some_of(
+    prompts: Sequence[Sequence[int]], window: Window, effort: Effort
+) -> list[Sequence[int]]:
+    """As many of the prompts as are looked at, evenly, of those that have far tokens before their
+    last ones.
+    """
+    long = [ids for ids in prompts if window.boundary(len(ids) - effort.tokens) > window.sink]
+    places = np.linspace(0, len(long) - 1, min(effort.prompts, len(long))).round().astype(int)
     return [long[place] for place in places]
 
 
@@ -95,25 +115,27 @@ def look_at_layers(
     model: transformers.PreTrainedModel,
     mask: Mask,
     samples: Sequence[Sequence[int]],
+    tokens: int,
     *,
     alone: bool = True,
 ) -> Seen:
-    """What a mask's archive costs on samples of token ids; without `alone`, of no single layer.
+    """What a mask's archive costs at the last `tokens` of each sample of token ids; without
+    `alone`, of no single layer.
 
     Raises:
         UserError: logits are not finite.
     """
-    layers, together, tokens = np.zeros(len(mask.k_bits)), 0.0, 0
+    layers, together = np.zeros(len(mask.k_bits)), 0.0
     reader = Reader(model, mask, Window(mask.sink, mask.recent))
     for ids in reading(samples, "what each layer costs" if alone else "what they cost together"):
-        prompt, rest = ids[:-TOKENS], ids[-TOKENS:]
+        prompt, rest = ids[:-tokens], ids[-tokens:]
         reader.begin(len(ids))
         reader.read(prompt)
         together += reader.compare(rest).total
         if alone:
             layers += [one.total for one in reader.compare_layers(rest)]
-        tokens += len(rest)
-    return Seen(layers / tokens, together / tokens)
+    count = max(len(samples), 1) * tokens
+    return Seen(layers / count, together / count)
 
 
 def _handed_out(request: BitsRequest, measured: Measured, weights: Array) -> tuple[Mask, Array]:

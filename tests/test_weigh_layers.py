@@ -1,0 +1,108 @@
+"""Layers weighed by what their archives were seen to cost, before bits are handed out again."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vllm_leank.core.window import Window
+from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.offline.calibrate_bits import measure
+from vllm_leank.offline.calibration_prompts import CalibrationPrompts
+from vllm_leank.offline.mask_request import BitsRequest
+from vllm_leank.offline.weigh_layers import (
+    Effort,
+    look_at_layers,
+    some_of,
+    surplus,
+    weighed_mask,
+)
+
+WINDOW = Window(32, 32)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama_dir):
+    return Checkpoint.open(str(tiny_llama_dir))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return checkpoint.load("float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(512, size=count).tolist() for count in (400, 500, 450)]
+
+
+@pytest.fixture(scope="module")
+def measured(model, prompts):
+    return measure(model, CalibrationPrompts(prompts, {}), WINDOW)
+
+
+def scaled(measured, factors):
+    """Costs that are wrong by one factor per layer."""
+    factors = np.array(factors)[:, None, None]
+    found = measured.sensitivities
+    both = replace(found, key=found.key * factors, value=found.value * factors)
+    return replace(measured, sensitivities=both)
+
+
+def test_a_layer_whose_costs_say_too_little_gets_more_bits(checkpoint, model, measured, prompts):
+    """Half of the layers are said to cost a fiftieth, until they are looked at."""
+    layers = len(measured.k_cost)
+    wrong = scaled(measured, [0.02 if layer % 2 else 1 for layer in range(layers)])
+    request = BitsRequest(checkpoint, 2, WINDOW)
+    mask = weighed_mask(request, wrong, model, prompts)
+    weights = np.array(mask.provenance["layer_weights"])
+    assert len(weights) == layers
+    assert weights[1::2].min() > 2 * weights[::2].max()
+    honest = weighed_mask(request, measured, model, prompts)
+    assert 1.75 < honest.bits <= 2
+    spread = np.array(honest.provenance["layer_weights"])
+    assert spread.max() / spread.min() < weights.max() / weights.min()
+
+
+def test_the_mask_that_changes_answers_least_is_kept(checkpoint, model, measured, prompts):
+    """Costs that are right, and layers that are weighed by wrong ones."""
+    request = BitsRequest(checkpoint, 2, WINDOW)
+    mask = weighed_mask(request, measured, model, prompts)
+    effort = Effort.on("cpu")
+    samples = some_of(prompts, WINDOW, effort)
+    cost = look_at_layers(model, mask, samples, effort.tokens, alone=False).together
+    wrong = scaled(measured, [1e6] + [1] * (len(measured.k_cost) - 1))
+    other = weighed_mask(request, wrong, model, prompts)
+    assert cost <= look_at_layers(model, other, samples, effort.tokens, alone=False).together
+
+
+def test_what_layers_cost_is_told(checkpoint, model, measured, prompts):
+    mask = weighed_mask(BitsRequest(checkpoint, 2, WINDOW), measured, model, prompts)
+    seen = look_at_layers(model, mask, prompts[:1], 32)
+    assert seen.layers.shape == (len(mask.k_bits),)
+    assert (seen.layers > 0).all()
+    # Errors of layers that are small add up.
+    assert seen.together == pytest.approx(seen.layers.sum(), rel=0.5)
+    better = weighed_mask(BitsRequest(checkpoint, 8, WINDOW), measured, model, prompts)
+    assert look_at_layers(model, better, prompts[:1], 32).together < seen.together / 10
+
+
+def test_surplus():
+    even = np.array([1.0, 2.0, 3.0])
+    assert surplus(even, 5 * even) == pytest.approx(np.ones(3))
+    assert surplus(np.zeros(3), even) == pytest.approx(np.ones(3))
+    first = surplus(np.array([20.0, 1.0, 1.0]), np.ones(3))
+    assert first[0] > 2
+    assert (first[1:] < 0.5).all()
+    # Next to nothing, or a hundredth of that: neither says anything.
+    slight = surplus(np.array([1.0, 1e-4, 1e-6]), np.array([1.0, 1e-4, 1e-4]))
+    assert slight[2] == pytest.approx(slight[1], rel=0.01)
+
+
+def test_prompts_are_taken_evenly_where_they_have_far_tokens():
+    prompts = [list(range(count)) for count in (80, 200, 201, 202, 203, 204)]
+    window, effort = Window(32, 32), Effort(1, 3, 32)
+    assert [len(one) for one in some_of(prompts, window, effort)] == [200, 202, 204]
+    assert [len(one) for one in some_of(prompts[:2], window, effort)] == [200]
+    assert some_of(prompts[:1], window, effort) == []
