@@ -1,0 +1,105 @@
+"""A picture of what `kl.py` measured: KL over the bytes of a far token, leank and caches of others.
+
+    PYTHONPATH=benchmarks python -m real.kl_picture kl.json --out kl.png
+
+A panel for each length, texts of the kinds that calibration saw. Left out are archives that engines
+do not have; caches of others are simulated.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from real.kl import SEEN
+from vllm_leank.errors import UserError
+
+FLOOR = "nothing rounded"
+OURS = "leank packed", "leank 70% pruned, zeros"
+THEIRS = "vLLM", "KIVI", "Kitty"
+
+
+def drawn(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Archives that are drawn, with their labels; the floor is none of them.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = [
+        (_label(row["name"]), row)
+        for row in results.get("archives", [])
+        if row["name"].startswith((*OURS, *THEIRS))
+    ]
+    if not found or not results["lengths"]:
+        raise UserError("no archives that engines have, or no length that is done")
+    return found
+
+
+def _label(name: str) -> str:
+    for start in ("leank packed, ", "leank ", "vLLM "):
+        name = name.removeprefix(start)
+    return name.replace("turboquant_", "TurboQuant ").split(", an")[0].removesuffix(", zeros")
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """KL over bytes.
+
+    Raises:
+        UserError: the picture cannot be made.
+    """
+    from vllm_leank.mask.pictures import check_picture, save_figure
+
+    check_picture(path)
+    from matplotlib.figure import Figure
+
+    archives, lengths = drawn(results), results["lengths"]
+    floor = next((row for row in results["archives"] if row["name"] == FLOOR), None)
+    figure = Figure(figsize=(5.5 * len(lengths), 5), layout="constrained")
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    for axes, length in zip(panels, lengths, strict=True):
+        for ours, color, marker in ((True, "C0", "o"), (False, "C1", "s")):
+            rows = [one for one in archives if one[1]["name"].startswith("leank") is ours]
+            xs = [row["token_bytes"] / 1024 for _, row in rows]
+            ys = [row["lengths"][str(length)][SEEN]["kl"] for _, row in rows]
+            label = "leank" if ours else "others, simulated"
+            axes.plot(xs, ys, marker, color=color, label=label)
+            # Names of bits stand on the left; others on the right, below and above in turn.
+            for place, (x, y, (name, row)) in enumerate(zip(xs, ys, rows, strict=True)):
+                left = row["name"].startswith("leank packed")
+                axes.annotate(
+                    name, (x, y), fontsize="x-small", textcoords="offset points",
+                    xytext=(-5 if left else 5, 4 if place % 2 else -9),
+                    ha="right" if left else "left",
+                )  # fmt: skip
+        if floor:
+            level = floor["lengths"][str(length)][SEEN]["kl"]
+            axes.axhline(level, color="grey", linestyle="--", linewidth=0.8, label=FLOOR)
+        axes.set(xscale="log", yscale="log", xlabel="KiB of a far token, all layers")
+        ticks = (2, 4, 8, 16)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.margins(x=0.25)
+        axes.set_title(f"{results['model']}, {length:,} tokens", fontsize="medium")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("KL to full attention, nats per token")
+    panels[0].legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 0.07))
+    save_figure(figure, path)
+
+
+def main() -> None:
+    """Draw a file of results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="what real.kl wrote")
+    parser.add_argument("--out", type=Path, required=True, help="a PNG, SVG or PDF file")
+    args = parser.parse_args()
+    try:
+        draw(json.loads(args.results.read_text(encoding="utf-8")), args.out)
+    except (OSError, UserError, ValueError, KeyError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Rows of tables in the README and docs are what `benchmarks/results` has, to the digits shown."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+from real.kl_picture import FLOOR, draw, drawn
+from real.study_table import lost, merged, points, shared_cells
+
+from vllm_leank.errors import UserError
+
+REPO = Path(__file__).parents[1]
+RESULTS = REPO / "benchmarks" / "results"
+
+DENSE, FOUR, TWO = "vLLM, dense", "leank, 4 bits", "leank, 2 bits"
+OTHERS = (
+    "vLLM fp8",
+    "vLLM turboquant_4bit_nc",
+    "vLLM int4_per_token_head",
+    "KIVI, 4 bits",
+    "KIVI, 2 bits",
+)
+
+
+@cache
+def load(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def archives():
+    return {row["name"]: row for row in load("kl_qwen_1.5b")["archives"]}
+
+
+def kl(row, length, kinds="kinds seen"):
+    return f"{row['lengths'][str(length)][kinds]['kl']:.4f}"
+
+
+def line(*cells):
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def interval(found):
+    cells = [f"{one:.1f}" for one in (found.value, found.low, found.high)]
+    value, low, high = ["0.0" if one == "-0.0" else one for one in cells]
+    return f"{value} ({low} to {high})"
+
+
+@cache
+def study():
+    """Variants of the study by name, and the cells that all have."""
+    variants = merged(RESULTS / "study_qwen_1.5b")["variants"]
+    return {one["variant"]: one for one in variants}, shared_cells(variants)
+
+
+def opening():
+    """The README's first table."""
+    variants, cells = study()
+    flash, four = load("serve_bits_4")["variants"]
+    two = load("serve_bits_2")["variants"][0]
+    names = FLOOR, "leank packed, 4 bits", "leank packed, 2 bits"
+    for title, name, one, served in zip(
+        (DENSE, FOUR, TWO), names, variants.values(), (flash, four, two), strict=True
+    ):
+        row, count, rate = archives()[name], served["concurrent"], served["decode"]["tokens_per_s"]
+        assert row["token_bytes"] == one["token_bytes"]
+        size, requests, speed = f"{row['token_bytes']:,.0f}", str(count), f"{rate:,.0f}"
+        if one is not variants["dense"]:
+            size += f" ({row['x']:.1f}x)"
+            requests += f" ({count / flash['concurrent']:.2f}x)"
+            speed += f" ({rate / flash['decode']['tokens_per_s']:.2f}x)"
+        found = interval(points(one, cells))
+        yield line(title, size, found, kl(row, 8192), kl(row, 30000), requests, speed)
+    for name in OTHERS:
+        row = archives()[name]
+        size = f"{row['token_bytes']:,.0f} ({row['x']:.1f}x)"
+        yield line(f"{name}, simulated", size, "", kl(row, 8192), kl(row, 30000), "", "")
+
+
+def kl_rows(directions):
+    """All of the KL file but the archive of 8-bit floats, which is gone."""
+    for name, row in archives().items():
+        if name.startswith("directions") is not directions or ", fp8" in name:
+            continue
+        found = [
+            kl(row, length, kinds)
+            for length in (8192, 30000)
+            for kinds in ("kinds seen", "kinds unseen")
+        ]
+        yield line(name, f"{row['token_bytes']:,.0f}", f"{row['x']:.2f}", *found)
+
+
+def study_rows():
+    """Points by length and by task, and what is lost on the same questions."""
+    variants, cells = study()
+    for place in (1, 0):
+        for value in sorted({cell[place] for cell in cells}):
+            part = [cell for cell in cells if cell[place] == value]
+            found = [f"{points(one, part).value:.1f}" for one in variants.values()]
+            gaps = [
+                interval(lost(variants[name], variants["dense"], part))
+                for name in ("bits_4", "bits_2")
+            ]
+            name = f"{value:,} tokens" if place else f"`{value}`"
+            yield line(name, found[0], found[1], gaps[0], found[2], gaps[1])
+
+
+def packed_rows():
+    """Decode attention on two machines."""
+    for bits in (4, 2, 1):
+        for card, end in (("H100", ""), ("H200", "_h200")):
+            results = load(f"attention_packed_{bits}{end}")
+            assert card in results["machine"]["gpu"]
+            many, one = (case["mean"] for case in results["cases"])
+            yield line(
+                bits,
+                card,
+                f"{many['ms']:.3f}",
+                *(_times(many[name]) for name in ("speedup_flash", "bound_flash")),
+                f"{many['share_of_read_limit']:.0%}",
+                *(_times(one[name]) for name in ("speedup_flash", "bound_flash")),
+            )
+
+
+def _times(value):
+    return f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
+
+
+def chunk_rows():
+    """A chunk of a prompt, with the launch that engines use."""
+    for bits in (4, 2, 1):
+        results = load(f"prompt_chunk_packed_{bits}")
+        mean = results["means"][0]
+        assert mean["launch"] == "128,128,8,2"
+        flash = results["flash_ms"]
+        yield line(bits, f"{flash:.2f}", f"{mean['ms']:.2f}", f"{mean['ms'] / flash:.1f}")
+
+
+def serve_rows():
+    """Engines under load, at the memory of an 80 GB card."""
+    flash, four = load("serve_bits_4")["variants"]
+    two = load("serve_bits_2")["variants"][0]
+    for name, one in (("vLLM, FlashAttention 3", flash), (FOUR, four), (TWO, two)):
+        decode, dense = one["decode"], flash["decode"]
+        cells = str(one["concurrent"]), f"{decode['tokens_per_s']:,.0f}"
+        first = f"{one['ttft_s']['median']:.2f}"
+        if one is not flash:
+            ratios = (
+                one["concurrent"] / flash["concurrent"],
+                decode["tokens_per_s"] / dense["tokens_per_s"],
+            )
+            cells = [f"{cell} ({ratio:.2f}x)" for cell, ratio in zip(cells, ratios, strict=True)]
+            first += f" ({one['ttft_s']['median'] / flash['ttft_s']['median']:.2f}x)"
+        yield line(name, *cells, f"{decode['tpot_p50_ms']:.1f}", first)
+
+
+@pytest.mark.parametrize(
+    ("page", "rows"),
+    [
+        ("README.md", opening),
+        ("docs/accuracy.md", lambda: kl_rows(False)),
+        ("docs/accuracy.md", study_rows),
+        ("benchmarks/real/README.md", lambda: kl_rows(True)),
+        ("docs/performance.md", packed_rows),
+        ("docs/performance.md", chunk_rows),
+        ("docs/performance.md", serve_rows),
+    ],
+)
+def test_rows_are_those_of_the_results(page, rows):
+    text = (REPO / page).read_text()
+    expected = "\n".join(rows())
+    assert expected in text
+
+
+def test_the_picture_has_what_engines_have_and_caches_of_others(tmp_path):
+    results = load("kl_qwen_1.5b")
+    names = [row["name"] for _, row in drawn(results)]
+    assert {"leank packed, 2 bits", "KIVI, 4 bits", "vLLM fp8"} <= set(names)
+    assert FLOOR not in names
+    assert not any("directions" in name for name in names)
+    draw(results, tmp_path / "kl.svg")
+    assert (tmp_path / "kl.svg").stat().st_size > 10_000
+    with pytest.raises(UserError, match="no archives"):
+        drawn(results | {"archives": []})
