@@ -19,6 +19,7 @@ from vllm_leank.offline.weigh_layers import (
 )
 
 WINDOW = Window(32, 32)
+EFFORT = Effort(2, 2, 32)
 
 
 @pytest.fixture(scope="module")
@@ -50,42 +51,47 @@ def scaled(measured, factors):
     return replace(measured, sensitivities=both)
 
 
+def cost(model, mask, prompts):
+    """What weighing judges by."""
+    samples = some_of(prompts, WINDOW, EFFORT)
+    return look_at_layers(model, mask, samples, EFFORT.tokens, alone=False).together
+
+
 def test_a_layer_whose_costs_say_too_little_gets_more_bits(checkpoint, model, measured, prompts):
-    """Half of the layers are said to cost a fiftieth, until they are looked at."""
-    layers = len(measured.k_cost)
-    wrong = scaled(measured, [0.02 if layer % 2 else 1 for layer in range(layers)])
+    """The first layer is said to cost a fiftieth, until it is looked at."""
+    wrong = scaled(measured, [0.02, 1])
     request = BitsRequest(checkpoint, 2, WINDOW)
-    mask = weighed_mask(request, wrong, model, prompts)
-    weights = np.array(mask.provenance["layer_weights"])
-    assert len(weights) == layers
-    assert weights[1::2].min() > 2 * weights[::2].max()
-    honest = weighed_mask(request, measured, model, prompts)
-    assert 1.75 < honest.bits <= 2
-    spread = np.array(honest.provenance["layer_weights"])
-    assert spread.max() / spread.min() < weights.max() / weights.min()
+    plain = weighed_mask(request, wrong, model, prompts, Effort.on("cpu"))
+    assert "layer_weights" not in plain.provenance
+    weighed = weighed_mask(request, wrong, model, prompts, EFFORT)
+    first, second = weighed.provenance["layer_weights"]
+    assert first > 3 * second
+    assert weighed.k_bits[0].mean() > plain.k_bits[0].mean()
+    assert 1.75 < weighed.bits <= 2
+    before, after = (cost(model, mask, prompts) for mask in (plain, weighed))
+    assert after < 0.9 * before
 
 
 def test_the_mask_that_changes_answers_least_is_kept(checkpoint, model, measured, prompts):
-    """Costs that are right, and layers that are weighed by wrong ones."""
-    request = BitsRequest(checkpoint, 2, WINDOW)
-    mask = weighed_mask(request, measured, model, prompts)
-    effort = Effort.on("cpu")
-    samples = some_of(prompts, WINDOW, effort)
-    cost = look_at_layers(model, mask, samples, effort.tokens, alone=False).together
-    wrong = scaled(measured, [1e6] + [1] * (len(measured.k_cost) - 1))
-    other = weighed_mask(request, wrong, model, prompts)
-    assert cost <= look_at_layers(model, other, samples, effort.tokens, alone=False).together
+    """Costs that are right: looking at layers makes nothing worse."""
+    for bits in (1, 3, 4):
+        request = BitsRequest(checkpoint, bits, WINDOW)
+        plain = weighed_mask(request, measured, model, prompts, Effort.on("cpu"))
+        weighed = weighed_mask(request, measured, model, prompts, EFFORT)
+        assert cost(model, weighed, prompts) <= cost(model, plain, prompts)
 
 
 def test_what_layers_cost_is_told(checkpoint, model, measured, prompts):
-    mask = weighed_mask(BitsRequest(checkpoint, 2, WINDOW), measured, model, prompts)
-    seen = look_at_layers(model, mask, prompts[:1], 32)
-    assert seen.layers.shape == (len(mask.k_bits),)
+    few, many = (
+        weighed_mask(BitsRequest(checkpoint, bits, WINDOW), measured, model, prompts, EFFORT)
+        for bits in (2, 8)
+    )
+    seen = look_at_layers(model, few, prompts[:1], 32)
+    assert seen.layers.shape == (2,)
     assert (seen.layers > 0).all()
-    # Errors of layers that are small add up.
+    # Errors that are small add up.
     assert seen.together == pytest.approx(seen.layers.sum(), rel=0.5)
-    better = weighed_mask(BitsRequest(checkpoint, 8, WINDOW), measured, model, prompts)
-    assert look_at_layers(model, better, prompts[:1], 32).together < seen.together / 10
+    assert look_at_layers(model, many, prompts[:1], 32).together < seen.together / 10
 
 
 def test_surplus():

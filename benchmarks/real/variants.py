@@ -39,7 +39,7 @@ from vllm_leank.offline.rope import NO_ROTATION, Rotation, rotation_of_model
 from vllm_leank.offline.served_archive import ServedArchive
 from vllm_leank.offline.simulate import SimulatedArchive
 from vllm_leank.offline.statistics import ChannelStatistics, StatisticsMeter
-from vllm_leank.offline.weigh_layers import weighed_mask
+from vllm_leank.offline.weigh_layers import Effort, weighed_mask
 
 RATIO, ALIGN = 0.7, 32
 
@@ -85,7 +85,8 @@ class Archives:
     def packed(self, bits: float) -> Variant:
         """What `leank mask calibrate --bits` makes."""
         request = BitsRequest(self.checkpoint, bits, self.window)
-        mask = weighed_mask(request, self.measured, self.model, self.prompts.ids)
+        effort = Effort.on(self.model.device.type)
+        mask = weighed_mask(request, self.measured, self.model, self.prompts.ids, effort)
         return self._served(f"leank packed, {bits:g} bits", mask)
 
     def pruned(self) -> Variant:

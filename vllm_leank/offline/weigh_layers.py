@@ -23,7 +23,7 @@ from vllm_leank.offline.mask_request import BitsRequest
 from vllm_leank.offline.progress import reading
 from vllm_leank.offline.verify.reader import Reader
 
-BY_VARIANCE = "Fisher information of far K and V * variance, layers weighed"
+BY_VARIANCE = "Fisher information of far K and V * variance"
 """What provenances call the costs of channels."""
 
 DAMPING = 0.5
@@ -38,7 +38,8 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Effort:
-    """How closely layers are looked at: a forward pass for each of them, prompt and round.
+    """How closely layers are looked at: a forward pass for each of them, prompt and round. A few
+    tokens would not do: single ones may cost a hundred times what others do.
 
     Attributes:
         rounds: how often layers are weighed.
@@ -52,8 +53,8 @@ class Effort:
 
     @classmethod
     def on(cls, device_type: str) -> "Effort":
-        """What takes about as long as the sensitivities did."""
-        return cls(1, 2, 32) if device_type == "cpu" else cls(2, 6, 64)
+        """What takes no longer than the sensitivities did: on a CPU nothing does."""
+        return cls(0, 0, 0) if device_type == "cpu" else cls(2, 6, 64)
 
 
 @dataclass(frozen=True)
@@ -71,24 +72,26 @@ def weighed_mask(
     measured: Measured,
     model: transformers.PreTrainedModel,
     prompts: Sequence[Sequence[int]],
+    effort: Effort,
 ) -> Mask:
     """The mask of `request` for the model that was measured on these prompts of token ids.
 
     Raises:
         UserError: logits are not finite.
     """
-    effort = Effort.on(model.device.type)
     samples = some_of(prompts, request.window, effort)
     weights = np.ones(len(measured.k_cost))
+    mask, expected = _handed_out(request, measured, weights)
     found: list[tuple[float, Mask]] = []
-    for number in range(effort.rounds + 1):
-        mask, expected = _handed_out(request, measured, weights)
-        more = number < effort.rounds
-        seen = look_at_layers(model, mask, samples, effort.tokens, alone=more)
+    for _ in range(effort.rounds):
+        seen = look_at_layers(model, mask, samples, effort.tokens)
         found.append((seen.together, mask))
-        if more:
-            weights = weights * surplus(seen.layers, expected) ** DAMPING
-    return min(found, key=lambda one: one[0])[1]
+        weights = weights * surplus(seen.layers, expected) ** DAMPING
+        mask, expected = _handed_out(request, measured, weights)
+    if not found:
+        return mask
+    last = look_at_layers(model, mask, samples, effort.tokens, alone=False)
+    return min([*found, (last.together, mask)], key=lambda one: one[0])[1]
 
 
 def some_of(
@@ -142,10 +145,9 @@ def _handed_out(request: BitsRequest, measured: Measured, weights: Array) -> tup
     """The mask where layers have these weights, and what its channels' costs say of each layer."""
     costs = measured.k_cost, measured.v_cost
     chosen = allocate(*(cost * weights[:, None, None] for cost in costs), request.bits)
-    provenance = measured.provenance | {
-        "score": BY_VARIANCE,
-        "layer_weights": [round(float(weight), 3) for weight in weights],
-    }
+    provenance = measured.provenance | {"score": BY_VARIANCE}
+    if (weights != 1).any():
+        provenance["layer_weights"] = [round(float(weight), 3) for weight in weights]
     mask = request.mask(chosen, measured.statistics.for_mask(), provenance)
     return mask, _cost_of_layers(chosen, *costs)
 
