@@ -144,7 +144,8 @@ def look_at_layers(
 def _handed_out(request: BitsRequest, measured: Measured, weights: Array) -> tuple[Mask, Array]:
     """The mask where layers have these weights, and what its channels' costs say of each layer."""
     costs = measured.k_cost, measured.v_cost
-    chosen = allocate(*(cost * weights[:, None, None] for cost in costs), request.bits)
+    k_cost, v_cost = (cost * weights[:, None, None] for cost in costs)
+    chosen = allocate(k_cost, v_cost, request.bits)
     provenance = measured.provenance | {"score": BY_VARIANCE}
     if (weights != 1).any():
         provenance["layer_weights"] = [round(float(weight), 3) for weight in weights]
