@@ -233,6 +233,10 @@ def test_pruned_channels(leank, score, tiny_llama_dir, data, tmp_path):
     )
     assert code == 0
     assert load_mask(out).sha256 == mask.sha256
+    # Fisher knows the means of what it prunes; energy leaves zeros.
+    assert (mask.statistics is None) == (score == "energy")
+    # A server takes it.
+    assert plan_settings(mask, Options(), itemsize=2).plan.archive_format.name == "auto"
 
 
 @pytest.mark.parametrize(

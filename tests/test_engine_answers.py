@@ -5,7 +5,7 @@ import pytest
 import torch
 from archive_definition import PACKED
 from engines import engine, planned_ahead
-from mask_samples import coded_mask, full_mask, random_mask
+from mask_samples import coded_mask, full_mask, random_mask, statistics_of
 from oracle import Oracle
 
 pytestmark = pytest.mark.engine
@@ -52,14 +52,18 @@ def test_a_full_mask_gives_the_answers_of_plain_vllm(tiny_llama_dir):
         assert_same(leank.generate(prompts, 128), expected)
 
 
-@pytest.mark.parametrize("length", [20, 200, 1100])
-def test_logits_are_those_of_the_definition(tiny_llama_dir, length):
-    """Prefill, and 200 decode steps, which is at least five compactions."""
+@pytest.mark.parametrize(("length", "means"), [(20, False), (200, True), (1100, False)])
+def test_logits_are_those_of_the_definition(tiny_llama_dir, length, means):
+    """Prefill, and 200 decode steps, which is at least five compactions. Pruned channels are 0, or
+    their means.
+    """
     mask = random_mask(tiny_llama_dir, KEPT)
+    if means:
+        mask = mask.with_means(statistics_of(mask.k_bits.shape))
     (prompt,) = prompts_of([length], seed=length)
     with engine(tiny_llama_dir, mask, max_logprobs=512) as leank:
         tokens, logprobs, prompt_logprobs = all_logprobs(leank.llm, prompt, 200)
-    oracle = Oracle(tiny_llama_dir, mask.keep, SINK, RECENT)
+    oracle = Oracle(tiny_llama_dir, mask, SINK, RECENT)
     expected = oracle.logits(prompt + tokens[:-1], exact_until=length).log_softmax(-1)
     assert torch.allclose(logprobs, expected[length - 1 :], atol=1e-3)
     assert torch.allclose(prompt_logprobs, expected[: length - 1], atol=1e-3)

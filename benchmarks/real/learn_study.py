@@ -29,10 +29,13 @@ from vllm_leank.learn.distillation import Distiller
 from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, run_stage
 from vllm_leank.mask.checkpoint import DTYPES
 from vllm_leank.mask.file import save_mask
-from vllm_leank.offline.calibrate_bits import BY_SQUARE, measure
+from vllm_leank.offline.calibrate_bits import measure
 from vllm_leank.offline.calibration_prompts import calibration_prompts
 from vllm_leank.offline.mask_request import MaskRequest
 from vllm_leank.offline.prompts import Sample
+
+BY_SQUARE = "Fisher information of far K * mean square"
+"""Channels that learned masks prune are read as 0."""
 
 HELD_OUT = 1_000_000
 """Number of the first held-out sample: training does not get so far."""

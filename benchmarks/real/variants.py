@@ -1,7 +1,7 @@
 """The archives and caches that `kl.py` compares, with their bytes of a token."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -76,6 +76,7 @@ class Archives:
     prompts: CalibrationPrompts
     seed: int
     _found: dict[bool, Directions] = field(default_factory=dict)
+    _masks: dict[float, Mask] = field(default_factory=dict)
 
     @cached_property
     def measured(self) -> Measured:
@@ -84,31 +85,50 @@ class Archives:
 
     def packed(self, bits: float) -> Variant:
         """What `leank mask calibrate --bits` makes."""
-        request = BitsRequest(self.checkpoint, bits, self.window)
-        effort = Effort.on(self.model.device.type)
-        mask = weighed_mask(request, self.measured, self.model, self.prompts.ids, effort)
-        return self._served(f"leank packed, {bits:g} bits", mask)
+        return self._served(f"leank packed, {bits:g} bits", self._mask_of_bits(bits))
+
+    def packed_seen_as_one(self, bits: float) -> Variant:
+        """The same, and heads without bits see all far tokens as one."""
+        return self._as_one(self.packed(bits), self._mask_of_bits(bits))
+
+    def _mask_of_bits(self, bits: float) -> Mask:
+        if bits not in self._masks:
+            request = BitsRequest(self.checkpoint, bits, self.window)
+            effort = Effort.on(self.model.device.type)
+            self._masks[bits] = weighed_mask(
+                request, self.measured, self.model, self.prompts.ids, effort
+            )
+        return self._masks[bits]
 
     def pruned(self) -> Variant:
-        """What `leank mask calibrate --ratio` makes; channels that are not kept read as 0."""
-        request = MaskRequest(self.checkpoint, RATIO, ALIGN, self.window)
-        mask = pruned_mask(request, self.measured)
+        """What `leank mask calibrate --ratio` makes: channels that are not kept read as means."""
+        return self._served("leank 70% pruned, means", self._pruned_mask)
+
+    def pruned_seen_as_one(self) -> Variant:
+        """The same, and heads without channels see all far tokens as one."""
+        return self._as_one(self.pruned(), self._pruned_mask)
+
+    def with_zeros(self) -> Variant:
+        """Channels that are not kept read as 0, and chosen by what that costs, as LeanK has it."""
+        cost = self.measured.sensitivities.key * self.measured.statistics.k_square
+        mask = self._pruning.mask(cost, self.measured.provenance)
         return self._served("leank 70% pruned, zeros", mask)
 
-    def with_means(self) -> Variant:
-        """Channels of K that are not kept read as their means after RoPE."""
-        keep = select_channels(self.measured.k_cost, RATIO, ALIGN)
-        mask = Mask.from_bits(
-            np.where(keep, 16, 0).astype(np.uint8),
-            np.where(keep.any(-1, keepdims=True), 16, np.zeros_like(keep)).astype(np.uint8),
-            self.checkpoint.geometry,
-            model=self.checkpoint.id,
-            provenance=self.measured.provenance,
-            statistics=self.measured.statistics.for_mask(),
-            sink=self.window.sink,
-            recent=self.window.recent,
-        )
-        return self._served("leank 70% pruned, means", mask)
+    @property
+    def _pruning(self) -> MaskRequest:
+        return MaskRequest(self.checkpoint, RATIO, ALIGN, self.window)
+
+    @cached_property
+    def _pruned_mask(self) -> Mask:
+        return pruned_mask(self._pruning, self.measured)
+
+    def _as_one(self, variant: Variant, mask: Mask) -> Variant:
+        """A variant whose blind heads see far tokens, all as the means of K and V: so many equal
+        tokens are one whose logit is larger by the logarithm of their number.
+        """
+        archive = MeansOfBlind(ServedArchive(mask), self.measured.statistics)
+        name = f"{variant.name}, heads without any see one token"
+        return replace(variant, name=name, hook=SimulatedArchive(self.window, archive))
 
     def with_all_values(self) -> Variant:
         """The same with V of all heads, so that no head is blind."""
@@ -195,6 +215,25 @@ class Archives:
         )
 
 
+@dataclass(frozen=True)
+class MeansOfBlind:
+    """A mask's archive, but for heads that store nothing, whose far K and V are their means."""
+
+    served: ServedArchive
+    statistics: ChannelStatistics
+
+    def __call__(
+        self, layer: int, first: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V `[B, H, T, D]` of the tokens from `first` on, in fp32."""
+        blind = self.served.blind[layer]
+        found = self.served(layer, first, key, value)
+        for far, mean in zip(found, (self.statistics.k_mean, self.statistics.v_mean), strict=True):
+            means = torch.tensor(mean[layer], dtype=far.dtype, device=far.device)[:, None]
+            far[:, blind] = means[blind.to(far.device)].expand(-1, far.shape[2], -1)
+        return found
+
+
 def mask_token_bytes(mask: Mask) -> float:
     """Bytes of a far token over all layers, with all scales."""
     form = choose_format(mask)
@@ -210,7 +249,10 @@ def makers(
         if group == "packed":
             yield from (partial(archives.packed, one) for one in bits)
         elif group == "pruned":
-            yield from (archives.pruned, archives.with_means, archives.with_all_values)
+            yield from (archives.pruned, archives.with_zeros, archives.with_all_values)
+        elif group == "one":
+            yield archives.pruned_seen_as_one
+            yield from (partial(archives.packed_seen_as_one, one) for one in bits)
         elif group == "turned":
             yield archives.with_turned_means
         elif group == "directions":
@@ -228,7 +270,7 @@ def makers(
     yield from (partial(_rival, cache, archives.checkpoint) for cache in rivals)
 
 
-GROUPS = "packed", "pruned", "turned", "directions", "vllm", "kivi", "kitty", "floor"
+GROUPS = "packed", "pruned", "one", "turned", "directions", "vllm", "kivi", "kitty", "floor"
 
 
 def vllm_caches(num_layers: int) -> list[RoundedCache]:

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,10 @@ class Mask:
             path=path,
             sha256=sha256,
         )
+
+    def with_means(self, statistics: Statistics) -> "Mask":
+        """The mask with statistics, so that channels of 0 bits are read as their means."""
+        return replace(self, align=BITS_ALIGN, statistics=statistics)
 
     @classmethod
     def from_bits(

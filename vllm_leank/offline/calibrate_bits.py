@@ -29,8 +29,8 @@ from vllm_leank.offline.fisher import QUERIES, Sensitivities, sensitivities
 from vllm_leank.offline.mask_request import MaskRequest
 from vllm_leank.offline.statistics import ChannelStatistics, StatisticsMeter
 
-BY_SQUARE = "Fisher information of far K * mean square"
-"""What provenances call the costs of channels that are read as 0."""
+BY_VARIANCE = "Fisher information of far K and V * variance"
+"""What provenances call the costs of channels."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def measure(
 
 
 def pruned_mask(request: MaskRequest, measured: Measured) -> Mask:
-    """A mask that prunes K as LeanK does, with channels chosen by what reading them as 0 costs."""
-    cost = measured.sensitivities.key * measured.statistics.k_square
-    return request.mask(cost, measured.provenance | {"score": BY_SQUARE})
+    """A mask that prunes K as LeanK does, with channels that are pruned read as their means, and
+    chosen by what that costs.
+    """
+    provenance = measured.provenance | {"score": BY_VARIANCE}
+    return request.mask(measured.k_cost, provenance, measured.statistics.for_mask())

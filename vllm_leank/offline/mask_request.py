@@ -68,13 +68,19 @@ class MaskRequest:
         checkpoint = Checkpoint.open(model, model_id, overrides=overrides)
         return cls(checkpoint, ratio, align, window)
 
-    def mask(self, scores: npt.NDArray[np.float64], provenance: dict[str, Any]) -> Mask:
-        """The mask of the channels with the best `scores` `[L, H, D]`.
+    def mask(
+        self,
+        scores: npt.NDArray[np.float64],
+        provenance: dict[str, Any],
+        statistics: Statistics | None = None,
+    ) -> Mask:
+        """The mask of the channels with the best `scores` `[L, H, D]`; others are read as their
+        means where there are statistics, else as 0.
 
         `provenance` gets what every mask should tell: ratio, date, versions.
         """
         keep = select_channels(scores, self.ratio, self.align)
-        return Mask.from_keep(
+        mask = Mask.from_keep(
             keep,
             self.checkpoint.geometry,
             model=self.checkpoint.id,
@@ -88,6 +94,7 @@ class MaskRequest:
                 **made_by(),
             },
         )
+        return mask if statistics is None else mask.with_means(statistics)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,10 @@ import transformers
 from vllm_leank.core.window import Window
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.allocate import Allocation, allocate
-from vllm_leank.offline.calibrate_bits import Measured
+from vllm_leank.offline.calibrate_bits import BY_VARIANCE, Measured
 from vllm_leank.offline.mask_request import BitsRequest
 from vllm_leank.offline.progress import reading
 from vllm_leank.offline.verify.reader import Reader
-
-BY_VARIANCE = "Fisher information of far K and V * variance"
-"""What provenances call the costs of channels."""
 
 DAMPING = 0.5
 """Power of what a layer costs beyond its channels' costs by which its weight grows: what one layer
