@@ -1,5 +1,5 @@
 #!/bin/sh
-# Serve a model with a cache 8 times smaller than in 16 bits, from nothing:
+# Serve a model whose far tokens take 7 times less cache than in 16 bits, from nothing:
 #
 #     sh examples/calibrate_and_serve.sh MODEL [flags of leank serve and vllm serve]
 #
