@@ -62,8 +62,8 @@ run() {
 
 engine_tests() { # each in a process of its own, four at a time
     tests="$root/tests"
-    python3 -m pytest -q --collect-only -p no:cacheprovider "$tests"/test_gpu_engine.py "$tests"/test_gpu_mixed.py |
-        sed -n "s|.*\(test_gpu_[a-z]*.py::\)|$tests/\1|p" |
+    python3 -m pytest -q --collect-only -p no:cacheprovider "$tests"/test_gpu_engine.py "$tests"/test_gpu_mixed.py >engine_tests.txt
+    sed -n "s|.*\(test_gpu_[a-z]*.py::\)|$tests/\1|p" |
         xargs -P 4 -n 1 python3 -m pytest -q -p no:cacheprovider
 }
 

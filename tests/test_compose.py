@@ -55,6 +55,19 @@ def test_union_is_filled_up_with_the_slowest_pairs():
     assert kept(mask)[0] == [*range(16), *range(24, 32), *range(56, 64)]
 
 
+def test_masks_that_prune_with_means_are_filled_up_too():
+    """To multiples of 16, as a file with statistics has them."""
+    fine = mask_of([(0, 64), (0, 32), (24, 56), (0, 0)], align=16)
+    first = fine.with_means(statistics_of((2, 2, 64)))
+    assert first.sha256 != fine.sha256
+    for other in (SECOND.with_means(statistics_of((2, 2, 64), seed=1)), SECOND):
+        for by in ("intersection", "union"):
+            mask, expected = compose([first, other], by), compose([fine, SECOND], by)
+            assert (mask.k_bits == expected.k_bits).all()
+            assert (mask.v_bits == expected.v_bits).all()
+            assert mask.statistics.same_as(first.statistics)
+
+
 def test_streaming_heads_and_dense_layers(tmp_path):
     (tmp_path / "heads.tsv").write_text("0.1\t0.9\n0.6\t0.5\n")
     full = Mask.full(GEOMETRY, model="org/name")

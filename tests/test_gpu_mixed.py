@@ -7,6 +7,7 @@ Run each test in a process of its own, as those of `test_gpu_engine.py`.
 import numpy as np
 import pytest
 import torch
+from archive_definition import PACKED
 from engines import engine
 from gpu_engines import (
     ON_GPU,
@@ -26,8 +27,6 @@ from state_models import MODELS as WITH_STATES
 from state_models import save_state
 from test_engine_answers import prompts_of
 from transformers import AutoModelForCausalLM
-
-from vllm_leank.core.formats import find_format
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
@@ -91,7 +90,7 @@ def test_architectures(runner, model_type, tmp_path):
                 assert any(hits)
     half = len(answers) // 2
     dense = Oracle(model, np.ones_like(mask.keep), SINK, RECENT)
-    packed = Oracle(model, mask, SINK, RECENT, archive_format=find_format("packed"))
+    packed = Oracle(model, mask, SINK, RECENT, archive_format=PACKED)
     noise = mean_error(flash, PROMPTS, dense)
     for given in answers[:half]:
         assert_same_up_to_ties(flash, given)

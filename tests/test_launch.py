@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from archive_definition import profiles_for
+from archive_definition import PACKED, profiles_for
 from vllm_leank.kernels.channels import first_channels
 from vllm_leank.kernels.launch import (
     FEW_HEADS,
@@ -22,7 +22,7 @@ from vllm_leank.kernels.tables import Tables
 
 from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.core.pages import CacheLayout
-from vllm_leank.core.profile import whole_heads
+from vllm_leank.core.profile import Profile, whole_heads
 from vllm_leank.core.window import Window
 
 HOPPER, AMPERE = Device(tma=True), Device(tma=False)
@@ -31,6 +31,25 @@ HOPPER, AMPERE = Device(tma=True), Device(tma=False)
 def layout(kept=(32, 64, 0, 96), block=64, archive_format=NATIVE):
     (profiles,) = profiles_for(archive_format, [kept], 128)
     return CacheLayout(profiles, 128, 2, block, archive_format)
+
+
+@pytest.mark.parametrize(
+    ("heads", "long"),
+    [
+        ([(0, 128, 0, 128)], True),  # 4 bits
+        ([(0, 64, 64, 128), (0, 128, 0, 128)], True),
+        ([(0, 0, 128, 128)], True),  # 2 and 4 bits
+        ([(0, 0, 128, 64)], False),
+        ([(0, 128, 0, 128), (0, 0, 128, 64)], False),
+        ([(0, 128, 0, 128), (128, 0, 0, 128)], False),  # 8 and 4 bits
+    ],
+)
+def test_codes_of_a_few_bits_take_long_tiles_where_all_heads_have_them(heads, long):
+    """K of 8, 4 and 2 bits, and V of 4."""
+    profiles = tuple(Profile(k8=k8, k4=k4, k2=k2, v4=v4) for k8, k4, k2, v4 in heads)
+    packed = CacheLayout(profiles, 128, 2, 128, PACKED)
+    shape = choose_decode(64, packed, HOPPER)
+    assert (shape.tile, shape.registers) == ((128, None) if long else (64, 128))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8, 32, 96])

@@ -6,11 +6,14 @@ import pytest
 import torch
 from archive_definition import plan_of
 from leank_configs import config_of
+from mask_samples import full_mask
+from mixed_models import save_mixed
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity
 from vllm_leank.core.layers import SlidingLayers, layer_kinds, sliding_layers
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
+from vllm_leank.mask.file import save_mask
 from vllm_leank.serving.metadata import PagesMetadataBuilder
 from vllm_leank.serving.settings import load_settings
 from vllm_leank.serving.sliding import hide_left_pages
@@ -34,10 +37,21 @@ def test_pages_before_the_first_query_that_is_computed_are_hidden(window):
         assert (table[row] == 0).sum() == 12 - len(seen)
 
 
-def test_a_dummy_run_archives_nothing(tiny_llama_dir, mask_file):
-    """Its tables name the null block, which sliding layers take for zeros."""
+def test_steps_that_tell_no_lengths(tiny_llama_dir, mask_file, tmp_path):
+    """Beside sliding layers those of dummy runs archive nothing, as their tables name the null
+    block, which sliding layers take for zeros. Without them they may be a draft model's, which
+    reads its window alone.
+    """
+    mixed = save_mixed("gemma3_text", tmp_path / "mixed")
+    save_mask(full_mask(mixed), mixed / "mask.yaml")
+    step = {"num_reqs": 2, "seq_lens": torch.tensor([300, 4096]), "is_prefilling": None}
     options = {"mask": str(mask_file), "sink": 32, "recent": 64}
-    config = config_of(tiny_llama_dir, options, max_model_len=4096)
+    plain = config_of(tiny_llama_dir, options, max_model_len=4096)
+    builder = PagesMetadataBuilder(None, [], plain, torch.device("cpu"))
+    untold = builder.build(0, SimpleNamespace(rswa_prefix_lens=None, **step))
+    assert untold.exact_until.tolist() == [0, 0]
+    options["mask"] = str(mixed / "mask.yaml")
+    config = config_of(mixed, options, max_model_len=4096)
     window, lengths = load_settings(config).window, torch.tensor([300, 4096], dtype=torch.int32)
     builder = PagesMetadataBuilder(None, [], config, torch.device("cpu"))
     step = {"num_reqs": 2, "seq_lens": lengths, "is_prefilling": None}

@@ -131,11 +131,11 @@ class Archives:
         return replace(variant, name=name, hook=SimulatedArchive(self.window, archive))
 
     def with_all_values(self) -> Variant:
-        """The same with V of all heads, so that no head is blind."""
+        """Pruned, with means, and V of all heads, so that no head is blind."""
         return self._with_values("means", self.measured.statistics, None)
 
     def with_turned_means(self) -> Variant:
-        """The same with means before RoPE, turned to the middle of each page of 128 tokens.
+        """The same with means of K before RoPE, turned to the middle of each page of 128 tokens.
 
         Means after RoPE where it is not known how the model turns K.
         """

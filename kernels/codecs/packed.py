@@ -77,12 +77,13 @@ class PackedCodec(Codec):
 
 
 def _many_bits(layout: CacheLayout) -> bool:
-    """Whether heads have 3 bits per number or more in the mean. Large heads never count as such:
-    their sums over V leave no registers for long tiles.
+    """Whether all heads that store anything have 3 to 5 bits per number. With fewer, instructions
+    are the limit; with more, long tiles leave room for few programs; and the sums over V of heads
+    of more than 128 channels leave them no registers.
     """
+    least, most = (bits * 2 * layout.head_dim // 8 for bits in (3, 5))
     sizes = [layout.archive_format.token_bytes(one, layout.itemsize) for one in layout.variants]
-    most = 3 * 2 * layout.head_dim / 8
-    return layout.head_dim <= 128 and sum(sizes) >= most * max(len(sizes), 1)
+    return layout.head_dim <= 128 and bool(sizes) and least <= min(sizes) and max(sizes) <= most
 
 
 def _steps(values: torch.Tensor, channels: Channels) -> Iterator[tuple[int, torch.Tensor]]:

@@ -83,11 +83,11 @@ def find(name: str) -> "Mask":
     """The mask in a file, or the user's or the package's one for a model id."""
     from vllm_leank.mask.checkpoint import is_path
     from vllm_leank.mask.file import load_mask
-    from vllm_leank.mask.lookup import broken_masks, find_masks, preferred
+    from vllm_leank.mask.lookup import broken_masks, find_masks, most_careful, preferred
 
     if Path(name).is_file():
         return load_mask(name)
-    masks = preferred(find_masks(name))
+    masks = most_careful(preferred(find_masks(name)))
     if len(masks) == 1:
         return masks[0]
     if masks:

@@ -2,8 +2,9 @@
 
 Heads must keep a multiple of `align` channels, which an intersection or union seldom gives. Such
 heads are filled up with more channels (an intersection with those of the first mask), slowest RoPE
-pairs first: these are kept most in learned masks. Masks of 2, 4 or 8 bits are joined channel by
-channel, without filling up: what gives heads that no page could hold is refused.
+pairs first: these are kept most in learned masks. Where a mask has other bits than 16 and 0 all
+are joined channel by channel, without filling up: what gives heads that no page could hold is
+refused.
 """
 
 import datetime
@@ -22,7 +23,7 @@ from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import BitsArray, bits_of_keep
 from vllm_leank.mask.errors import MaskError
-from vllm_leank.mask.mask import BITS_ALIGN, KEEP_FORMAT, Mask
+from vllm_leank.mask.mask import BITS_ALIGN, Mask
 from vllm_leank.mask.statistics import Statistics
 from vllm_leank.mask.tsv import parse_tsv
 from vllm_leank.version import __version__
@@ -58,8 +59,7 @@ def compose(
     for mask in masks[1:]:
         if mismatch := first.geometry.mismatch(mask.geometry):
             raise UserError(f"{_name(first)} and {_name(mask)} do not fit each other: {mismatch}")
-    join = _joined_keep if all(mask.format == KEEP_FORMAT for mask in masks) else _joined_bits
-    joined = join(masks, by)
+    joined = (_joined_keep if all(map(_only_prunes, masks)) else _joined_bits)(masks, by)
 
     provenance: dict[str, Any] = {"method": "compose"}
     if len(masks) > 1:
@@ -181,7 +181,8 @@ def _joined_keep(masks: Sequence[Mask], by: By) -> _Joined:
         keep = _filled(np.logical_and.reduce(keeps), first.keep, align)
     else:
         keep = _filled(np.logical_or.reduce(keeps), np.ones_like(first.keep), align)
-    return _Joined(align, *bits_of_keep(keep))
+    statistics = _first_statistics(masks)
+    return _Joined(align if statistics is None else BITS_ALIGN, *bits_of_keep(keep), statistics)
 
 
 def _joined_bits(masks: Sequence[Mask], by: By) -> _Joined:
@@ -191,8 +192,21 @@ def _joined_bits(masks: Sequence[Mask], by: By) -> _Joined:
         BITS_ALIGN,
         reduce([mask.k_bits for mask in masks]),
         reduce([mask.v_bits for mask in masks]),
-        next((mask.statistics for mask in masks if mask.statistics is not None), None),
+        _first_statistics(masks),
     )
+
+
+def _only_prunes(mask: Mask) -> bool:
+    """Whether the mask is what kept K channels say: V of the heads that keep any, in 16 bits."""
+    keep = bits_of_keep(mask.keep)
+    return all(
+        bool((bits == kept).all())
+        for bits, kept in zip((mask.k_bits, mask.v_bits), keep, strict=True)
+    )
+
+
+def _first_statistics(masks: Sequence[Mask]) -> Statistics | None:
+    return next((mask.statistics for mask in masks if mask.statistics is not None), None)
 
 
 def _filled(keep: BoolArray, allowed: BoolArray, align: int) -> BoolArray:

@@ -163,7 +163,7 @@ class Mask:
 
     def with_means(self, statistics: Statistics) -> "Mask":
         """The mask with statistics, so that channels of 0 bits are read as their means."""
-        return replace(self, align=BITS_ALIGN, statistics=statistics)
+        return replace(self, align=BITS_ALIGN, statistics=statistics, path=None, sha256="")
 
     @classmethod
     def from_bits(

@@ -29,9 +29,11 @@ class PagesMetadata(AttentionMetadata):
 
     Attributes:
         common: vLLM's description of the step, for this group.
-        exact_until: `[num_reqs]`; zeros where prompts are read pruned. In vLLM's dummy runs it lies
-            behind all tokens, for they must archive nothing: their tables name the null block,
-            which sliding layers take for zeros.
+        exact_until: `[num_reqs]`; zeros where prompts are read pruned, and where vLLM's V2 runner
+            tells no lengths of prompts: for a draft model, which reads its window alone, and in
+            dummy runs. Beside sliding layers and states, which exclude drafts, the latter must
+            archive nothing, as their tables name the null block, which sliding layers take for
+            zeros: then it lies behind all tokens.
         in_prompt: `[num_reqs]` or shorter, on the host; see `Batch`.
     """
 
@@ -78,8 +80,10 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
         self._exact_until = shared_exact_until(vllm_config, device)
-        self._exact = load_settings(vllm_config).window.exact
-        self._behind_all = vllm_config.model_config.max_model_len + 1
+        settings = load_settings(vllm_config)
+        self._exact = settings.window.exact
+        mixed = settings.plan.sliding is not None or settings.plan.states is not None
+        self._untold = vllm_config.model_config.max_model_len + 1 if mixed else 0
 
     def build(
         self,
@@ -96,7 +100,7 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
             if not self._exact:
                 in_prompt = in_prompt[:0]
             elif lengths is None:
-                exact_until.fill_(self._behind_all)
+                exact_until.fill_(self._untold)
             else:
                 # Rows of padding, which have no prompt, have no tokens either.
                 exact_until[: len(lengths)].copy_(lengths[: len(exact_until)], non_blocking=True)
