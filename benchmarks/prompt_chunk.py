@@ -34,13 +34,13 @@ from vllm_leank.bench.correctness import check_output
 from vllm_leank.bench.machine import head_commit, machine, require_gpu
 from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.results import describe_mask
-from vllm_leank.core.formats import formats_for
 from vllm_leank.core.pages import WINDOW_BLOCK, pages
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.window import Window, whole_pages
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.settings import choose_format
 from vllm_leank.serving.step import attend_exact
 
 CHECKED_QUERIES = 64
@@ -119,33 +119,32 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
 
     cells: list[dict[str, Any]] = []
     result: dict[str, Any] = {"cells": cells}
-    for one in formats_for(mask.profiles):
-        plan = plan_cache(mask.profiles, geometry.head_dim, 2, archive_format=one)
-        for layer in args.layers:
-            cache, batch = cache_of(plan, layer)
-            if "flash_ms" not in result:
-                exact = partial(attend_exact, query, output, cache, batch, scale)
-                result["flash_ms"] = do_bench(exact, return_mode="median")
-            expected = expected_output(query, cache, batch, scale)
-            for name, choose in launches(args.launch).items():
-                output.fill_(float("nan"))
-                # A cache that has prepared nothing yet.
-                ours = partial(extend.extend, query, output, replace(cache), batch, scale)
-                with mock.patch.object(extend, "choose_extend", choose):
-                    ms = do_bench(ours, return_mode="median")
-                cells.append(
-                    {
-                        "archive_dtype": one.name,
-                        "launch": name,
-                        "layer": layer,
-                        "kept": list(cache.layout.kept),
-                        "ms": ms,
-                        "error": check_output(
-                            f"leank, layer {layer}", case, output[-CHECKED_QUERIES:], expected
-                        ),
-                    }
-                )
-                progress.update()
+    plan = plan_cache(mask.profiles, geometry.head_dim, 2, archive_format=choose_format(mask))
+    for layer in args.layers:
+        cache, batch = cache_of(plan, layer)
+        if "flash_ms" not in result:
+            exact = partial(attend_exact, query, output, cache, batch, scale)
+            result["flash_ms"] = do_bench(exact, return_mode="median")
+        expected = expected_output(query, cache, batch, scale)
+        for name, choose in launches(args.launch).items():
+            output.fill_(float("nan"))
+            # A cache that has prepared nothing yet.
+            ours = partial(extend.extend, query, output, replace(cache), batch, scale)
+            with mock.patch.object(extend, "choose_extend", choose):
+                ms = do_bench(ours, return_mode="median")
+            cells.append(
+                {
+                    "archive_dtype": plan.archive_format.name,
+                    "launch": name,
+                    "layer": layer,
+                    "kept": list(cache.layout.kept),
+                    "ms": ms,
+                    "error": check_output(
+                        f"leank, layer {layer}", case, output[-CHECKED_QUERIES:], expected
+                    ),
+                }
+            )
+            progress.update()
     return result | {"means": means_of(cells, result["flash_ms"])}
 
 
@@ -181,7 +180,7 @@ def main() -> None:
     args = parser.parse_args()
     mask = load_mask(args.mask)
     args.layers = parse_layers(args.layers, len(mask.geometry.layers))
-    total = 2 * len(args.layers) * len(launches(args.launch))
+    total = len(args.layers) * len(launches(args.launch))
     if not 0 < args.chunk <= args.prompt:
         raise UserError(f"--chunk {args.chunk} is no part of a prompt of {args.prompt} tokens")
     require_gpu("prompt_chunk")

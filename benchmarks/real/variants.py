@@ -39,7 +39,7 @@ from vllm_leank.offline.rope import NO_ROTATION, Rotation, rotation_of_model
 from vllm_leank.offline.served_archive import ServedArchive
 from vllm_leank.offline.simulate import SimulatedArchive
 from vllm_leank.offline.statistics import ChannelStatistics, StatisticsMeter
-from vllm_leank.offline.weigh_layers import Effort, weighed_mask
+from vllm_leank.offline.weigh_layers import weighed_mask
 
 RATIO, ALIGN = 0.7, 32
 
@@ -94,10 +94,7 @@ class Archives:
     def _mask_of_bits(self, bits: float) -> Mask:
         if bits not in self._masks:
             request = BitsRequest(self.checkpoint, bits, self.window)
-            effort = Effort.on(self.model.device.type)
-            self._masks[bits] = weighed_mask(
-                request, self.measured, self.model, self.prompts.ids, effort
-            )
+            self._masks[bits] = weighed_mask(request, self.measured, self.model, self.prompts.ids)
         return self._masks[bits]
 
     def pruned(self) -> Variant:

@@ -170,7 +170,7 @@ def measured_mask(
     from vllm_leank.offline.calibrate import energy_mask
     from vllm_leank.offline.calibrate_bits import measure, pruned_mask
     from vllm_leank.offline.mask_request import MaskRequest
-    from vllm_leank.offline.weigh_layers import Effort, weighed_mask
+    from vllm_leank.offline.weigh_layers import weighed_mask
 
     try:
         model = request.checkpoint.load(dtype, device)
@@ -179,8 +179,7 @@ def measured_mask(
         measured = measure(model, prompts, request.window, seed)
         if isinstance(request, MaskRequest):
             return pruned_mask(request, measured)
-        effort = Effort.on(model.device.type)
-        return weighed_mask(request, measured, model, prompts.ids, effort)
+        return weighed_mask(request, measured, model, prompts.ids)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{request.checkpoint.path}: calibrating it takes more memory than is free on "

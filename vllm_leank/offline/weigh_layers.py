@@ -69,13 +69,15 @@ def weighed_mask(
     measured: Measured,
     model: transformers.PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    effort: Effort,
+    effort: Effort | None = None,
 ) -> Mask:
-    """The mask of `request` for the model that was measured on these prompts of token ids.
+    """The mask of `request` for the model that was measured on these prompts of token ids; `effort`
+    is by default what the model's device bears.
 
     Raises:
         UserError: logits are not finite.
     """
+    effort = effort or Effort.on(model.device.type)
     samples = some_of(prompts, request.window, effort)
     weights = np.ones(len(measured.k_cost))
     mask, expected = _handed_out(request, measured, weights)
