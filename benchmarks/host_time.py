@@ -32,12 +32,12 @@ from vllm_leank.bench.machine import require_gpu
 from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.results import describe_mask, header, save_results
 from vllm_leank.bench.timing import release
-from vllm_leank.core.formats import formats_for
 from vllm_leank.core.plan import plan_cache
 from vllm_leank.core.window import Window, whole_pages
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.settings import choose_format
 from vllm_leank.serving.step import attend_layer
 
 BATCHES = 1, 32
@@ -172,8 +172,8 @@ def main() -> None:
     for batch in BATCHES:
         take(FLASH, batch, flash_layers(masks[0], batch, args.query_heads))
         for mask in masks:
-            for one in formats_for(mask.profiles):
-                take(one.name, batch, our_layers(mask, one, batch, args.query_heads))
+            one = choose_format(mask)
+            take(one.name, batch, our_layers(mask, one, batch, args.query_heads))
     if args.out:
         result = header("host time of decode attention, eager, of one layer", args.commit)
         result["command"] = shlex.join(["python", "benchmarks/host_time.py", *sys.argv[1:]])
