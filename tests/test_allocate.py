@@ -7,7 +7,7 @@ import pytest
 
 from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import MAX_PROFILES, check_bits
-from vllm_leank.offline.allocate import allocate, class_widths, side_costs
+from vllm_leank.offline.allocate import allocate, class_widths, left_of, side_costs
 
 
 def costs(L, H, D, seed=0):
@@ -19,7 +19,7 @@ def costs(L, H, D, seed=0):
 
 
 def cost_of(cost, bits):
-    return float((cost * 4.0 ** -bits.astype(float)).sum())
+    return float(left_of(cost, bits).sum())
 
 
 def profiles(allocation):

@@ -15,8 +15,8 @@ class Statistics:
     """Mean and scale of each channel over far tokens, float16 `[L, H, D]`, read-only.
 
     K is meant as attention reads it, after RoPE: one mean for all positions, which is small where
-    a channel turns fast. A scale is the standard deviation of what is left when the mean is taken
-    off, and positive.
+    a channel turns fast. A scale is what steps of codes are counted in, and positive: the standard
+    deviation of what is left when the mean is taken off, or what codes lose least with.
 
     Raises:
         MaskError: other types or shapes, or values that are not finite or no scale.

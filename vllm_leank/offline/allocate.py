@@ -1,8 +1,9 @@
 """Hands out bits to channels, most where a bit saves most, over all layers and heads, K and V.
 
-A channel stored with b bits costs `cost * 2^(-2b)`, where `cost` is what it costs to know its mean
-alone. Each head gets a *profile*: how many channels of its K and of its V have 8, 4 and 2 bits. Its
-dearest channels take the most bits. Kernels are compiled per profile, so all heads share a few.
+A channel costs what its codes leave of its variance (`LEFT`) times `cost`, which is what it costs
+to know its mean alone. Each head gets a *profile*: how many channels of its K and of its V have 8,
+4 and 2 bits. Its dearest channels take the most bits. Kernels are compiled per profile, so all
+heads share a few.
 
 With a price per bit (a Lagrange multiplier), each head takes the profile where cost and price
 together are least, and the best few profiles are found greedily: first the one that serves all
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_leank.core.formats.packed import CODE_CLASSES as CLASSES
-from vllm_leank.core.formats.packed import class_counts
+from vllm_leank.core.formats.packed import LEFT, class_counts
 from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import MAX_PROFILES, BitsArray
 
@@ -89,8 +90,16 @@ def side_costs(cost: Array, widths: npt.NDArray[np.int64]) -> Array:
     left = sums[:, -1:] - sums[:, ends[:, -1]]
     for i, kind in enumerate(CLASSES):
         starts = ends[:, i] - widths[:, i]
-        left = left + (sums[:, ends[:, i]] - sums[:, starts]) * 4.0**-kind
+        left = left + (sums[:, ends[:, i]] - sums[:, starts]) * LEFT[kind]
     return left
+
+
+def left_of(cost: Array, bits: BitsArray) -> Array:
+    """What is left of the costs `[L, H, D]` of channels that have these bits."""
+    shares = np.ones_like(cost)
+    for kind, share in LEFT.items():
+        shares[bits == kind] = share
+    return cost * shares
 
 
 def useful_pairs(costs: list[Array], width_bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -6,26 +6,30 @@ alone is sensitivity times variance, and bits go where they save most (`allocate
 `weigh_layers`).
 
 K's mean is taken after RoPE, one number for all positions, as that is what mask files hold and
-engines read. V's scale is the standard deviation of a channel; engines store one scale per token
-beside, in units of these.
+engines read. Scales are standard deviations, K's fitted to its codes (`fit_scales`); of V engines
+store one scale per token beside, in units of these.
 
 Engines do not look at far tokens of heads without any bits, where the cost speaks of reading them
 as means. `benchmarks/real/kl.py` measures both: these are heads that hardly look far, and there is
 no difference, while some bits for each of them cost more than they give.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import transformers
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.statistics import Statistics
+from vllm_leank.offline.allocate import Allocation
 from vllm_leank.offline.calibration_prompts import CalibrationPrompts
 from vllm_leank.offline.fisher import QUERIES, Sensitivities, sensitivities
+from vllm_leank.offline.fit_scales import KeySample, fitted_scales
 from vllm_leank.offline.mask_request import MaskRequest
 from vllm_leank.offline.statistics import ChannelStatistics, StatisticsMeter
 
@@ -39,6 +43,7 @@ class Measured:
 
     sensitivities: Sensitivities
     statistics: ChannelStatistics
+    keys: KeySample
     provenance: dict[str, Any]
 
     @property
@@ -51,6 +56,12 @@ class Measured:
         """The same of V."""
         return self.sensitivities.value * self.statistics.v_scale**2
 
+    def for_codes(self, chosen: Allocation) -> Statistics:
+        """Statistics for a mask of these bits."""
+        known = self.statistics
+        k_scale = fitted_scales(self.keys, known.k_mean, known.k_scale, chosen.k_bits)
+        return replace(known, k_scale=k_scale).for_mask()
+
 
 def measure(
     model: transformers.PreTrainedModel, prompts: CalibrationPrompts, window: Window, seed: int = 0
@@ -60,8 +71,13 @@ def measure(
     Raises:
         UserError: no prompt has far tokens, or the model's attention cannot be observed.
     """
-    meter = StatisticsMeter(Geometry.from_hf_config(model.config), rotation=None)
-    found = sensitivities(model, prompts.ids, window, seed=seed, observe=meter)
+    meter, keys = StatisticsMeter(Geometry.from_hf_config(model.config), rotation=None), KeySample()
+
+    def observe(layer: int, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        for one in (meter, keys):
+            one(layer, first, key, value)
+
+    found = sensitivities(model, prompts.ids, window, seed=seed, observe=observe)
     provenance = {
         "method": "calibrate",
         **prompts.provenance,
@@ -69,7 +85,7 @@ def measure(
         "seed": seed,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    return Measured(found, meter.statistics(), provenance)
+    return Measured(found, meter.statistics(), keys, provenance)
 
 
 def pruned_mask(request: MaskRequest, measured: Measured) -> Mask:

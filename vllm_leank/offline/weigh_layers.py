@@ -17,7 +17,7 @@ import transformers
 
 from vllm_leank.core.window import Window
 from vllm_leank.mask.mask import Mask
-from vllm_leank.offline.allocate import Allocation, allocate
+from vllm_leank.offline.allocate import allocate, left_of
 from vllm_leank.offline.calibrate_bits import BY_VARIANCE, Measured
 from vllm_leank.offline.mask_request import BitsRequest
 from vllm_leank.offline.progress import reading
@@ -148,12 +148,6 @@ def _handed_out(request: BitsRequest, measured: Measured, weights: Array) -> tup
     provenance = measured.provenance | {"score": BY_VARIANCE}
     if (weights != 1).any():
         provenance["layer_weights"] = [round(float(weight), 3) for weight in weights]
-    mask = request.mask(chosen, measured.statistics.for_mask(), provenance)
-    return mask, _cost_of_layers(chosen, *costs)
-
-
-def _cost_of_layers(chosen: Allocation, k_cost: Array, v_cost: Array) -> Array:
-    """What is left of the costs `[L]` with bits handed out: a quarter for each bit."""
-    left = k_cost * 4.0 ** -chosen.k_bits.astype(float)
-    left += v_cost * 4.0 ** -chosen.v_bits.astype(float)
-    return left.sum(axis=(1, 2))
+    mask = request.mask(chosen, measured.for_codes(chosen), provenance)
+    left = left_of(costs[0], chosen.k_bits) + left_of(costs[1], chosen.v_bits)
+    return mask, left.sum(axis=(1, 2))
