@@ -7,7 +7,10 @@ import pytest
 
 from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import MAX_PROFILES, check_bits
-from vllm_leank.offline.allocate import allocate, class_widths, left_of, side_costs
+from vllm_leank.offline.allocate import (
+    allocate as allocate_losses,
+)
+from vllm_leank.offline.allocate import by_variance, class_widths, left_of, side_costs
 
 
 def costs(L, H, D, seed=0):
@@ -18,8 +21,12 @@ def costs(L, H, D, seed=0):
     ]
 
 
+def allocate(k_cost, v_cost, bits, *more):
+    return allocate_losses(by_variance(k_cost), by_variance(v_cost), bits, *more)
+
+
 def cost_of(cost, bits):
-    return float(left_of(cost, bits).sum())
+    return float(left_of(by_variance(cost), bits).sum())
 
 
 def profiles(allocation):
@@ -53,7 +60,7 @@ def test_one_head_gets_the_best_there_is():
     k_cost, v_cost = costs(1, 1, 64)
     widths = class_widths(64)
     sizes = widths @ [8, 4, 2]
-    sides = [side_costs(cost[0], widths)[0] for cost in (k_cost, v_cost)]
+    sides = [side_costs(by_variance(cost[0]), widths)[0] for cost in (k_cost, v_cost)]
     for bits in (1, 2, 4):
         found = allocate(k_cost, v_cost, bits)
         spent = round(found.mean_bits * 128)

@@ -46,9 +46,11 @@ def measured(model, prompts):
 def scaled(measured, factors):
     """Costs that are wrong by one factor per layer."""
     factors = np.array(factors)[:, None, None]
-    found = measured.sensitivities
-    both = replace(found, key=found.key * factors, value=found.value * factors)
-    return replace(measured, sensitivities=both)
+    k_losses, v_losses = (
+        {bits: loss * factors for bits, loss in losses.items()}
+        for losses in (measured.k_losses, measured.v_losses)
+    )
+    return replace(measured, k_losses=k_losses, v_losses=v_losses)
 
 
 def cost(model, mask, prompts):

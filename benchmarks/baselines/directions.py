@@ -71,7 +71,7 @@ def measure_directions(
     moments = _Moments(Geometry.from_hf_config(model.config), rotation)
 
     class FarProducts(FarSquares):
-        def add_key(self, gradient: torch.Tensor) -> torch.Tensor:
+        def of_key(self, layer: int, far: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
             positions = torch.arange(self.places.start, self.places.stop, device=gradient.device)
             turned = rotation.back(gradient, positions)
             return turned.mT @ turned

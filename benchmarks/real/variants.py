@@ -28,7 +28,7 @@ from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.select_channels import select_channels
 from vllm_leank.mask.settings import choose_format
-from vllm_leank.offline.allocate import allocate
+from vllm_leank.offline.allocate import allocate, by_variance
 from vllm_leank.offline.archive import StaticArchive
 from vllm_leank.offline.attention_hook import AttentionHook
 from vllm_leank.offline.calibrate_bits import Measured, measure, pruned_mask
@@ -156,7 +156,7 @@ class Archives:
     def direction_bits(self, bits: float, before_rope: bool) -> Variant:
         """Bits per direction of K and per channel of V, in one budget; V scaled per token."""
         found = self._directions(before_rope)
-        chosen = allocate(found.cost, self.measured.v_cost, bits)
+        chosen = allocate(by_variance(found.cost), self.measured.v_losses, bits)
         return self._along(found, chosen.k_bits, chosen.v_bits, f"{bits:g} bits")
 
     def _directions(self, before_rope: bool) -> Directions:

@@ -1,9 +1,8 @@
 """Hands out bits to channels, most where a bit saves most, over all layers and heads, K and V.
 
-A channel costs what its codes leave of its variance (`LEFT`) times `cost`, which is what it costs
-to know its mean alone. Each head gets a *profile*: how many channels of its K and of its V have 8,
-4 and 2 bits. Its dearest channels take the most bits. Kernels are compiled per profile, so all
-heads share a few.
+What a channel costs with 8, 4, 2 and no bits is given (`code_losses` measures it). Each head gets
+a *profile*: how many channels of its K and of its V have 8, 4 and 2 bits. Its dearest channels take
+the most bits. Kernels are compiled per profile, so all heads share a few.
 
 With a price per bit (a Lagrange multiplier), each head takes the profile where cost and price
 together are least, and the best few profiles are found greedily: first the one that serves all
@@ -14,7 +13,7 @@ the heads where it saves most.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +25,9 @@ from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import MAX_PROFILES, BitsArray
 
 Array = npt.NDArray[np.float64]
+
+Losses = Mapping[int, Array]
+"""What channels `[..., D]` cost with so many bits: with none, and with those of each class."""
 
 _ROUNDS = 50
 """Halvings of the range of prices."""
@@ -48,9 +50,9 @@ class Allocation:
 
 
 def allocate(
-    k_cost: Array, v_cost: Array, bits: float, max_profiles: int = MAX_PROFILES
+    k_losses: Losses, v_losses: Losses, bits: float, max_profiles: int = MAX_PROFILES
 ) -> Allocation:
-    """Bits for channels with these costs `[L, H, D]`, at most `bits` per element in the mean.
+    """Bits for channels with these losses `[L, H, D]`, at most `bits` per element in the mean.
 
     Equal costs give equal bits, whatever the machine.
 
@@ -59,10 +61,11 @@ def allocate(
     """
     if not 0 < bits <= CLASSES[0]:
         raise UserError(f"bits is {bits}; it must lie above 0 and be {CLASSES[0]} at most")
-    if not (np.isfinite(k_cost).all() and np.isfinite(v_cost).all()):
+    both = k_losses, v_losses
+    if not all(np.isfinite(loss).all() for losses in both for loss in losses.values()):
         raise UserError("the costs of channels are not finite")
-    L, H, D = k_cost.shape
-    sides = [cost.reshape(L * H, D) for cost in (k_cost, v_cost)]
+    L, H, D = k_losses[0].shape
+    sides = [{kind: loss.reshape(L * H, D) for kind, loss in losses.items()} for losses in both]
     widths = class_widths(D)
     width_bits = widths @ np.array(CLASSES)
     costs = [side_costs(side, widths) for side in sides]  # [heads, widths] each
@@ -71,7 +74,7 @@ def allocate(
     sizes = width_bits[pairs].sum(axis=1)  # [pairs]
     chosen = choose(total, sizes, int(bits * 2 * L * H * D), max_profiles)
     k_bits, v_bits = (
-        spread(side, widths[pairs[chosen, i]]).reshape(L, H, D) for i, side in enumerate(sides)
+        spread(side[0], widths[pairs[chosen, i]]).reshape(L, H, D) for i, side in enumerate(sides)
     )
     return Allocation(k_bits, v_bits)
 
@@ -82,24 +85,40 @@ def class_widths(head_dim: int) -> npt.NDArray[np.int64]:
     return np.array([row for row in itertools.product(*counts) if sum(row) <= head_dim])
 
 
-def side_costs(cost: Array, widths: npt.NDArray[np.int64]) -> Array:
+def by_variance(cost: Array) -> Losses:
+    """Losses of channels that are normally distributed, from what it costs to know their means
+    alone.
+    """
+    return {0: cost} | {kind: cost * share for kind, share in LEFT.items()}
+
+
+def left_of(losses: Losses, bits: BitsArray) -> Array:
+    """What channels `[L, H, D]` cost that have these bits."""
+    return np.choose(
+        np.searchsorted(sorted(losses), bits), [losses[kind] for kind in sorted(losses)]
+    )
+
+
+def side_costs(losses: Losses, widths: npt.NDArray[np.int64]) -> Array:
     """What each head's K or V costs with each widths, `[heads, n]`: the dearest get most bits."""
-    down = np.sort(cost, axis=-1)[:, ::-1]
-    sums = np.concatenate([np.zeros((len(cost), 1)), down.cumsum(axis=-1)], axis=-1)
+    down = dearest_first(losses[0])
     ends = widths.cumsum(axis=-1)
-    left = sums[:, -1:] - sums[:, ends[:, -1]]
+
+    def sums(kind: int) -> Array:
+        ordered = np.take_along_axis(losses[kind], down, axis=-1)
+        return np.concatenate([np.zeros((len(down), 1)), ordered.cumsum(axis=-1)], axis=-1)
+
+    without = sums(0)
+    left = without[:, -1:] - without[:, ends[:, -1]]
     for i, kind in enumerate(CLASSES):
-        starts = ends[:, i] - widths[:, i]
-        left = left + (sums[:, ends[:, i]] - sums[:, starts]) * LEFT[kind]
+        of_class = sums(kind)
+        left = left + of_class[:, ends[:, i]] - of_class[:, ends[:, i] - widths[:, i]]
     return left
 
 
-def left_of(cost: Array, bits: BitsArray) -> Array:
-    """What is left of the costs `[L, H, D]` of channels that have these bits."""
-    shares = np.ones_like(cost)
-    for kind, share in LEFT.items():
-        shares[bits == kind] = share
-    return cost * shares
+def dearest_first(cost: Array) -> npt.NDArray[np.int64]:
+    """The channels `[..., D]` of each head in the order in which they get bits."""
+    return np.argsort(-cost, axis=-1, kind="stable")
 
 
 def useful_pairs(costs: list[Array], width_bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -214,7 +233,7 @@ def _hull(cost: Array, sizes: npt.NDArray[np.int64]) -> list[int]:
 
 def spread(cost: Array, widths: npt.NDArray[np.int64]) -> BitsArray:
     """Bits `[heads, D]` of channels with these costs, where heads have these class widths."""
-    rank = np.argsort(np.argsort(-cost, axis=-1, kind="stable"), axis=-1)
+    rank = np.argsort(dearest_first(cost), axis=-1)
     bits = np.zeros(cost.shape, np.uint8)
     ends = widths.cumsum(axis=-1)
     for i in reversed(range(len(CLASSES))):

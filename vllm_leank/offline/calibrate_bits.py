@@ -14,6 +14,7 @@ as means. `benchmarks/real/kl.py` measures both: these are heads that hardly loo
 no difference, while some bits for each of them cost more than they give.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +23,14 @@ import numpy.typing as npt
 import torch
 import transformers
 
+from vllm_leank.core.formats.packed import CODE_CLASSES
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.statistics import Statistics
-from vllm_leank.offline.allocate import Allocation
+from vllm_leank.offline.allocate import Allocation, Losses
 from vllm_leank.offline.calibration_prompts import CalibrationPrompts
+from vllm_leank.offline.code_losses import Known, code_losses
 from vllm_leank.offline.fisher import QUERIES, Sensitivities, sensitivities
 from vllm_leank.offline.fit_scales import KeySample, fitted_scales
 from vllm_leank.offline.mask_request import MaskRequest
@@ -43,7 +46,9 @@ class Measured:
 
     sensitivities: Sensitivities
     statistics: ChannelStatistics
-    keys: KeySample
+    k_scales: Mapping[int, npt.NDArray[np.float64]]
+    k_losses: Losses
+    v_losses: Losses
     provenance: dict[str, Any]
 
     @property
@@ -58,9 +63,10 @@ class Measured:
 
     def for_codes(self, chosen: Allocation) -> Statistics:
         """Statistics for a mask of these bits."""
-        known = self.statistics
-        k_scale = fitted_scales(self.keys, known.k_mean, known.k_scale, chosen.k_bits)
-        return replace(known, k_scale=k_scale).for_mask()
+        k_scale = self.statistics.k_scale.copy()
+        for kind, scale in self.k_scales.items():
+            k_scale[chosen.k_bits == kind] = scale[chosen.k_bits == kind]
+        return replace(self.statistics, k_scale=k_scale).for_mask()
 
 
 def measure(
@@ -85,7 +91,14 @@ def measure(
         "seed": seed,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    return Measured(found, meter.statistics(), keys, provenance)
+    statistics = meter.statistics()
+    k_scales = {
+        bits: fitted_scales(keys, statistics.k_mean, statistics.k_scale, bits)
+        for bits in CODE_CLASSES
+    }
+    known = Known(statistics, k_scales)
+    k_losses, v_losses = code_losses(model, prompts.ids, window, known, seed=seed)
+    return Measured(found, statistics, k_scales, k_losses, v_losses, provenance)
 
 
 def pruned_mask(request: MaskRequest, measured: Measured) -> Mask:
@@ -93,4 +106,4 @@ def pruned_mask(request: MaskRequest, measured: Measured) -> Mask:
     chosen by what that costs.
     """
     provenance = measured.provenance | {"score": BY_VARIANCE}
-    return request.mask(measured.k_cost, provenance, measured.statistics.for_mask())
+    return request.mask(measured.k_losses[0], provenance, measured.statistics.for_mask())

@@ -10,6 +10,7 @@ tells it of all channels.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +34,8 @@ DRAWS = 2
 Observe = Callable[[int, int, torch.Tensor, torch.Tensor], None]
 """Takes layer, first position, K and V `[1, H, T, D]` of far tokens."""
 
-Add = Callable[[torch.Tensor], torch.Tensor]
-"""What is summed up of gradients `[H, T, D]` of far tokens."""
+Add = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""What is summed up of far K or V `[H, T, D]` and its gradients."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ class FarSquares:
     ) -> torch.Tensor:
         """Full causal attention of the new queries, over far K and V that get gradients."""
         sums = self.sums[layer] = []
-        keys = self._parts(self.context.key(layer), sums, self.add_key)
-        values = self._parts(self.context.value(layer), sums, self.add)
+        keys = self._parts(self.context.key(layer), sums, partial(self.of_key, layer))
+        values = self._parts(self.context.value(layer), sums, partial(self.of_value, layer))
         return far_attention(
             query,
             [*keys, key],
@@ -125,26 +126,26 @@ class FarSquares:
 
         def take(leaf: torch.Tensor) -> None:
             assert leaf.grad is not None
-            sums[place] = sums[place] + add(leaf.grad[0].float())
+            sums[place] = sums[place] + add(leaf.detach()[0], leaf.grad[0].float())
             leaf.grad = None
 
         far.register_post_accumulate_grad_hook(take)
         return [whole[:, :, :start], far, whole[:, :, stop:]]
 
-    def add(self, gradient: torch.Tensor) -> torch.Tensor:
-        """What is summed up `[H, D]` of gradients `[H, T, D]` of far tokens."""
+    def of_key(self, layer: int, far: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """What is summed up `[..., H, D]` of a layer's far K `[H, T, D]` and its gradients."""
         return gradient.square().sum(dim=1)
 
-    def add_key(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The same of K's."""
-        return self.add(gradient)
+    def of_value(self, layer: int, far: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """The same of V's."""
+        return gradient.square().sum(dim=1)
 
 
 def far_gradients(
     model: transformers.PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     window: Window,
-    kind: type[FarSquares] = FarSquares,
+    kind: Callable[[Context, Window, range], FarSquares] = FarSquares,
     *,
     queries: int = QUERIES,
     draws: int = DRAWS,

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 
 from vllm_leank.core.formats.packed import STEPS
-from vllm_leank.mask.bits import BitsArray
 from vllm_leank.offline.quantise import decode, encode
 
 Array = npt.NDArray[np.float64]
@@ -48,26 +47,20 @@ class KeySample:
         return torch.cat(self._kept[layer], dim=1).float()
 
 
-def fitted_scales(sample: KeySample, mean: Array, scale: Array, bits: BitsArray) -> Array:
-    """Scales of K, `[L, H, D]`, that codes of these `bits` around `mean` lose least with; `scale`
-    where a channel has none.
-    """
-    fitted = scale.copy()
-    for layer in range(len(bits)):
+def fitted_scales(sample: KeySample, mean: Array, scale: Array, bits: int) -> Array:
+    """Scales of K, `[L, H, D]`, that codes of so many bits around `mean` lose least with."""
+    fitted = np.empty_like(scale)
+    for layer in range(len(scale)):
+        of_layer = torch.tensor(scale[layer], dtype=torch.float32).clamp(min=2.0**-24)
         rest = sample.layer(layer) - torch.tensor(mean[layer], dtype=torch.float32)[:, None]
-        for kind in STEPS:
-            heads, channels = np.nonzero(bits[layer] == kind)
-            if len(heads):
-                values = rest[heads, :, channels]  # [channels, tokens]
-                of_class = torch.tensor(scale[layer][heads, channels], dtype=torch.float32)
-                best = _best_factors(values, of_class, kind)
-                fitted[layer][heads, channels] *= best
+        fitted[layer] = scale[layer] * _best_factors(rest / of_layer[:, None], bits)
     return fitted
 
 
-def _best_factors(values: torch.Tensor, scale: torch.Tensor, bits: int) -> Array:
-    """The factor of each channel's scale that codes lose least with; 1 of equally good ones."""
-    deviations = values / scale.clamp(min=2.0**-24)[:, None]
+def _best_factors(deviations: torch.Tensor, bits: int) -> Array:
+    """The factor `[H, D]` of each channel's scale that codes of `deviations` `[H, tokens, D]` lose
+    least with; the one next to 1 of equally good ones.
+    """
     factors = sorted(FACTORS, key=lambda factor: abs(np.log(factor)))
     losses = torch.stack(
         [
@@ -76,8 +69,8 @@ def _best_factors(values: torch.Tensor, scale: torch.Tensor, bits: int) -> Array
         ]
     )
     if bits == 8:
-        reach = torch.tensor(factors)[:, None] * STEPS[bits] * 2 ** (bits - 1)
+        reach = torch.tensor(factors)[:, None, None] * STEPS[bits] * 2 ** (bits - 1)
         short = reach < MARGIN * deviations.abs().amax(dim=1)
-        losses[short & (torch.tensor(factors) < 1)[:, None]] = torch.inf
+        losses[short & (torch.tensor(factors) < 1)[:, None, None]] = torch.inf
     found: Array = np.array(factors)[losses.argmin(dim=0).numpy()]
     return found

@@ -79,7 +79,7 @@ def weighed_mask(
     """
     effort = effort or Effort.on(model.device.type)
     samples = some_of(prompts, request.window, effort)
-    weights = np.ones(len(measured.k_cost))
+    weights = np.ones(len(measured.k_losses[0]))
     mask, expected = _handed_out(request, measured, weights)
     found: list[tuple[float, Mask]] = []
     for _ in range(effort.rounds):
@@ -142,12 +142,14 @@ def look_at_layers(
 
 def _handed_out(request: BitsRequest, measured: Measured, weights: Array) -> tuple[Mask, Array]:
     """The mask where layers have these weights, and what its channels' costs say of each layer."""
-    costs = measured.k_cost, measured.v_cost
-    k_cost, v_cost = (cost * weights[:, None, None] for cost in costs)
-    chosen = allocate(k_cost, v_cost, request.bits)
+    both = measured.k_losses, measured.v_losses
+    k_losses, v_losses = (
+        {bits: loss * weights[:, None, None] for bits, loss in losses.items()} for losses in both
+    )
+    chosen = allocate(k_losses, v_losses, request.bits)
     provenance = measured.provenance | {"score": BY_VARIANCE}
     if (weights != 1).any():
         provenance["layer_weights"] = [round(float(weight), 3) for weight in weights]
     mask = request.mask(chosen, measured.for_codes(chosen), provenance)
-    left = left_of(costs[0], chosen.k_bits) + left_of(costs[1], chosen.v_bits)
+    left = left_of(both[0], chosen.k_bits) + left_of(both[1], chosen.v_bits)
     return mask, left.sum(axis=(1, 2))
