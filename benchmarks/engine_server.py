@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -67,6 +69,18 @@ def engine_server(
         yield url, start
 
 
-def leave(number: int, _: Any) -> NoReturn:
-    """End by a signal as by an exception, so that no server stays."""
-    raise SystemExit(128 + number)
+def leave_in_order(seconds: float | None = None) -> None:
+    """From now on end by SIGTERM, or after `seconds`, as by an exception, so that servers are
+    stopped; and let servers hear SIGINT, which shells make background programs ignore.
+    """
+
+    def leave(number: int, _: Any) -> NoReturn:
+        for one in (signal.SIGTERM, signal.SIGALRM):
+            signal.signal(one, signal.SIG_IGN)  # stopping takes a while
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGALRM, leave)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if seconds is not None:
+        signal.alarm(math.ceil(seconds))

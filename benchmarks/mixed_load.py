@@ -17,8 +17,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import math
-import signal
 import sys
 import tempfile
 import time
@@ -29,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from engine_server import CONSOLE, engine_server, flags, leave
+from engine_server import CONSOLE, engine_server, flags, leave_in_order
 from real.served import DENSE, Served, check_words, served
 from server_metrics import ASKED, FOUND, PREEMPTIONS, RUNNING, metric
 from stand_in_tokenizer import tokenizer_for
@@ -227,9 +225,7 @@ def main() -> int:
     """Measure every cell and write what there is after each."""
     begin, args = time.monotonic(), parse()
     until = begin + 60 * args.minutes
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGALRM, leave)
-    signal.alarm(math.ceil(60 * args.minutes) + GRACE)
+    leave_in_order(60 * args.minutes + GRACE)
     checkpoint = Checkpoint.open(args.model)
     variants = [served(word, checkpoint) for word in args.variants]
     results = header(KIND, args.commit, "python benchmarks/mixed_load.py") | {

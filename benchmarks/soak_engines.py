@@ -14,7 +14,6 @@ which.
 
 import argparse
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from engine_server import CONSOLE, VLLM, engine_server, leave
+from engine_server import CONSOLE, VLLM, engine_server, leave_in_order
 from real.served import DENSE, check_words, served
 from soak import GRACE
 from stand_in_tokenizer import tokenizer_for
@@ -104,7 +103,7 @@ def main() -> int:
     add("--out", type=Path, required=True, help="folder of the results")
     args = parser.parse_args()
     until = begin + 60 * args.minutes
-    signal.signal(signal.SIGTERM, leave)
+    leave_in_order(60 * args.minutes + 2 * GRACE)
     words = args.variants.split(",")
     check_words([_name(word) for word in words])
     args.engine_args = {"enable_prefix_caching": True} | parse_engine_args(args.engine_args)
