@@ -5,12 +5,16 @@ blocks are written in the order in which steps are launched, on the stream that 
 step in flight still finds what it was planned with.
 """
 
+import logging
 import math
 import random
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+LOGGER = logging.getLogger("vllm.leank.poison")
+"""In the server's log."""
 
 
 def cache_memory(vllm_config: Any) -> torch.Tensor:
@@ -77,6 +81,7 @@ def spoil_blocks(pool: Any, memory: torch.Tensor, every: int) -> None:
         if calls % every == 0 and len(held) > 1:
             spoiled, other = random.sample(held, 2)
             memory[spoiled] = memory[other]
+            LOGGER.info("block %d, which is in use, got the bytes of block %d", spoiled, other)
         blocks: list[Any] = get_new_blocks(*args, **kwargs)
         return blocks
 

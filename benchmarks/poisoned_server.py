@@ -4,7 +4,7 @@
 
 The whole cache is NaN at first, then each block when it is freed (but for those that the prefix
 cache keeps), and again when a request gets it. Takes the flags of `vllm serve`. For a check of
-`soak.py` itself, `--spoil 100` first plants a fault: every hundredth time that a request gets
+`soak.py` itself, `--spoil 20` first plants a fault: every twentieth time that a request gets
 blocks, one that is in use is overwritten with another.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from poison import cache_memory, poison_freed_blocks, poison_new_blocks, spoil_blocks
+from poison import LOGGER, cache_memory, poison_freed_blocks, poison_new_blocks, spoil_blocks
 
 from vllm_leank.serving.vllm.backend_name import is_selected
 
@@ -26,10 +26,8 @@ SPOIL = "LEANK_SPOIL_BLOCKS"
 
 def poison_engines() -> None:
     """Poison the memory of every engine that this process makes from now on."""
-    from vllm.logger import init_logger
     from vllm.v1.engine.core import EngineCore
 
-    logger = init_logger("vllm.leank.poison")
     make = EngineCore.__init__
 
     def make_poisoned(core: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -42,7 +40,7 @@ def poison_engines() -> None:
         poison_new_blocks(pool, memory)
         if every := int(os.environ.get(SPOIL, 0)):
             spoil_blocks(pool, memory, every)
-        logger.info("%d blocks are NaN, and will be when they are free", len(memory))
+        LOGGER.info("%d blocks are NaN, and will be when they are free", len(memory))
 
     EngineCore.__init__ = make_poisoned
 

@@ -35,7 +35,7 @@ from vllm_leank.mask.checkpoint import Checkpoint
 HERE = Path(__file__).parent
 POISONED = ("-P", str(HERE / "poisoned_server.py"))
 FAULT = "fault"
-PROGRAMS = {"nan": POISONED, FAULT: (*POISONED, "--spoil", "100")}
+PROGRAMS = {"nan": POISONED, FAULT: (*POISONED, "--spoil", "20")}
 """What Python is started with, by the beginning of a variant's word."""
 
 STOP = 20
