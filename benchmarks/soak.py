@@ -37,7 +37,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 
 from server_metrics import ASKED, FOUND, PREEMPTIONS, RUNNING, USAGE, metric
-from soak_client import Server, compare
+from soak_client import Answer, Server, compare
 from soak_requests import Prompts, Watched
 
 from vllm_leank.bench.results import header, load_results, save_results
@@ -55,6 +55,9 @@ COUNTERS = {
 
 WATCHED_SHARE = 0.25
 """Of all requests, those whose answers are known."""
+
+FAILURES = httpx.HTTPError, ValueError, KeyError
+"""What asking raises where a server does not answer as it should."""
 
 PLAIN_TIMES = 1.5
 """A gap that is a tie, against the largest of plain vLLM's."""
@@ -111,9 +114,7 @@ class Soak:
         self.model = await server.ready()
         self.told = {"model": self.model, "vllm": await server.version()}
         self.before = await server.metrics()
-        with tqdm(total=args.watched, desc="alone", unit="", file=sys.stderr) as progress:
-            half = self.begin + 30 * args.minutes
-            await self.watched.ask_alone(server, self.model, half, progress.update)
+        await self.watched.ask_alone(self.alone, until=self.begin + 30 * args.minutes)
         await self.pause()
         started, first = time.monotonic(), 0
         while first < args.requests and time.monotonic() < self.until:
@@ -123,6 +124,14 @@ class Soak:
             await self.pause()
             self.write(await self.found(time.monotonic() - started))
             first = numbers.stop
+
+    async def alone(self, name: str, prompt: list[int], tokens: int) -> Answer | None:
+        """The answer to a request, with nothing of it in the prefix cache; None if it failed."""
+        try:
+            return await self.server.generate(self.model, prompt, tokens, salt=name)
+        except FAILURES as error:
+            self.faults.append(f"{name}: {type(error).__name__}: {error}")
+            return None
 
     async def one(self, number: int, done: Callable[[], object]) -> None:
         """A request of the load."""
@@ -146,7 +155,7 @@ class Soak:
                     watched.add(known, answer)
             except TimeoutError:
                 self.counts["hung up"] += 1
-            except (httpx.HTTPError, ValueError, KeyError) as error:
+            except FAILURES as error:
                 self.faults.append(f"request {number}: {type(error).__name__}: {error}")
             done()
             if number % 20 == 0:
@@ -161,8 +170,7 @@ class Soak:
                 break
             await asyncio.sleep(0.2)
         usage = await self.server.gauge(USAGE)
-        salt = f"probe {len(self.pauses)}"
-        answer = await self.server.generate(self.model, self.probe, 64, salt)
+        answer = await self.alone(f"probe {len(self.pauses)}", self.probe, 64)
         self.pauses.append(
             {"usage": usage, "resident_mib": resident_mib(self.args.pid), "answer": answer}
         )
@@ -174,8 +182,9 @@ class Soak:
             name: (metric(after, of) or 0) - (metric(self.before, of) or 0)
             for name, of in COUNTERS.items()
         }
-        first = self.pauses[0]["answer"]
-        probes = [compare(first, one["answer"]) for one in self.pauses]
+        probes = [one["answer"] for one in self.pauses]
+        first = probes[0]
+        same = [None not in (first, one) and compare(first, one).gap is None for one in probes]
         return self.told | {
             "seconds": round(seconds, 1),
             "served": self.counts["served"],
@@ -184,7 +193,7 @@ class Soak:
             "faults": self.faults[:20],
             "answers": self.watched.found(self.tie),
             "probes": len(probes),
-            "probes_changed": sum(one.gap is not None for one in probes),
+            "probes_changed": same.count(False),
             **counters,
             "peak": self.peaks,
             "usage_in_pauses": [one["usage"] for one in self.pauses],

@@ -87,6 +87,10 @@ class Server:
     ) -> Answer:
         """Exactly `tokens` greedy tokens, with log-probabilities where `top` is set. Prefixes are
         shared among requests with the same salt.
+
+        Raises:
+            ValueError: the server refuses, or answers something else. Log-probabilities that are
+                NaN are refused.
         """
         params: dict[str, Any] = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
         if top:
@@ -99,7 +103,9 @@ class Server:
             path = "/v1/completions"
             ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
             body |= {"prompt": prompt} | ids | params
-        reply = (await self._client.post(path, json=body)).raise_for_status()
+        reply = await self._client.post(path, json=body)
+        if reply.is_error:
+            raise ValueError(f"status {reply.status_code}: {reply.text[:300]}")
         choice = reply.json()["choices"][0]
         if len(choice["token_ids"]) != tokens:
             raise ValueError(f"{len(choice['token_ids'])} tokens instead of {tokens}")

@@ -3,10 +3,11 @@
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from soak_client import Answer, Difference, Server, compare
+from soak_client import Answer, Difference, compare
+from tqdm import tqdm
 
 PREFIXES = 4
 """Common beginnings of prompts."""
@@ -57,16 +58,19 @@ class Watched:
         self.differences: list[tuple[int, Difference]] = []
 
     async def ask_alone(
-        self, server: Server, model: str, until: float, done: Callable[[], object]
+        self, ask: Callable[[str, list[int], int], Awaitable[Answer | None]], until: float
     ) -> None:
-        """Get the answers, one after the other; of as many as there is time for."""
-        for number, (prompt, tokens) in enumerate(self.requests):
+        """Get the answers by `ask`, one after the other; of as many as there is time for before the
+        clock shows `until`. Those that get none are left out.
+        """
+        requests, self.requests = self.requests, []
+        for number, (prompt, tokens) in enumerate(tqdm(requests, desc="alone", unit="")):
             if time.monotonic() > until:
-                del self.requests[number:]
                 return
-            salt = f"alone {number}"
-            self.answers.append(await server.generate(model, prompt, tokens, salt))
-            done()
+            answer = await ask(f"alone {number}", prompt, tokens)
+            if answer is not None:
+                self.requests.append((prompt, tokens))
+                self.answers.append(answer)
 
     def add(self, number: int, answer: Answer) -> None:
         """Take an answer that came under load."""
