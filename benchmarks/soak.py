@@ -6,11 +6,12 @@
 Prompts are random token ids of every length up to --prompt-tokens, some with a common beginning;
 some clients hang up on the way. Among them are the same --watched requests over and over. Before
 the load each of these is answered alone, with nothing of it in the prefix cache. Under load their
-answers must be the same up to ties: at the first other token, the quiet run found its own more
-likely by no more than --tie. On a GPU the size of a batch changes what is rounded, in plain vLLM as
-well. So run that first, and give its results as --plain: they are put beside these, and what its
-answers differed by, half as much again, is a tie here. After each round of requests one more is
-sent alone, always the same, and before it no block of the KV cache may be in use.
+answers must be the same up to ties: log-probabilities move by no more than --tie, and at the first
+other token the quiet run found its own more likely by no more than that. On a GPU the size of a
+batch changes what is rounded, in plain vLLM as well. So run that first, and give its results as
+--plain: they are put beside these, and what its answers differed by, half as much again, is a tie
+here. After each round of requests one more is sent alone, always the same, and before it no block
+of the KV cache may be in use.
 
 Results are written after every round. Exits with 1 if an answer changed, a request failed, or a
 block was left in use. With --tokens-only for servers that were started with that flag, which need
@@ -60,7 +61,7 @@ FAILURES = httpx.HTTPError, ValueError, KeyError
 """What asking raises where a server does not answer as it should."""
 
 PLAIN_TIMES = 1.5
-"""A gap that is a tie, against the largest of plain vLLM's."""
+"""A difference that is a tie, against the largest of plain vLLM's."""
 
 GRACE = 120
 """Seconds after its minutes at which the program ends, whatever it waits for."""
@@ -237,7 +238,7 @@ def main() -> int:
     add("--requests", type=int, default=sys.maxsize, help="at most so many")
     add("--concurrency", type=int, default=64, help="requests at once")
     add("--watched", type=int, default=64, help="requests whose answers are compared")
-    add("--tie", type=float, default=0.125, help="gap of log-probabilities that rounding can make")
+    add("--tie", type=float, default=0.125, help="of log-probabilities: what rounding can make")
     add("--plain", type=Path, help="results of plain vLLM under the same load")
     add("--prompt-tokens", type=int, default=4096, help="longest prompt")
     add("--output-tokens", type=int, default=128, help="longest answer")
@@ -250,7 +251,8 @@ def main() -> int:
     add("--out", type=Path, required=True, help="write the results here, as JSON")
     args = parser.parse_args()
     plain = plain_answers(args.plain)
-    tie = max(args.tie, PLAIN_TIMES * plain["largest_gap"] if plain else 0)
+    level = max(plain["largest_gap"], plain["largest_drift"]) if plain else 0
+    tie = max(args.tie, PLAIN_TIMES * level)
     results = header(KIND, args.commit, "python benchmarks/soak.py")
 
     def write(found: dict[str, Any]) -> None:

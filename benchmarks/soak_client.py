@@ -38,6 +38,11 @@ class Difference:
     drifts: list[float]
     gap: float | None
 
+    @property
+    def size(self) -> float:
+        """The largest of all."""
+        return max([*self.drifts, self.gap or 0.0])
+
 
 def compare(quiet: Answer, now: Answer) -> Difference:
     """How `now` differs from `quiet`, an answer to the same prompt and as long."""

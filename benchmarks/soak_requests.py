@@ -79,21 +79,23 @@ class Watched:
     def found(self, tie: float) -> dict[str, Any]:
         """Counts, and how large the differences were."""
         drifts = [drift for _, one in self.differences for drift in one.drifts]
-        gaps = [(one.gap, number) for number, one in self.differences if one.gap is not None]
-        changed = sorted((pair for pair in gaps if not pair[0] <= tie), reverse=True)
+        gaps = [one.gap for _, one in self.differences if one.gap is not None]
+        sizes = [(one.size, number) for number, one in self.differences]
+        changed = sorted((pair for pair in sizes if not pair[0] <= tie), reverse=True)
+        ties = sum(one.gap is not None and one.size <= tie for _, one in self.differences)
         return {
             "asked_alone": len(self.answers),
             "compared": len(self.differences),
             "equal": len(self.differences) - len(gaps),
-            "ties": len(gaps) - len(changed),
+            "ties": ties,
             "changed": len(changed),
             "tie": tie,
-            "largest_gap": max((gap for gap, _ in gaps), default=0.0),
-            "median_gap": statistics.median(gap for gap, _ in gaps) if gaps else 0.0,
+            "largest_gap": max(gaps, default=0.0),
+            "median_gap": statistics.median(gaps) if gaps else 0.0,
             "mean_drift": statistics.fmean(drifts) if drifts else 0.0,
             "largest_drift": max(drifts, default=0.0),
             "changed_most": [
-                {"gap": gap, "request": number, "prompt_tokens": len(self.requests[number][0])}
-                for gap, number in changed[:20]
+                {"by": size, "request": number, "prompt_tokens": len(self.requests[number][0])}
+                for size, number in changed[:20]
             ],
         }

@@ -43,10 +43,11 @@ def test_answers_beyond_a_tie_have_changed():
     watched.answers.append(QUIET)
     for tokens in ([5, 6, 7], [5, 6, 8], [5, 9, 1], [5, 6, 7]):
         watched.add(0, under_load(tokens))
+    watched.add(0, under_load([5, 6, 7], (-0.5, -1.25, -0.25)))  # the same tokens by luck
     found = watched.found(tie=0.125)
-    names = ("compared", "equal", "ties", "changed", "largest_gap")
-    assert [found[name] for name in names] == [4, 2, 1, 1, 1.75]
-    assert found["changed_most"][0]["request"] == 0
+    names = ("compared", "equal", "ties", "changed", "largest_gap", "largest_drift")
+    assert [found[name] for name in names] == [5, 3, 1, 2, 1.75, 0.25]
+    assert [one["by"] for one in found["changed_most"]] == [1.75, 0.25]
 
 
 def test_a_stand_in_tokenizer_has_a_word_for_each_token(tmp_path):
