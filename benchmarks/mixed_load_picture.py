@@ -2,7 +2,7 @@
 
     python benchmarks/mixed_load_picture.py mixed_load.json --out mixed_load.png
 
-Bars of latencies are medians, with lines up to the 99th percentile.
+Points of latencies are medians, lines end at the 99th percentile.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PANELS: dict[str, Callable[[dict[str, Any]], tuple[float, float | None]]] = {
     "output tokens per s": lambda cell: (cell["output_tokens_per_s"], None),
     "good requests per s": lambda cell: (cell["good_requests_per_s"], None),
 }
-"""What a panel shows of a cell: a bar's height, and where its line ends."""
+"""What a panel shows of a cell: a height, and where its line ends."""
 
 LOGARITHMIC = "first token, s", "between tokens, ms"
 
@@ -53,15 +53,20 @@ def draw(results: dict[str, Any], path: Path) -> None:
             ]
             heights, ends = zip(*map(figures, rows), strict=True)
             style = {"color": f"C{number}", "label": variant}
-            axes.bar(at, heights, 0.9 * width, **style)
-            if None not in ends:
+            if title in LOGARITHMIC:
+                axes.plot(at, heights, "o", **style)
                 axes.vlines(at, heights, ends, color=f"C{number}", linewidth=1.5)
                 axes.plot(at, ends, "_", color=f"C{number}", markersize=8)
+            else:
+                axes.bar(at, heights, 0.9 * width, **style)
         axes.set_title(title, fontsize="medium")
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+        axes.set_xlim(-0.5, len(rates) - 0.5)
         axes.set_xlabel("requests per second")
         if title in LOGARITHMIC:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     figure.axes[0].legend(fontsize="small")
