@@ -79,8 +79,7 @@ soak() {
     done
     python3 "$root/benchmarks/soak.py" --base-url http://localhost:8123 --tokens-only --requests 4000 --round 1000 \
         --prompt-tokens 8192 --output-tokens 256 --vocabulary 128000 --concurrency 256 --pid $server \
-        --device "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)" --commit "$commit" \
-        --out soak.json || { kill $server && return 1; }
+        --commit "$commit" --out soak.json || { kill $server && return 1; }
     kill $server
 }
 

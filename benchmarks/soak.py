@@ -1,94 +1,70 @@
 """Puts a running server under a mixed load for minutes and looks for anything that goes wrong.
 
     vllm serve MODEL --attention-backend leank ...
-    python benchmarks/soak.py --requests 2000 --pid SERVER_PID --out results.json
+    python benchmarks/soak.py --minutes 8 --pid SERVER_PID --out results.json
 
 Prompts are random token ids of every length up to --prompt-tokens, some with a common beginning;
-some clients hang up on the way. After each round of requests one more is sent alone, always the
-same: it must get the answer that it got before the first round, and before it no block of the KV
-cache may be in use. Exits with 1 if that is not so, or a request failed. With --tokens-only for
-servers that were started with that flag, which need no tokenizer.
+some clients hang up on the way. Among them are the same --watched requests over and over. Before
+the load each of these is answered alone, with nothing of it in the prefix cache. Under load their
+answers must be the same up to ties: log-probabilities move by no more than --tie, and at the first
+other token the quiet run found its own more likely by no more than that. On a GPU the size of a
+batch changes what is rounded, in plain vLLM as well. So run that first, and give its results as
+--plain: they are put beside these, and what its answers differed by, half as much again, is a tie
+here. After each round of requests one more is sent alone, always the same, and before it no block
+of the KV cache may be in use.
+
+Results are written after every round. Exits with 1 if an answer changed, a request failed, or a
+block was left in use. With --tokens-only for servers that were started with that flag, which need
+no tokenizer. Preemptions need a small pool: start the server with --num-gpu-blocks-override or
+--kv-cache-memory-bytes, enough for a few of the longest requests. `poisoned_server.py` serves in
+memory that is NaN where nobody may read.
 """
 
 import argparse
 import asyncio
 import json
 import random
-import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from recall.evaluate import head_commit
+from server_metrics import ASKED, FOUND, PREEMPTIONS, RUNNING, USAGE, metric
+from soak_client import Answer, Server, compare
+from soak_requests import Prompts, Watched
 
-PREFIXES = 4
-"""Common beginnings of prompts."""
+from vllm_leank.bench.results import header, load_results, save_results
+from vllm_leank.errors import UserError
 
-RUNNING, USAGE = "vllm:num_requests_running", "vllm:kv_cache_usage_perc"
+KIND = "a server under mixed load"
+"""What results files say they are."""
 
+COUNTERS = {
+    "preemptions": PREEMPTIONS,
+    "prompt_tokens_asked": ASKED,
+    "prompt_tokens_found": FOUND,
+}
+"""Our names of the server's counters; what was found was in the prefix cache."""
 
-class Server:
-    """What is asked of a server.
+WATCHED_SHARE = 0.25
+"""Of all requests, those whose answers are known."""
 
-    Args:
-        url: where it is.
-        tokens_only: whether it takes and gives token ids alone.
-    """
+FAILURES = httpx.HTTPError, ValueError, KeyError
+"""What asking raises where a server does not answer as it should."""
 
-    def __init__(self, url: str, tokens_only: bool) -> None:
-        self._tokens_only = tokens_only
-        # Servers close connections that are idle for 5 seconds. A client that keeps them as long,
-        # as httpx does, now and then sends a request just then, and reads an error.
-        limits = httpx.Limits(keepalive_expiry=2)
-        self._client = httpx.AsyncClient(base_url=url, timeout=600, limits=limits)
+PLAIN_TIMES = 1.5
+"""A difference that is a tie, against the largest of plain vLLM's."""
 
-    async def version(self) -> str:
-        """Of its vLLM."""
-        reply = (await self._client.get("/version")).raise_for_status()
-        return str(reply.json()["version"])
-
-    async def ready(self) -> str:
-        """The name of its model."""
-        models = (await self._client.get("/v1/models")).raise_for_status().json()
-        return str(models["data"][0]["id"])
-
-    async def generate(
-        self, model: str, prompt: list[int], tokens: int, salt: str | None = None
-    ) -> list[int]:
-        """Exactly `tokens` greedy tokens; prefixes are shared among requests with the same salt."""
-        params = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-        body = {"model": model} | ({"cache_salt": salt} if salt else {})
-        if self._tokens_only:
-            path = "/inference/v1/generate"
-            body |= {"token_ids": prompt, "sampling_params": params}
-        else:
-            path = "/v1/completions"
-            body |= {"prompt": prompt, "return_token_ids": True} | params
-        reply = (await self._client.post(path, json=body)).raise_for_status()
-        answer: list[int] = reply.json()["choices"][0]["token_ids"]
-        if len(answer) != tokens:
-            raise ValueError(f"{len(answer)} tokens instead of {tokens}")
-        return answer
-
-    async def gauge(self, name: str) -> float | None:
-        """The sum of a metric's samples; None where the server has no such metric."""
-        text = (await self._client.get("/metrics")).raise_for_status().text
-        samples = [
-            sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == name
-        ]
-        return sum(samples) if samples else None
+GRACE = 120
+"""Seconds after its minutes at which the program ends, whatever it waits for."""
 
 
 def resident_mib(pid: int | None) -> int | None:
@@ -100,74 +76,154 @@ def resident_mib(pid: int | None) -> int | None:
     return sum(process.memory_info().rss for process in family) >> 20
 
 
-async def soak(server: Server, args: argparse.Namespace) -> dict[str, Any]:
-    """Run the load; counts, probes and what the server holds before and after."""
-    model = await server.ready()
-    rng = random.Random(args.seed)
+class Soak:
+    """The load on a server, and what came of it.
 
-    def ids(count: int) -> list[int]:
-        return [rng.randrange(10, args.vocabulary) for _ in range(count)]
+    Args:
+        server: where to.
+        args: the command line.
+        tie: gap of log-probabilities up to which an answer counts as the same.
+        write: takes what is known after each round.
+    """
 
-    probe = ids(min(1000, args.prompt_tokens))
-    prefixes = [ids(args.prompt_tokens // 2) for _ in range(PREFIXES)]
-    counts: Counter[str] = Counter()
-    faults: list[str] = []
-    peaks = {"running": 0.0, "usage": 0.0}
-    gate = asyncio.Semaphore(args.concurrency)
-    progress = tqdm(total=args.requests, desc="requests", unit="", file=sys.stderr)
+    def __init__(
+        self,
+        server: Server,
+        args: argparse.Namespace,
+        tie: float,
+        write: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.server, self.args, self.tie, self.write = server, args, tie, write
+        self.rng = random.Random(args.seed)
+        lengths = args.prompt_tokens, args.output_tokens
+        self.prompts = Prompts(self.rng, args.vocabulary, *lengths)
+        self.probe = self.prompts.ids(min(1000, args.prompt_tokens))
+        self.watched = Watched(self.prompts, args.watched)
+        self.counts: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self.peaks = {"running": 0.0, "usage": 0.0}
+        self.pauses: list[dict[str, Any]] = []
+        self.gate = asyncio.Semaphore(args.concurrency)
+        self.begin = time.monotonic()
+        self.until = self.begin + 60 * args.minutes
+        self.model = self.before = ""
+        self.told: dict[str, Any] = {}
 
-    async def one(number: int) -> None:
-        length = int(args.prompt_tokens ** rng.uniform(0.3, 1))
-        prompt = ids(max(length, 1))
-        if rng.random() < 0.3:
-            prompt = (rng.choice(prefixes)[:length] + prompt)[: args.prompt_tokens]
-        tokens, leaves = rng.randint(1, args.output_tokens), rng.random() < args.hang_up
+    async def run(self) -> None:
+        """Ask alone, then in rounds until the time or the requests are over."""
+        server, args = self.server, self.args
+        self.model = await server.ready()
+        self.told = {"model": self.model, "vllm": await server.version()}
+        self.before = await server.metrics()
+        await self.watched.ask_alone(self.alone, until=self.begin + 30 * args.minutes)
+        await self.pause()
+        started, first = time.monotonic(), 0
+        while first < args.requests and time.monotonic() < self.until:
+            numbers = range(first, min(first + args.round, args.requests))
+            with tqdm(total=len(numbers), desc="requests", unit="", file=sys.stderr) as progress:
+                await asyncio.gather(*(self.one(number, progress.update) for number in numbers))
+            await self.pause()
+            self.write(await self.found(time.monotonic() - started))
+            first = numbers.stop
+
+    async def alone(self, name: str, prompt: list[int], tokens: int) -> Answer | None:
+        """The answer to a request, with nothing of it in the prefix cache; None if it failed."""
+        try:
+            return await self.server.generate(self.model, prompt, tokens, salt=name)
+        except FAILURES as error:
+            self.faults.append(f"{name}: {type(error).__name__}: {error}")
+            return None
+
+    async def one(self, number: int, done: Callable[[], object]) -> None:
+        """A request of the load."""
+        rng, watched = self.rng, self.watched
+        known = None
+        if watched.requests and rng.random() < WATCHED_SHARE:
+            known = rng.randrange(len(watched.requests))
+            prompt, tokens = watched.requests[known]
+        else:
+            prompt, tokens = self.prompts.draw(shared=0.3)
+        leaves = rng.random() < self.args.hang_up
         wait = rng.uniform(0.01, 2) if leaves else None
-        async with gate:
+        async with self.gate:
+            if time.monotonic() > self.until:
+                return
             try:
-                await asyncio.wait_for(server.generate(model, prompt, tokens), wait)
-                counts["served"] += 1
+                asked = self.server.generate(self.model, prompt, tokens, top=known is not None)
+                answer = await asyncio.wait_for(asked, wait)
+                self.counts["served"] += 1
+                if known is not None:
+                    watched.add(known, answer)
             except TimeoutError:
-                counts["hung up"] += 1
-            except (httpx.HTTPError, ValueError, KeyError) as error:
-                faults.append(f"request {number}: {type(error).__name__}: {error}")
-            progress.update()
+                self.counts["hung up"] += 1
+            except FAILURES as error:
+                self.faults.append(f"request {number}: {type(error).__name__}: {error}")
+            done()
             if number % 20 == 0:
-                for name, metric in (("running", RUNNING), ("usage", USAGE)):
-                    peaks[name] = max(peaks[name], await server.gauge(metric) or 0)
+                for name, gauge in (("running", RUNNING), ("usage", USAGE)):
+                    self.peaks[name] = max(self.peaks[name], await self.server.gauge(gauge) or 0)
 
-    async def pause(number: int) -> dict[str, Any]:
-        """What the server holds when nothing runs, and what it then answers to the probe."""
+    async def pause(self) -> None:
+        """See what the server holds when nothing runs, and what it then answers to the probe."""
         for _ in range(50):
             # Requests whose clients have left end with the engine's next steps.
-            if not await server.gauge(RUNNING):
+            if not await self.server.gauge(RUNNING):
                 break
             await asyncio.sleep(0.2)
-        held = {"usage": await server.gauge(USAGE), "resident_mib": resident_mib(args.pid)}
-        return held | {"answer": await server.generate(model, probe, 64, f"probe {number}")}
+        usage = await self.server.gauge(USAGE)
+        answer = await self.alone(f"probe {len(self.pauses)}", self.probe, 64)
+        self.pauses.append(
+            {"usage": usage, "resident_mib": resident_mib(self.args.pid), "answer": answer}
+        )
 
-    pauses = [await pause(0)]
-    begin = time.monotonic()
-    for first in range(0, args.requests, args.round):
-        numbers = range(first, min(first + args.round, args.requests))
-        await asyncio.gather(*(one(number) for number in numbers))
-        pauses.append(await pause(numbers.stop))
-    progress.close()
-    return {
-        "model": model,
-        "vllm": await server.version(),
-        "seconds": round(time.monotonic() - begin, 1),
-        "served": counts["served"],
-        "hung_up": counts["hung up"],
-        "failed": len(faults),
-        "faults": faults[:20],
-        "probes": len(pauses),
-        "probes_changed": sum(one["answer"] != pauses[0]["answer"] for one in pauses),
-        "preemptions": await server.gauge("vllm:num_preemptions_total"),
-        "peak": peaks,
-        "usage_in_pauses": [one["usage"] for one in pauses],
-        "resident_mib_in_pauses": [one["resident_mib"] for one in pauses],
-    }
+    async def found(self, seconds: float) -> dict[str, Any]:
+        """All that is known by now, `seconds` after the load began."""
+        after = await self.server.metrics()
+        counters = {
+            name: (metric(after, of) or 0) - (metric(self.before, of) or 0)
+            for name, of in COUNTERS.items()
+        }
+        probes = [one["answer"] for one in self.pauses]
+        first = probes[0]
+        same = [None not in (first, one) and compare(first, one).gap is None for one in probes]
+        return self.told | {
+            "seconds": round(seconds, 1),
+            "served": self.counts["served"],
+            "hung_up": self.counts["hung up"],
+            "failed": len(self.faults),
+            "faults": self.faults[:20],
+            "answers": self.watched.found(self.tie),
+            "probes": len(probes),
+            "probes_changed": same.count(False),
+            **counters,
+            "peak": self.peaks,
+            "usage_in_pauses": [one["usage"] for one in self.pauses],
+            "resident_mib_in_pauses": [one["resident_mib"] for one in self.pauses],
+        }
+
+
+def plain_answers(path: Path | None) -> dict[str, Any] | None:
+    """What plain vLLM's answers differed by, from its results.
+
+    Raises:
+        UserError: the file is no such results.
+    """
+    if path is None:
+        return None
+    answers = load_results(path, KIND).get("answers")
+    if not isinstance(answers, dict):
+        raise UserError(f"{path}: has no answers that were compared")
+    return answers
+
+
+def failed(results: dict[str, Any]) -> bool:
+    """Whether anything went wrong."""
+    wrong = ("failed", "probes_changed")
+    return (
+        any(results[name] for name in wrong)
+        or results["answers"]["changed"] > 0
+        or any(results["usage_in_pauses"])
+    )
 
 
 def main() -> int:
@@ -178,8 +234,12 @@ def main() -> int:
     add = parser.add_argument
     add("--base-url", default="http://localhost:8000")
     add("--tokens-only", action="store_true", help="the server was started with this flag")
-    add("--requests", type=int, default=2000)
+    add("--minutes", type=float, default=20, help="that all may take")
+    add("--requests", type=int, default=sys.maxsize, help="at most so many")
     add("--concurrency", type=int, default=64, help="requests at once")
+    add("--watched", type=int, default=64, help="requests whose answers are compared")
+    add("--tie", type=float, default=0.125, help="of log-probabilities: what rounding can make")
+    add("--plain", type=Path, help="results of plain vLLM under the same load")
     add("--prompt-tokens", type=int, default=4096, help="longest prompt")
     add("--output-tokens", type=int, default=128, help="longest answer")
     add("--vocabulary", type=int, default=4096, help="token ids are below this")
@@ -187,22 +247,37 @@ def main() -> int:
     add("--round", type=int, default=250, help="requests from pause to pause")
     add("--seed", type=int, default=0)
     add("--pid", type=int, help="of the server on this machine, for its memory")
-    add("--device", default="", help="what the server runs on, for the results")
     add("--commit", help="of the code measured; asked of git when not given")
-    add("--out", type=Path, help="write the results here, as JSON")
+    add("--out", type=Path, required=True, help="write the results here, as JSON")
     args = parser.parse_args()
-    found = asyncio.run(soak(Server(args.base_url, args.tokens_only), args))
-    result = {
-        "what": "a server under mixed load",
-        "command": shlex.join(["python", "benchmarks/soak.py", *sys.argv[1:]]),
-        "commit": args.commit or head_commit(),
-        "device": args.device,
-    } | found
-    print(json.dumps(result, indent=1))
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 1 if found["failed"] or found["probes_changed"] or any(found["usage_in_pauses"]) else 0
+    plain = plain_answers(args.plain)
+    level = max(plain["largest_gap"], plain["largest_drift"]) if plain else 0
+    tie = max(args.tie, PLAIN_TIMES * level)
+    results = header(KIND, args.commit, "python benchmarks/soak.py")
+
+    def write(found: dict[str, Any]) -> None:
+        results.update(found | ({"plain_answers": plain} if plain else {}))
+        save_results(results, args.out)
+
+    soak = Soak(Server(args.base_url, args.tokens_only), args, tie, write)
+    limit = 60 * args.minutes + GRACE
+    try:
+        asyncio.run(asyncio.wait_for(soak.run(), limit))
+    except TimeoutError:
+        print(f"cut off after {limit:.0f} s; {args.out} has the rounds before", file=sys.stderr)
+        return 1
+    except (httpx.HTTPError, OSError) as error:
+        print(f"the server does not answer: {error!r}", file=sys.stderr)
+        return 1
+    if "answers" not in results:
+        print("no round was done: --minutes is too short", file=sys.stderr)
+        return 1
+    print(json.dumps(results, indent=1))
+    return int(failed(results))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -2,7 +2,6 @@
 
 import atexit
 import gc
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import pytest
 import torch
+from poison import cache_memory, poison, poison_freed_blocks, poison_new_blocks
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
@@ -60,34 +60,19 @@ class Engine:
     @property
     def memory(self) -> torch.Tensor:
         """The whole cache in the model's dtype, `[num_blocks, items of a block]`."""
-        config = self.llm.llm_engine.vllm_config
-        layers = config.compilation_config.static_forward_context
-        pages = next(layer.kv_cache for name, layer in layers.items() if name.endswith(".attn"))
-        raw = torch.tensor([], dtype=pages.dtype).set_(pages.untyped_storage())
-        return raw.view(pages.shape[0], -1)
+        return cache_memory(self.llm.llm_engine.vllm_config)
 
     def poison(self, blocks: Iterable[Any]) -> list[int]:
         """NaN in those of the blocks that are free and not in the prefix cache; their ids."""
-        ids = [
-            block.block_id
-            for block in blocks
-            if block.ref_cnt == 0 and block.block_hash is None and not block.is_null
-        ]
-        self.memory[ids] = math.nan
-        return ids
+        return poison(self.memory, blocks)
 
     def poison_freed_blocks(self) -> list[int]:
         """NaN in blocks the moment they go back to the pool, from now on; their ids."""
-        free_blocks = self.block_pool.free_blocks
-        freed: list[int] = []
+        return poison_freed_blocks(self.block_pool, self.memory)
 
-        def free(blocks: Iterable[Any]) -> None:
-            blocks = list(blocks)
-            free_blocks(blocks)
-            freed.extend(self.poison(blocks))
-
-        self.block_pool.free_blocks = free
-        return freed
+    def poison_new_blocks(self) -> list[int]:
+        """NaN in blocks the moment a request gets them, from now on; their ids."""
+        return poison_new_blocks(self.block_pool, self.memory)
 
     def watch_hits(self) -> list[int]:
         """Tokens that requests found in the prefix cache, from now on."""

@@ -33,19 +33,6 @@ def test_memory_that_nobody_wrote_is_never_read(tiny_llama_dir, mask_of):
         assert leank.memory[0].isnan().all(), "block 0 is nobody's, but was written"
 
 
-def poison_new_blocks(leank):
-    """Fill blocks with NaN the moment a request gets them; those of a prefix hit stay."""
-    pool, memory = leank.block_pool, leank.memory
-    get_new_blocks = pool.get_new_blocks
-
-    def get(*args, **kwargs):
-        blocks = get_new_blocks(*args, **kwargs)
-        memory[[block.block_id for block in blocks]] = math.nan
-        return blocks
-
-    pool.get_new_blocks = get
-
-
 @each_mask
 def test_shared_prefixes_survive_preemption_in_poisoned_memory(tiny_llama_dir, mask_of):
     """Prefix caching in a pool that is too small: hits, preemptions and NaN at once."""
@@ -71,7 +58,7 @@ def test_shared_prefixes_survive_preemption_in_poisoned_memory(tiny_llama_dir, m
         **limits,
     ) as leank:
         free = leank.block_pool.get_num_free_blocks()
-        poison_new_blocks(leank)
+        leank.poison_new_blocks()
         preempted = leank.watch_preemptions()
         assert_same(leank.generate(prompts, 300), expected, tolerance_of(mask))
         assert sum(outputs > 0 for outputs in preempted) >= 2, preempted

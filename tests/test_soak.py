@@ -1,0 +1,84 @@
+"""How the soak judges answers, and what servers under load are started with."""
+
+import json
+import random
+
+import pytest
+from engine_server import flags
+from mixed_load import KIND
+from mixed_load_picture import draw
+from recall.demo import MODEL
+from soak_client import Answer, compare
+from soak_requests import Prompts, Watched
+from stand_in_tokenizer import tokenizer_for
+from transformers import AutoTokenizer
+
+from vllm_leank.errors import UserError
+
+QUIET = Answer([5, 6, 7], [-0.5, -1.0, -0.25], [{5: -0.5}, {6: -1.0, 9: -1.1}, {7: -0.25, 8: -2}])
+
+
+def under_load(tokens, logprobs=(-0.5, -1.0, -0.25)):
+    return Answer(tokens, list(logprobs), [])
+
+
+def test_an_equal_answer_may_drift():
+    found = compare(QUIET, under_load([5, 6, 7], (-0.5, -1.25, -0.25)))
+    assert (found.gap, found.drifts) == (None, [0, 0.25, 0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gap", "before"),
+    [([5, 9, 1], 0.1, 1), ([5, 6, 8], 1.75, 2), ([4, 6, 7], 0, 0), ([5, 3, 7], 0.1, 1)],
+    ids=["near", "far", "alone", "unknown: at least"],
+)
+def test_the_gap_is_the_quiet_runs_at_the_first_other_token(tokens, gap, before):
+    found = compare(QUIET, under_load(tokens))
+    assert found.gap == pytest.approx(gap)
+    assert len(found.drifts) == before
+
+
+def test_answers_beyond_a_tie_have_changed():
+    watched = Watched(Prompts(random.Random(0), 512, 100, 10), 1)
+    watched.answers.append(QUIET)
+    for tokens in ([5, 6, 7], [5, 6, 8], [5, 9, 1], [5, 6, 7]):
+        watched.add(0, under_load(tokens))
+    watched.add(0, under_load([5, 6, 7], (-0.5, -1.25, -0.25)))  # the same tokens by luck
+    found = watched.found(tie=0.125)
+    names = ("compared", "equal", "ties", "changed", "largest_gap", "largest_drift")
+    assert [found[name] for name in names] == [5, 3, 1, 2, 1.75, 0.25]
+    assert [one["by"] for one in found["changed_most"]] == [1.75, 0.25]
+
+
+def test_a_stand_in_tokenizer_has_a_word_for_each_token(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"vocab_size": 300}))
+    assert tokenizer_for(MODEL, tmp_path) == MODEL
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_for(model, tmp_path))
+    tokens = [0, 299, 17, 17]
+    assert tokenizer(tokenizer.decode(tokens)).input_ids == tokens
+    assert tokenizer.vocab_size == 300
+
+
+def test_engine_arguments_as_flags():
+    engine_args = {"max_num_seqs": 8, "enforce_eager": True, "async_scheduling": False}
+    assert flags(engine_args | {"additional_config": {"leank": {"sink": 32}}}) == [
+        *("--max-num-seqs", "8", "--enforce-eager", "--no-async-scheduling"),
+        *("--additional-config", '{"leank": {"sink": 32}}'),
+    ]
+
+
+def test_the_picture_leaves_out_what_was_not_measured(tmp_path):
+    times = {"p50": 20.0, "p99": 300.0}
+    cell = {"ttft_ms": times, "itl_ms": times, "output_tokens_per_s": 9, "good_requests_per_s": 1}
+    load = {"model": "m", "prompt_tokens": [2048, 32768], "output_tokens": [128, 1024]}
+    missing = {"variant": "fp8", "rate": None, "error": "the server did not start"}
+    cells = [{"variant": one, "rate": 1.0} | cell for one in ("dense", "bits_4")] + [missing]
+    results = {"what": KIND, "load": load, "cells": cells}
+    draw(results, tmp_path / "picture.svg")
+    text = (tmp_path / "picture.svg").read_text()
+    assert "<!-- bits_4 -->" in text
+    assert "<!-- fp8 -->" not in text
+    with pytest.raises(UserError, match="no cell was measured"):
+        draw(results | {"cells": [missing]}, tmp_path / "picture.svg")
