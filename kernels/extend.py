@@ -32,7 +32,7 @@ from vllm_leank.core.pages import WINDOW_BLOCK
 
 @triton.jit(
     do_not_specialize=["stride_window_table", "stride_archive_table", "stride_lse"],
-    do_not_specialize_on_alignment=[*BATCH_POINTERS, "lse_ptr"],
+    do_not_specialize_on_alignment=BATCH_POINTERS,
 )
 def _extend_kernel(
     q_ptr, output_ptr, lse_ptr, sink_scores_ptr, window_ptr, archive_ptr, side_ptr,

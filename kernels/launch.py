@@ -43,8 +43,8 @@ few tokens each, where a prompt seldom ends, and in other steps, where idle prog
 
 
 PIECE_QUERIES = 256
-"""Queries that read the same unpacked far tokens, at least. With more, `extend` has more tokens left
-that some of them see and others do not; with fewer, FlashAttention has less to share."""
+"""Queries that read the same unpacked far tokens, at least. With more, `extend` has more tokens
+left that some of them see and others do not; with fewer, FlashAttention has less to share."""
 
 TMA_CAPABILITIES = 9, 10
 """Major compute capabilities whose tiles are loaded through tensor descriptors."""

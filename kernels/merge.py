@@ -27,10 +27,7 @@ def take_in(m, l, acc, lse, p_found, mask):
     return m_new, l * alpha + weight, acc * alpha[:, None] + found * weight[:, None]
 
 
-@triton.jit(
-    do_not_specialize=["tokens", "stride_lse", "stride_other_lse"],
-    do_not_specialize_on_alignment=["lse_ptr", "other_lse_ptr", "new_lse_ptr"],
-)
+@triton.jit(do_not_specialize=["tokens", "stride_lse", "stride_other_lse"])
 def _merge_kernel(
     output_ptr, lse_ptr, other_ptr, other_lse_ptr, new_lse_ptr,
     tokens, stride_lse, stride_other_lse,
@@ -55,9 +52,10 @@ def _merge_kernel(
     acc = tl.zeros([M, D_PAD], tl.float32)
     m, l, acc = take_in(m, l, acc, lse * LOG2_E, p_output, m_md)
     m, l, acc = take_in(m, l, acc, other_lse * LOG2_E, p_other, m_md)
-    acc = acc / tl.where(l > 0, l, 1.0)[:, None]
-    tl.store(p_output, acc.to(output_ptr.dtype.element_ty), mask=m_md)
-    new_lse = tl.where(l > 0, (m + tl.log2(l)) / LOG2_E, nothing)
+    seen = l > 0
+    l = tl.where(seen, l, 1.0)
+    tl.store(p_output, (acc / l[:, None]).to(output_ptr.dtype.element_ty), mask=m_md)
+    new_lse = tl.where(seen, (m + tl.log2(l)) / LOG2_E, nothing)
     tl.store(new_lse_ptr + head * stride_lse + o_m, new_lse, mask=m_m)
 
 

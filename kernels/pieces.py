@@ -53,8 +53,8 @@ def cut(
     """
     start = batch.local_query_start_loc
     device, counts = start.device, start.diff()
-    total = int((batch.query_start_loc_cpu.diff() + queries - 1).div_(queries, rounding_mode="floor").sum())
-    pieces = (counts + queries - 1) // queries
+    pieces = _pieces(counts, queries)
+    total = int(_pieces(batch.query_start_loc_cpu.diff(), queries).sum())
     row = torch.arange(batch.num_reqs, device=device).repeat_interleave(pieces, output_size=total)
     first_piece = pieces.cumsum(0) - pieces
     first = (torch.arange(total, device=device) - first_piece[row]) * queries
@@ -68,3 +68,7 @@ def cut(
         ),
         (row[:, None] * len(table) + table).int(),
     )
+
+
+def _pieces(counts: torch.Tensor, queries: int) -> torch.Tensor:
+    return (counts + queries - 1) // queries

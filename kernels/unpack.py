@@ -9,7 +9,9 @@ from vllm_leank.kernels.launcher import Launch
 from vllm_leank.kernels.scratch import Regions
 
 TILE = 64
-"""Tokens of a program."""
+"""Tokens that are unpacked at once."""
+
+TILES_OF_PROGRAM = 4
 
 
 @triton.jit(
@@ -22,18 +24,19 @@ def _unpack_kernel(
     stride_head, stride_archive_page, stride_side, stride_archive_table,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-    TILES: tl.constexpr,
+    TOKENS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    head, i_req = tl.program_id(1), tl.program_id(2)
+    kind, head, i_req = tl.program_id(1) % 2, tl.program_id(1) // 2, tl.program_id(2)
     begin = SINK + first
     end = tl.minimum(boundary_of(tl.load(seq_lens_ptr + i_req), SINK, RECENT), begin + region)
     filled = begin + tl.cdiv(end - begin, PAGE) * PAGE
-    token = (begin // TILE + tl.program_id(0)) * TILE
+    token = begin // TILE * TILE + tl.program_id(0) * TOKENS
+    stop = tl.minimum(token + TOKENS, tl.cdiv(filled, TILE) * TILE)
     p_head = heads_ptr + 5 * head
     if (tl.load(p_head) > 0) & (begin < end) & (token < filled):
         p_region = stride_head * head + i_req * region * D
         TILES.unpack(
-            token, begin, end, filled, head, p_head, order_ptr, numbers_ptr,
+            token, stop, begin, end, filled, kind, head, p_head, order_ptr, numbers_ptr,
             archive_table_ptr + i_req.to(tl.int64) * stride_archive_table, archive_ptr, side_ptr,
             stride_archive_page, stride_side, key_ptr + p_region, value_ptr + p_region,
             H, D, D_PAD, TILE, BLOCK,
@@ -50,9 +53,10 @@ def unpack(cache: LayerCache, batch: Batch, regions: Regions, first: int) -> Non
         first: of each request's far tokens, the first that is unpacked; as many follow as have
             room.
     """
+    heads, tokens = len(cache.layout.profiles), TILE * TILES_OF_PROGRAM
     launch = cache.prepared(_prepare, batch.table_strides[1])
     launch(
-        (triton.cdiv(regions.tokens, TILE) + 1, len(cache.layout.profiles), batch.num_reqs),
+        (triton.cdiv(regions.tokens + TILE, tokens), 2 * heads, batch.num_reqs),
         batch.archive_table, batch.seq_lens, first, regions.tokens,
     )  # fmt: skip
 
@@ -83,8 +87,9 @@ def _prepare(cache: LayerCache, stride_archive_table: int) -> Launch:
         PAGE=scratch.page,
         BLOCK=layout.archive_block,
         TILE=TILE,
+        TOKENS=TILE * TILES_OF_PROGRAM,
         TILES=cache.codec.tiles,
-        num_warps=4,
+        num_warps=8,
         # Products and sums are rounded one by one, as the reference does.
         enable_fp_fusion=False,
     )

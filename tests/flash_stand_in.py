@@ -1,7 +1,5 @@
 """What FlashAttention computes, in plain PyTorch, for machines without a GPU."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
