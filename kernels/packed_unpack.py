@@ -45,13 +45,17 @@ def _distances(p_codes, shift, largest, factor):
 
 
 @triton.jit
-def _store(p_rows, x, o_token, begin, end, filled, m_d, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Store rows of tokens from `begin` to `end`, and zeros from there to `filled`."""
+def _store(
+    p_rows, x, o_token, last, begin, end, filled, m_d, D: tl.constexpr, D_PAD: tl.constexpr
+):  # fmt: skip
+    """Store rows `x` of the tokens `o_token`, which end before `last`: of those from `begin` to
+    `end`, and zeros from there to `filled`.
+    """
     o_d = tl.arange(0, D_PAD)
     p_rows += ((o_token - begin) * D)[:, None] + o_d[None, :]
     wanted = (o_token >= begin) & (o_token < end)
     tl.store(p_rows, x.to(p_rows.dtype.element_ty), mask=wanted[:, None] & m_d[None, :])
-    if tl.max(o_token, 0) >= end:
+    if last > end:
         empty = (o_token >= end) & (o_token < filled)
         nothing = tl.zeros_like(x).to(p_rows.dtype.element_ty)
         tl.store(p_rows, nothing, mask=empty[:, None] & m_d[None, :])
@@ -76,7 +80,7 @@ def _unpack_keys(
         p_page = archive_ptr + page * stride_page + offset
         p_codes = p_page + (o_code + (first % BLOCK * width)[None, :])
         key = _distances(p_codes, shift, largest, factor) + mean[None, :]
-        _store(p_key, key, first + o_row, begin, end, filled, m_d, D, D_PAD)
+        _store(p_key, key, first + o_row, first + TILE, begin, end, filled, m_d, D, D_PAD)
 
 
 @triton.jit
@@ -105,7 +109,7 @@ def _unpack_values(
         scale = tl.load(p_scale).to(tl.float32)
         value = _distances(p_page + o_code, shift, largest, factor) * scale[:, None]
         value += mean[None, :]
-        _store(p_value, value, o_token, begin, end, filled, m_d, D, D_PAD)
+        _store(p_value, value, o_token, first + TILE, begin, end, filled, m_d, D, D_PAD)
 
 
 @triton.jit
