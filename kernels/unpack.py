@@ -65,6 +65,7 @@ def _prepare(cache: LayerCache, stride_archive_table: int) -> Launch:
     layout, tables, scratch = cache.layout, cache.tables, cache.scratch
     assert scratch is not None
     key, value = scratch.pages
+    padded = triton.next_power_of_2(layout.head_dim)
     return Launch(
         _unpack_kernel,
         ("archive_table_ptr", "seq_lens_ptr", "first", "region"),
@@ -83,13 +84,15 @@ def _prepare(cache: LayerCache, stride_archive_table: int) -> Launch:
         RECENT=cache.window.recent,
         H=len(layout.profiles),
         D=layout.head_dim,
-        D_PAD=triton.next_power_of_2(layout.head_dim),
+        D_PAD=padded,
         PAGE=scratch.page,
         BLOCK=layout.archive_block,
         TILE=TILE,
         TOKENS=TILE * TILES_OF_PROGRAM,
         TILES=cache.codec.tiles,
-        num_warps=8,
+        # Each thread has 32 numbers of a tile, and few enough registers for 16 warps at once.
+        num_warps=max(padded // 16, 1),
+        maxnreg=128,
         # Products and sums are rounded one by one, as the reference does.
         enable_fp_fusion=False,
     )
