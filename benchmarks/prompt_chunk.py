@@ -5,8 +5,9 @@
         --launch 64,64,4,3 128,64,4,2
 
 Pages are random, in random order, and hold the whole prompt; the queries are its last ones. The
-outputs of some are compared with the reference. `--launch` tries other launches of the kernel than
-the one that `kernels/launch.py` has for the layer: rows, tile, warps and stages.
+outputs of some are compared with the reference. What is timed is what serving does: codes are
+unpacked for FlashAttention, unless `--extend-alone` is given. `--launch` tries other launches of
+`extend` than the one that `kernels/launch.py` has for the layer: rows, tile, warps and stages.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from vllm_leank.kernels import extend, reference
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.channels import layer_channels
+from vllm_leank.kernels.scratch import Scratch, needs_scratch
 
 from vllm_leank.bench.cases import Case, parse_layers
 from vllm_leank.bench.correctness import check_output
@@ -41,7 +43,7 @@ from vllm_leank.errors import UserError
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.settings import choose_format
-from vllm_leank.serving.step import attend_exact
+from vllm_leank.serving.flash import attend_exact, attend_pruned
 
 CHECKED_QUERIES = 64
 """Queries at the end whose outputs are compared with the reference."""
@@ -97,7 +99,7 @@ def expected_output(
 
 
 def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, Any]:
-    """Milliseconds of FlashAttention, and of `extend` by layer, archive and launch.
+    """Milliseconds of FlashAttention, and of ours by layer, archive and launch.
 
     Raises:
         CorrectnessError: an output is wrong.
@@ -115,6 +117,10 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
         tables = last_chunk(args.prompt, args.chunk, layout.archive_block)
         channels = layer_channels(*mask.layer(layer, range(geometry.num_kv_heads)))
         cache = layer_cache(layout, channels, case, tables, query.dtype)
+        if not args.extend_alone and needs_scratch(layout, window, args.prompt):
+            far = window.boundary(args.prompt) - window.sink
+            room = args.query_heads, far, args.chunk, query.dtype, query.device
+            cache = replace(cache, scratch=Scratch.allocate(layout, *room))
         return cache, tables.batches[0]
 
     cells: list[dict[str, Any]] = []
@@ -129,7 +135,7 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
         for name, choose in launches(args.launch).items():
             output.fill_(float("nan"))
             # A cache that has prepared nothing yet.
-            ours = partial(extend.extend, query, output, replace(cache), batch, scale)
+            ours = partial(attend_pruned, query, output, replace(cache), batch, scale)
             with mock.patch.object(extend, "choose_extend", choose):
                 ms = do_bench(ours, return_mode="median")
             cells.append(
@@ -138,6 +144,7 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
                     "launch": name,
                     "layer": layer,
                     "kept": list(cache.layout.kept),
+                    "unpacked": cache.scratch is not None,
                     "ms": ms,
                     "error": check_output(
                         f"leank, layer {layer}", case, output[-CHECKED_QUERIES:], expected
@@ -174,6 +181,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32768, help="tokens of the prompt")
     parser.add_argument("--chunk", type=int, default=8192, help="of them computed last, at once")
     parser.add_argument("--layers", help="layers to measure, such as 0,28; default: all")
+    parser.add_argument("--extend-alone", action="store_true", help="unpack nothing for others")
     parser.add_argument("--launch", nargs="+", default=[], metavar="ROWS,TILE,WARPS,STAGES")
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
     parser.add_argument("--commit", help="of the code measured; asked of git when not given")

@@ -89,7 +89,7 @@ class Batch(Prepares):
         """The queries of the requests that are decoded, as requests of one query each."""
         if self.max_query_len <= 1:
             return self
-        part = self._part(0, self.num_decodes, self.max_query_len)
+        part = self.part(0, self.num_decodes, self.max_query_len)
         if not (part.query_start_loc_cpu.diff() > 1).any():
             return replace(part, max_query_len=1)
         return part._per_query()
@@ -97,7 +97,7 @@ class Batch(Prepares):
     @cached_property
     def extends(self) -> "Batch":
         """The other requests."""
-        return self._part(self.num_decodes, self.num_reqs, self.max_query_len)
+        return self.part(self.num_decodes, self.num_reqs, self.max_query_len)
 
     @cached_property
     def local_query_start_loc(self) -> torch.Tensor:
@@ -124,7 +124,8 @@ class Batch(Prepares):
             if last > first
         )
 
-    def _part(self, first: int, last: int, max_query_len: int) -> "Batch":
+    def part(self, first: int, last: int, max_query_len: int) -> "Batch":
+        """Requests `first` to `last`, none of more than `max_query_len` queries."""
         return replace(
             self,
             query_start_loc=self.query_start_loc[first : last + 1],

@@ -11,6 +11,7 @@ from vllm_leank.kernels.channels import HeadChannels
 from vllm_leank.kernels.codecs import Codec, codec_of
 from vllm_leank.kernels.head_pages import HeadPages
 from vllm_leank.kernels.prepared import Prepares
+from vllm_leank.kernels.scratch import Scratch
 
 from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.window import Window
@@ -32,6 +33,7 @@ class LayerCache(Prepares):
         window: the dense window.
         sink_scores: `[num_heads]`, attention sinks of query heads in any float dtype; None: the
             model has none.
+        scratch: room for far tokens that are unpacked for prompts; None: they are not.
     """
 
     window_pages: torch.Tensor
@@ -40,6 +42,7 @@ class LayerCache(Prepares):
     heads: tuple[HeadChannels, ...]
     window: Window
     sink_scores: torch.Tensor | None = None
+    scratch: Scratch | None = None
 
     @cached_property
     def codec(self) -> Codec:

@@ -2,8 +2,11 @@
 pruned, outputs that are computed again after a preemption, and whatever else comes after a prompt
 in many tokens.
 
-Each query has a boundary of its own: a token may be dense for one and archived for the next.
+Each query has a boundary of its own: a token may be dense for one and archived for the next. What
+pieces of queries have found in far tokens that all of them see (`pieces`) is taken in at the end.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -21,26 +24,28 @@ from vllm_leank.kernels.common import (
 from vllm_leank.kernels.fold_rows import fold_window
 from vllm_leank.kernels.launch import choose_extend
 from vllm_leank.kernels.launcher import Launch
+from vllm_leank.kernels.merge import take_in
 from vllm_leank.kernels.pages import window_tile
 
 from vllm_leank.core.pages import WINDOW_BLOCK
 
 
 @triton.jit(
-    do_not_specialize=["stride_window_table", "stride_archive_table"],
+    do_not_specialize=["stride_window_table", "stride_archive_table", "stride_lse"],
     do_not_specialize_on_alignment=BATCH_POINTERS,
 )
 def _extend_kernel(
-    q_ptr, output_ptr, sink_scores_ptr, window_ptr, archive_ptr, side_ptr,
+    q_ptr, output_ptr, lse_ptr, sink_scores_ptr, window_ptr, archive_ptr, side_ptr,
     window_desc, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10,
     window_table_ptr, archive_table_ptr, query_start_ptr, seq_lens_ptr, exact_until_ptr,
     heads_ptr, order_ptr, numbers_ptr, scale_log2,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_window_page, stride_archive_page, stride_side,
-    stride_window_table, stride_archive_table,
-    VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
-    G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    stride_window_table, stride_archive_table, stride_lse,
+    VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, PIECE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = M // G
     # The last queries, which read most, first.
@@ -73,13 +78,18 @@ def _extend_kernel(
         p_head = heads_ptr + 5 * head
         variant = tl.load(p_head)
         stop = boundary_of(newest + 1, SINK, RECENT)
-        if (variant > 0) & (stop > SINK):
+        if lse_ptr is None:
+            begin = SINK
+        else:  # a piece holds whole programs
+            piece = before + i_block * QUERIES // PIECE * PIECE
+            begin = boundary_of(piece + 1, SINK, RECENT)
+        if (variant > 0) & (stop > begin):
             p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table
             descs = (d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10)
             for c in tl.static_range(len(VARIANTS)):
                 if variant == VARIANTS[c]:
                     m, l, acc = TILES.fold_rows(
-                        m, l, acc, first_boundary, stop, boundary, p_q, m_m, scale_log2,
+                        m, l, acc, begin, first_boundary, stop, boundary, p_q, m_m, scale_log2,
                         head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr,
                         side_ptr, stride_archive_page, stride_side,
                         SINK, H, D, D_PAD, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,
@@ -102,15 +112,27 @@ def _extend_kernel(
             seen &= (token < SINK)[None, :] | (token[None, :] >= boundary[:, None])
             m, l, acc = fold_window(m, l, acc, k, v, q, seen, scale_log2)
 
+        p_output = output_ptr + row * stride_o_token + (head * G + o_m % G) * stride_o_head
+        if lse_ptr is not None:
+            p_lse = lse_ptr + (head * G + o_m % G).to(tl.int64) * stride_lse
+            p_lse += row - tl.load(query_start_ptr)
+            lse = tl.load(p_lse, mask=m_m, other=float("-inf")) * LOG2_E
+            # What was computed of blind heads comes from pages that nothing was unpacked to.
+            lse = tl.where(variant > 0, lse, float("-inf"))
+            m, l, acc = take_in(m, l, acc, lse, p_output[:, None] + o_d[None, :], m_md)
         if sink_scores_ptr is not None:
             l += tl.exp2(load_sink_scores(sink_scores_ptr, head * G + o_m % G, m_m) - m)
-        p_output = output_ptr + row * stride_o_token + (head * G + o_m % G) * stride_o_head
         acc = (acc / l[:, None]).to(output_ptr.dtype.element_ty)
         tl.store(p_output[:, None] + o_d[None, :], acc, mask=m_md)
 
 
 def extend(
-    query: torch.Tensor, output: torch.Tensor, cache: LayerCache, batch: Batch, scale: float
+    query: torch.Tensor,
+    output: torch.Tensor,
+    cache: LayerCache,
+    batch: Batch,
+    scale: float,
+    lse: torch.Tensor | None = None,
 ) -> None:
     """Attention of the queries after each request's prompt; see `reference.attend`. Rows of prompt
     tokens are left as they are.
@@ -121,16 +143,27 @@ def extend(
         cache: the layer's pages.
         batch: the step's requests.
         scale: factor of the QK product.
+        lse: fp32 `[num_heads, num_tokens]`, where `output` already has the attention to the far
+            tokens that all queries of a piece of `piece_queries` see: the log-sum-exp of their
+            scores, in the rows of the batch's own queries. What it says of blind heads is not read.
+            None: nothing is known yet.
     """
     queries, launch = cache.prepared(
-        _prepare, query.shape[1:], query.stride(), output.stride(), batch.table_strides, scale
-    )
+        _prepare, query.shape[1:], query.stride(), output.stride(), batch.table_strides, scale,
+        lse is not None,
+    )  # fmt: skip
     blocks = triton.cdiv(batch.max_query_len, queries)
     launch(
         (blocks, len(cache.layout.profiles), batch.num_reqs),
         query, output, batch.window_table, batch.archive_table, batch.query_start_loc,
-        batch.seq_lens, batch.exact_until,
+        batch.seq_lens, batch.exact_until, *(() if lse is None else (lse, lse.stride(0))),
     )  # fmt: skip
+
+
+def piece_queries(cache: LayerCache, query_heads: int) -> int:
+    """Queries of a piece, which read the same far tokens before `extend` reads the rest."""
+    group = query_heads // len(cache.layout.profiles)
+    return choose_extend(group, cache.layout, cache.tables.device).piece(group)
 
 
 def _prepare(
@@ -140,6 +173,7 @@ def _prepare(
     output_strides: tuple[int, ...],
     table_strides: tuple[int, int],
     scale: float,
+    has_lse: bool,
 ) -> tuple[int, Launch]:
     """The launch of a layer, and the queries that a program takes."""
     layout, window, tables = cache.layout, cache.window, cache.tables
@@ -147,10 +181,19 @@ def _prepare(
     num_kv_heads = len(layout.profiles)
     group = num_heads // num_kv_heads
     shape = choose_extend(group, layout, tables.device)
+    changing = [
+        "q_ptr", "output_ptr", "window_table_ptr", "archive_table_ptr", "query_start_ptr",
+        "seq_lens_ptr", "exact_until_ptr",
+    ]  # fmt: skip
+    no_lse: dict[str, Any] = {}
+    if has_lse:
+        changing += ["lse_ptr", "stride_lse"]
+    else:
+        no_lse = {"lse_ptr": None, "stride_lse": 0}
     launch = Launch(
         _extend_kernel,
-        ("q_ptr", "output_ptr", "window_table_ptr", "archive_table_ptr", "query_start_ptr",
-         "seq_lens_ptr", "exact_until_ptr"),
+        changing,
+        **no_lse,
         **cache.descriptor_arguments(shape.tile, WINDOW_BLOCK, shape.tma),
         sink_scores_ptr=cache.sink_scores,
         window_ptr=cache.window_pages,
@@ -172,6 +215,7 @@ def _prepare(
         VARIANTS=tables.variants,
         SINK=window.sink,
         RECENT=window.recent,
+        PIECE=shape.piece(group) if has_lse else 0,
         H=num_kv_heads,
         G=group,
         M=shape.rows,
@@ -183,5 +227,5 @@ def _prepare(
         TMA=shape.tma,
         STAGES=shape.stages,
         num_warps=shape.warps,
-    )  # fmt: skip
+    )
     return shape.rows // group, launch

@@ -119,16 +119,16 @@ def _fold_tiles(
 
 @triton.jit
 def fold_archive(
-    m, l, acc, first_boundary, stop, boundary, p_q, m_q, scale_log2,
+    m, l, acc, begin, first_boundary, stop, boundary, p_q, m_q, scale_log2,
     head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
     stride_page, stride_side,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Take the tokens from `SINK` to `stop` of a head that keeps `KEPT` channels into the running
+    """Take the tokens from `begin` to `stop` of a head that keeps `KEPT` channels into the running
     softmax of `M` rows of queries, each of which sees those to its `boundary`, of which
-    `first_boundary` is the least.
+    `first_boundary` is the least. Of whole channels nothing is unpacked: `begin` is `SINK`.
     """
     p_channels = order_ptr + head * D
     added = mean_scores(p_q, m_q, p_channels, numbers_ptr + head * D, D, D_PAD) * scale_log2

@@ -42,6 +42,10 @@ COMPACT_PROGRAMS = 1024, 32768
 few tokens each, where a prompt seldom ends, and in other steps, where idle programs cost little."""
 
 
+PIECE_QUERIES = 256
+"""Queries that read the same unpacked far tokens, at least. With more, `extend` has more tokens
+left that some of them see and others do not; with fewer, FlashAttention has less to share."""
+
 TMA_CAPABILITIES = 9, 10
 """Major compute capabilities whose tiles are loaded through tensor descriptors."""
 
@@ -114,6 +118,11 @@ class ExtendLaunch:
     tma: bool
     warps: int
     stages: int
+
+    def piece(self, group: int) -> int:
+        """Queries of a piece, for `group` query heads per KV head: those of whole programs."""
+        queries = self.rows // group
+        return -(-PIECE_QUERIES // queries) * queries
 
 
 def tile_tokens(layout: CacheLayout) -> int:

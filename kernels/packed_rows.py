@@ -76,7 +76,7 @@ def _split_granules(x):
 
 @triton.jit
 def fold_archive(
-    m, l, acc, first_boundary, stop, boundary, p_q, m_q, scale_log2,
+    m, l, acc, begin, first_boundary, stop, boundary, p_q, m_q, scale_log2,
     head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
     stride_page, stride_side,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
@@ -102,7 +102,7 @@ def fold_archive(
             for _ in tl.static_range(1 << c):
                 sums = sums + (tl.zeros([M, row_bytes(VARIANT, 3 + c)], tl.float32),)  # noqa: RUF005
     scaled = tl.zeros([M], tl.float32)
-    first, last = SINK // TILE, tl.cdiv(stop, TILE)
+    first, last = begin // TILE, tl.cdiv(stop, TILE)
     next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
     for i in tl.range(first, last, num_stages=STAGES):
         token = i * TILE
@@ -122,9 +122,9 @@ def fold_archive(
                         q = parts[first_product(VARIANT, c) + lanes(VARIANT, c) * part + lane]
                         s = tl.dot(q, tl.trans(codes), acc=s)
         o_token = token + tl.arange(0, TILE)
-        seen = (o_token[None, :] >= SINK) & (o_token[None, :] < boundary[:, None])
+        seen = (o_token[None, :] >= begin) & (o_token[None, :] < boundary[:, None])
         # Scales of slots that hold no token may hold anything.
-        stored = (o_token >= SINK) & (o_token < stop)
+        stored = (o_token >= begin) & (o_token < stop)
         v_scale = scale_tile(
             descs[10], side_ptr, page, side_offset, slot, stride_side, TILE, BLOCK, TMA
         ).to(tl.float32)

@@ -55,8 +55,8 @@ class Tables:
             within the layer's part of an archive page (in elements), units of 256 bytes of one
             tile of it, and where its side data begins (in numbers of the codec's dtype).
         variants: numbers that stand for the profiles that kernels are compiled for.
-        order: int32 `[3, num_kv_heads, head_dim]`: channels of K and of V as they are stored, and
-            where each channel of V stands in stored order.
+        order: int32 `[4, num_kv_heads, head_dim]`: channels of K and of V as they are stored, and
+            where each channel of V, and of K, stands in stored order.
         numbers: fp32 `[6, num_kv_heads, head_dim]`: 0 means of K that scores are made with, in
             stored order; 1 factors of K, in stored order; 2 means of V by channel; 3 factors of V,
             in stored order; 4 and 5 means of K and of V in stored order, which codes are made with.
@@ -93,7 +93,7 @@ class Tables:
         self.heads = heads.to(device)
         self.variants = tuple(map(layout.archive_format.variant, layout.variants))
         orders = [[one.k.order for one in channels], [one.v.order for one in channels]]
-        orders.append([one.argsort() for one in orders[1]])
+        orders += [[one.argsort() for one in orders[kind]] for kind in (1, 0)]
         self.order = torch.stack([torch.stack(kind) for kind in orders]).to(device, torch.int32)
         self.numbers = torch.stack([_numbers(one) for one in channels], dim=1).to(device)
         columns = [

@@ -20,7 +20,10 @@ from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.kernels.decode import decode
 from vllm_leank.kernels.extend import extend
 from vllm_leank.kernels.launcher import compiling
+from vllm_leank.kernels.merge import merge
+from vllm_leank.kernels.scratch import Scratch, needs_scratch
 from vllm_leank.kernels.store import compact, store, update
+from vllm_leank.kernels.unpack import unpack
 
 from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
 from vllm_leank.core.window import Window
@@ -36,6 +39,7 @@ class Attention:
         query_heads: of a layer, on this rank.
         dtype: of queries, K and V.
         max_reqs: most requests of a step.
+        longest: most tokens of a request.
         sinks_dtype: of attention sinks; None: the layers have none.
     """
 
@@ -44,6 +48,7 @@ class Attention:
     query_heads: int
     dtype: torch.dtype
     max_reqs: int
+    longest: int
     sinks_dtype: torch.dtype | None = None
 
 
@@ -84,7 +89,13 @@ def _dry_run(attention: Attention, cache: LayerCache) -> None:
     key, query = tokens(count, heads), tokens(count, query_heads)
     store(key, key, cache, prompt)
     compact(cache, prompt)
-    extend(query, torch.empty_like(query), cache, prompt, scale=1.0)
+    output = torch.empty_like(query)
+    extend(query, output, cache, prompt, scale=1.0)
+    if cache.scratch is not None:
+        unpack(cache, prompt, cache.scratch.regions(1, 1), 0)
+        lse = torch.empty((query_heads, count), dtype=torch.float32, device=device)
+        merge(output, lse, output, lse, cache)
+        extend(query, output, cache, prompt, 1.0, lse)
 
 
 def _layer_cache(attention: Attention, device: torch.device) -> LayerCache:
@@ -92,11 +103,14 @@ def _layer_cache(attention: Attention, device: torch.device) -> LayerCache:
     layout, codec = attention.layout, codec_of(attention.layout.archive_format)
     heads, head_dim = len(layout.profiles), layout.head_dim
     window_shape = (1, heads, WINDOW_BLOCK, 2 * head_dim)
-    sinks = attention.sinks_dtype
+    sinks, dtype = attention.sinks_dtype, attention.dtype
+    scratch = None
+    if needs_scratch(layout, attention.window, attention.longest):
+        scratch = Scratch.allocate(layout, attention.query_heads, 1, 0, dtype, device)
     archive = torch.empty((1, max(layout.archive_page_bytes, 512)), dtype=torch.uint8)
     return LayerCache(
-        window_pages=torch.empty(window_shape, dtype=attention.dtype, device=device),
-        archive_pages=archive.to(device).view(codec.dtype(attention.dtype)),
+        window_pages=torch.empty(window_shape, dtype=dtype, device=device),
+        archive_pages=archive.to(device).view(codec.dtype(dtype)),
         layout=layout,
         heads=first_channels(layout).to(device).heads,
         window=attention.window,
@@ -105,6 +119,7 @@ def _layer_cache(attention: Attention, device: torch.device) -> LayerCache:
             if sinks is None
             else torch.empty(attention.query_heads, dtype=sinks, device=device)
         ),
+        scratch=scratch,
     )
 
 

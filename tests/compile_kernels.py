@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_leank.kernels import decode, extend, launch
+from vllm_leank.kernels import decode, extend, launch, merge, unpack
+from vllm_leank.kernels.batch import Batch
+from vllm_leank.kernels.cache import LayerCache
+from vllm_leank.kernels.scratch import Scratch, needs_scratch
 
 from vllm_leank.core.formats import ArchiveFormat, known_formats
 from vllm_leank.core.window import Window
@@ -39,7 +43,7 @@ MIXED = {64: CODED[64][0:2], 128: CODED[128][0:3:2], 256: CODED[256][1:2]}
 """Heads of a packed archive, by head size: those of 128 have many bits, others few; some have
 channels of every class."""
 
-OPTIONS = ("num_warps", "launch_pdl", "maxnreg")
+OPTIONS = ("num_warps", "launch_pdl", "maxnreg", "enable_fp_fusion")
 TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
@@ -138,8 +142,8 @@ def stack_bytes(cubin: bytes) -> int | None:
 
 
 def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -> None:
-    """Compile a decode step and a prompt that is read pruned; with attention sinks for heads of 64,
-    which gpt-oss has.
+    """Compile a decode step and a prompt that is read pruned, where the format has it with far
+    tokens unpacked; with attention sinks for heads of 64, which gpt-oss has.
     """
 
     def tell(kernel: str, shared: int, stack: int | None, capped: bool) -> None:
@@ -163,11 +167,29 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
         mock.patch.object(decode, "_decode_kernel", stand_in(decode._decode_kernel)),
         mock.patch.object(decode, "combine_kernel", stand_in(decode.combine_kernel)),
         mock.patch.object(extend, "_extend_kernel", stand_in(extend._extend_kernel)),
+        mock.patch.object(merge, "_merge_kernel", stand_in(merge._merge_kernel)),
+        mock.patch.object(unpack, "_unpack_kernel", stand_in(unpack._unpack_kernel)),
     ):
-        for tokens, attend in ((1000, extend.extend), (1, decode.decode)):
+        unpacks = needs_scratch(builder.cache.layout, window, longest=1 << 15)
+        for tokens, attend in (
+            (1000, extend_unpacked if unpacks else extend.extend), (1, decode.decode)
+        ):  # fmt: skip
             step = builder.step([(request, tokens)])
             output = torch.empty_like(step.query)
             attend(step.query, output, builder.cache, step.batch, builder.scale)
+
+
+def extend_unpacked(
+    query: torch.Tensor, output: torch.Tensor, cache: LayerCache, batch: Batch, scale: float
+) -> None:
+    """Unpack far tokens and read the rest: by what `extend` is without, and an end."""
+    tokens, heads, _ = output.shape
+    room = Scratch.allocate(cache.layout, heads, tokens, 0, output.dtype, output.device)
+    cache = replace(cache, scratch=room)
+    unpack.unpack(cache, batch, room.regions(1, tokens), 0)
+    lse = torch.empty(heads, tokens)
+    merge.merge(output, lse, output, lse, cache)
+    extend.extend(query, output, cache, batch, scale, lse)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ FREED_BY_WHAT_WAS_SCHEDULED = (
 PROMPTS = "exact_until[: len(lengths)].copy_(lengths[: len(exact_until)], non_blocking=True)"
 
 SINKS = "test_kernels.py::test_models_with_attention_sinks"
+UNPACKED = "test_unpacked.py::test_queries_read_what_was_unpacked_and_the_rest"
 
 MUTATIONS = (
     Mutation(
@@ -78,6 +79,34 @@ MUTATIONS = (
         "l += tl.exp2(load_sink_scores(",
         "l += 0 * tl.exp2(load_sink_scores(",
         SINKS,
+    ),
+    Mutation(
+        "what was found in unpacked tokens has no weight",
+        "kernels/merge.py",
+        "return m_new, l * alpha + weight,",
+        "return m_new, l * alpha,",
+        UNPACKED,
+    ),
+    Mutation(
+        "blind heads read what nothing was unpacked to",
+        "kernels/extend.py",
+        'lse = tl.where(variant > 0, lse, float("-inf"))',
+        'lse = tl.where(variant >= 0, lse, float("-inf"))',
+        UNPACKED,
+    ),
+    Mutation(
+        "a piece reads what only its last query sees",
+        "kernels/pieces.py",
+        "window.boundary(position + 1)",
+        "window.boundary(position + queries)",
+        UNPACKED,
+    ),
+    Mutation(
+        "what is left of a page after unpacking is not cleared",
+        "kernels/packed_unpack.py",
+        "    if last > end:\n",
+        "    if last < 0:\n",
+        "test_unpacked.py::test_what_is_unpacked_is_what_the_reference_decodes",
     ),
     Mutation(
         "the boundary is off by one",

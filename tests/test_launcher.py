@@ -5,17 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 import triton
+from archive_definition import CODED, PACKED
 from cache_builder import CacheBuilder, relative_rms
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from vllm_leank.kernels import decode, extend, launcher, store
+from vllm_leank.kernels import decode, extend, launcher, merge, store, unpack
 from vllm_leank.kernels.launcher import Launch, _Slot
+from vllm_leank.kernels.scratch import Scratch
 
 from vllm_leank.core.window import Window
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
-LAYER = ("q_ptr", "output_ptr", "partial_ptr", "lse_ptr", "key_ptr", "value_ptr")
+LAYER = (
+    "q_ptr", "output_ptr", "partial_ptr", "lse_ptr", "key_ptr", "value_ptr", "other_ptr",
+    "other_lse_ptr", "new_lse_ptr",
+)  # fmt: skip
 """Tensors of a layer, not of the step: the only ones whose alignment may choose a kernel."""
 
 
@@ -63,10 +68,18 @@ def launches():
                 store.store(step.key, step.value, build.cache, step.batch)
                 store.compact(build.cache, step.batch)
                 extend.extend(step.query, output, build.cache, step.batch, build.scale)
+        build = CacheBuilder(CODED[128][:3], 128, 4, WINDOW, 128, torch.float16, PACKED)
+        room = Scratch.allocate(build.cache.layout, 12, 400, 0, torch.float16, torch.device("cpu"))
+        cache = replace(build.cache, scratch=room)
+        step = build.step([(build.add(0, 400), 400)])
+        output, lse = torch.empty_like(step.query), torch.empty(12, 400)
+        unpack.unpack(cache, step.batch, room.regions(1, 400), 0)
+        merge.merge(output, lse, output, lse, cache)
+        extend.extend(step.query, output, cache, step.batch, build.scale, lse)
     names = [launch._kernel.fn.__name__ for launch, _ in found]
     assert names == [
         *["_update_kernel"] * 2, "_extend_kernel", "_update_kernel", "_decode_kernel",
-        "combine_kernel",
+        "combine_kernel", "_unpack_kernel", "_merge_kernel", "_extend_kernel",
     ]  # fmt: skip
     return found
 

@@ -42,10 +42,10 @@ class PackedCodec(Codec):
 
     @cached_property
     def tiles(self) -> Tiles:
-        from vllm_leank.kernels import packed_columns, packed_rows, packed_store
+        from vllm_leank.kernels import packed_columns, packed_rows, packed_store, packed_unpack
 
         folds = packed_columns.fold_archive, packed_rows.fold_archive
-        return Tiles(*folds, packed_store.compact)
+        return Tiles(*folds, packed_store.compact, unpack=packed_unpack.unpack)
 
     def decode_shape(self, layout: CacheLayout) -> DecodeShape:
         return MANY_BITS if _many_bits(layout) else FEW_BITS

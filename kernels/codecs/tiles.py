@@ -19,6 +19,8 @@ class Tiles:
         fold_columns: takes archive tiles into a running softmax with queries in columns.
         fold_rows: the same with queries in rows.
         compact: encodes a head's granules into its pages.
+        unpack: decodes a tile of a head's tokens into plain K and V, so that many queries read it
+            at once. None: tiles are read as fast as they lie.
         encode: of `whole_store`: what numbers of the model become before the cast to the codec's
             dtype. None: they stay as they are.
 
@@ -32,18 +34,21 @@ class Tiles:
         fold_rows: Any,
         compact: Any,
         encode: Any = None,
+        unpack: Any = None,
     ) -> None:
         self.fold_columns, self.fold_rows, self.compact = fold_columns, fold_rows, compact
-        self.encode = encode
+        self.encode, self.unpack = encode, unpack
         self.ASM = os.environ.get("TRITON_INTERPRET") != "1"
 
     @property
     def cache_key(self) -> str:
         """Changes with the functions' code."""
-        functions = (self.fold_columns, self.fold_rows, self.compact, self.encode)
-        return f"{[getattr(one, 'cache_key', None) for one in functions]}"
+        return f"{[getattr(one, 'cache_key', None) for one in self._functions]}"
 
     def __repr__(self) -> str:
-        functions = (self.fold_columns, self.fold_rows, self.compact, self.encode)
-        names = [f"{one.__module__}.{one.__name__}" for one in functions if one is not None]
+        names = [f"{one.__module__}.{one.__name__}" for one in self._functions if one is not None]
         return f"Tiles({names})"
+
+    @property
+    def _functions(self) -> tuple[Any, ...]:
+        return self.fold_columns, self.fold_rows, self.compact, self.encode, self.unpack

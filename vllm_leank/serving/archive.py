@@ -10,6 +10,8 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 
 from vllm_leank.core.pages import CacheLayout
+from vllm_leank.core.window import Window
+from vllm_leank.kernels.scratch import Scratch, needs_scratch
 from vllm_leank.serving.page_backends import PagesBackend
 from vllm_leank.serving.report import log_capacity
 from vllm_leank.serving.scheduler.specs import ArchiveSpec, archive_spec
@@ -52,6 +54,7 @@ class Archive(AttentionLayerBase):
         self.name = f"layers.{plan.first_layers[get_pp_group().rank_in_group]}.archive"
         self.kv_cache = torch.tensor([])
         self._vllm_config = vllm_config
+        self._scratch: Scratch | None = None
         self.num_heads = 1  # vLLM asks every layer
 
     def get_attn_backend(self) -> type[AttentionBackend]:
@@ -74,6 +77,31 @@ class Archive(AttentionLayerBase):
         """
         pages = self.kv_cache.view(len(self.kv_cache), -1).view(torch.uint8)
         return pages[:, offset : offset + layout.archive_page_bytes].view(dtype)
+
+    def scratch(
+        self, layout: CacheLayout, window: Window, query_heads: int, device: torch.device
+    ) -> Scratch | None:
+        """Room for far tokens that are unpacked for prompts, one for all layers of the stage; None
+        where none are. Made while the model is loaded, so that vLLM counts it with the weights.
+
+        Args:
+            layout: of any of the layers.
+            window: the dense window.
+            query_heads: of a layer, on this rank.
+            device: of the layers.
+        """
+        config = self._vllm_config
+        longest = config.model_config.max_model_len
+        if self._scratch is None and needs_scratch(layout, window, longest):
+            self._scratch = Scratch.allocate(
+                layout,
+                query_heads,
+                far=window.boundary(longest) - window.sink,
+                step=config.scheduler_config.max_num_batched_tokens,
+                dtype=config.model_config.dtype,
+                device=device,
+            )
+        return self._scratch
 
 
 def stage_archive(vllm_config: "VllmConfig", context: dict[str, Any]) -> Archive:

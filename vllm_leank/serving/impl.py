@@ -18,6 +18,7 @@ from vllm_leank.core.states import StateLayers
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.channels import LayerChannels, layer_channels
 from vllm_leank.kernels.codecs import codec_of
+from vllm_leank.kernels.scratch import Scratch
 from vllm_leank.serving.archive import Archive, stage_archive
 from vllm_leank.serving.metadata import PagesMetadata
 from vllm_leank.serving.page_backends import window_backend
@@ -76,6 +77,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         self._cache: LayerCache | None = None
         self._bound: tuple[Any, ...] = (None, None)
         self._archive = self._take_archive()
+        self._scratch: Scratch | None = None
 
     def _take_archive(self) -> Archive | None:
         """The archive of the layer's stage, made known to vLLM."""
@@ -100,6 +102,10 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         heads = settings.plan.rank_heads(rank)
         channels = layer_channels(*settings.mask.layer(index, heads))
         self._take_pages(layer, channels, settings.plan.layer(0, rank))
+        device = layer.leank_channels.device
+        if self._archive is not None and device.type == "cuda":
+            like = self._layout, self._window, self.num_heads, device
+            self._scratch = self._archive.scratch(*like)
 
     def _find_layer(self) -> tuple[str, Any]:
         """The attention layer that this is the implementation of, and its name."""
@@ -133,6 +139,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             self.num_heads,
             self._vllm_config.model_config.dtype,
             most_decode_rows(self._vllm_config),
+            self._vllm_config.model_config.max_model_len,
             None if self._sink_scores is None else self._sink_scores.dtype,
         )
         compile_kernels(attention, device, logger.info)
@@ -192,6 +199,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
                 heads=channels.heads,
                 window=self._window,
                 sink_scores=self._sink_scores,
+                scratch=self._scratch if any(self._layout.heads) else None,
             )
         assert self._cache is not None
         return self._cache
