@@ -50,8 +50,23 @@ class Channels:
         fp32 `[..., stored]`: the others are their means.
         """
         known = self.mean[stored.shape[-1] :].expand(*stored.shape[:-1], -1)
-        whole = stored.new_empty((*stored.shape[:-1], len(self.order)))
-        whole[..., self.order] = torch.cat((stored, known), dim=-1)
+        return self._in_own_order(torch.cat((stored, known), dim=-1))
+
+    def products(self, queries: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """Products `[..., n, tokens]` of queries `[..., n, head_dim]` with what `complete` makes of
+        the stored channels `[..., tokens, stored]`, which are not completed for it.
+        """
+        queries, count = queries[..., self.order], stored.shape[-1]
+        return queries[..., :count] @ stored.mT + queries[..., count:] @ self.mean[count:, None]
+
+    def sums(self, weights: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """Sums `[..., n, head_dim]` of tokens with weights `[..., n, tokens]`; as `products`."""
+        known = weights.sum(-1, keepdim=True) * self.mean[stored.shape[-1] :]
+        return self._in_own_order(torch.cat((weights @ stored, known), dim=-1))
+
+    def _in_own_order(self, channels: torch.Tensor) -> torch.Tensor:
+        whole = torch.empty_like(channels)
+        whole[..., self.order] = channels
         return whole
 
 

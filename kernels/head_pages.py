@@ -60,16 +60,16 @@ class HeadPages:
             values[self._place(pages, granules)] = 0
         self._side[pages, granules] = codec.empty_side.to(self._side.device)
 
-    def read(self, pages: torch.Tensor) -> Stored:
-        """All granules of these pages, in their order."""
-        side = self._side[pages]
-        nothing = side.new_empty((*side.shape[:2], GRANULE, 0))
-        keys = [keys[pages] for keys in self._keys] or [nothing]
-        values = [
-            values[pages].permute(0, 2, 4, 3, 1).flatten(1, 2) for values in self._values
-        ] or [nothing]
-        parts = torch.cat(keys, dim=-1), torch.cat(values, dim=-1), side
-        return Stored(*(part.flatten(0, 1) for part in parts))
+    def read(self, pages: torch.Tensor, granules: torch.Tensor) -> Stored:
+        """Read granules, `[n]` of each."""
+        side = self._side[pages, granules]
+        nothing = [side.new_empty((len(side), GRANULE, 0))]
+        keys = [keys[pages, granules] for keys in self._keys]
+        place = self._place(pages, granules)
+        values = [values[place].transpose(1, 2) for values in self._values]
+        return Stored(
+            torch.cat(keys or nothing, dim=-1), torch.cat(values or nothing, dim=-1), side
+        )
 
 
 def _columns(chunk: Chunk) -> slice:

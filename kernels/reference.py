@@ -4,17 +4,17 @@ Attention is computed in fp32 whatever the pages' dtype. Only what the window ru
 read, so pages may hold anything elsewhere, NaN included.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from vllm_leank.kernels.batch import Batch, Row
+from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
-from vllm_leank.kernels.codecs.codec import Stored
-from vllm_leank.kernels.sinks import softmax, with_sink_token
+from vllm_leank.kernels.reference_parts import DensePart, PrunedPart, parts_of
+from vllm_leank.kernels.sinks import sinks_of_rows, softmax, with_sink_token
 
 from vllm_leank.core.pages import WINDOW_BLOCK
-from vllm_leank.core.window import GRANULE, Window
+from vllm_leank.core.window import GRANULE
 
 MAX_SCORES = 1 << 24
 """Scores of one KV head's query group that are held at once (64 MiB in fp32)."""
@@ -68,44 +68,26 @@ def attend(
         batch: the step's requests.
         scale: factor of the QK product.
     """
-    for row in batch.rows:
-        exact = min(max(row.exact_until - row.before, 0), row.after - row.before)
-        first = row.queries.start
-        if exact:
-            part = slice(first, first + exact)
-            output[part] = _attend(_attend_dense, query[part], row.before, row, cache, batch, scale)
-        if first + exact < row.queries.stop:
-            rest = slice(first + exact, row.queries.stop)
-            output[rest] = _attend(
-                _attend_pruned, query[rest], row.before + exact, row, cache, batch, scale
-            )
-
-
-def _attend(
-    rule: Callable[..., torch.Tensor],
-    query: torch.Tensor,
-    start: int,
-    row: Row,
-    cache: LayerCache,
-    batch: Batch,
-    scale: float,
-) -> torch.Tensor:
-    """Apply one rule to queries `[n, num_heads, head_dim]` of a request, some at a time."""
     group = query.shape[1] // len(cache.heads)
-    at_once = max(MAX_SCORES // (group * (start + len(query))), 1)
-    parts = [
-        rule(part, start + i * at_once, row, cache, batch, scale)
-        for i, part in enumerate(query.split(at_once))
-    ]
-    return torch.cat(parts).to(query.dtype)
+    dense, pruned = batch.prepared(
+        parts_of, cache.window, cache.layout.archive_block, MAX_SCORES // group
+    )
+    for part in dense:
+        rows = slice(part.first, part.first + part.end - part.start)
+        output[rows] = _attend_dense(query[rows], part, cache, batch, scale)
+    for some in pruned:
+        found = _attend_pruned(query[some.queries], some, cache, scale)
+        output[some.queries] = found.to(output.dtype)
 
 
 def _attend_dense(
-    query: torch.Tensor, start: int, row: Row, cache: LayerCache, batch: Batch, scale: float
+    query: torch.Tensor, part: DensePart, cache: LayerCache, batch: Batch, scale: float
 ) -> torch.Tensor:
-    """Exact causal attention of queries `[n, num_heads, head_dim]` at `start` onwards."""
-    end = start + len(query)
-    key, value = _dense_tokens(cache, batch.window_table[row.table_row], 0, end)
+    """Exact causal attention of queries `[n, num_heads, head_dim]` of a request."""
+    start, end = part.start, part.end
+    pages = batch.window_table[part.table_row, : -(-end // WINDOW_BLOCK)].long()
+    tokens = cache.window_pages[pages].transpose(0, 1).flatten(1, 2)[:, :end].float()
+    key, value = tokens.split(cache.layout.head_dim, dim=-1)
     queries, mask, sink_scores = query.float().transpose(0, 1), None, cache.sink_scores
     if start or sink_scores is not None:
         device = query.device
@@ -122,97 +104,55 @@ def _attend_dense(
         scale=scale,
         enable_gqa=True,
     )
-    return attended[0, ..., : query.shape[-1]].transpose(0, 1)
+    return attended[0, ..., : query.shape[-1]].transpose(0, 1).to(query.dtype)
 
 
 def _attend_pruned(
-    query: torch.Tensor, start: int, row: Row, cache: LayerCache, batch: Batch, scale: float
+    query: torch.Tensor, part: PrunedPart, cache: LayerCache, scale: float
 ) -> torch.Tensor:
-    """Attention by the second rule of queries `[n, num_heads, head_dim]` at `start` onwards."""
-    window, end = cache.window, start + len(query)
-    newest = window.boundary(end)
-    table = batch.window_table[row.table_row]
-    parts = [_dense_tokens(cache, table, *tokens) for tokens in _dense_ranges(window, start, end)]
-    key, value = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
-    hidden, hidden_archived = batch.prepared(_hidden, window, start, end)
+    """Attention by the second rule of the queries of some requests, `[B, Q, num_heads, head_dim]`;
+    fp32, in the same shape.
+    """
+    B, Q, num_heads, D = query.shape
+    H = len(cache.heads)
+    # [B, H, queries of the group, D], head by head
+    queries = (query.float() * scale).transpose(1, 2).reshape(B, H, -1, D)
+    sinks = sinks_of_rows(cache.sink_scores, H, Q)
+    key, value = _dense_tokens(cache, part).split(D, dim=-1)
+    dense_scores = _masked(queries @ key.mT, part.hidden_dense)
+    dense = dense_scores.shape[-1]
 
-    heads = query.float().transpose(0, 1).unflatten(0, (len(cache.heads), -1))
-    sinks = None if cache.sink_scores is None else cache.sink_scores.view(*heads.shape[:2], 1, 1)
-    attended = torch.empty_like(heads)
-    for head, part in enumerate(cache.head_pages):
-        q, sink = heads[head] * scale, None if sinks is None else sinks[head]
-        scores = _masked(q @ key[head].T, hidden)
-        if part is None or newest == window.sink:
-            attended[head] = softmax(scores, sink) @ value[head]
+    attended = torch.empty_like(queries)
+    for head, (channels, pages) in enumerate(zip(cache.heads, cache.head_pages, strict=True)):
+        scores, sink = dense_scores[:, head], None if sinks is None else sinks[head]
+        if pages is None or part.archive_pages is None:
+            attended[:, head] = softmax(scores, sink) @ value[:, head]
             continue
-        archived_key, archived_value = _archived_tokens(
-            cache, batch.archive_table[row.table_row], head, newest
+        stored = pages.read(part.archive_pages, part.granules)
+        far_key, far_value = (
+            one.unflatten(0, (B, -1)).flatten(1, 2) for one in cache.codec.decode(stored, channels)
         )
-        pruned = _masked(q @ archived_key.T, hidden_archived)
-        weights = softmax(torch.cat((scores, pruned), dim=-1), sink)
-        dense = scores.shape[-1]
-        attended[head] = weights[..., :dense] @ value[head] + weights[..., dense:] @ archived_value
-    return attended.flatten(0, 1).transpose(0, 1)
-
-
-def _dense_ranges(window: Window, start: int, end: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Tokens that queries from `start` to `end` read from window pages.
-
-    Those between the first and the last query's boundary are dense for some of the queries and
-    archived for others: they are read from both places, each under its own mask.
-    """
-    return (0, min(window.sink, end)), (min(window.boundary(start + 1), end), end)
-
-
-def _hidden(
-    batch: Batch, window: Window, start: int, end: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Which dense and which archived tokens that are read the queries from `start` to `end` do not
-    see, bool `[end - start, tokens]`; a single query sees them all: None.
-    """
-    if end - start == 1:
-        return None, None
-    device = batch.window_table.device
-    position = torch.arange(start, end, device=device)[:, None]
-    boundary = window.boundary(position + 1)
-    ranges = _dense_ranges(window, start, end)
-    dense_at = torch.cat([torch.arange(*tokens, device=device) for tokens in ranges])
-    sees_dense = (dense_at <= position) & ((dense_at < window.sink) | (dense_at >= boundary))
-    archived_at = torch.arange(window.sink, window.boundary(end), device=device)
-    return ~sees_dense, archived_at >= boundary
+        far_scores = channels.k.products(queries[:, head], far_key)
+        far_scores = _masked(far_scores, part.hidden_archived)
+        weights = softmax(torch.cat((scores, far_scores), dim=-1), sink)
+        attended[:, head] = weights[..., :dense] @ value[:, head]
+        attended[:, head] += channels.v.sums(weights[..., dense:], far_value)
+    return attended.view(B, num_heads, Q, D).transpose(1, 2)
 
 
 def _masked(scores: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
-    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
-
-
-def _dense_tokens(
-    cache: LayerCache, table: torch.Tensor, start: int, end: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of tokens `start` to `end`, fp32 `[num_kv_heads, end - start, head_dim]` each."""
-    first = start // WINDOW_BLOCK
-    pages = cache.window_pages[table[first : -(-end // WINDOW_BLOCK)].long()]
-    tokens = pages.transpose(0, 1).flatten(1, 2)
-    tokens = tokens[:, start - first * WINDOW_BLOCK : end - first * WINDOW_BLOCK].float()
-    key, value = tokens.split(cache.layout.head_dim, dim=-1)
-    return key, value
-
-
-def _archived_tokens(
-    cache: LayerCache, table: torch.Tensor, head: int, end: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of one head, which stores anything, as the archive gives them back: fp32
-    `[end - sink, head_dim]` each, of the tokens from the sink to `end`.
+    """Scores `[B, ..., heads * Q, tokens]` without those of tokens that are hidden,
+    `[B, ..., Q, tokens]`, from each head's queries.
     """
-    block, part = cache.layout.archive_block, cache.head_pages[head]
-    assert part is not None
-    first = cache.window.sink // block
-    stored = part.read(table[first : -(-end // block)].long())
-    begin = cache.window.sink - first * block
-    granules = slice(begin // GRANULE, (end - first * block) // GRANULE)
-    within = Stored(*(field[granules] for field in stored))
-    key, value = cache.codec.decode(within, cache.heads[head])
-    return key.flatten(0, 1), value.flatten(0, 1)
+    if hidden is not None:
+        scores.unflatten(-2, (-1, hidden.shape[-2])).masked_fill_(hidden.unsqueeze(-3), -torch.inf)
+    return scores
+
+
+def _dense_tokens(cache: LayerCache, part: PrunedPart) -> torch.Tensor:
+    """K and V of the tokens that are read dense, fp32 `[B, num_kv_heads, tokens, 2 * head_dim]`."""
+    head = torch.arange(len(cache.heads), device=cache.window_pages.device)[:, None]
+    return cache.window_pages[part.window_pages[:, None], head, part.slots[:, None]].float()
 
 
 def _empty_slots(tokens: range, sink: int, block: int) -> Iterator[int]:

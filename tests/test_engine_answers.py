@@ -138,19 +138,19 @@ def test_preemption_does_not_matter(tiny_llama_dir, mask_of):
     """Requests thrown out of a cache that is too small, and replayed: equal tokens."""
     prompts = prompts_of([30, 300, 33, 20, 96, 50, 128, 64, 40, 31, 25, 10, 45, 5, 28, 60])
     mask = mask_of(tiny_llama_dir)
-    limits = {"max_model_len": 1024, "max_num_seqs": 16}
+    limits = {"max_model_len": 512, "max_num_seqs": 16}
     with engine(tiny_llama_dir, mask, **limits) as leank:
-        unpressed = leank.generate(prompts, 400)
-        one_request = leank.plan.blocks_in_prefill(leank.window, 1024)
+        unpressed = leank.generate(prompts, 200)
+        one_request = leank.plan.blocks_in_prefill(leank.window, 512)
     with engine(tiny_llama_dir, mask, num_gpu_blocks_override=one_request + 2, **limits) as leank:
         outputs_lost = leank.watch_preemptions()
-        assert_same(leank.generate(prompts, 400), unpressed, tolerance_of(mask))
+        assert_same(leank.generate(prompts, 200), unpressed, tolerance_of(mask))
     replayed_across_a_boundary = [lost for lost in outputs_lost if lost > 64]
     assert len(replayed_across_a_boundary) >= 3, f"preempted after outputs: {outputs_lost}"
     pressed = limits | {"num_gpu_blocks_override": one_request + 2}
     with planned_ahead(), engine(tiny_llama_dir, mask, **pressed) as leank:
         outputs_lost, in_flight = leank.watch_preemptions(), leank.watch_steps_in_flight()
-        assert_same(leank.generate(prompts, 400), unpressed, tolerance_of(mask))
+        assert_same(leank.generate(prompts, 200), unpressed, tolerance_of(mask))
     assert sum(lost > 64 for lost in outputs_lost) >= 3, outputs_lost
     assert sum(tokens > 0 for tokens in in_flight) > len(in_flight) / 2
 

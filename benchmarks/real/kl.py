@@ -120,7 +120,8 @@ class Study:
         )
         CONSOLE.print(f"calibrating on {prompts}")
         archives = Archives(checkpoint, model, window, prompts, args.seed)
-        variants = [make() for make in makers(archives, _numbers(args.bits, float), groups)]
+        variants = [archives.of_file(path) for path in args.masks or ()]
+        variants += [make() for make in makers(archives, _numbers(args.bits, float), groups)]
         dense = round(Unrounded().token_bytes(checkpoint.geometry))
         self.results = {
             **header(
@@ -234,6 +235,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--lengths", default="8192", help="of judged prompts, with commas")
     options.add_argument("--variants", default=",".join(GROUPS), help="with commas; default: all")
     options.add_argument("--bits", default="4,2,1.5,1", help="of packed, with commas")
+    options.add_argument("--masks", type=Path, nargs="*", help="files of masks to judge as well")
     options.add_argument("--prompts", type=int, help="to calibrate on; by default as `leank`")
     options.add_argument("--max-tokens", type=int, help="the longest; by default as `leank`")
     options.add_argument("--judged", type=int, default=8, help="samples of kinds seen, per length")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import BitsArray
 from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.select_channels import select_channels
 from vllm_leank.mask.settings import choose_format
@@ -82,6 +84,10 @@ class Archives:
     def measured(self) -> Measured:
         """What `leank mask calibrate` measures."""
         return measure(self.model, self.prompts, self.window, self.seed)
+
+    def of_file(self, path: Path) -> Variant:
+        """A mask that was made before."""
+        return self._served(f"leank {path.stem}", load_mask(path))
 
     def packed(self, bits: float) -> Variant:
         """What `leank mask calibrate --bits` makes."""

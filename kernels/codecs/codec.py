@@ -84,8 +84,8 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, stored: Stored, head: HeadChannels) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of stored granules, fp32, in the shapes of `encode`. Channels that are not stored
-        are their means.
+        """The stored channels of K and of V, fp32 `[n, 32, stored]` each, in the order of
+        `Channels.stored`. The others are their means, which is not for the codec to say.
         """
 
     @property
@@ -133,6 +133,8 @@ class Codec(ABC):
             padded[:tokens] = part
             parts.append(padded.view(granules, GRANULE, part.shape[-1]))
         key, value = parts
-        rounded = self.decode(self.encode(key, value, head), head)
-        key, value = (part.flatten(0, 1)[:tokens] for part in rounded)
-        return key, value
+        key, value = self.decode(self.encode(key, value, head), head)
+        return (
+            head.k.complete(key).flatten(0, 1)[:tokens],
+            head.v.complete(value).flatten(0, 1)[:tokens],
+        )

@@ -68,11 +68,10 @@ class PackedCodec(Codec):
 
     def decode(self, stored: Stored, head: HeadChannels) -> tuple[torch.Tensor, torch.Tensor]:
         scale = stored.side.contiguous().view(torch.float16).float()[..., None]
-        keys = _centred(stored.key, head.k)
-        values = _centred(stored.value, head.v) * scale
+        keys, values = _centred(stored.key, head.k), _centred(stored.value, head.v).mul_(scale)
         return (
-            head.k.complete(keys + head.k.mean[: keys.shape[-1]]),
-            head.v.complete(values + head.v.mean[: values.shape[-1]]),
+            keys.add_(head.k.mean[: keys.shape[-1]]),
+            values.add_(head.v.mean[: values.shape[-1]]),
         )
 
 
@@ -122,6 +121,8 @@ def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes `[..., count]` of bytes."""
+    if bits == 8:
+        return packed
     fields = [(packed >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)]
     return torch.cat(fields, dim=-1)
 
@@ -132,7 +133,7 @@ def _centred(rows: torch.Tensor, channels: Channels) -> torch.Tensor:
     for bits, count in zip(CODE_CLASSES, channels.counts[1:], strict=True):
         width = count * bits // 8
         codes = _unpack(rows[..., first : first + width], bits)
-        parts.append(codes.float() - (2**bits - 1) / 2)
+        parts.append(codes.float().sub_((2**bits - 1) / 2))
         first += width
     centred = torch.cat(parts, dim=-1)
-    return centred * channels.factor[: centred.shape[-1]]
+    return centred.mul_(channels.factor[: centred.shape[-1]])
