@@ -36,7 +36,7 @@ def test_bits_from_built_in_prompts_end_in_a_mask_that_is_found_and_planned(
     assert str(path) in out
     assert "4 built-in prompts of" in err
     assert "tokens (at most 800, --max-tokens)" in err
-    assert re.search(r"sensitivity of each channel: about \d+ seconds more", err)
+    assert re.search(r"what each channel costs: about \d+ seconds more", err)
     mask = load_mask(path)
     assert mask.is_packed
     assert bits - 0.25 < mask.bits <= bits

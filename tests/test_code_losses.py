@@ -1,5 +1,7 @@
 """What channels lose with codes of so many bits, against a direct computation."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_more_bits_leave_less(known):
     far = torch.randn(2, 400, 16, generator=generator)
     for of, mean in ((known.key_errors, "k_mean"), (known.value_errors, "v_mean")):
         errors = [of(0, far, bits).square().mean() for bits in (0, 2, 4, 8)]
-        for worse, better in zip(errors, errors[1:], strict=False):
+        for worse, better in pairwise(errors):
             assert better < 0.5 * worse
         expected = getattr(known.statistics, mean)[0][:, None] - far.double().numpy()
         np.testing.assert_allclose(of(0, far, 0).numpy(), expected, atol=1e-5)

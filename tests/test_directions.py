@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from baselines.directions import DirectionArchive, best_directions, measure_directions
+from baselines.sensitivities import sensitivities
 from test_fisher import WINDOW, prompt, tiny
 
 from vllm_leank.offline.archive import StaticArchive
-from vllm_leank.offline.fisher import sensitivities
+from vllm_leank.offline.fisher import observe_far
 from vllm_leank.offline.rope import NO_ROTATION, rotation_of_model
 from vllm_leank.offline.statistics import ChannelStatistics
 
@@ -44,7 +45,7 @@ def test_coordinates_come_apart(model, found):
         positions = torch.arange(first, first + key.shape[2])
         keys.setdefault(layer, []).append(found.rotation.back(key[0].float(), positions).clone())
 
-    sensitivities(model, PROMPTS, WINDOW, observe=observe)
+    observe_far(model, PROMPTS, WINDOW, observe)
     for layer, parts in keys.items():
         k = torch.cat(parts, dim=1).double().numpy()
         z = np.einsum("hij,htj->hti", found.forth[layer], k - found.mean[layer][:, None])

@@ -1,15 +1,16 @@
-"""Sensitivities against a direct computation, on tiny random models."""
+"""Gradients of far K and V against a direct computation, on tiny random models."""
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from baselines.sensitivities import sensitivities
 from tiny_models import make_sinks_felt
 
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.offline.attention_hook import hooked_attention
-from vllm_leank.offline.fisher import draw_labels, sensitivities
+from vllm_leank.offline.fisher import draw_labels, observe_far
 
 WINDOW = Window(sink=32, recent=32)
 QUERIES = 24
@@ -103,15 +104,15 @@ def test_sums_of_squared_gradients_are_those_of_a_direct_computation(model_type)
     assert found.key.min() > 0
 
 
-def test_far_tokens_are_shown_on_the_way():
+def test_far_tokens_are_shown():
     seen = []
     model = tiny()
-    sensitivities(
+    observe_far(
         model,
         [prompt(150)],
         WINDOW,
+        lambda layer, first, key, value: seen.append((layer, first, key, value)),
         queries=QUERIES,
-        observe=lambda layer, first, key, value: seen.append((layer, first, key, value)),
     )
     assert [(layer, first) for layer, first, _, _ in seen] == [(0, 32), (1, 32)]
     cache = model(torch.tensor([prompt(150)[:-QUERIES]])).past_key_values

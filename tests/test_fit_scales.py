@@ -8,6 +8,8 @@ from vllm_leank.core.formats.packed import LEFT, STEPS
 from vllm_leank.offline.fit_scales import TOKENS, KeySample, fitted_scales
 from vllm_leank.offline.quantise import decode, encode
 
+CPU = torch.device("cpu")
+
 
 def loss(values, scale, bits):
     """Mean square of what codes lose, of the variance, per channel."""
@@ -34,7 +36,7 @@ def test_channels_that_turn_get_scales_that_fit():
     assert sample.layer(0).shape == (1, 8 * TOKENS, D)
     mean, scale = (one[None, None].double().numpy() for one in (key.mean(0), key.std(0)))
     for bits in STEPS:
-        found = fitted_scales(sample, mean, scale, bits)
+        found = fitted_scales(sample, mean, scale, bits, CPU)
         before, after = (
             loss(key - key.mean(0), torch.tensor(each[0, 0], dtype=torch.float32), bits)
             for each in (scale, found)
@@ -49,5 +51,5 @@ def test_a_channel_that_never_moves_keeps_its_scale():
     still = torch.full((1, 1, 40, 32), 3.0)
     sample(0, 0, still, still)
     mean, scale = np.full((1, 1, 32), 3.0), np.zeros((1, 1, 32))
-    found = fitted_scales(sample, mean, scale, 4)
+    found = fitted_scales(sample, mean, scale, 4, CPU)
     assert np.array_equal(found, scale)

@@ -25,7 +25,7 @@ from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.mask.bits import BitsArray
 from vllm_leank.offline.archive import StaticArchive
-from vllm_leank.offline.fisher import DRAWS, FarSquares, far_gradients
+from vllm_leank.offline.fisher import DRAWS, FarSquares, far_gradients, observe_far
 from vllm_leank.offline.quantise import round_trip
 from vllm_leank.offline.rope import Rotation
 
@@ -77,7 +77,8 @@ def measure_directions(
             return turned.mT @ turned
 
     passes = 0
-    for products in far_gradients(model, prompts, window, FarProducts, seed=seed, observe=moments):
+    observe_far(model, prompts, window, moments)
+    for products in far_gradients(model, prompts, window, FarProducts, seed=seed):
         for layer, (of_key, _) in products.sums.items():
             moments.gradients[layer] += of_key.double().cpu().numpy()
         passes += DRAWS

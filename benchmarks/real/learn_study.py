@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from baselines.sensitivities import sensitivities
 from rich.console import Console
 
 from vllm_leank.bench.results import header, save_results
@@ -29,10 +30,11 @@ from vllm_leank.learn.distillation import Distiller
 from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, run_stage
 from vllm_leank.mask.checkpoint import DTYPES
 from vllm_leank.mask.file import save_mask
-from vllm_leank.offline.calibrate_bits import measure
 from vllm_leank.offline.calibration_prompts import calibration_prompts
+from vllm_leank.offline.fisher import observe_far
 from vllm_leank.offline.mask_request import MaskRequest
 from vllm_leank.offline.prompts import Sample
+from vllm_leank.offline.statistics import StatisticsMeter
 
 BY_SQUARE = "Fisher information of far K * mean square"
 """Channels that learned masks prune are read as 0."""
@@ -162,7 +164,9 @@ def study(args: argparse.Namespace) -> None:
     prompts = calibration_prompts(
         checkpoint, None, window, max_tokens=args.max_tokens, count=args.prompts, seed=args.seed
     )
-    measured = measure(model, prompts, window, args.seed)
+    meter = StatisticsMeter(checkpoint.geometry, rotation=None)
+    observe_far(model, prompts.ids, window, meter)
+    gradients = sensitivities(model, prompts.ids, window, seed=args.seed)
     held_out = [source(HELD_OUT + i) for i in range(args.held_out)]
     found = Study(args, request, Distiller(model, window), source, held_out, model.device)
     found.results |= {
@@ -176,7 +180,7 @@ def study(args: argparse.Namespace) -> None:
         "window": {"sink": window.sink, "recent": window.recent},
         "fisher": {"score": BY_SQUARE, **prompts.provenance},
     }
-    cost = measured.sensitivities.key * measured.statistics.k_square
+    cost = gradients.key * meter.statistics().k_square
     found.run(cost, lambda: save_results(found.results, args.out))
 
 

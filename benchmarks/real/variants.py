@@ -18,6 +18,7 @@ from baselines.directions import (
 from baselines.kitty import Kitty
 from baselines.kivi import Kivi
 from baselines.rounded_cache import MODEL_BYTES, CacheHook, RoundedCache
+from baselines.sensitivities import Sensitivities, sensitivities
 from baselines.unrounded import Unrounded
 from baselines.vllm_fp8 import VllmFp8
 
@@ -85,6 +86,11 @@ class Archives:
         """What `leank mask calibrate` measures."""
         return measure(self.model, self.prompts, self.window, self.seed)
 
+    @cached_property
+    def _sensitivities(self) -> Sensitivities:
+        """Of single channels."""
+        return sensitivities(self.model, self.prompts.ids, self.window, seed=self.seed)
+
     def of_file(self, path: Path) -> Variant:
         """A mask that was made before."""
         return self._served(f"leank {path.stem}", load_mask(path))
@@ -113,7 +119,7 @@ class Archives:
 
     def with_zeros(self) -> Variant:
         """Channels that are not kept read as 0, and chosen by what that costs, as LeanK has it."""
-        cost = self.measured.sensitivities.key * self.measured.statistics.k_square
+        cost = self._sensitivities.key * self.measured.statistics.k_square
         mask = self._pruning.mask(cost, self.measured.provenance)
         return self._served("leank 70% pruned, zeros", mask)
 
@@ -192,7 +198,7 @@ class Archives:
         self, means: str, statistics: ChannelStatistics, rotation: Rotation | None
     ) -> Variant:
         """What no engine has: kept channels of K, means of the others, and V of all heads."""
-        costs = self.measured.sensitivities.key * statistics.k_scale**2
+        costs = self._sensitivities.key * statistics.k_scale**2
         k_bits = np.where(select_channels(costs, RATIO, ALIGN), 16, 0).astype(np.uint8)
         archive = StaticArchive(k_bits, np.full_like(k_bits, 16), statistics, rotation)
         return Variant(

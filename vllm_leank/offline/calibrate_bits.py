@@ -1,17 +1,17 @@
-"""What masks are made of without training: what each channel costs, by what it is worth.
+"""What masks are made of without training: what each channel costs, with how many bits.
 
-A backward pass per prompt says how much answers depend on each channel of far K and V (`fisher`);
-the same pass adds up what these are like (`statistics`). The cost of knowing a channel by its mean
-alone is sensitivity times variance, and bits go where they save most (`allocate`,
+Prompts are read twice. The first reading tells what far K and V are like (`statistics`), so that
+there are codes for them; the second, by backward passes, what answers lose with codes of 8, 4 and 2
+bits and with means alone (`code_losses`). Bits go where they save most (`allocate`,
 `weigh_layers`).
 
 K's mean is taken after RoPE, one number for all positions, as that is what mask files hold and
 engines read. Scales are standard deviations, K's fitted to its codes (`fit_scales`); of V engines
 store one scale per token beside, in units of these.
 
-Engines do not look at far tokens of heads without any bits, where the cost speaks of reading them
+Engines do not look at far tokens of heads without any bits, where the loss speaks of reading them
 as means. `benchmarks/real/kl.py` measures both: these are heads that hardly look far, and there is
-no difference, while some bits for each of them cost more than they give.
+no difference.
 """
 
 from collections.abc import Mapping
@@ -31,35 +31,32 @@ from vllm_leank.mask.statistics import Statistics
 from vllm_leank.offline.allocate import Allocation, Losses
 from vllm_leank.offline.calibration_prompts import CalibrationPrompts
 from vllm_leank.offline.code_losses import Known, code_losses
-from vllm_leank.offline.fisher import QUERIES, Sensitivities, sensitivities
+from vllm_leank.offline.fisher import QUERIES, observe_far
 from vllm_leank.offline.fit_scales import KeySample, fitted_scales
 from vllm_leank.offline.mask_request import MaskRequest
 from vllm_leank.offline.statistics import ChannelStatistics, StatisticsMeter
 
-BY_VARIANCE = "Fisher information of far K and V * variance"
+BY_LOSS = "squares of gradients times errors of codes, summed over far tokens"
 """What provenances call the costs of channels."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What masks of any number of bits are made of, and what their provenance says of it."""
+    """What masks of any number of bits are made of, and what their provenance says of it.
 
-    sensitivities: Sensitivities
+    Attributes:
+        statistics: of far K and V, scales as standard deviations.
+        k_scales: of K, `[L, H, D]`, fitted to codes of so many bits.
+        k_losses: what channels of K cost, by bits.
+        v_losses: the same of V.
+        provenance: what was read, and how.
+    """
+
     statistics: ChannelStatistics
     k_scales: Mapping[int, npt.NDArray[np.float64]]
     k_losses: Losses
     v_losses: Losses
     provenance: dict[str, Any]
-
-    @property
-    def k_cost(self) -> npt.NDArray[np.float64]:
-        """What it costs to know a channel of K by its mean alone, `[L, H, D]`."""
-        return self.sensitivities.key * self.statistics.k_scale**2
-
-    @property
-    def v_cost(self) -> npt.NDArray[np.float64]:
-        """The same of V."""
-        return self.sensitivities.value * self.statistics.v_scale**2
 
     def for_codes(self, chosen: Allocation) -> Statistics:
         """Statistics for a mask of these bits."""
@@ -72,7 +69,7 @@ class Measured:
 def measure(
     model: transformers.PreTrainedModel, prompts: CalibrationPrompts, window: Window, seed: int = 0
 ) -> Measured:
-    """Sensitivities and statistics of a model's channels over prompts.
+    """Statistics of a model's channels over prompts, and what answers lose with codes of them.
 
     Raises:
         UserError: no prompt has far tokens, or the model's attention cannot be observed.
@@ -83,7 +80,7 @@ def measure(
         for one in (meter, keys):
             one(layer, first, key, value)
 
-    found = sensitivities(model, prompts.ids, window, seed=seed, observe=observe)
+    observe_far(model, prompts.ids, window, observe)
     provenance = {
         "method": "calibrate",
         **prompts.provenance,
@@ -93,17 +90,17 @@ def measure(
     }
     statistics = meter.statistics()
     k_scales = {
-        bits: fitted_scales(keys, statistics.k_mean, statistics.k_scale, bits)
+        bits: fitted_scales(keys, statistics.k_mean, statistics.k_scale, bits, model.device)
         for bits in CODE_CLASSES
     }
     known = Known(statistics, k_scales)
     k_losses, v_losses = code_losses(model, prompts.ids, window, known, seed=seed)
-    return Measured(found, statistics, k_scales, k_losses, v_losses, provenance)
+    return Measured(statistics, k_scales, k_losses, v_losses, provenance)
 
 
 def pruned_mask(request: MaskRequest, measured: Measured) -> Mask:
     """A mask that prunes K as LeanK does, with channels that are pruned read as their means, and
     chosen by what that costs.
     """
-    provenance = measured.provenance | {"score": BY_VARIANCE}
+    provenance = measured.provenance | {"score": BY_LOSS}
     return request.mask(measured.k_losses[0], provenance, measured.statistics.for_mask())

@@ -88,10 +88,10 @@ def code_losses(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[Losses, Losses]:
-    """Losses of the channels of K and of V, means over prompts; else as `fisher.sensitivities`.
+    """Losses of the channels of K and of V, means over prompts and draws.
 
     Raises:
-        UserError: as there.
+        UserError: as `far_gradients`, or gradients are not finite.
     """
     L, H, D = known.statistics.k_mean.shape
     sums = np.zeros((L, 2, len(BITS), 2, H, D))

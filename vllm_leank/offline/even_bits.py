@@ -7,7 +7,13 @@ from vllm_leank.core.geometry import Geometry
 from vllm_leank.mask.bits import check_bits_asked
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.statistics import Statistics
-from vllm_leank.offline.allocate import Allocation, class_widths, side_costs, spread
+from vllm_leank.offline.allocate import (
+    Allocation,
+    by_variance,
+    class_widths,
+    side_costs,
+    spread,
+)
 
 
 def even_bits(layers: int, heads: int, head_dim: int, bits: float) -> Allocation:
@@ -19,7 +25,7 @@ def even_bits(layers: int, heads: int, head_dim: int, bits: float) -> Allocation
     widths = class_widths(head_dim)
     of_side = widths @ np.array(CODE_CLASSES)
     equal = np.ones((1, head_dim))
-    loss = side_costs(equal, widths)[0]
+    loss = side_costs(by_variance(equal), widths)[0]
     sizes = np.add.outer(of_side, of_side)
     losses = np.add.outer(loss, loss)
     wanted = bits * 2 * head_dim

@@ -1,11 +1,9 @@
-"""How much a model's answers depend on each channel of its far K and V.
+"""How much a model's answers depend on its far K and V.
 
 A small error e in K or V of a far token moves the model's next-token distribution by about
 `g^2 e^2 / 2` nats, where `g^2` is the expected squared gradient of the log probability of tokens
-drawn from that distribution (the diagonal of the Fisher information). Summed over far tokens this
-is a channel's sensitivity: times the mean square of what an archive loses of the channel, it is
-what the loss costs. No labels are needed, and one backward pass through the last tokens of a prompt
-tells it of all channels.
+drawn from that distribution (the diagonal of the Fisher information). No labels are needed, and one
+backward pass through the last tokens of a prompt gives the gradients of all channels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import transformers
 
@@ -36,50 +33,6 @@ Observe = Callable[[int, int, torch.Tensor, torch.Tensor], None]
 
 Add = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """What is summed up of far K or V `[H, T, D]` and its gradients."""
-
-
-@dataclass(frozen=True)
-class Sensitivities:
-    """Sums over far tokens of the squared gradient, float64 `[L, H, D]`, means over prompts."""
-
-    key: npt.NDArray[np.float64]
-    value: npt.NDArray[np.float64]
-
-
-def sensitivities(
-    model: transformers.PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    window: Window,
-    *,
-    queries: int = QUERIES,
-    draws: int = DRAWS,
-    chunk: int = 4096,
-    seed: int = 0,
-    observe: Observe | None = None,
-) -> Sensitivities:
-    """Sensitivities of all channels over prompts of token ids; freezes the model's weights.
-
-    All but the last `queries` tokens of a prompt are read with full attention, `chunk` at a time.
-    Far are the tokens that are far for each of the last ones. `observe` gets K and V of them, so
-    that statistics need no reading of their own. Prompts without far tokens are passed over.
-
-    Raises:
-        UserError: no prompt has far tokens, gradients are not finite, or the model has no plain
-            causal attention behind transformers' AttentionInterface.
-    """
-    shape = Geometry.from_hf_config(model.config).shape
-    key, value, passes = np.zeros(shape), np.zeros(shape), 0
-    for squares in far_gradients(
-        model, prompts, window, queries=queries, draws=draws, chunk=chunk, seed=seed,
-        observe=observe,
-    ):  # fmt: skip
-        for layer, (of_key, of_value) in squares.sums.items():
-            key[layer] += of_key.double().cpu().numpy()
-            value[layer] += of_value.double().cpu().numpy()
-        passes += draws
-    if not (np.isfinite(key).all() and np.isfinite(value).all()):
-        raise UserError("gradients of K or V are not finite; try another dtype")
-    return Sensitivities(key / passes, value / passes)
 
 
 @dataclass
@@ -151,15 +104,54 @@ def far_gradients(
     draws: int = DRAWS,
     chunk: int = 4096,
     seed: int = 0,
-    observe: Observe | None = None,
 ) -> Iterator[FarSquares]:
-    """What is summed up of the gradients of far K and V, prompt by prompt; see `sensitivities`.
+    """What `kind` sums up of the gradients of far K and V, over prompts of token ids, one by one;
+    freezes the model's weights.
 
-    `kind` is the hook that sums.
+    All but the last `queries` tokens of a prompt are read with full attention, `chunk` at a time.
+    Far are the tokens that are far for each of the last ones. Prompts without any are passed over.
 
     Raises:
-        UserError: as there, but for gradients that are not finite.
+        UserError: no prompt has far tokens, or the model has no plain causal attention behind
+            transformers' AttentionInterface.
     """
+    read = _read(model, prompts, window, queries, chunk, "what each channel costs")
+    for number, (context, places, rest) in enumerate(read):
+        squares = kind(context, window, places)
+        _draw(model, squares, rest, draws, [seed, number])
+        yield squares
+
+
+def observe_far(
+    model: transformers.PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    window: Window,
+    observe: Observe,
+    *,
+    queries: int = QUERIES,
+    chunk: int = 4096,
+) -> None:
+    """Show `observe` the far K and V of prompts of token ids, the same as `far_gradients` takes.
+
+    Raises:
+        UserError: as there.
+    """
+    for context, places, _ in _read(model, prompts, window, queries, chunk, "means and scales"):
+        far = slice(places.start, places.stop)
+        for layer in range(len(context.geometry.layers)):
+            key, value = context.key(layer), context.value(layer)
+            observe(layer, places.start, key[:, :, far], value[:, :, far])
+
+
+def _read(
+    model: transformers.PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    window: Window,
+    queries: int,
+    chunk: int,
+    what: str,
+) -> Iterator[tuple[Context, range, Sequence[int]]]:
+    """Prompts, read up to their last `queries` tokens, with what is far and these tokens."""
     model.requires_grad_(False).eval()
     context = Context(Geometry.from_hf_config(model.config))
     far = [ids for ids in prompts if _far(window, len(ids) - queries)]
@@ -168,21 +160,9 @@ def far_gradients(
             f"no prompt has far tokens for its last {queries} tokens; give longer prompts, or a "
             "smaller sink or recent"
         )
-    for number, ids in enumerate(reading(far, "sensitivity of each channel")):
+    for ids in reading(far, what):
         read_prompt(model, context, ids[:-queries], chunk)
-        places = _far(window, context.length)
-        if observe is not None:
-            for layer in range(len(context.geometry.layers)):
-                part = slice(places.start, places.stop)
-                observe(
-                    layer,
-                    places.start,
-                    context.key(layer)[:, :, part],
-                    context.value(layer)[:, :, part],
-                )
-        squares = kind(context, window, places)
-        _draw(model, squares, ids[-queries:], draws, [seed, number])
-        yield squares
+        yield context, _far(window, context.length), ids[-queries:]
 
 
 def draw_labels(scores: torch.Tensor, seed: Sequence[int], draw: int) -> torch.Tensor:

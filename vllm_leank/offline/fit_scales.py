@@ -47,13 +47,20 @@ class KeySample:
         return torch.cat(self._kept[layer], dim=1).float()
 
 
-def fitted_scales(sample: KeySample, mean: Array, scale: Array, bits: int) -> Array:
-    """Scales of K, `[L, H, D]`, that codes of so many bits around `mean` lose least with."""
+def fitted_scales(
+    sample: KeySample, mean: Array, scale: Array, bits: int, device: torch.device
+) -> Array:
+    """Scales of K, `[L, H, D]`, that codes of so many bits around `mean` lose least with, tried on
+    `device`.
+    """
     fitted = np.empty_like(scale)
     for layer in range(len(scale)):
-        of_layer = torch.tensor(scale[layer], dtype=torch.float32).clamp(min=2.0**-24)
-        rest = sample.layer(layer) - torch.tensor(mean[layer], dtype=torch.float32)[:, None]
-        fitted[layer] = scale[layer] * _best_factors(rest / of_layer[:, None], bits)
+        middle, of_layer = (
+            torch.tensor(one[layer], dtype=torch.float32, device=device)[:, None]
+            for one in (mean, scale)
+        )
+        rest = sample.layer(layer).to(device) - middle
+        fitted[layer] = scale[layer] * _best_factors(rest / of_layer.clamp(min=2.0**-24), bits)
     return fitted
 
 
@@ -69,8 +76,8 @@ def _best_factors(deviations: torch.Tensor, bits: int) -> Array:
         ]
     )
     if bits == 8:
-        reach = torch.tensor(factors)[:, None, None] * STEPS[bits] * 2 ** (bits - 1)
-        short = reach < MARGIN * deviations.abs().amax(dim=1)
-        losses[short & (torch.tensor(factors) < 1)[:, None, None]] = torch.inf
-    found: Array = np.array(factors)[losses.argmin(dim=0).numpy()]
+        tried = torch.tensor(factors, device=deviations.device)[:, None, None]
+        short = tried * STEPS[bits] * 2 ** (bits - 1) < MARGIN * deviations.abs().amax(dim=1)
+        losses[short & (tried < 1)] = torch.inf
+    found: Array = np.array(factors)[losses.argmin(dim=0).cpu().numpy()]
     return found

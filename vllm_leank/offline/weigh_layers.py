@@ -18,7 +18,7 @@ import transformers
 from vllm_leank.core.window import Window
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.allocate import allocate, left_of
-from vllm_leank.offline.calibrate_bits import BY_VARIANCE, Measured
+from vllm_leank.offline.calibrate_bits import BY_LOSS, Measured
 from vllm_leank.offline.mask_request import BitsRequest
 from vllm_leank.offline.progress import reading
 from vllm_leank.offline.verify.reader import Reader
@@ -147,7 +147,7 @@ def _handed_out(request: BitsRequest, measured: Measured, weights: Array) -> tup
         {bits: loss * weights[:, None, None] for bits, loss in losses.items()} for losses in both
     )
     chosen = allocate(k_losses, v_losses, request.bits)
-    provenance = measured.provenance | {"score": BY_VARIANCE}
+    provenance = measured.provenance | {"score": BY_LOSS}
     if (weights != 1).any():
         provenance["layer_weights"] = [round(float(weight), 3) for weight in weights]
     mask = request.mask(chosen, measured.for_codes(chosen), provenance)
