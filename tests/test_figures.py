@@ -5,15 +5,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from real.kl_picture import FLOOR, draw, drawn
-from real.study_table import lost, merged, points, shared_cells
+from real.kl_picture import FLOOR, draw, drawn, joined
+from real.study_table import lost, merged, points, shared_cells, some
 
 from vllm_leank.errors import UserError
 
 REPO = Path(__file__).parents[1]
 RESULTS = REPO / "benchmarks" / "results"
 
-DENSE, FOUR, TWO = "vLLM, dense", "leank, 4 bits", "leank, 2 bits"
+DENSE, FOUR, TWO, ONE = "vLLM, dense", "leank, 4 bits", "leank, 2 bits", "leank, 1 bit"
 OTHERS = (
     "vLLM fp8",
     "vLLM turboquant_4bit_nc",
@@ -29,7 +29,17 @@ def load(name):
 
 
 def archives():
-    return {row["name"]: row for row in load("kl_qwen_1.5b")["archives"]}
+    """Masks that were served, and caches of others, which an earlier run measured."""
+    found = joined([load("kl_qwen_1.5b_masks"), load("kl_qwen_1.5b")])["archives"]
+    return {row["name"]: row for row in found}
+
+
+def named(name):
+    """A row's name as pages have it."""
+    kind, _, number = name.removeprefix("leank ").partition("_")
+    if not name.startswith("leank "):
+        return name
+    return f"leank, {number} bits" if kind == "bits" else f"leank, {number}% of K pruned"
 
 
 def kl(row, length, kinds="kinds seen"):
@@ -46,11 +56,14 @@ def interval(found):
     return f"{value} ({low} to {high})"
 
 
+ASKED_MOST = "dense", "bits_4", "bits_2"
+
+
 @cache
 def study():
-    """Variants of the study by name, and the cells that all have."""
-    variants = merged(RESULTS / "study_qwen_1.5b")["variants"]
-    return {one["variant"]: one for one in variants}, shared_cells(variants)
+    """Variants of the study by name, and what those were asked that were asked most."""
+    variants = {one["variant"]: one for one in merged(RESULTS / "study_qwen_1.5b")["variants"]}
+    return variants, shared_cells([variants[name] for name in ASKED_MOST])
 
 
 def opening():
@@ -58,10 +71,11 @@ def opening():
     variants, cells = study()
     flash, four = load("serve_bits_4")["variants"]
     two = load("serve_bits_2")["variants"][0]
-    names = FLOOR, "leank packed, 4 bits", "leank packed, 2 bits"
-    for title, name, one, served in zip(
-        (DENSE, FOUR, TWO), names, variants.values(), (flash, four, two), strict=True
+    names = FLOOR, "leank bits_4", "leank bits_2"
+    for title, name, key, served in zip(
+        (DENSE, FOUR, TWO), names, ASKED_MOST, (flash, four, two), strict=True
     ):
+        one = variants[key]
         row, count, rate = archives()[name], served["concurrent"], served["decode"]["tokens_per_s"]
         assert row["token_bytes"] == one["token_bytes"]
         size, requests, speed = f"{row['token_bytes']:,.0f}", str(count), f"{rate:,.0f}"
@@ -74,20 +88,49 @@ def opening():
     for name in OTHERS:
         row = archives()[name]
         size = f"{row['token_bytes']:,.0f} ({row['x']:.1f}x)"
-        yield line(f"{name}, simulated", size, "", kl(row, 8192), kl(row, 30000), "", "")
+        title, found = f"{name}, simulated", ""
+        if one := variants.get(name.replace("vLLM ", "vllm_")):
+            asked, dense = shared_cells([variants["dense"], one]), variants["dense"]
+            title = f"{name}, KL simulated"
+            found = f"{points(one, asked).value:.1f}, dense {points(dense, asked).value:.1f}"
+        yield line(title, size, found, kl(row, 8192), kl(row, 30000), "", "")
 
 
 def kl_rows(directions):
-    """All of the KL file but the archive of 8-bit floats, which is gone."""
     for name, row in archives().items():
-        if name.startswith("directions") is not directions or ", fp8" in name:
+        if name.startswith("directions") is not directions:
             continue
         found = [
             kl(row, length, kinds)
             for length in (8192, 30000)
             for kinds in ("kinds seen", "kinds unseen")
         ]
-        yield line(name, f"{row['token_bytes']:,.0f}", f"{row['x']:.2f}", *found)
+        yield line(named(name), f"{row['token_bytes']:,.0f}", f"{row['x']:.2f}", *found)
+
+
+def cache_rows():
+    """All caches in the study, on the questions that these and dense attention were asked."""
+    variants, _ = study()
+    dense = variants["dense"]
+    for name, one in variants.items():
+        cells = shared_cells([dense, one])
+        title = named(f"leank {name}" if "_" in name and "vllm" not in name else name)
+        size = f"{one['token_bytes']:,.0f} ({dense['token_bytes'] / one['token_bytes']:.1f}x)"
+        found = [f"{points(each, cells).value:.1f}" for each in (dense, one)]
+        gap = interval(lost(one, dense, cells))
+        yield line(title.replace("vllm_", "vLLM "), size, f"{sum(cells.values()):,}", *found, gap)
+
+
+def long_rows():
+    """Long answers: mean tokens, loops and what was said before, greedy and sampled."""
+    for name in ASKED_MOST:
+        ways = load(f"long_qwen_1.5b/{name}")["ways"].values()
+        found = [
+            f"{told['mean_tokens']:,.0f}, {told['loops']} of {told['answers']}, "
+            f"{told['said_before']:.1%}"
+            for told in ways
+        ]
+        yield line(named(f"leank {name}" if "_" in name else name), *found)
 
 
 def study_rows():
@@ -95,8 +138,8 @@ def study_rows():
     variants, cells = study()
     for place in (1, 0):
         for value in sorted({cell[place] for cell in cells}):
-            part = [cell for cell in cells if cell[place] == value]
-            found = [f"{points(one, part).value:.1f}" for one in variants.values()]
+            part = some(cells, value)
+            found = [f"{points(variants[one], part).value:.1f}" for one in ASKED_MOST]
             gaps = [
                 interval(lost(variants[name], variants["dense"], part))
                 for name in ("bits_4", "bits_2")
@@ -131,7 +174,7 @@ def chunk_rows():
     for bits in (4, 2, 1):
         results = load(f"prompt_chunk_packed_{bits}")
         mean = results["means"][0]
-        assert mean["launch"] == "128,128,8,2"
+        assert mean["launch"] == "chosen"
         flash = results["flash_ms"]
         yield line(bits, f"{flash:.2f}", f"{mean['ms']:.2f}", f"{mean['ms'] / flash:.1f}")
 
@@ -139,8 +182,8 @@ def chunk_rows():
 def serve_rows():
     """Engines under load, at the memory of an 80 GB card."""
     flash, four = load("serve_bits_4")["variants"]
-    two = load("serve_bits_2")["variants"][0]
-    for name, one in (("vLLM, FlashAttention 3", flash), (FOUR, four), (TWO, two)):
+    two, last = (load(f"serve_bits_{bits}")["variants"][0] for bits in (2, 1))
+    for name, one in (("vLLM, FlashAttention 3", flash), (FOUR, four), (TWO, two), (ONE, last)):
         decode, dense = one["decode"], flash["decode"]
         cells = str(one["concurrent"]), f"{decode['tokens_per_s']:,.0f}"
         first = f"{one['ttft_s']['median']:.2f}"
@@ -160,6 +203,8 @@ def serve_rows():
         ("README.md", opening),
         ("docs/accuracy.md", lambda: kl_rows(False)),
         ("docs/accuracy.md", study_rows),
+        ("docs/accuracy.md", cache_rows),
+        ("docs/accuracy.md", long_rows),
         ("benchmarks/real/README.md", lambda: kl_rows(True)),
         ("docs/performance.md", packed_rows),
         ("docs/performance.md", chunk_rows),
@@ -173,9 +218,9 @@ def test_rows_are_those_of_the_results(page, rows):
 
 
 def test_the_picture_has_what_engines_have_and_caches_of_others(tmp_path):
-    results = load("kl_qwen_1.5b")
+    results = joined([load("kl_qwen_1.5b_masks"), load("kl_qwen_1.5b")])
     names = [row["name"] for _, row in drawn(results)]
-    assert {"leank packed, 2 bits", "KIVI, 4 bits", "vLLM fp8"} <= set(names)
+    assert {"leank bits_2", "KIVI, 4 bits", "vLLM fp8"} <= set(names)
     assert FLOOR not in names
     assert not any("directions" in name for name in names)
     draw(results, tmp_path / "kl.svg")

@@ -115,7 +115,10 @@ def test_points_are_of_the_questions_that_all_were_asked(tmp_path, capsys):
     first, second = found["variants"]
     assert first["variant"] == "dense"
     cells = shared_cells(found["variants"])
-    assert cells == [("a", 1024), ("b", 1024)]
+    assert cells == {("a", 1024): 2, ("b", 1024): 2}
+    fewer = shared_cells([first, result("few", 50, {("a", 1024): [0.0]})])
+    assert fewer == {("a", 1024): 1}
+    assert points(first, fewer).value == 100
     assert points(first, cells).value == pytest.approx(87.5)
     assert points(second, cells).value == pytest.approx(50)
     assert lost(second, first, cells).value == pytest.approx(37.5)

@@ -2,13 +2,15 @@
 
     PYTHONPATH=benchmarks python -m real.kl_picture kl.json --out kl.png
 
-A panel for each length, texts of the kinds that calibration saw. Left out are archives that engines
-do not have; caches of others are simulated.
+Of several files the first has leank's rows, and caches of others come from all. A panel for each
+length, texts of the kinds that calibration saw. Left out are archives that engines do not have;
+caches of others are simulated.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,19 @@ from real.kl import SEEN
 from vllm_leank.errors import UserError
 
 FLOOR = "nothing rounded"
-OURS = "leank packed", "leank 70% pruned, zeros"
+OURS = "leank packed", "leank bits_", "leank pruned_"
 THEIRS = "vLLM", "KIVI", "Kitty"
+
+
+def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first results, with those rows of the others that it lacks, but for leank's."""
+    first, *others = results
+    rows = {row["name"]: row for row in first["archives"]}
+    for one in others:
+        for row in one["archives"]:
+            if not row["name"].startswith("leank"):
+                rows.setdefault(row["name"], row)
+    return first | {"archives": list(rows.values())}
 
 
 def drawn(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -37,9 +50,11 @@ def drawn(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _label(name: str) -> str:
-    for start in ("leank packed, ", "leank ", "vLLM "):
-        name = name.removeprefix(start)
-    return name.replace("turboquant_", "TurboQuant ").split(", an")[0].removesuffix(", zeros")
+    if name.startswith("leank "):
+        kind, _, number = name.removeprefix("leank packed, ").removeprefix("leank ").partition("_")
+        return f"{number} bits" if kind == "bits" else f"{number}% pruned" if number else kind
+    name = name.removeprefix("vLLM ")
+    return name.replace("turboquant_", "TurboQuant ").split(", an")[0]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -66,10 +81,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.plot(xs, ys, marker, color=color, label=label)
             # Names of bits stand on the left; others on the right, below and above in turn.
             for place, (x, y, (name, row)) in enumerate(zip(xs, ys, rows, strict=True)):
-                left = row["name"].startswith("leank packed")
+                left = row["name"].startswith(OURS[:2])
                 axes.annotate(
                     name, (x, y), fontsize="x-small", textcoords="offset points",
-                    xytext=(-5 if left else 5, 4 if place % 2 else -9),
+                    xytext=(-5 if left else 5, 4 if place % 2 or ours else -9),
                     ha="right" if left else "left",
                 )  # fmt: skip
         if floor:
@@ -92,11 +107,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, help="what real.kl wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="what real.kl wrote")
     parser.add_argument("--out", type=Path, required=True, help="a PNG, SVG or PDF file")
     args = parser.parse_args()
     try:
-        draw(json.loads(args.results.read_text(encoding="utf-8")), args.out)
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
+        draw(joined(found), args.out)
     except (OSError, UserError, ValueError, KeyError) as error:
         sys.exit(f"error: {error}")
 

@@ -23,6 +23,9 @@ from vllm_leank.offline.intervals import Estimate, ratio_estimate
 
 Cell = tuple[str, int]
 
+Asked = dict[Cell, int]
+"""How many questions of each task and length, of which the first are taken."""
+
 
 def merged(folder: Path) -> dict[str, Any]:
     """One result of the files in a folder, dense first.
@@ -53,8 +56,8 @@ def scores_of(variant: dict[str, Any]) -> dict[Cell, list[float]]:
     return {(cell["task"], cell["length"]): cell["scores"] for cell in variant["cells"]}
 
 
-def shared_cells(variants: Sequence[dict[str, Any]]) -> list[Cell]:
-    """Tasks and lengths that all were asked.
+def shared_cells(variants: Sequence[dict[str, Any]]) -> Asked:
+    """What all were asked: studies take the first questions of each task and length.
 
     Raises:
         UserError: there are none.
@@ -62,22 +65,31 @@ def shared_cells(variants: Sequence[dict[str, Any]]) -> list[Cell]:
     cells = set.intersection(*(set(scores_of(one)) for one in variants))
     if not cells:
         raise UserError("the variants have no task and length in common")
-    return sorted(cells, key=lambda cell: (cell[1], cell[0]))
+    return {
+        cell: min(len(scores_of(one)[cell]) for one in variants)
+        for cell in sorted(cells, key=lambda cell: (cell[1], cell[0]))
+    }
 
 
-def points(variant: dict[str, Any], cells: Sequence[Cell]) -> Estimate:
+def some(cells: Asked, value: str | int) -> Asked:
+    """Those of one task or length."""
+    return {cell: count for cell, count in cells.items() if value in cell}
+
+
+def points(variant: dict[str, Any], cells: Asked) -> Estimate:
     """Mean score of all questions, of 100."""
-    scores = [100 * score for cell in cells for score in scores_of(variant)[cell]]
+    found = scores_of(variant)
+    scores = [100 * score for cell, count in cells.items() for score in found[cell][:count]]
     return ratio_estimate(scores, [1.0] * len(scores))
 
 
-def lost(variant: dict[str, Any], dense: dict[str, Any], cells: Sequence[Cell]) -> Estimate:
+def lost(variant: dict[str, Any], dense: dict[str, Any], cells: Asked) -> Estimate:
     """Points that dense has on the same questions and the variant has not."""
     mine, its = scores_of(variant), scores_of(dense)
     gaps = [
         100 * (right - got)
-        for cell in cells
-        for right, got in zip(its[cell], mine[cell], strict=True)
+        for cell, count in cells.items()
+        for right, got in zip(its[cell][:count], mine[cell][:count], strict=True)
     ]
     return ratio_estimate(gaps, [1.0] * len(gaps))
 
@@ -99,9 +111,9 @@ def show(results: dict[str, Any]) -> None:
         row.append(_with_interval(points(one, cells)))
         row.append("-" if dense in (one, None) else _with_interval(lost(one, dense, cells)))
         for length in lengths:
-            row.append(f"{points(one, [cell for cell in cells if cell[1] == length]).value:.1f}")
+            row.append(f"{points(one, some(cells, length)).value:.1f}")
         table.add_row(*row)
-    questions = sum(len(scores_of(variants[0])[cell]) for cell in cells)
+    questions = sum(cells.values())
     Console(width=140).print(table, f"{results['model']}: {questions:,} questions each")
 
 
