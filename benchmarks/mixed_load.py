@@ -1,6 +1,6 @@
 """Prompts that arrive while other requests are answered: engines of one model under equal load.
 
-    python benchmarks/mixed_load.py --model MODEL --variants dense,fp8,mask.yaml \
+    python benchmarks/mixed_load.py --model MODEL --variants dense,mask.yaml \
         --rates 0.5,1 --seconds 90 --minutes 15 --out mixed_load.json
 
 Each variant (`dense`, a mask's file, or a `kv_cache_dtype`) is served by `vllm serve`, one after

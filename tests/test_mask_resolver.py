@@ -12,7 +12,7 @@ from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint, is_path
 from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.file import save_mask
-from vllm_leank.mask.lookup import find_masks, list_masks, resolve_mask
+from vllm_leank.mask.lookup import find_masks, list_masks, mask_of_bits, resolve_mask
 from vllm_leank.mask.mask import Mask
 
 SHORT = Geometry(2, 2, 64, 1e6, None)
@@ -186,7 +186,13 @@ def test_masks_of_the_package_are_valid_and_unambiguous(repo):
     masks = list_masks()
     assert len(masks) == len(list((repo / "masks").rglob("*.yaml")))
     for mask in masks:
-        assert resolve_mask(None, mask.model, mask.geometry).path == mask.path
+        of_model = [one for one in masks if one.model == mask.model]
+        found = resolve_mask(None, mask.model, mask.geometry)
+        assert found.path in [one.path for one in of_model]
+        assert found.bits == max(one.bits for one in of_model)
+        if mask.is_packed:
+            named = mask_of_bits(mask.model, mask.geometry, mask.provenance["bits"])
+            assert named.path == mask.path
 
 
 def test_a_hub_that_does_not_answer_is_not_asked_for_half_a_minute(monkeypatch, tmp_path):
