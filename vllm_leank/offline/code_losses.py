@@ -29,8 +29,10 @@ from vllm_leank.offline.statistics import ChannelStatistics
 
 Array = npt.NDArray[np.float64]
 
-DRAWS = 4
-"""How often labels are drawn for a prompt's last tokens: a backward pass each."""
+DRAWS, ON_CPU = 4, 2
+"""How often labels are drawn for a prompt's last tokens: a backward pass each, which takes a CPU
+long.
+"""
 
 BITS = 0, *CODE_CLASSES
 
@@ -85,14 +87,16 @@ def code_losses(
     window: Window,
     known: Known,
     *,
-    draws: int = DRAWS,
+    draws: int | None = None,
     seed: int = 0,
 ) -> tuple[Losses, Losses]:
-    """Losses of the channels of K and of V, means over prompts and draws.
+    """Losses of the channels of K and of V, means over prompts and draws; by default as many of
+    these as the model's device bears.
 
     Raises:
         UserError: as `far_gradients`, or gradients are not finite.
     """
+    draws = draws or (ON_CPU if model.device.type == "cpu" else DRAWS)
     L, H, D = known.statistics.k_mean.shape
     sums = np.zeros((L, 2, len(BITS), 2, H, D))
     passes = 0
