@@ -96,6 +96,16 @@ def test_what_layers_cost_is_told(checkpoint, model, measured, prompts):
     assert look_at_layers(model, many, prompts[:1], 32).together < seen.together / 10
 
 
+def test_masks_have_the_scales_that_fit_their_codes(checkpoint, model, measured, prompts):
+    mask = weighed_mask(BitsRequest(checkpoint, 3, WINDOW), measured, model, prompts)
+    coded = mask.k_bits > 0
+    deviations = measured.statistics.k_scale.astype(np.float16)
+    assert (mask.statistics.k_scale[coded] != deviations[coded]).any()
+    for bits, scales in measured.k_scales.items():
+        chosen = mask.k_bits == bits
+        assert np.array_equal(mask.statistics.k_scale[chosen], scales[chosen].astype(np.float16))
+
+
 def test_surplus():
     even = np.array([1.0, 2.0, 3.0])
     assert surplus(even, 5 * even) == pytest.approx(np.ones(3))

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_leank.mask.bits import BitsArray
-from vllm_leank.offline.quantise import round_trip, token_scales
+from vllm_leank.offline.quantise import LEAST, round_trip, token_scales
 from vllm_leank.offline.rope import NO_ROTATION, Rotation
 from vllm_leank.offline.statistics import PAGE, ChannelStatistics, page_middles
 
@@ -38,30 +38,30 @@ class StaticArchive:
         """K after RoPE, as it is given back."""
         rotation = self.rotation or NO_ROTATION
         positions = torch.arange(first, first + key.shape[2], device=key.device)
-        mean = _row(self.statistics.k_mean[layer], key)
+        mean = row(self.statistics.k_mean[layer], key)
         turned = rotation.forward(mean, page_middles(positions, self.page))
-        bits = _row(self.k_bits[layer], key)
-        scale = _row(_positive(self.statistics.k_scale[layer]), key)
+        bits = row(self.k_bits[layer], key)
+        scale = row(_positive(self.statistics.k_scale[layer]), key)
         rest = key.float() - turned
         back = turned + round_trip(rest / scale, bits) * scale
         return torch.where(bits == 16, key, back.to(key.dtype))
 
     def value(self, layer: int, value: torch.Tensor) -> torch.Tensor:
         """V, as it is given back."""
-        mean = _row(self.statistics.v_mean[layer], value)
-        bits = _row(self.v_bits[layer], value)
-        scale = _row(_positive(self.statistics.v_scale[layer]), value)
+        mean = row(self.statistics.v_mean[layer], value)
+        bits = row(self.v_bits[layer], value)
+        scale = row(_positive(self.statistics.v_scale[layer]), value)
         rest = (value.float() - mean) / scale
         of_token = token_scales(rest, bits) if self.v_token_scale else 1.0
         back = mean + round_trip(rest / of_token, bits) * of_token * scale
         return torch.where(bits == 16, value, back.to(value.dtype))
 
 
-def _row(of_layer: npt.NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
-    """`[H, D]` as fp32 `[H, 1, D]` on the device of `like`."""
+def row(of_layer: npt.NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
+    """What is known of a layer's channels `[H, D]`, as fp32 `[H, 1, D]` where `like` lies."""
     return torch.tensor(of_layer, dtype=torch.float32, device=like.device)[:, None]
 
 
 def _positive(scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Scales to divide by: a channel that never leaves its mean has a tiny one."""
-    return np.maximum(scale, 2.0**-24)
+    """Scales to divide by."""
+    return np.maximum(scale, LEAST)

@@ -23,8 +23,9 @@ from vllm_leank.core.formats.packed import CODE_CLASSES
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.offline.allocate import Losses
+from vllm_leank.offline.archive import row
 from vllm_leank.offline.fisher import FarSquares, far_gradients
-from vllm_leank.offline.quantise import decode, encode, token_scales
+from vllm_leank.offline.quantise import LEAST, decode, encode, token_scales
 from vllm_leank.offline.statistics import ChannelStatistics
 
 Array = npt.NDArray[np.float64]
@@ -36,9 +37,6 @@ long.
 
 BITS = 0, *CODE_CLASSES
 
-LEAST = 2.0**-24
-"""Scale of a channel that never leaves its mean."""
-
 
 @dataclass(frozen=True)
 class Known:
@@ -49,17 +47,17 @@ class Known:
 
     def key_errors(self, layer: int, key: torch.Tensor, bits: int) -> torch.Tensor:
         """What codes of so many bits make wrong in K `[H, T, D]`, fp32."""
-        rest = key.float() - _row(self.statistics.k_mean[layer], key)
+        rest = key.float() - row(self.statistics.k_mean[layer], key)
         if not bits:
             return -rest
-        return _errors(rest, _row(self.k_scales[bits][layer], key).clamp(min=LEAST), bits)
+        return _errors(rest, row(self.k_scales[bits][layer], key).clamp(min=LEAST), bits)
 
     def value_errors(self, layer: int, value: torch.Tensor, bits: int) -> torch.Tensor:
         """The same of V."""
-        rest = value.float() - _row(self.statistics.v_mean[layer], value)
+        rest = value.float() - row(self.statistics.v_mean[layer], value)
         if not bits:
             return -rest
-        scale = _row(self.statistics.v_scale[layer], value).clamp(min=LEAST)
+        scale = row(self.statistics.v_scale[layer], value).clamp(min=LEAST)
         of_token = token_scales(rest / scale, torch.tensor(bits, device=rest.device))
         return _errors(rest, scale * of_token, bits)
 
@@ -124,8 +122,3 @@ def _squares(gradient: torch.Tensor, errors: Iterable[torch.Tensor]) -> torch.Te
 
 def _errors(rest: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     return decode(encode(rest / scale, bits), bits) * scale - rest
-
-
-def _row(of_layer: Array, like: torch.Tensor) -> torch.Tensor:
-    """`[H, D]` as fp32 `[H, 1, D]` on the device of `like`."""
-    return torch.tensor(of_layer, dtype=torch.float32, device=like.device)[:, None]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_leank.core.formats.packed import STEPS
-from vllm_leank.offline.quantise import decode, encode
+from vllm_leank.offline.quantise import LEAST, decode, encode
 
 Array = npt.NDArray[np.float64]
 
@@ -60,7 +60,7 @@ def fitted_scales(
             for one in (mean, scale)
         )
         rest = sample.layer(layer).to(device) - middle
-        fitted[layer] = scale[layer] * _best_factors(rest / of_layer.clamp(min=2.0**-24), bits)
+        fitted[layer] = scale[layer] * _best_factors(rest / of_layer.clamp(min=LEAST), bits)
     return fitted
 
 

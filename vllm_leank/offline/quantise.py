@@ -7,6 +7,9 @@ outermost steps gets their codes.
 
 import torch
 
+LEAST = 2.0**-24
+"""Scale of a channel that never leaves its mean: everything is divided by scales."""
+
 STEPS = {2: 0.996, 4: 0.335, 8: 1 / 24}
 """Width of a step in standard deviations: the best for a normal distribution at 2 and 4 bits."""
 

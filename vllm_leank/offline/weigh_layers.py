@@ -50,7 +50,7 @@ class Effort:
 
     @classmethod
     def on(cls, device_type: str) -> "Effort":
-        """What takes no longer than the sensitivities did: on a CPU nothing does."""
+        """What takes no longer than measuring what codes lose: on a CPU nothing does."""
         return cls(0, 0, 0) if device_type == "cpu" else cls(2, 6, 64)
 
 
