@@ -9,8 +9,9 @@ rate after the other, and measures. All engines get the same prompts at the same
 sent twice, so nothing is found in a prefix cache. Before that, a few are sent and not measured.
 
 The results are written anew after every cell. The minutes left are shared out evenly among the
-engines to come, and an engine's among its rates; a cell that takes longer is cut off, and its row
-says so. Exits with 1 if a cell is missing.
+engines to come, and an engine's among its rates. Requests of a cell that are not done by then are
+given up: its figures are those of the others, and `failed` counts them. Exits with 1 if a cell is
+missing.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ ROOM = 64
 WARM_UP_SEED = 1000
 """Added to the seed for prompts that are not measured."""
 
+BACKEND = "openai"
+"""What the load generator calls a server of this kind."""
+
 GRACE = 90
 """Seconds after its minutes at which the program ends, whatever it waits for."""
 
@@ -71,11 +75,30 @@ FIGURES = {
 """Our names of the load generator's figures."""
 
 
+@contextlib.contextmanager
+def given_up_after(limit: float) -> Iterator[None]:
+    """Within it, the load generator gives up what is not done `limit` seconds after its start."""
+    from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS, RequestFuncOutput
+
+    ask, until = ASYNC_REQUEST_FUNCS[BACKEND], time.monotonic() + limit
+
+    async def ask_until(*words: Any, **named: Any) -> RequestFuncOutput:
+        begin, left = time.perf_counter(), max(until - time.monotonic(), 0)
+        try:
+            return await asyncio.wait_for(ask(*words, **named), left)
+        except TimeoutError:
+            return RequestFuncOutput(start_time=begin, error=f"not done after {left:.0f} s")
+
+    ASYNC_REQUEST_FUNCS[BACKEND] = ask_until
+    try:
+        yield
+    finally:
+        ASYNC_REQUEST_FUNCS[BACKEND] = ask
+
+
 def load(url: str, args: argparse.Namespace, limit: float, **options: Any) -> dict[str, Any]:
     """Send one load to the server at `url` by the generator of `vllm bench serve`; its result.
-
-    Raises:
-        TimeoutError: it took more than `limit` seconds.
+    Requests that are not done after `limit` seconds count as failed.
     """
     from vllm.benchmarks.serve import add_cli_args, main_async
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -85,6 +108,7 @@ def load(url: str, args: argparse.Namespace, limit: float, **options: Any) -> di
         for name, (least, most) in (("input", args.prompt_tokens), ("output", args.output_tokens))
     }
     options = {
+        "backend": BACKEND,
         "base_url": url,
         "model": args.model,
         "tokenizer": args.tokenizer,
@@ -101,8 +125,8 @@ def load(url: str, args: argparse.Namespace, limit: float, **options: Any) -> di
     add_cli_args(parser)
     parsed = parser.parse_args([*flags(options), "--goodput", *args.goodput])
     # In this process: starting vLLM's command takes as long as some cells.
-    with contextlib.redirect_stdout(sys.stderr):
-        return asyncio.run(asyncio.wait_for(main_async(parsed), limit))
+    with contextlib.redirect_stdout(sys.stderr), given_up_after(limit):
+        return asyncio.run(main_async(parsed))
 
 
 def counters(url: str) -> dict[str, float]:
@@ -119,16 +143,11 @@ def cell(url: str, args: argparse.Namespace, index: int, limit: float) -> dict[s
     prompts = max(1, round(rate * args.seconds))
     found: dict[str, Any] = {"rate": rate, "prompts": prompts}
     before = counters(url)
-    try:
-        result = load(
-            url, args, limit, num_prompts=prompts, request_rate=rate, seed=args.seed + index
-        )
-    except TimeoutError:
-        wait_for_quiet(url, 30)
-        return found | {"error": f"not done after {limit:.0f} s"}
+    result = load(url, args, limit, num_prompts=prompts, request_rate=rate, seed=args.seed + index)
     after = counters(url)
+    wait_for_quiet(url, 30)
     if not result["completed"]:
-        return found | {"error": "every request failed"}
+        return found | {"error": f"no request was done after {limit:.0f} s"}
     found |= {ours: result[theirs] for ours, theirs in FIGURES.items()}
     for name in LATENCIES:
         found[f"{name}_ms"] = {
@@ -166,9 +185,8 @@ def run_engine(
         seconds=until - time.monotonic(),
     )
     with server as (url, start):
-        with contextlib.suppress(TimeoutError):
-            limit = (until - time.monotonic()) / (len(args.rates) + 1)
-            load(url, args, limit, num_prompts=args.warm_up, seed=args.seed + WARM_UP_SEED)
+        limit = (until - time.monotonic()) / (len(args.rates) + 1)
+        load(url, args, limit, num_prompts=args.warm_up, seed=args.seed + WARM_UP_SEED)
         for index in range(len(args.rates)):
             limit = (until - time.monotonic()) / (len(args.rates) - index)
             row = {"variant": one.name, "start_s": start} | cell(url, args, index, limit)
@@ -186,7 +204,7 @@ def summary(row: dict[str, Any]) -> str:
         for one in LATENCIES
     )
     return (
-        f"{name}: {row['completed']} requests in {row['seconds']:.0f} s, "
+        f"{name}: {row['completed']} of {row['prompts']} requests in {row['seconds']:.0f} s, "
         f"{row['output_tokens_per_s']:,.0f} tokens/s, good {row['good_requests_per_s']:.2f}/s, "
         f"ms: {times}"
     )

@@ -41,7 +41,16 @@ class Difference:
     @property
     def size(self) -> float:
         """The largest of all."""
-        return max([*self.drifts, self.gap or 0.0])
+        return max(self._all)
+
+    @property
+    def worst(self) -> int:
+        """Index of the token where it is."""
+        return self._all.index(self.size)
+
+    @property
+    def _all(self) -> list[float]:
+        return [*self.drifts, self.gap or 0.0]
 
 
 def compare(quiet: Answer, now: Answer) -> Difference:

@@ -5,8 +5,9 @@
 
 A variant is `dense`, a mask's file, or `nan:` and a mask's file: then memory that nobody may read
 is NaN (`poisoned_server.py`). `fault:` and a mask's file is a check of the soak itself: blocks in
-use are overwritten now and then, and it must fail. What answers of `dense` differ by is the level
-that the others are compared with, so it comes first. Give all a small pool, for preemptions: with
+use are overwritten now and then, and it must fail. The others may change no larger share of their
+answers than `dense`, so it comes first, or runs at the same time elsewhere: then its results are
+given as --plain. Give all a small pool, for preemptions: with
 --engine-args '{"kv_cache_memory_bytes": 536870912}' a model of 1.5B. Each leaves its results and
 its server's log in FOLDER. Exits with 1 if a soak did not end as it must; FOLDER/verdicts.json says
 which.
@@ -48,6 +49,14 @@ def _name(word: str) -> str:
     return "_".join(filter(None, (kind, Path(mask).name)))
 
 
+def _level(mask: str, args: argparse.Namespace) -> list[str]:
+    """Options that say what changed answers are compared with."""
+    if mask == DENSE:
+        return ["--allow-changed"]
+    plain = args.plain or args.out / f"{DENSE}.json"
+    return ["--plain", str(plain)] if args.plain or plain.exists() else []
+
+
 def soak(word: str, args: argparse.Namespace, until: float) -> str:
     """Start a server, put it under load until about the clock shows `until`; what came of it.
 
@@ -67,12 +76,12 @@ def soak(word: str, args: argparse.Namespace, until: float) -> str:
         program=PROGRAMS.get(kind, VLLM),
     )
     with server as (url, _):
-        plain = args.out / f"{DENSE}.json"
+        level = _level(mask, args)
         minutes = (until - time.monotonic() - STOP) / 60
         command = [
             *(sys.executable, "-P", str(HERE / "soak.py"), "--base-url", url),
             *("--minutes", f"{minutes:.2f}", "--out", str(out)),
-            *(("--plain", str(plain)) if mask != DENSE and plain.exists() else ()),
+            *level,
             *(("--commit", args.commit) if args.commit else ()),
             *shlex.split(args.soak),
         ]
@@ -98,6 +107,7 @@ def main() -> int:
     add("--variants", default=DENSE, help="dense, masks' files, nan:MASK, fault:MASK; with commas")
     add("--minutes", type=float, default=24, help="that all may take")
     add("--engine-args", metavar="JSON", help="more arguments of every engine")
+    add("--plain", type=Path, help="results of `dense`; read when a soak ends")
     add("--soak", default="", metavar="WORDS", help="options of soak.py")
     add("--commit", help="of the code measured; asked of git when not given")
     add("--out", type=Path, required=True, help="folder of the results")

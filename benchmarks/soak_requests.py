@@ -12,6 +12,12 @@ from tqdm import tqdm
 PREFIXES = 4
 """Common beginnings of prompts."""
 
+STEPS = 0.125, 0.25, 0.5, 1, 2, 4, 8
+"""Nats; told is how many answers differ by more than each."""
+
+SHOWN = 8
+"""Tokens that are told of an answer that changed."""
+
 
 class Prompts:
     """Random requests.
@@ -55,7 +61,7 @@ class Watched:
     def __init__(self, prompts: Prompts, count: int) -> None:
         self.requests = [prompts.draw(shared=0.5) for _ in range(count)]
         self.answers: list[Answer] = []
-        self.differences: list[tuple[int, Difference]] = []
+        self.differences: list[tuple[int, list[int], Difference]] = []
 
     async def ask_alone(
         self, ask: Callable[[str, list[int], int], Awaitable[Answer | None]], until: float
@@ -74,28 +80,40 @@ class Watched:
 
     def add(self, number: int, answer: Answer) -> None:
         """Take an answer that came under load."""
-        self.differences.append((number, compare(self.answers[number], answer)))
+        self.differences.append((number, answer.tokens, compare(self.answers[number], answer)))
 
     def found(self, tie: float) -> dict[str, Any]:
         """Counts, and how large the differences were."""
-        drifts = [drift for _, one in self.differences for drift in one.drifts]
-        gaps = [one.gap for _, one in self.differences if one.gap is not None]
-        sizes = [(one.size, number) for number, one in self.differences]
-        changed = sorted((pair for pair in sizes if not pair[0] <= tie), reverse=True)
-        ties = sum(one.gap is not None and one.size <= tie for _, one in self.differences)
+        found = [one for *_, one in self.differences]
+        drifts = [drift for one in found for drift in one.drifts]
+        gaps = [one.gap for one in found if one.gap is not None]
+        changed = [one for one in self.differences if not one[-1].size <= tie]
+        changed.sort(key=lambda one: one[-1].size, reverse=True)
         return {
             "asked_alone": len(self.answers),
-            "compared": len(self.differences),
-            "equal": len(self.differences) - len(gaps),
-            "ties": ties,
+            "compared": len(found),
+            "equal": len(found) - len(gaps),
+            "ties": sum(one.gap is not None and one.size <= tie for one in found),
             "changed": len(changed),
             "tie": tie,
+            "differ_by_more_than": {
+                f"{step:g}": sum(not one.size <= step for one in found) for step in STEPS
+            },
             "largest_gap": max(gaps, default=0.0),
             "median_gap": statistics.median(gaps) if gaps else 0.0,
             "mean_drift": statistics.fmean(drifts) if drifts else 0.0,
             "largest_drift": max(drifts, default=0.0),
-            "changed_most": [
-                {"by": size, "request": number, "prompt_tokens": len(self.requests[number][0])}
-                for size, number in changed[:20]
-            ],
+            "changed_most": [self._told(*one) for one in changed[:20]],
+        }
+
+    def _told(self, number: int, tokens: list[int], one: Difference) -> dict[str, Any]:
+        """Of an answer that changed: by how much, and what it says from its worst token on."""
+        there = slice(one.worst, one.worst + SHOWN)
+        return {
+            "by": one.size,
+            "request": number,
+            "prompt_tokens": len(self.requests[number][0]),
+            "token": one.worst,
+            "quiet": self.answers[number].tokens[there],
+            "now": tokens[there],
         }

@@ -13,7 +13,7 @@ from vllm_leank.offline.far_attention import far_attention
 B, H, GROUP, D = 2, 3, 2, 16
 
 
-def plain(query, key, value, window, factors, blind, scaling, sinks=None):
+def plain(query, key, value, window, factors, blind, scaling, sinks=None, means=None):
     """One query after the other, with a scaled copy of its keys."""
     T, S = query.shape[2], key.shape[2]
     output = torch.zeros(B, T, H * GROUP, D)
@@ -21,7 +21,10 @@ def plain(query, key, value, window, factors, blind, scaling, sinks=None):
         t, kv = S - T + i, head // GROUP
         at = torch.arange(t + 1)
         far = (at >= window.sink) & (at < window.boundary(t + 1))
-        keys = key[b, kv, : t + 1] * torch.where(far[:, None], factors[b, kv], 1.0)
+        own = torch.where(far[:, None], factors[b, kv], 1.0)
+        keys = key[b, kv, : t + 1] * own
+        if means is not None:
+            keys = keys + (1 - own) * means[kv]
         logits = keys @ query[b, head, i] * scaling
         if blind[kv]:
             logits = logits.masked_fill(far, -math.inf)
@@ -73,6 +76,15 @@ def test_sinks_take_a_part_of_the_weights(tensors):
     window, blind = Window(32, 32), torch.tensor([False, True, False])
     sinks = torch.linspace(-1, 7, H * GROUP)
     rest = window, factors, blind, 0.3, sinks
+    found = far_attention(query, [key], [value], *rest)
+    torch.testing.assert_close(found, plain(query, key, value, *rest), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("sink", "recent", "T"), [(32, 32, 70), (0, 64, 5)])
+def test_what_is_not_a_keys_own_is_its_mean(tensors, sink, recent, T):
+    query, key, value, factors = tensors(T, 200)
+    window, blind, means = Window(sink, recent), torch.zeros(H, dtype=torch.bool), 2 * key[0, :, 0]
+    rest = window, factors, blind, 0.3, None, means
     found = far_attention(query, [key], [value], *rest)
     torch.testing.assert_close(found, plain(query, key, value, *rest), rtol=1e-5, atol=1e-5)
 

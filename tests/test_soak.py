@@ -10,6 +10,8 @@ from mixed_load_picture import draw
 from recall.demo import MODEL
 from soak_client import Answer, compare
 from soak_requests import Prompts, Watched
+from soak_verdict import KIND as SOAK
+from soak_verdict import chance_of_more, failed, plain_answers
 from stand_in_tokenizer import tokenizer_for
 from transformers import AutoTokenizer
 
@@ -47,7 +49,42 @@ def test_answers_beyond_a_tie_have_changed():
     found = watched.found(tie=0.125)
     names = ("compared", "equal", "ties", "changed", "largest_gap", "largest_drift")
     assert [found[name] for name in names] == [5, 3, 1, 2, 1.75, 0.25]
-    assert [one["by"] for one in found["changed_most"]] == [1.75, 0.25]
+    assert [found["differ_by_more_than"][step] for step in ("0.125", "0.25", "1", "2")] == [
+        *(2, 1, 1, 0),
+    ]
+    told = [[one[key] for key in ("by", "token", "quiet", "now")] for one in found["changed_most"]]
+    assert told == [[1.75, 2, [7], [8]], [0.25, 1, [6, 7], [6, 7]]]
+
+
+def answers(changed, compared, tie=0.5):
+    return {"changed": changed, "compared": compared, "tie": tie}
+
+
+def test_changed_answers_are_a_fault_where_more_than_plain_vllms_share_changed():
+    # Two boxes of 3 and 2: both changed ones fall on the 3 in 3 of 10 ways, one or two in 9.
+    assert chance_of_more(answers(2, 3), answers(0, 2)) == pytest.approx(3 / 10)
+    assert chance_of_more(answers(1, 3), answers(1, 2)) == pytest.approx(9 / 10)
+    assert chance_of_more(answers(0, 144), answers(2, 219)) == 1
+    fine = {"failed": 0, "probes_changed": 0, "usage_in_pauses": [0.0, 0.0]}
+    for changed, wrong in ((0, False), (30, False), (90, True)):
+        ours = answers(changed, 6000)
+        chance = chance_of_more(ours, answers(4, 1000))
+        assert failed(fine | {"answers": ours, "chance_of_more_changed": chance}) is wrong
+        assert failed(fine | {"answers": ours}) is (changed > 0)
+        assert not failed(fine | {"answers": ours}, allow_changed=True)
+    for fault in ({"failed": 1}, {"probes_changed": 1}, {"usage_in_pauses": [0.0, 0.01]}):
+        assert failed(fine | {"answers": answers(0, 9)} | fault, allow_changed=True)
+
+
+def test_plain_answers_had_the_same_tie(tmp_path):
+    path = tmp_path / "dense.json"
+    path.write_text(json.dumps({"what": SOAK, "answers": answers(1, 200)}))
+    assert plain_answers(path, 0.5) == answers(1, 200)
+    with pytest.raises(UserError, match=r"its tie is 0\.5, not 0\.125"):
+        plain_answers(path, 0.125)
+    path.write_text(json.dumps({"what": SOAK, "answers": answers(0, 0)}))
+    with pytest.raises(UserError, match="no answers"):
+        plain_answers(path, 0.5)
 
 
 def test_a_stand_in_tokenizer_has_a_word_for_each_token(tmp_path):

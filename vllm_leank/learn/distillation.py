@@ -20,16 +20,24 @@ from vllm_leank.offline.prompts import Sample
 class Distiller:
     """Computes the loss of factors on samples, for a model whose weights are frozen by it.
 
-    Prompts are computed `chunk` tokens at a time, which bounds the memory of activations.
+    Prompts are computed `chunk` tokens at a time, which bounds the memory of activations. With
+    `means` of far keys (fp32 `[L, H, D]`) channels are scaled down to these, else to 0.
 
     Raises:
         UserError: the model has no plain causal attention behind transformers' AttentionInterface;
             some of that shows only when `loss` runs it.
     """
 
-    def __init__(self, model: transformers.PreTrainedModel, window: Window, chunk: int = 4096):
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        window: Window,
+        chunk: int = 4096,
+        means: torch.Tensor | None = None,
+    ):
         self.window = window
         self.chunk = chunk
+        self.means = means
         self.model = model.requires_grad_(False).eval()
         self.context = Context(Geometry.from_hf_config(model.config))
 
@@ -70,6 +78,7 @@ class Distiller:
                 None if blind is None else blind[layer].to(query.device),
                 scaling,
                 sink_scores,
+                None if self.means is None else self.means[layer].to(query.device),
             )
 
         with hooked_attention(self.model, attend, context=self.context):

@@ -26,6 +26,7 @@ def far_attention(
     blind: torch.Tensor | None = None,
     scaling: float | None = None,
     sink_scores: torch.Tensor | None = None,
+    means: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention `[B, T, num_heads, D]` of queries `[B, num_heads, T, D]`, computed in fp32.
 
@@ -34,7 +35,8 @@ def far_attention(
     `factors` (fp32 `[H, D]` or `[B, H, D]`; None: 1). Heads where `blind` (bool `[H]` or `[B, H]`)
     do not see them at all: a head that keeps no channel has no V of far tokens either. `scaling` is
     what logits are multiplied by (None: `D ** -0.5`), `sink_scores` `[num_heads]` are the model's
-    attention sinks, if it has any.
+    attention sinks, if it has any. With `means` of far keys (fp32, shaped as `factors`) a factor
+    says how much of a channel is the key's own; the rest is its mean, and not 0.
 
     K is never copied to be scaled: `(q * a) . k` is `q . (a * k)`. Gradients reach everything but
     `blind`. For the backward pass nothing but the arguments is kept; scores are computed again.
@@ -45,7 +47,8 @@ def far_attention(
     outputs = []
     for at in range(0, T, rows):
         block = query[:, :, at : at + rows]
-        args = (block, S - T + at, keys, values, window, factors, blind, scaling, sink_scores)
+        rest = (window, factors, blind, scaling, sink_scores, means)
+        args = (block, S - T + at, keys, values, *rest)
         if torch.is_grad_enabled():
             outputs.append(checkpoint(_attend, *args, use_reentrant=False))
         else:
@@ -63,6 +66,7 @@ def _attend(
     blind: torch.Tensor | None,
     scaling: float | None,
     sink_scores: torch.Tensor | None,
+    means: torch.Tensor | None,
 ) -> torch.Tensor:
     """`far_attention` of the queries at `first` and the positions after it."""
     B, num_heads, T, D = query.shape
@@ -70,6 +74,9 @@ def _attend(
     group = num_heads // H
     near = query.reshape(B, H, group * T, D).float() * (D**-0.5 if scaling is None else scaling)
     far = near if factors is None else near * factors.unsqueeze(-2)
+    of_means = None  # what the logits of all far keys have alike
+    if means is not None:
+        of_means = ((near - far) * means.unsqueeze(-2)).sum(-1, keepdim=True)
     at_query = torch.arange(first, first + T, device=query.device).repeat(group)[:, None]
 
     # Keys that are near for every query, far for every query, and the rest.
@@ -86,7 +93,7 @@ def _attend(
             if kind == "near":
                 scores = near @ k
             elif kind == "far":
-                scores = far @ k
+                scores = far @ k if of_means is None else far @ k + of_means
                 if blind is not None:
                     scores = scores.masked_fill(blind[..., None, None], float("-inf"))
             else:
@@ -95,7 +102,8 @@ def _attend(
                 hidden = at_key > at_query
                 if blind is not None:
                     hidden = hidden | (is_far & blind[..., None, None])
-                scores = torch.where(is_far, far @ k, near @ k).masked_fill(hidden, float("-inf"))
+                scores = far @ k if of_means is None else far @ k + of_means
+                scores = torch.where(is_far, scores, near @ k).masked_fill(hidden, float("-inf"))
             logits.append(scores)
             parts.append(value)
     sinks = sinks_of_rows(sink_scores, H, T)
