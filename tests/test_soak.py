@@ -1,11 +1,13 @@
 """How the soak judges answers, and what servers under load are started with."""
 
+import asyncio
 import json
 import random
 
+import aiohttp
 import pytest
 from engine_server import flags
-from mixed_load import KIND
+from mixed_load import BACKEND, KIND, given_up_after
 from mixed_load_picture import draw
 from recall.demo import MODEL
 from soak_client import Answer, compare
@@ -104,6 +106,23 @@ def test_engine_arguments_as_flags():
         *("--max-num-seqs", "8", "--enforce-eager", "--no-async-scheduling"),
         *("--additional-config", '{"leank": {"sink": 32}}'),
     ]
+
+
+def test_requests_that_are_late_are_given_up():
+    from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS, RequestFuncInput
+
+    async def ask():
+        silent = await asyncio.start_server(lambda *_: asyncio.sleep(60), "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}/v1/completions"
+        request = RequestFuncInput("hello", url, 1, 1, "model")
+        async with silent, aiohttp.ClientSession() as session:
+            with given_up_after(0.3):
+                return await ASYNC_REQUEST_FUNCS[BACKEND](request, session)
+
+    before = ASYNC_REQUEST_FUNCS[BACKEND]
+    found = asyncio.run(asyncio.wait_for(ask(), 30))
+    assert (found.success, found.error) == (False, "not done after 0 s")
+    assert ASYNC_REQUEST_FUNCS[BACKEND] is before
 
 
 def test_the_picture_leaves_out_what_was_not_measured(tmp_path):
