@@ -92,12 +92,39 @@ class Batch(Prepares):
         part = self.part(0, self.num_decodes, self.max_query_len)
         if not (part.query_start_loc_cpu.diff() > 1).any():
             return replace(part, max_query_len=1)
-        return part._per_query()
+        return part.per_query
 
     @cached_property
     def extends(self) -> "Batch":
         """The other requests."""
         return self.part(self.num_decodes, self.num_reqs, self.max_query_len)
+
+    @cached_property
+    def replayed(self) -> bool:
+        """Whether some of the queries come after their prompts, as those of answers do that are
+        computed again. Waits for the device.
+        """
+        return bool((self.seq_lens > self.exact_until).any())
+
+    @cached_property
+    def per_query(self) -> "Batch":
+        """Each query as a request that ends with it; the device is not waited for."""
+        queries = int(self.query_start_loc_cpu[-1] - self.query_start_loc_cpu[0])
+        start = self.local_query_start_loc
+        index = torch.arange(queries + 1, dtype=start.dtype, device=start.device)
+        row = torch.arange(self.num_reqs, device=start.device)
+        row = row.repeat_interleave(start.diff(), output_size=queries)
+        return replace(
+            self,
+            query_start_loc=index,
+            query_start_loc_cpu=torch.arange(queries + 1, dtype=self.query_start_loc_cpu.dtype),
+            seq_lens=self.seq_lens[row] - (start[row + 1] - 1 - index[:-1]),
+            exact_until=self.exact_until[row],
+            window_table=self.window_table[row],
+            archive_table=self.archive_table[row],
+            in_prompt=self.in_prompt[:0],
+            max_query_len=1,
+        )
 
     @cached_property
     def local_query_start_loc(self) -> torch.Tensor:
@@ -136,23 +163,4 @@ class Batch(Prepares):
             archive_table=self.archive_table[first:last],
             in_prompt=self.in_prompt[first:last],
             max_query_len=max_query_len,
-        )
-
-    def _per_query(self) -> "Batch":
-        """Each query as a request that ends with it; the device is not waited for."""
-        queries = int(self.query_start_loc_cpu[-1])
-        start = self.query_start_loc
-        index = torch.arange(queries + 1, dtype=start.dtype, device=start.device)
-        row = torch.arange(self.num_reqs, device=start.device)
-        row = row.repeat_interleave(start.diff(), output_size=queries)
-        return replace(
-            self,
-            query_start_loc=index,
-            query_start_loc_cpu=torch.arange(queries + 1, dtype=self.query_start_loc_cpu.dtype),
-            seq_lens=self.seq_lens[row] - (start[row + 1] - 1 - index[:-1]),
-            exact_until=self.exact_until[row],
-            window_table=self.window_table[row],
-            archive_table=self.archive_table[row],
-            in_prompt=self.in_prompt[:0],
-            max_query_len=1,
         )

@@ -14,6 +14,7 @@ from vllm_leank.kernels.prepared import Prepares
 from vllm_leank.kernels.scratch import Scratch
 
 from vllm_leank.core.pages import CacheLayout
+from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import Window
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class LayerCache(Prepares):
         window: the dense window.
         sink_scores: `[num_heads]`, attention sinks of query heads in any float dtype; None: the
             model has none.
+        selection: how many segments of far tokens a query reads; None: all.
         scratch: room for far tokens that are unpacked for prompts; None: they are not.
     """
 
@@ -43,6 +45,7 @@ class LayerCache(Prepares):
     window: Window
     sink_scores: torch.Tensor | None = None
     scratch: Scratch | None = None
+    selection: Selection | None = None
 
     @cached_property
     def codec(self) -> Codec:

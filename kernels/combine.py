@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from vllm_leank.kernels.common import BATCH_POINTERS, load_sink_scores
-from vllm_leank.kernels.shares import share
+from vllm_leank.kernels.shares import after_prompt, share
 
 
 @triton.jit(
@@ -15,8 +15,8 @@ def combine_kernel(
     programs, archive_units, split_units, stride_o_token, stride_o_head,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
-    ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
-    SPLITS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
+    AFTER_PROMPT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The output of one query head of a request, unless one program has written it already."""
     i_req, i_head = tl.program_id(0), tl.program_id(1)
@@ -26,8 +26,10 @@ def combine_kernel(
     head_units = tl.load(heads_ptr + 3 * head + 2)
     _, _, _, _, splits = share(
         seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-        SINK, RECENT, H, D, TILE, WINDOW_BYTES, ROWS, ONE_WAVE,
+        SINK, RECENT, H, D, TILE, WINDOW_BYTES, ROWS, ONE_WAVE, SELECTION,
     )  # fmt: skip
+    if AFTER_PROMPT:
+        splits = tl.where(after_prompt(seq_lens_ptr, exact_until_ptr, i_req), splits, 1)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if splits != 1:

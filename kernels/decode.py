@@ -15,12 +15,17 @@ from vllm_leank.kernels.fold_columns import fold_window
 from vllm_leank.kernels.launch import DecodeLaunch, choose_decode
 from vllm_leank.kernels.launcher import Launch
 from vllm_leank.kernels.pages import window_tile
+from vllm_leank.kernels.select import select
+from vllm_leank.kernels.shares import after_prompt as is_after_prompt
 from vllm_leank.kernels.shares import share
+
+from vllm_leank.core.selection import Selection
 
 
 @triton.jit(
     do_not_specialize=[
         "archive_units", "split_units", "stride_window_table", "stride_archive_table",
+        "stride_selected",
     ],
     do_not_specialize_on_alignment=BATCH_POINTERS,
 )  # fmt: skip
@@ -31,11 +36,12 @@ def _decode_kernel(
     work_ptr, order_ptr, numbers_ptr, scale_log2, archive_units, split_units,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_window_page, stride_archive_page, stride_side,
-    stride_window_table, stride_archive_table,
+    stride_window_table, stride_archive_table, stride_selected,
     VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
-    ROWS: tl.constexpr, ONE_WAVE: tl.constexpr,
+    ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
+    AFTER_PROMPT: tl.constexpr,
     TILES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
     STAGES: tl.constexpr, WINDOW_STAGES: tl.constexpr, WINDOW_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -52,8 +58,11 @@ def _decode_kernel(
     head_units = tl.load(p_head + 3)
     length, boundary, n_dense, n_archive, splits = share(
         seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-        SINK, RECENT, H, D, TILE, WINDOW_BYTES, ROWS, ONE_WAVE,
+        SINK, RECENT, H, D, TILE, WINDOW_BYTES, ROWS, ONE_WAVE, SELECTION,
     )  # fmt: skip
+    if AFTER_PROMPT:
+        # Others are not for this launch.
+        splits = tl.where(is_after_prompt(seq_lens_ptr, exact_until_ptr, i_req), splits, 0)
     if split < splits:
         i_partial = (i_req * tl.num_programs(1) + i_work).to(tl.int64)
         p_partial = partial_ptr + i_partial * (G * D)
@@ -72,9 +81,14 @@ def _decode_kernel(
             p_q[None, :] + o_d[:, None], mask=(o_g[None, :] < G) & (o_d[:, None] < D), other=0.0
         )  # [D_PAD, G_PAD]
         if n_archive > 0:
-            first = SINK // TILE + n_archive * split // splits
-            last = SINK // TILE + n_archive * (split + 1) // splits
+            first = n_archive * split // splits
+            last = n_archive * (split + 1) // splits
             p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table
+            if SELECTION is None:
+                first += SINK // TILE
+                last += SINK // TILE
+            else:
+                p_table += head * stride_selected
             descs = (d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10)
             for c in tl.static_range(len(VARIANTS)):
                 if variant == VARIANTS[c]:
@@ -83,6 +97,7 @@ def _decode_kernel(
                         head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr,
                         side_ptr, stride_archive_page, stride_side, p_partial,
                         SINK, H, D, D_PAD, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,
+                        SELECTION is not None,
                     )  # fmt: skip
 
         PARTS: tl.constexpr = 32 // WINDOW_TILE
@@ -135,7 +150,12 @@ def _decode_kernel(
 
 
 def decode(
-    query: torch.Tensor, output: torch.Tensor, cache: LayerCache, batch: Batch, scale: float
+    query: torch.Tensor,
+    output: torch.Tensor,
+    cache: LayerCache,
+    batch: Batch,
+    scale: float,
+    after_prompt: bool = False,
 ) -> None:
     """Attention of one query per request; see `reference.attend`.
 
@@ -146,23 +166,56 @@ def decode(
         cache: the layer's pages.
         batch: the step's requests.
         scale: factor of the QK product.
+        after_prompt: whether queries of prompts are left out, and their outputs as they are.
     """
     rows, *heads = query.shape
     num_reqs = min(rows, batch.num_reqs)
     shape = cache.prepared(_shape, num_reqs)
+    # Where segments are selected, a list of them stands for the archive's table.
+    far, selection = batch.archive_table, cache.selection
+    if selection is not None:
+        far = select(query, cache, batch, scale)
     launches = cache.prepared(
-        _launches, shape, *heads, query.stride(), output.stride(), batch.table_strides,
-        scale,
+        _launches, shape, *heads, query.stride(), output.stride(), batch.window_table.stride(0),
+        far.stride()[:2], scale, selection, after_prompt,
     )  # fmt: skip
     if query.is_cuda and torch.cuda.is_current_stream_capturing():
         # A graph needs memory of its own, which stays its own when the batch is gone.
         partial, lse = _scratch(batch, num_reqs, *launches.scratch)
     else:
         partial, lse = batch.prepared(_scratch, num_reqs, *launches.scratch)
-    attend_to = query, output, partial, lse, batch.window_table, batch.archive_table
+    attend_to = query, output, partial, lse, batch.window_table, far
     lengths = batch.seq_lens, batch.exact_until
     launches.attend((num_reqs, shape.programs, 1), *attend_to, *lengths)
     launches.combine((num_reqs, heads[0], 1), output, partial, lse, *lengths)
+
+
+EACH_AT_ONCE = 256
+"""Queries of `decode_each` in a launch: its programs leave results for each."""
+
+
+def decode_each(
+    query: torch.Tensor, output: torch.Tensor, cache: LayerCache, batch: Batch, scale: float
+) -> None:
+    """Attention of all queries of some requests that come after their prompts, each for itself, as
+    where segments are selected no two read the same; other outputs stay as they are.
+
+    Args:
+        query: `[num_tokens, num_heads, head_dim]`, after RoPE.
+        output: like `query`.
+        cache: the layer's pages.
+        batch: the requests, a part of a step.
+        scale: factor of the QK product.
+    """
+    start, each = int(batch.query_start_loc_cpu[0]), batch.per_query
+    for first in range(0, each.num_reqs, EACH_AT_ONCE):
+        last = min(first + EACH_AT_ONCE, each.num_reqs)
+        part, rows = each.prepared(_queries, first, last), slice(start + first, start + last)
+        decode(query[rows], output[rows], cache, part, scale, after_prompt=True)
+
+
+def _queries(batch: Batch, first: int, last: int) -> Batch:
+    return batch.part(first, last, 1)
 
 
 def _shape(cache: LayerCache, num_reqs: int) -> DecodeLaunch:
@@ -195,14 +248,19 @@ def _launches(
     head_dim: int,
     query_strides: tuple[int, ...],
     output_strides: tuple[int, ...],
-    table_strides: tuple[int, int],
+    window_stride: int,
+    far_strides: tuple[int, int],
     scale: float,
+    selection: Selection | None,
+    after_prompt: bool,
 ) -> _Launches:
     layout, window, tables = cache.layout, cache.window, cache.tables
     num_kv_heads = len(layout.profiles)
     group = num_heads // num_kv_heads
     work = tables.work(shape.programs)
     archive, side = cache.archive_pages, cache.side
+    # A launch that may have nothing to do waits for nothing, so nobody may wait for it alone.
+    overlaps = shape.tma and not after_prompt
     shared = {
         "archive_units": tables.archive_units,
         "split_units": shape.split_bytes // 256,
@@ -219,8 +277,10 @@ def _launches(
         "WINDOW_BYTES": layout.itemsize,
         "ROWS": shape.rows,
         "ONE_WAVE": shape.wave,
-        "PDL": shape.tma,
-        "launch_pdl": shape.tma,
+        "SELECTION": None if selection is None else (selection.share, selection.least),
+        "AFTER_PROMPT": after_prompt,
+        "PDL": overlaps,
+        "launch_pdl": overlaps,
     }
     lengths = ("seq_lens_ptr", "exact_until_ptr")
     attend = Launch(
@@ -237,7 +297,8 @@ def _launches(
         stride_q_token=query_strides[0], stride_q_head=query_strides[1],
         stride_window_page=cache.window_pages.stride(0),
         stride_archive_page=archive.stride(0), stride_side=side.stride(0),
-        stride_window_table=table_strides[0], stride_archive_table=table_strides[1],
+        stride_window_table=window_stride, stride_archive_table=far_strides[0],
+        stride_selected=far_strides[1],
         VARIANTS=tables.variants,
         G_PAD=max(triton.next_power_of_2(group), 8),
         BLOCK=layout.archive_block,

@@ -75,14 +75,16 @@ def fold_archive(
     stride_page, stride_side, p_scratch,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
     """Take archive tiles `first` to `last` of a head that keeps `KEPT` channels into the running
     softmax of `N` columns of queries, which see the tokens from `SINK` to `boundary`.
 
     m, l: `[N]`; acc: `[D_PAD, N]`; q: `[D_PAD, N]`; p_q, m_q: `[N]`, the queries and which exist;
-    p_scratch: the program's own memory, not used here.
+    p_scratch: the program's own memory, not used here. SELECTED: no such archive has summaries, by
+    which tiles are selected.
     """
+    tl.static_assert(not SELECTED)
     p_channels = order_ptr + head * D
     k_offset = tl.load(p_head + 2)
     v_offset = k_offset + KEPT * BLOCK

@@ -1,9 +1,19 @@
 """What a step on a GPU launches."""
 
-from vllm_leank.kernels.decode import decode
+from vllm_leank.kernels.decode import decode, decode_each
 from vllm_leank.kernels.extend import extend, piece_queries
 from vllm_leank.kernels.merge import merge
 from vllm_leank.kernels.store import compact, store, update
 from vllm_leank.kernels.unpack import unpack
 
-__all__ = ["compact", "decode", "extend", "merge", "piece_queries", "store", "unpack", "update"]
+__all__ = [
+    "compact",
+    "decode",
+    "decode_each",
+    "extend",
+    "merge",
+    "piece_queries",
+    "store",
+    "unpack",
+    "update",
+]

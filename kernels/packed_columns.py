@@ -106,16 +106,29 @@ def _split_granules(x):
 
 
 @triton.jit
+def _place(p_table, i, exists, TILE: tl.constexpr, BLOCK: tl.constexpr, SELECTED: tl.constexpr):
+    """The page of the `i`th tile that is read, and the tile's number."""
+    if SELECTED:
+        page = tl.load(p_table + 2 * i, mask=exists, other=0)
+        tile = tl.load(p_table + 2 * i + 1, mask=exists, other=0)
+    else:
+        page = tl.load(p_table + i * TILE // BLOCK, mask=exists, other=0)
+        tile = i
+    return page, tile
+
+
+@triton.jit
 def fold_archive(
     m, l, acc, first, last, boundary, q, p_q, m_q, scale_log2,
     head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
     stride_page, stride_side, p_scratch,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     VARIANT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
     """As `fold_columns.fold_archive`, for a head whose fields `VARIANT` describes. It comes first:
-    `m`, `l` and `acc` have taken nothing in yet.
+    `m`, `l` and `acc` have taken nothing in yet. SELECTED: `p_table` has the tiles that are read,
+    places and numbers in turn; `first` and `last` count among these.
 
     Channels change their order in memory of the program's own, fp32 `[N, D]` at `p_scratch`: in
     registers that takes thousands of instructions, and where programs are short, it is fetching
@@ -144,24 +157,23 @@ def fold_archive(
     scaled_rows = tl.zeros([SUM_ROWS, N], tl.float32)
     ones = tl.full([SUM_ROWS, TILE // 2], 1.0, tl.float16)
     # One tile ahead, so that the pipeline of tiles does not wait for the block table.
-    next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
+    page, tile = _place(p_table, first, first < last, TILE, BLOCK, SELECTED)
     for i in tl.range(first, last, num_stages=STAGES):
-        token = i * TILE
-        page = next_page
-        next_page = tl.load(p_table + tl.minimum(i + 1, last - 1) * TILE // BLOCK)
-        slot = token % BLOCK
+        token, slot = tile * TILE, tile * TILE % BLOCK
+        this = page
+        page, tile = _place(p_table, tl.minimum(i + 1, last - 1), True, TILE, BLOCK, SELECTED)
         s = tl.zeros([TILE, N], tl.float32)
         for c in tl.static_range(3):
             if row_bytes(VARIANT, c) > 0:
                 x = load_field(
-                    descs, archive_ptr, page, offset, slot, stride_page, VARIANT, c, TILE, BLOCK,
+                    descs, archive_ptr, this, offset, slot, stride_page, VARIANT, c, TILE, BLOCK,
                     TMA,
                 )  # fmt: skip
                 s = _add_scores(s, x, parts, first_product(VARIANT, c), c, lanes(VARIANT, c), ASM)
         o_token = token + tl.arange(0, TILE)
         seen = (o_token >= SINK) & (o_token < boundary)
         v_scale = scale_tile(
-            descs[10], side_ptr, page, side_offset, slot, stride_side, TILE, BLOCK, TMA
+            descs[10], side_ptr, this, side_offset, slot, stride_side, TILE, BLOCK, TMA
         ).to(tl.float32)
         # Scales of slots that hold no token may hold anything.
         v_scale = tl.where(seen, v_scale, 0.0)
@@ -180,7 +192,7 @@ def fold_archive(
         for c in tl.static_range(3):
             if row_bytes(VARIANT, 3 + c) > 0:
                 x = load_field(
-                    descs, archive_ptr, page, offset, slot, stride_page, VARIANT, 3 + c, TILE,
+                    descs, archive_ptr, this, offset, slot, stride_page, VARIANT, 3 + c, TILE,
                     BLOCK, TMA,
                 )  # fmt: skip
                 for part in tl.static_range(1 << c):

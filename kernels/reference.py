@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.reference_parts import DensePart, PrunedPart, parts_of
+from vllm_leank.kernels.reference_selection import hide_unselected
 from vllm_leank.kernels.sinks import sinks_of_rows, softmax, with_sink_token
 
 from vllm_leank.core.pages import WINDOW_BLOCK
@@ -52,7 +53,11 @@ def compact(cache: LayerCache, batch: Batch) -> None:
     for head, (channels, part) in enumerate(zip(cache.heads, cache.head_pages, strict=True)):
         if part is not None:
             key, value = source[:, head].split(cache.layout.head_dim, dim=-1)
-            part.write(pages, granules, cache.codec.encode(key, value, channels))
+            stored = cache.codec.encode(key, value, channels)
+            part.write(pages, granules, stored)
+            if part.summary_bytes:
+                summaries = cache.codec.summarise(stored, channels, part.summary_bytes)
+                part.write_summaries(pages, granules, summaries)
             part.clear(empty_pages, empty_granules, cache.codec)
 
 
@@ -133,7 +138,10 @@ def _attend_pruned(
             one.unflatten(0, (B, -1)).flatten(1, 2) for one in cache.codec.decode(stored, channels)
         )
         far_scores = channels.k.products(queries[:, head], far_key)
-        far_scores = _masked(far_scores, part.hidden_archived)
+        hidden = part.hidden_archived
+        if cache.selection is not None:
+            hidden = hide_unselected(queries[:, head], pages, part, channels, cache)
+        far_scores = _masked(far_scores, hidden)
         weights = softmax(torch.cat((scores, far_scores), dim=-1), sink)
         attended[:, head] = weights[..., :dense] @ value[:, head]
         attended[:, head] += channels.v.sums(weights[..., dense:], far_value)

@@ -4,15 +4,33 @@ import triton
 import triton.language as tl
 from vllm_leank.kernels.common import boundary_of, dense_pages
 
+from vllm_leank.core.selection import SHARE_UNITS
+
+SHARE = tl.constexpr(SHARE_UNITS)
+
 
 @triton.jit
-def _span(length, exact_until, SINK: tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr):
+def selected(segments, SELECTION: tl.constexpr):
+    """`Selection.count`: of so many far segments, how many are read. `SELECTION` has its
+    `share` and `least`.
+    """
+    wanted = tl.cdiv(segments.to(tl.int64) * SELECTION[0], SHARE).to(tl.int32)
+    return tl.minimum(segments, tl.maximum(wanted, SELECTION[1]))
+
+
+@triton.jit
+def _span(
+    length, exact_until, SINK: tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr,
+    SELECTION: tl.constexpr,
+):  # fmt: skip
     """What the last query of requests reads: the boundary (`SINK` where all is dense), the number
-    of dense pages, and that of archive tiles.
+    of dense pages, and that of archive tiles: of all, or of those that are selected.
     """
     boundary = tl.where(length > exact_until, boundary_of(length, SINK, RECENT), SINK)
     n_dense = dense_pages(length, boundary, SINK)
     n_archive = tl.where(boundary > SINK, tl.cdiv(boundary, TILE) - SINK // TILE, 0)
+    if SELECTION is not None:
+        n_archive = selected(n_archive, SELECTION)
     return boundary, n_dense, n_archive
 
 
@@ -21,7 +39,7 @@ def share(
     seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr, ROWS: tl.constexpr,
-    ONE_WAVE: tl.constexpr,
+    ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
 ):  # fmt: skip
     """What one KV head of a request reads, and over how many of its programs: no more than give
     each `split_units` to read, and, in a batch of at most `ROWS` requests, together one wave.
@@ -35,15 +53,21 @@ def share(
         m_row = o_row < tl.num_programs(0)
         lengths = tl.load(seq_lens_ptr + o_row, mask=m_row, other=0)
         prompts = tl.load(exact_until_ptr + o_row, mask=m_row, other=0)
-        _, n_dense, n_archive = _span(lengths, prompts, SINK, RECENT, TILE)
+        _, n_dense, n_archive = _span(lengths, prompts, SINK, RECENT, TILE, SELECTION)
         total = tl.sum(n_dense * (H * DENSE_UNITS) + n_archive * archive_units, 0)
         split_units = tl.maximum(split_units, tl.cdiv(total, ONE_WAVE))
     length = tl.load(seq_lens_ptr + i_req)
     exact_until = tl.load(exact_until_ptr + i_req)
-    boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE)
+    boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE, SELECTION)
     n_archive = tl.where(head_units > 0, n_archive, 0)
     units = n_dense * DENSE_UNITS + n_archive * head_units
     splits = tl.minimum(splits, tl.cdiv(units, split_units))
     # Each split has a tile; a padded row has no split.
     splits = tl.minimum(splits, tl.maximum(n_dense, n_archive))
     return length, boundary, n_dense, n_archive, splits
+
+
+@triton.jit
+def after_prompt(seq_lens_ptr, exact_until_ptr, i_req):
+    """Whether a request's last query comes after its prompt."""
+    return tl.load(seq_lens_ptr + i_req) > tl.load(exact_until_ptr + i_req)

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -17,7 +17,7 @@ from vllm_leank.kernels.batch import MAX_DECODE_QUERIES, Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.channels import first_channels
 from vllm_leank.kernels.codecs import codec_of
-from vllm_leank.kernels.decode import decode
+from vllm_leank.kernels.decode import decode, decode_each
 from vllm_leank.kernels.extend import extend
 from vllm_leank.kernels.launcher import compiling
 from vllm_leank.kernels.merge import merge
@@ -25,7 +25,8 @@ from vllm_leank.kernels.scratch import Scratch, needs_scratch
 from vllm_leank.kernels.store import compact, store, update
 from vllm_leank.kernels.unpack import unpack
 
-from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
+from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout, pages
+from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import Window
 
 
@@ -41,6 +42,7 @@ class Attention:
         max_reqs: most requests of a step.
         longest: most tokens of a request.
         sinks_dtype: of attention sinks; None: the layers have none.
+        selection: of layers that have one; None: none has.
     """
 
     layout: CacheLayout
@@ -50,6 +52,7 @@ class Attention:
     max_reqs: int
     longest: int
     sinks_dtype: torch.dtype | None = None
+    selection: Selection | None = None
 
 
 @cache
@@ -78,18 +81,25 @@ def _dry_run(attention: Attention, cache: LayerCache) -> None:
         return torch.empty((count, heads, layout.head_dim), dtype=attention.dtype, device=device)
 
     heads, query_heads = len(layout.profiles), attention.query_heads
+    caches = [cache]
+    if attention.selection is not None:
+        caches.append(replace(cache, selection=attention.selection))
     most = max(attention.max_reqs, 1)
+    width = pages(attention.longest, layout.archive_block)
     for num_reqs in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}):
-        query, batch = tokens(num_reqs, query_heads), _batch(num_reqs, 1, device)
-        decode(query, torch.empty_like(query), cache, batch, scale=1.0)
+        query, batch = tokens(num_reqs, query_heads), _batch(num_reqs, 1, device, width)
+        for one in caches:
+            decode(query, torch.empty_like(query), one, batch, scale=1.0)
         key = tokens(num_reqs, heads)
         update(key, key, cache, batch)
-    prompt = _batch(1, 4 * MAX_DECODE_QUERIES, device)
+    prompt = _batch(1, 4 * MAX_DECODE_QUERIES, device, width)
     count = prompt.max_query_len
     key, query = tokens(count, heads), tokens(count, query_heads)
     store(key, key, cache, prompt)
     compact(cache, prompt)
     output = torch.empty_like(query)
+    for one in caches[1:]:
+        decode_each(query, output, one, prompt, scale=1.0)
     extend(query, output, cache, prompt, scale=1.0)
     if cache.scratch is not None:
         unpack(cache, prompt, cache.scratch.regions(1, 1), 0)
@@ -123,8 +133,10 @@ def _layer_cache(attention: Attention, device: torch.device) -> LayerCache:
     )
 
 
-def _batch(num_reqs: int, queries: int, device: torch.device) -> Batch:
-    """A step in which each request has `queries` tokens, with tables of vLLM's dtypes."""
+def _batch(num_reqs: int, queries: int, device: torch.device, width: int) -> Batch:
+    """A step in which each request has `queries` tokens, with tables of vLLM's dtypes; the
+    archive's has `width` pages for each, as launches that select segments are chosen by it.
+    """
     starts = torch.arange(0, num_reqs * queries + 1, queries, dtype=torch.int32)
     numbers = torch.zeros(num_reqs, dtype=torch.int32, device=device)
     table = torch.zeros((num_reqs, 16), dtype=torch.int32, device=device)
@@ -134,7 +146,7 @@ def _batch(num_reqs: int, queries: int, device: torch.device) -> Batch:
         seq_lens=numbers,
         exact_until=numbers,
         window_table=table,
-        archive_table=table,
+        archive_table=torch.zeros((num_reqs, width), dtype=torch.int32, device=device),
         slots=torch.zeros(num_reqs * queries, dtype=torch.int64, device=device),
         in_prompt=torch.zeros(num_reqs, dtype=torch.bool),
         max_query_len=queries,

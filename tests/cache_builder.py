@@ -23,6 +23,7 @@ from vllm_leank.kernels.codecs.codec import Stored
 from vllm_leank.core.formats import NATIVE, ArchiveFormat
 from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
 from vllm_leank.core.profile import CLASSES, Profile
+from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import GRANULE, Window
 
 
@@ -84,6 +85,7 @@ class CacheBuilder:
         spare_bytes: bytes per token by which an archive page exceeds the layer's part; half of them
             lie before it.
         sinks: whether query heads have attention sinks.
+        selection: how many segments queries read; None: all.
         means: whether there are statistics, so that what is not stored is read as its mean; codes
             need them.
         seed: of everything random.
@@ -103,6 +105,7 @@ class CacheBuilder:
         spare_bytes: int = 64,
         sinks: bool = False,
         means: bool = False,
+        selection: Selection | None = None,
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
@@ -119,7 +122,7 @@ class CacheBuilder:
         together = GRANULE * archive_format.together
         archive_block = -(-archive_block // together) * together
         layout = CacheLayout(profiles, head_dim, dtype.itemsize, archive_block, archive_format)
-        bits, numbers = self._channels(layout, means or archive_format == PACKED)
+        bits, numbers = self._channels(layout, means or archive_format.name == PACKED.name)
         channels = layer_channels(bits["k"], bits["v"], numbers or None).to(device)
         offset = spare_bytes // 2 * archive_block
 
@@ -138,6 +141,7 @@ class CacheBuilder:
             heads=channels.heads,
             window=window,
             sink_scores=self._sinks(len(kept) * group) if sinks else None,
+            selection=selection,
         )
         self._free = list(range(1, num_blocks))
 
@@ -271,6 +275,9 @@ class CacheBuilder:
             if self.cache.layout.profiles[kv_head].stores:
                 far_k, far_v = self.archived(request, kv_head)
                 scores = torch.where(far, q @ far_k.T, scores)
+                if self.cache.selection is not None:
+                    left_out = far & ~self.selected(request, kv_head, far)
+                    scores = scores.masked_fill(left_out, float("-inf"))
             if (sinks := self.cache.sink_scores) is not None:
                 scores = torch.cat((scores, sinks[head].double().expand(length, 1)), dim=-1)
             weights = scores.softmax(-1)[:, :length]
@@ -290,6 +297,32 @@ class CacheBuilder:
             for whole, part in zip(far, rounded, strict=True):
                 whole[sink:] = part.double()
         return far[0], far[1]
+
+    def selected(self, request: Request, head: int, far: Tensor) -> Tensor:
+        """Which of the far tokens `far` each query of a KV head reads, bool `[length, length]`."""
+        channels, selection = self.cache.heads[head], self.cache.selection
+        assert selection is not None
+        layout, sink = self.cache.layout, self.cache.window.sink
+        count = layout.heads[head].summary_bytes
+        if len(request) - sink < GRANULE:
+            return far
+        summaries = self.cache.codec.summarise(self._stored(request, head), channels, count)
+        queries = request.query[:, head * self._group : (head + 1) * self._group].float()
+        scores = self.cache.codec.score(queries * self.scale, summaries, channels)
+        chosen = torch.zeros_like(far)
+        for position, row in enumerate(scores):
+            best: dict[int, float] = {}
+            for granule, score in enumerate(row.tolist()):
+                token = sink + GRANULE * granule
+                if far[position, token]:
+                    best[token // 64] = max(score, best.get(token // 64, score))
+            # Scores that differ by less than a 65,535th of their range are alike.
+            least, spread = min(best.values(), default=0), max(best.values(), default=0)
+            unit = max(spread - least, 1e-30) / 65535
+            ranked = sorted(best, key=lambda s: (-((best[s] - least) // unit), s))
+            for segment in ranked[: selection.count(len(best))]:
+                chosen[position, 64 * segment : 64 * segment + 64] = True
+        return far & chosen
 
     def archive_bytes(
         self, request: Request, slots: Iterable[int], empty: bool = False
@@ -330,6 +363,10 @@ class CacheBuilder:
                 side = codec.empty_side if empty else stored.side[granule]
                 if len(side):
                     yield run(part.side_offset + slot // GRANULE * len(side), 1, side)
+                if part.summary_bytes and not empty:
+                    head_channels = self.cache.heads[head]
+                    summary = codec.summarise(stored, head_channels, part.summary_bytes)[granule]
+                    yield run(part.summary_offset + slot // GRANULE * len(summary), 1, summary)
 
     def _column(self, slot: int) -> int:
         """Where the token of a slot stands in rows of V: as many granules as belong together take

@@ -13,7 +13,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,12 +29,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_leank.kernels import decode, extend, launch, merge, unpack
+from vllm_leank.kernels import decode, extend, launch, merge, select, store, unpack
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.scratch import Scratch, needs_scratch
 
 from vllm_leank.core.formats import ArchiveFormat, known_formats
+from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import Window
 
 KEPT = {64: (0, 48), 128: (0, 96), 256: (0, 240)}
@@ -141,18 +143,46 @@ def stack_bytes(cubin: bytes) -> int | None:
     return max(map(int, re.findall(r"STACK:(\d+)", usage)))
 
 
+KERNELS = (
+    (decode, "_decode_kernel"),
+    (decode, "combine_kernel"),
+    (extend, "_extend_kernel"),
+    (merge, "_merge_kernel"),
+    (unpack, "_unpack_kernel"),
+    (store, "_update_kernel"),
+    (select, "_score_kernel"),
+    (select, "_pick_kernel"),
+)
+
+
+@contextmanager
+def compiled_for(capability: int, tell: Tell) -> Iterator[None]:
+    """Within it launches are compilations."""
+    device = launch.Device(tma=capability // 10 in launch.TMA_CAPABILITIES)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(launch.Device, "of", return_value=device))
+        for module, name in KERNELS:
+            stand_in = Recorder(getattr(module, name), capability, tell)
+            stack.enter_context(mock.patch.object(module, name, stand_in))
+        yield
+
+
+def tell_of(
+    archive_format: ArchiveFormat, kernel: str, shared: int, stack: int | None, capped: bool
+) -> None:
+    """Print what a kernel takes."""
+    line = {
+        "kernel": kernel, "archive": archive_format.name, "shared": shared, "stack": stack,
+        "capped": capped,
+    }  # fmt: skip
+    print(json.dumps(line), flush=True)
+
+
 def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -> None:
     """Compile a decode step and a prompt that is read pruned, where the format has it with far
     tokens unpacked; with attention sinks for heads of 64, which gpt-oss has.
     """
-
-    def tell(kernel: str, shared: int, stack: int | None, capped: bool) -> None:
-        line = {
-            "kernel": kernel, "archive": archive_format.name, "shared": shared, "stack": stack,
-            "capped": capped,
-        }  # fmt: skip
-        print(json.dumps(line), flush=True)
-
+    tell = partial(tell_of, archive_format)
     window = Window(128, 768, exact=False)
     block = 128 // archive_format.itemsize(2)
     heads = MIXED[head_dim] if archive_format == PACKED else KEPT[head_dim]
@@ -160,22 +190,30 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
         heads, head_dim, 4, window, block, torch.bfloat16, archive_format, sinks=head_dim == 64
     )
     request = builder.add(0, 1100)
-    device = launch.Device(tma=capability // 10 in launch.TMA_CAPABILITIES)
-    stand_in = partial(Recorder, capability=capability, tell=tell)
-    with (
-        mock.patch.object(launch.Device, "of", return_value=device),
-        mock.patch.object(decode, "_decode_kernel", stand_in(decode._decode_kernel)),
-        mock.patch.object(decode, "combine_kernel", stand_in(decode.combine_kernel)),
-        mock.patch.object(extend, "_extend_kernel", stand_in(extend._extend_kernel)),
-        mock.patch.object(merge, "_merge_kernel", stand_in(merge._merge_kernel)),
-        mock.patch.object(unpack, "_unpack_kernel", stand_in(unpack._unpack_kernel)),
-    ):
+    with compiled_for(capability, tell):
         unpacks = needs_scratch(builder.cache.layout, window, longest=1 << 15)
         for tokens, attend in (
             (1000, extend_unpacked if unpacks else extend.extend), (1, decode.decode)
         ):  # fmt: skip
             step = builder.step([(request, tokens)])
             output = torch.empty_like(step.query)
+            attend(step.query, output, builder.cache, step.batch, builder.scale)
+
+
+def compile_selecting(capability: int, head_dim: int, archive_format: ArchiveFormat) -> None:
+    """Compile a step whose queries select what they read, of an archive with summaries."""
+    tell = partial(tell_of, archive_format)
+    builder = CacheBuilder(
+        MIXED[head_dim], head_dim, 4, Window(64, 256), 128, torch.bfloat16, archive_format,
+        selection=Selection(share=1 << 13, least=4),
+    )  # fmt: skip
+    request = builder.add(1000, 1001)
+    builder.step([(request, 1000)])
+    step = builder.step([(request, 1)])
+    with compiled_for(capability, tell):
+        store.update(step.key, step.value, builder.cache, step.batch)
+        output = torch.empty_like(step.query)
+        for attend in decode.decode, decode.decode_each:
             attend(step.query, output, builder.cache, step.batch, builder.scale)
 
 
@@ -197,3 +235,5 @@ if __name__ == "__main__":
     for one in known_formats():
         if one.name in sys.argv[3:]:
             compile_all(capability, head_dim, one)
+            if (summarised := one.summarised()) is not None:
+                compile_selecting(capability, head_dim, summarised)

@@ -214,6 +214,7 @@ def engine(
     sink: int = 32,
     recent: int = 64,
     prefill: str = "exact",
+    pages: float | None = None,
     **args: Any,
 ) -> Iterator[Engine]:
     """An engine on CPU in fp32: with leank and the mask, or, without a mask, plain vLLM."""
@@ -223,6 +224,8 @@ def engine(
             save_mask(mask, path, overwrite=True)
             mask = path
         options = {"mask": str(mask), "sink": sink, "recent": recent, "prefill": prefill}
+        if pages is not None:
+            options["pages"] = pages
         args |= {"attention_backend": "leank", "additional_config": {"leank": options}}
     defaults = {
         "dtype": "float32",

@@ -9,6 +9,8 @@ for how archive formats round:
   channel does not see far keys at all: neither their score nor their V;
 * layers with another attention than full, by the model's config, slide: queries read the last keys;
   what is no attention stays what it is;
+* where segments are selected, a far key is read if its segment of 64 tokens is among the best;
+  as many as `Selection` says;
 * an attention sink of a query head is one more score of each query, to which no V belongs;
 * what is read of far keys and their V was rounded as the archive's format does, by its codec: also
   what stands for channels that are not stored, if the mask has statistics. What that has to be for
@@ -32,6 +34,7 @@ from vllm_leank.kernels.channels import HeadChannels, layer_channels
 from vllm_leank.kernels.codecs import codec_of
 
 from vllm_leank.core.formats import NATIVE, ArchiveFormat
+from vllm_leank.core.selection import Selection
 from vllm_leank.mask.mask import Mask
 
 FULL = ("full_attention", "hybrid")
@@ -39,6 +42,12 @@ FULL = ("full_attention", "hybrid")
 
 GRANULE = 32
 """Tokens by which the boundary moves."""
+
+SEGMENT = 64
+"""Far tokens that are selected together, by their positions."""
+
+DENSE_LAYERS = 2
+"""First layers that read all far tokens."""
 
 QUERY_CHUNK = 256
 """Queries scored at once: bounds the memory of a long sequence."""
@@ -100,6 +109,7 @@ class Rule:
     recent: int
     exact_until: int
     archive_format: ArchiveFormat = NATIVE
+    selection: Selection | None = None
 
 
 def visibility(
@@ -127,6 +137,36 @@ def archived(key: Tensor, value: Tensor, head: HeadChannels, rule: Rule) -> tupl
         rounded = codec_of(rule.archive_format).round(key[rule.sink :], value[rule.sink :], head)
         far_key[rule.sink :], far_value[rule.sink :] = (part.to(dtype) for part in rounded)
     return far_key, far_value
+
+
+def selected(
+    queries: Tensor, key: Tensor, far: Tensor, kv_head: int, layer: int, rule: Rule
+) -> Tensor:
+    """Which of the far keys `far`, `[queries, keys]`, are read: those of the segments of 64 tokens
+    whose summaries score best with all query heads `[group, queries, head_dim]` of the KV head.
+    """
+    head, codec = rule.heads[layer][kv_head], codec_of(rule.archive_format)
+    count = rule.archive_format.summary_bytes(head.profile)
+    granules = (len(key) - rule.sink) // GRANULE
+    if granules < 1 or not count:
+        return far
+    whole = key[rule.sink : rule.sink + granules * GRANULE].unflatten(0, (-1, GRANULE))
+    summaries = codec.summarise(codec.encode(whole, whole, head), head, count)
+    scores = codec.score(queries.transpose(0, 1).float(), summaries, head)
+    chosen = torch.zeros_like(far)
+    for row, of_query in enumerate(scores):
+        best: dict[int, float] = {}
+        for granule, score in enumerate(of_query.tolist()):
+            token = rule.sink + GRANULE * granule
+            if far[row, token]:
+                best[token // SEGMENT] = max(score, best.get(token // SEGMENT, score))
+        # Scores that differ by less than a 65,535th of their range are alike.
+        least, most = min(best.values(), default=0), max(best.values(), default=0)
+        unit = max(most - least, 1e-30) / 65535
+        ranked = sorted(best, key=lambda segment: (-((best[segment] - least) // unit), segment))
+        for segment in ranked[: rule.selection.count(len(best))]:
+            chosen[row, segment * SEGMENT : (segment + 1) * SEGMENT] = True
+    return far & chosen
 
 
 def softmax(scores: Tensor, sinks: Tensor) -> Tensor:
@@ -161,10 +201,16 @@ def masked_attention(
     for start in range(0, num_queries, QUERY_CHUNK):
         rows = range(start, min(start + QUERY_CHUNK, num_queries))
         positions = range(first + rows.start, first + rows.stop)
-        dense, far = visibility(positions, num_keys, rule, key.device)
+        dense, far_of_all = visibility(positions, num_keys, rule, key.device)
         for kv_head in range(key.shape[0]):
             k, v = key[kv_head].to(dtype), value[kv_head].to(dtype)
             k_pruned, v_far = read_back[kv_head]
+            far = far_of_all
+            if rule.selection is not None and layer in list(rule.heads)[DENSE_LAYERS:]:
+                group_queries = query[
+                    kv_head * group : (kv_head + 1) * group, rows.start : rows.stop
+                ]
+                far = selected(group_queries * scaling, key[kv_head], far, kv_head, layer, rule)
             hidden = ~(dense | far) if heads[kv_head].profile.stores else ~dense
             for head in range(kv_head * group, (kv_head + 1) * group):
                 q = query[head, rows.start : rows.stop].to(dtype)
@@ -235,6 +281,7 @@ class Oracle:
         recent: least number of last tokens that stay dense.
         dtype: of weights, activations and cache.
         archive_format: how far tokens are stored.
+        selection: how many segments of far tokens queries read; None: all.
         device: where it computes; results are on the host.
 
     Raises:
@@ -249,6 +296,7 @@ class Oracle:
         recent: int,
         dtype: torch.dtype = torch.float32,
         archive_format: ArchiveFormat = NATIVE,
+        selection: Selection | None = None,
         device: str = "cpu",
     ) -> None:
         if isinstance(model, (str, Path)):
@@ -268,6 +316,7 @@ class Oracle:
         self.sink = sink
         self.recent = recent
         self.archive_format = archive_format
+        self.selection = selection
 
     def logits(self, token_ids: Sequence[int], exact_until: int) -> Tensor:
         """Next-token logits at every position, `[T, vocabulary]` in float32 (one forward)."""
@@ -298,7 +347,9 @@ class Oracle:
         return tokens, torch.stack(rows)
 
     def _rule(self, exact_until: int) -> Rule:
-        return Rule(self.heads, self.sink, self.recent, exact_until, self.archive_format)
+        return Rule(
+            self.heads, self.sink, self.recent, exact_until, self.archive_format, self.selection
+        )
 
     @torch.inference_mode()
     def _forward(self, token_ids: Sequence[int], rule: Rule, cache: Any = None) -> Tensor:

@@ -48,7 +48,8 @@ class Served:
 
 
 def served(word: str, checkpoint: Checkpoint) -> Served:
-    """What a word of `--variants` stands for: `dense`, a mask's file, or a `kv_cache_dtype`.
+    """What a word of `--variants` stands for: `dense`, a mask's file, one with `@` and the leank
+    option `pages`, or a `kv_cache_dtype`.
 
     Raises:
         UserError: the file is no mask.
@@ -57,12 +58,17 @@ def served(word: str, checkpoint: Checkpoint) -> Served:
     dense = 2.0 * MODEL_BYTES * math.prod(geometry.shape)
     if word == DENSE:
         return Served(DENSE, {}, dense)
-    path = Path(word)
+    name, _, pages = word.partition("@")
+    path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         mask = load_mask(path)
-        leank = {"leank": {"mask": str(path.resolve())}}
+        options: dict[str, Any] = {"mask": str(path.resolve())}
+        if pages:
+            options["pages"] = json.loads(pages)
+        leank = {"leank": options}
         arguments = {"attention_backend": "leank", "additional_config": leank}
-        return Served(path.stem, arguments, mask_token_bytes(mask), mask.sink + mask.recent)
+        name = f"{path.stem}_pages_{pages}" if pages else path.stem
+        return Served(name, arguments, mask_token_bytes(mask), mask.sink + mask.recent)
     known = {cache.name.removeprefix("vLLM "): cache for cache in vllm_caches(len(geometry.layers))}
     size = known[word].token_bytes(geometry) if word in known else None
     return Served(f"vllm_{word}", {"kv_cache_dtype": word}, size)
@@ -72,7 +78,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that all studies of engines have."""
     parser.add_argument("--model", required=True, help="directory of the model")
     parser.add_argument(
-        "--variants", default=DENSE, help="dense, masks' files, kv_cache_dtypes; with commas"
+        "--variants",
+        default=DENSE,
+        help="dense, masks' files, MASK@PAGES, kv_cache_dtypes; with commas",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--engine-args", metavar="JSON", help="more arguments of every engine")
@@ -174,6 +182,6 @@ def check_words(words: Sequence[str]) -> None:
     Raises:
         UserError: some do.
     """
-    stems = [Path(word).stem for word in words]
+    stems = [Path(file).stem + pages for file, _, pages in (word.partition("@") for word in words)]
     if twice := {one for one in stems if stems.count(one) > 1}:
         raise UserError(f"--variants names {', '.join(sorted(twice))} twice; rename the file")

@@ -7,15 +7,18 @@ own units. Mean and scale of a channel are the mask's.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 from vllm_leank.kernels.channels import Channels, HeadChannels
 from vllm_leank.kernels.codecs.codec import Codec, DecodeShape, Stored
+from vllm_leank.kernels.codecs.summaries import score_summaries, summary_codes
 from vllm_leank.kernels.codecs.tiles import Tiles
 
 from vllm_leank.core.formats.packed import CODE_CLASSES, LARGEST_SCALE, LEAST_SCALE, STEPS
 from vllm_leank.core.pages import CacheLayout
+from vllm_leank.core.selection import SEGMENT
 from vllm_leank.core.window import GRANULE
 
 FEW_BITS = DecodeShape(
@@ -73,6 +76,34 @@ class PackedCodec(Codec):
             keys.add_(head.k.mean[: keys.shape[-1]]),
             values.add_(head.v.mean[: values.shape[-1]]),
         )
+
+
+class SummarisedCodec(PackedCodec):
+    """The same with summaries of K."""
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        tiles = super().tiles
+        return Tiles(
+            tiles.fold_columns, tiles.fold_rows, tiles.compact, unpack=tiles.unpack, summaries=True
+        )
+
+    def decode_shape(self, layout: CacheLayout) -> DecodeShape:
+        return replace(super().decode_shape(layout), tile=SEGMENT)
+
+    def summarise(self, stored: Stored, head: HeadChannels, count: int) -> torch.Tensor:
+        parts, first = [], 0
+        for bits, channels in zip(CODE_CLASSES, head.k.counts[1:], strict=True):
+            width = channels * bits // 8
+            codes = _unpack(stored.key[..., first : first + width], bits).int()
+            parts.append(summary_codes(codes, bits))
+            first += width
+        return torch.cat(parts, dim=-1)[..., :count]
+
+    def score(
+        self, queries: torch.Tensor, summaries: torch.Tensor, head: HeadChannels
+    ) -> torch.Tensor:
+        return score_summaries(queries, summaries, head.k)
 
 
 def _many_bits(layout: CacheLayout) -> bool:

@@ -23,8 +23,10 @@ class Tiles:
             at once. None: tiles are read as fast as they lie.
         encode: of `whole_store`: what numbers of the model become before the cast to the codec's
             dtype. None: they stay as they are.
+        summaries: whether `compact` writes summaries of K as well.
 
     Attributes:
+        SUMMARIES: `summaries`.
         ASM: whether PTX may be used, which Triton's interpreter does not know.
     """
 
@@ -35,19 +37,22 @@ class Tiles:
         compact: Any,
         encode: Any = None,
         unpack: Any = None,
+        summaries: bool = False,
     ) -> None:
         self.fold_columns, self.fold_rows, self.compact = fold_columns, fold_rows, compact
         self.encode, self.unpack = encode, unpack
+        self.SUMMARIES = summaries
         self.ASM = os.environ.get("TRITON_INTERPRET") != "1"
 
     @property
     def cache_key(self) -> str:
         """Changes with the functions' code."""
-        return f"{[getattr(one, 'cache_key', None) for one in self._functions]}"
+        keys = [getattr(one, "cache_key", None) for one in self._functions]
+        return f"{keys}{self.SUMMARIES}"
 
     def __repr__(self) -> str:
         names = [f"{one.__module__}.{one.__name__}" for one in self._functions if one is not None]
-        return f"Tiles({names})"
+        return f"Tiles({names}, {self.SUMMARIES})"
 
     @property
     def _functions(self) -> tuple[Any, ...]:

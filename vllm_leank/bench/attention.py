@@ -10,7 +10,7 @@ has left in the L2 cache. `eager_ms` is that of one call launched from Python.
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from vllm_leank.bench.flash import FLASH, FLASH_EIGHT_BIT, FlashDecode
 from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.timing import copies_needed, eager_ms, graph_ms, read_limit, release
 from vllm_leank.core.plan import CachePlan, plan_cache
+from vllm_leank.core.selection import Selection
 from vllm_leank.errors import UserError
 from vllm_leank.kernels import reference
 from vllm_leank.kernels.batch import Batch
@@ -46,12 +47,14 @@ class Shape:
         layers: the layers to measure.
         query_heads: query heads of a layer.
         dtype: of the model.
+        selection: how many segments of far tokens are read; None: all.
     """
 
     mask: Mask
     layers: Sequence[int]
     query_heads: int
     dtype: torch.dtype
+    selection: Selection | None = None
 
     def __post_init__(self) -> None:
         if self.query_heads < 1 or self.query_heads % self.kv_heads:
@@ -82,7 +85,7 @@ class Shape:
             self.mask.profiles,
             self.head_dim,
             self.dtype.itemsize,
-            archive_format=choose_format(self.mask),
+            archive_format=choose_format(self.mask, self.selection is not None),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,6 +96,7 @@ class Shape:
             "head_dim": self.head_dim,
             "dtype": str(self.dtype).removeprefix("torch."),
             "layers": list(self.layers),
+            "segments": None if self.selection is None else asdict(self.selection),
         }
 
 
@@ -181,11 +185,12 @@ def _time_flash(
 def _time_layer(shape: Shape, case: Case, query: torch.Tensor, layer: int) -> dict[str, Any]:
     """Time our decode on the pages of a layer of the mask."""
     layout = shape.plan.layer(layer)
-    read = case.read_bytes(layout)
+    read = case.read_bytes(layout, shape.selection)
     device = query.device
     tables = Tables.shuffled(case, layout.archive_block, copies_needed(read, device), device)
     channels = layer_channels(*shape.mask.layer(layer, range(shape.kv_heads)))
     cache = layer_cache(layout, channels, case, tables, shape.dtype)
+    cache = replace(cache, selection=shape.selection)
     output = torch.full_like(query, float("nan"))
     calls = [decode_call(query, output, cache, batch, shape.scale) for batch in tables.batches]
     figures = {

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from vllm_leank.core.pages import CacheLayout, window_token_bytes
-from vllm_leank.core.window import Window
+from vllm_leank.core.selection import SEGMENT, Selection
+from vllm_leank.core.window import GRANULE, Window
 from vllm_leank.errors import UserError
 
 
@@ -30,8 +31,10 @@ class Case:
         window = f"sink {self.window.sink}, recent {self.window.recent}"
         return f"{self.batch} x {self.length:,} tokens, {window}"
 
-    def read_bytes(self, layout: CacheLayout) -> int:
-        """Bytes of K and V (and scales) that a layer's queries have to read, without padding."""
+    def read_bytes(self, layout: CacheLayout, selection: Selection | None = None) -> int:
+        """Bytes of K and V (and scales) that a layer's queries have to read, without padding; where
+        segments are selected, summaries as well.
+        """
         boundary = self.window.boundary(self.length)
         archived = max(boundary - self.window.sink, 0)
         heads, head_dim = len(layout.profiles), layout.head_dim
@@ -40,7 +43,15 @@ class Case:
             layout.archive_format.token_bytes(profile, layout.itemsize)
             for profile in layout.profiles
         )
-        return self.batch * ((self.length - archived) * dense + archived * pruned)
+        read = archived * pruned
+        if selection is not None:
+            summaries = sum(part.summary_bytes for part in layout.heads if part is not None) * (
+                archived // GRANULE
+            )
+            codes = read - summaries
+            segments = -(-archived // SEGMENT)
+            read = codes * selection.count(segments) // max(segments, 1) + summaries
+        return self.batch * ((self.length - archived) * dense + read)
 
     def dense_bytes(self, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
         """Bytes of K and V that dense attention has to read in a layer."""

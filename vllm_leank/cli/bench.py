@@ -41,6 +41,14 @@ def attention(
     layers: Annotated[
         str | None, typer.Option(metavar="0,5,9", help="Layers to measure.", show_default="all")
     ] = None,
+    pages: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE|TOKENS",
+            help="Read this much of far tokens, as the leank option pages.",
+            show_default="all",
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16"], typer.Option(help="Of the model.")
     ] = "bfloat16",
@@ -57,6 +65,7 @@ def attention(
     from vllm_leank.bench.cases import parse_case, parse_layers
     from vllm_leank.bench.machine import require_gpu
     from vllm_leank.bench.results import ATTENTION, describe_mask, header, save_results
+    from vllm_leank.core.selection import Selection, check_pages, whole_or_share
     from vllm_leank.core.window import whole_pages
     from vllm_leank.mask.file import load_mask
 
@@ -68,12 +77,13 @@ def attention(
     recent = loaded.recent if recent is None else recent
     cases = [parse_case(text, sink, recent) for text in case or [f"{batch},{length}"]]
     chosen = parse_layers(layers, len(loaded.geometry.layers))
+    selection = None if pages is None else Selection.of(check_pages(whole_or_share(pages)))
 
     require_gpu("leank bench attention")
     from vllm_leank.bench.attention import DTYPES, Shape, measure
     from vllm_leank.bench.report_attention import print_attention
 
-    shape = Shape(loaded, chosen, query_heads, DTYPES[dtype])
+    shape = Shape(loaded, chosen, query_heads, DTYPES[dtype], selection)
     results = header(ATTENTION, commit) | {"mask": describe_mask(loaded)}
     for measured in measure(
         shape, cases, tell=lambda line: print(line, file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from vllm_leank.core.selection import check_pages
 from vllm_leank.core.window import check_recent, check_sink
 from vllm_leank.errors import UserError, shortened
 
@@ -35,6 +36,8 @@ class Options(pydantic.BaseModel):
         sink: first tokens that stay dense, a multiple of 32; by default the mask's.
         recent: last tokens that stay dense, at least 32; by default the mask's.
         prefill: how prompts are read: with full attention ("exact") or as answers are ("pruned").
+        pages: what a query reads of far tokens: a share of them, as 0.1, or a number of tokens;
+            by default all.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -43,6 +46,7 @@ class Options(pydantic.BaseModel):
     sink: Annotated[int, pydantic.AfterValidator(check_sink)] | None = None
     recent: Annotated[int, pydantic.AfterValidator(check_recent)] | None = None
     prefill: Literal["exact", "pruned"] = "exact"
+    pages: Annotated[float | int, pydantic.AfterValidator(check_pages)] | None = None
 
 
 def parse_options(additional_config: Any) -> Options:

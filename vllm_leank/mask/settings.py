@@ -5,12 +5,15 @@ from dataclasses import dataclass
 
 from vllm_leank.core.formats import ArchiveFormat, formats_for
 from vllm_leank.core.layers import SlidingLayers
-from vllm_leank.core.options import Options
+from vllm_leank.core.options import OptionError, Options
 from vllm_leank.core.plan import CachePlan, plan_cache
+from vllm_leank.core.selection import DENSE_LAYERS, Selection
 from vllm_leank.core.states import StateLayers
 from vllm_leank.core.window import Window, whole_pages
 from vllm_leank.errors import UserError
 from vllm_leank.mask.mask import Mask
+
+PAGES = "leank option pages"
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,17 @@ class Settings:
         mask: the mask in use.
         window: the dense window.
         plan: page sizes of every layer.
+        selection: how many segments of far tokens queries read; None: all.
     """
 
     mask: Mask
     window: Window
     plan: CachePlan
+    selection: Selection | None = None
+
+    def selection_of(self, layer: int) -> Selection | None:
+        """That of a layer, one of those that are served: the first ones read all."""
+        return self.selection if layer >= DENSE_LAYERS else None
 
 
 def plan_settings(
@@ -41,27 +50,33 @@ def plan_settings(
     """The settings of a mask and options; see `plan_cache` for the rest.
 
     Raises:
-        UserError: no archive format can store what the mask keeps.
+        UserError: no archive format can store what the mask keeps, or the options ask for what it
+            has not.
     """
+    selection = None if options.pages is None else Selection.of(options.pages)
+    if selection is not None and options.prefill != "exact":
+        raise OptionError(f"{PAGES} works with prefill: exact alone; leave out one of the two")
+    archive_format = choose_format(mask, selection is not None)
     plan = plan_cache(
         mask.profiles,
         mask.geometry.head_dim,
         itemsize,
         tp_size,
-        archive_format=choose_format(mask),
+        archive_format=archive_format,
         draft_items=draft_items,
         stages=stages,
         sliding=sliding,
         states=states,
     )
-    return Settings(mask, _window(options, mask), plan)
+    return Settings(mask, _window(options, mask), plan, selection)
 
 
-def choose_format(mask: Mask) -> ArchiveFormat:
-    """The first format that takes all of the mask's heads.
+def choose_format(mask: Mask, summaries: bool = False) -> ArchiveFormat:
+    """The first format that takes all of the mask's heads; with `summaries` of K, by which segments
+    of far tokens are selected, if that is asked for.
 
     Raises:
-        UserError: none can store what the mask keeps.
+        UserError: none can store what the mask keeps, or there is no way to select.
     """
     fitting = formats_for(mask.profiles)
     if not fitting:
@@ -69,7 +84,20 @@ def choose_format(mask: Mask) -> ArchiveFormat:
             f"the mask for {mask.model} has heads with channels of 16 bits beside heads with "
             "fewer, which no archive can hold; take a mask with one of both"
         )
-    return fitting[0]
+    if not summaries:
+        return fitting[0]
+    found = fitting[0].summarised()
+    if found is None:
+        raise OptionError(
+            f"{PAGES} needs a mask of bits, and the mask for {mask.model} keeps channels whole: "
+            "make one with leank mask calibrate MODEL --bits 2, or leave out pages"
+        )
+    if any(one.v_kept and not one.kept for layer in mask.profiles for one in layer):
+        raise OptionError(
+            f"{PAGES} needs bits for K in all heads that have any for V, by which tokens are "
+            f"selected, and the mask for {mask.model} has heads without; leave out pages"
+        )
+    return found
 
 
 def _window(options: Options, mask: Mask) -> Window:

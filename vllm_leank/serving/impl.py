@@ -95,6 +95,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         index = served_index(name, settings.mask.geometry)
         self._window, self._layout = settings.window, settings.plan.layer(index, rank)
         self._offset = settings.plan.archive_offset(index, rank)
+        self._selection = settings.selection_of(index)
         check_kind(name, layer)
         _check_layer(name, layer, self._layout)
         if index in settings.plan.first_layers:
@@ -141,6 +142,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             most_decode_rows(self._vllm_config),
             self._vllm_config.model_config.max_model_len,
             None if self._sink_scores is None else self._sink_scores.dtype,
+            load_settings(self._vllm_config).selection,
         )
         compile_kernels(attention, device, logger.info)
 
@@ -200,6 +202,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
                 window=self._window,
                 sink_scores=self._sink_scores,
                 scratch=self._scratch if any(self._layout.heads) else None,
+                selection=self._selection,
             )
         assert self._cache is not None
         return self._cache

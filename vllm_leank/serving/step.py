@@ -60,7 +60,10 @@ def _attend_gpu(
             # First all of these queries as if they belonged to the prompt, then, again, those that
             # do not: only the device knows which. Few steps have any.
             attend_exact(query, output, cache, batch.extends, scale)
-        attend_pruned(query, output, cache, batch.extends, scale)
+        if cache.selection is None:
+            attend_pruned(query, output, cache, batch.extends, scale)
+        elif batch.extends.replayed:
+            kernels.decode_each(query, output, cache, batch.extends, scale)
     if decodes.num_reqs:
         kernels.decode(query, output, cache, decodes, scale)
 

@@ -35,6 +35,10 @@ class ArchiveFormat(ABC):
     side_bytes: ClassVar[int] = 0
     together: ClassVar[int] = 1
 
+    def summarised(self) -> "ArchiveFormat | None":
+        """The format with summaries of K, by which segments are selected; None if it has none."""
+        return None
+
     @abstractmethod
     def takes(self, profile: Profile) -> bool:
         """Whether a head of this profile can be stored."""

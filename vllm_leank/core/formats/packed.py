@@ -1,7 +1,7 @@
 """The archive in codes of 8, 4 and 2 bits, by what each channel needs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
@@ -37,6 +37,27 @@ LEAST_SCALE = 2.0**-14
 LARGEST_SCALE = 65504.0
 """The largest number of fp16."""
 
+MEAN_STEP = 0.25
+"""Distance of two means in a summary, in standard deviations of a channel."""
+
+VARIANCE_STEP = 0.15
+"""Distance of two variances in a summary, in variances of a channel."""
+
+SUMMARY_CHANNELS = 64, 32
+"""Channels of a summary, at most: of heads of at least `LONG_TOKEN` bytes per token, and of others.
+So summaries add some 3% to an archive of 2 bits, and less to others."""
+
+LONG_TOKEN = 64
+
+
+def summary_channels(kept: int, token_bytes: int) -> int:
+    """Channels of a summary, a power of two: of heads that store `kept` channels of K and have so
+    many bytes per token.
+    """
+    most = SUMMARY_CHANNELS[0] if token_bytes >= LONG_TOKEN else SUMMARY_CHANNELS[1]
+    return 1 << min(kept, most).bit_length() - 1 if kept else 0
+
+
 TILE_TOKENS = 128
 """Tokens of a tile, which kernels read at once: pages have whole tiles."""
 
@@ -52,6 +73,7 @@ class Packed(ArchiveFormat):
     is channel `j + i * width / n` of its class, so that a load gives whole runs of channels. In
     rows of V the tokens of two granules alternate: the two bytes of half a word are 32 tokens
     apart, and kernels read them as two tiles.
+
     """
 
     name: ClassVar[str] = "packed"
@@ -60,6 +82,9 @@ class Packed(ArchiveFormat):
     blocks: ClassVar[tuple[int, ...]] = tuple(range(TILE_TOKENS, 1025, TILE_TOKENS))
     side_bytes: ClassVar[int] = 2 * GRANULE
     together: ClassVar[int] = 2
+
+    def summarised(self) -> "Summarised":
+        return Summarised()
 
     def takes(self, profile: Profile) -> bool:
         widths = [*_row_bytes(profile.k), *_row_bytes(profile.v)]
@@ -85,6 +110,32 @@ class Packed(ArchiveFormat):
             k_chunks=tuple(_chunks(profile.k, block, offset)),
             v_chunks=tuple(_chunks(profile.v, block, v_offset)),
             side_offset=v_offset + values * block,
+        )
+
+
+@dataclass(frozen=True)
+class Summarised(Packed):
+    """The same with a summary of each granule's K behind a head's scales, `[block / 32, channels]`:
+    a byte for each of the first stored channels, with the mean of its tokens' codes in the lower
+    half and their variance in the upper.
+    """
+
+    codec: ClassVar[str] = "vllm_leank.kernels.codecs.packed:SummarisedCodec"
+
+    def token_bytes(self, profile: Profile, model: int) -> int:
+        return super().token_bytes(profile, model) - -self.summary_bytes(profile) // GRANULE
+
+    def summary_bytes(self, profile: Profile) -> int:
+        """Bytes of a granule's summary of a head."""
+        return summary_channels(profile.kept, super().token_bytes(profile, 1))
+
+    def head_part(self, profile: Profile, block: int, model: int, offset: int) -> HeadPart:
+        part = super().head_part(profile, block, model, offset)
+        scales = self.side_bytes * block // GRANULE
+        return replace(
+            part,
+            summary_offset=part.side_offset + scales,
+            summary_bytes=self.summary_bytes(profile),
         )
 
 

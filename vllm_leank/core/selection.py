@@ -1,0 +1,74 @@
+"""How many far tokens a query reads, where it does not read them all.
+
+Far tokens are read in segments of 64. Each granule of an archive page has a summary of its K, and a
+query scores all segments by these, which takes a thirtieth of the bytes, and reads the best alone,
+the same for all query heads of a KV head. After Quest (arXiv 2406.10774), which has a minimum and a
+maximum per channel where this has a mean.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+SEGMENT = 64
+"""Tokens that are selected together; segment i has those from 64 * i on."""
+
+LEAST_TOKENS = 256
+"""Far tokens that a query reads at least, if there are as many."""
+
+DENSE_LAYERS = 2
+"""First layers of a model, which read all far tokens: there attention is spread evenly (Quest)."""
+
+SHARE_UNITS = 1 << 16
+"""A share is told to kernels in this many units, so that device and host round alike."""
+
+
+def check_pages(pages: float) -> float:
+    """The number itself, if it can be the option `pages`.
+
+    Raises:
+        ValueError: it cannot; the message says what is allowed.
+    """
+    if isinstance(pages, int) and pages < LEAST_TOKENS:
+        raise ValueError(
+            f"pages is {pages}, but must be a share of far tokens, such as 0.1, or a whole number "
+            f"of tokens, at least {LEAST_TOKENS}"
+        )
+    if not pages > 0 or (isinstance(pages, float) and pages > 1):
+        raise ValueError(
+            f"pages is {pages}, but must be a share of far tokens above 0 and up to 1.0, or a "
+            f"whole number of tokens, at least {LEAST_TOKENS}"
+        )
+    return pages
+
+
+def whole_or_share(pages: float) -> float:
+    """What a number means that came as a float: above 1 it counts tokens, which are whole."""
+    return int(pages) if pages > 1 and pages == int(pages) else pages
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How many segments a query reads.
+
+    Attributes:
+        share: of all far segments, in units of 1 / `SHARE_UNITS`.
+        least: segments, if there are as many.
+    """
+
+    share: int
+    least: int
+
+    @classmethod
+    def of(cls, pages: float) -> "Selection | None":
+        """Of the option `pages`: a share, or a number of tokens. None where all are read."""
+        if isinstance(pages, int):
+            return cls(0, -(-pages // SEGMENT))
+        share = math.ceil(pages * SHARE_UNITS)
+        return None if share >= SHARE_UNITS else cls(share, LEAST_TOKENS // SEGMENT)
+
+    def count(self, segments: Any) -> Any:
+        """Of so many far segments, how many are read; takes and returns an int or an int tensor."""
+        wanted = -(-segments * self.share // SHARE_UNITS)
+        wanted = wanted + (self.least - wanted) * (wanted < self.least)
+        return wanted + (segments - wanted) * (wanted > segments)
