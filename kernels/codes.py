@@ -41,8 +41,7 @@ def stored_values(variant):
 @triton.constexpr_function
 def summary_channels(variant):
     """Channels of a granule's summary, by the variant."""
-    kept = sum(row_bytes(variant, c) << c for c in range(3))
-    return _summary_channels(kept, sum(row_bytes(variant, f) for f in range(6)) + 2)
+    return _summary_channels(sum(row_bytes(variant, c) << c for c in range(3)))
 
 
 @triton.jit

@@ -43,19 +43,14 @@ MEAN_STEP = 0.25
 VARIANCE_STEP = 0.15
 """Distance of two variances in a summary, in variances of a channel."""
 
-SUMMARY_CHANNELS = 64, 32
-"""Channels of a summary, at most: of heads of at least `LONG_TOKEN` bytes per token, and of others.
-So summaries add some 3% to an archive of 2 bits, and less to others."""
-
-LONG_TOKEN = 64
+SUMMARY_CHANNELS = 64
+"""Channels of a summary, at most. It has room for as many, two bytes per token, for scales of V must
+begin where loads are aligned: 3% of an archive of 2 bits."""
 
 
-def summary_channels(kept: int, token_bytes: int) -> int:
-    """Channels of a summary, a power of two: of heads that store `kept` channels of K and have so
-    many bytes per token.
-    """
-    most = SUMMARY_CHANNELS[0] if token_bytes >= LONG_TOKEN else SUMMARY_CHANNELS[1]
-    return 1 << min(kept, most).bit_length() - 1 if kept else 0
+def summary_channels(kept: int) -> int:
+    """Channels of a summary, a power of two, of a head that stores so many channels of K."""
+    return 1 << min(kept, SUMMARY_CHANNELS).bit_length() - 1 if kept else 0
 
 
 TILE_TOKENS = 128
@@ -123,11 +118,12 @@ class Summarised(Packed):
     codec: ClassVar[str] = "vllm_leank.kernels.codecs.packed:SummarisedCodec"
 
     def token_bytes(self, profile: Profile, model: int) -> int:
-        return super().token_bytes(profile, model) - -self.summary_bytes(profile) // GRANULE
+        summary = SUMMARY_CHANNELS // GRANULE if profile.stores else 0
+        return super().token_bytes(profile, model) + summary
 
     def summary_bytes(self, profile: Profile) -> int:
         """Bytes of a granule's summary of a head."""
-        return summary_channels(profile.kept, super().token_bytes(profile, 1))
+        return summary_channels(profile.kept)
 
     def head_part(self, profile: Profile, block: int, model: int, offset: int) -> HeadPart:
         part = super().head_part(profile, block, model, offset)
