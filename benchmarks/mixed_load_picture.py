@@ -13,6 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from matplotlib.ticker import LogLocator, NullFormatter
 from mixed_load import KIND
 
 from vllm_leank.bench.results import load_results
@@ -65,8 +66,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("requests per second")
         if title in LOGARITHMIC:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     figure.axes[0].legend(fontsize="small")

@@ -1,6 +1,7 @@
 """What a step on a GPU launches."""
 
-from vllm_leank.kernels.decode import decode, decode_each
+from vllm_leank.kernels.decode import decode
+from vllm_leank.kernels.decode_each import decode_each
 from vllm_leank.kernels.extend import extend, piece_queries
 from vllm_leank.kernels.merge import merge
 from vllm_leank.kernels.store import compact, store, update

@@ -27,6 +27,7 @@ def hide_unselected(
         cache: the layer's.
     """
     assert cache.selection is not None
+    assert part.archive_pages is not None
     B, rows, D = queries.shape
     Q = part.queries.shape[1]
     summaries = pages.read_summaries(part.archive_pages, part.granules).unflatten(0, (B, -1))

@@ -190,6 +190,7 @@ def select(query: torch.Tensor, cache: LayerCache, batch: Batch, scale: float) -
     rows, *heads = query.shape
     num_reqs, width = min(rows, batch.num_reqs), batch.archive_table.shape[1]
     most = width * cache.layout.archive_block // SEGMENT
+    assert cache.selection is not None
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     shape = num_reqs, len(cache.heads), most, cache.selection
     # As in decode: a graph needs memory of its own.

@@ -17,7 +17,8 @@ from vllm_leank.kernels.batch import MAX_DECODE_QUERIES, Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.channels import first_channels
 from vllm_leank.kernels.codecs import codec_of
-from vllm_leank.kernels.decode import decode, decode_each
+from vllm_leank.kernels.decode import decode
+from vllm_leank.kernels.decode_each import decode_each
 from vllm_leank.kernels.extend import extend
 from vllm_leank.kernels.launcher import compiling
 from vllm_leank.kernels.merge import merge

@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_leank.kernels import decode, extend, launch, merge, select, store, unpack
+from vllm_leank.kernels import decode, decode_each, extend, launch, merge, select, store, unpack
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.scratch import Scratch, needs_scratch
@@ -213,7 +213,7 @@ def compile_selecting(capability: int, head_dim: int, archive_format: ArchiveFor
     with compiled_for(capability, tell):
         store.update(step.key, step.value, builder.cache, step.batch)
         output = torch.empty_like(step.query)
-        for attend in decode.decode, decode.decode_each:
+        for attend in decode.decode, decode_each.decode_each:
             attend(step.query, output, builder.cache, step.batch, builder.scale)
 
 

@@ -197,6 +197,69 @@ def serve_rows():
         yield line(name, *cells, f"{decode['tpot_p50_ms']:.1f}", first)
 
 
+def mixed_rows():
+    """Prompts that arrive while others decode."""
+    for cell in sorted(load("mixed_load_h200")["cells"], key=lambda cell: cell["rate"]):
+        assert not cell["failed"]
+        first, each = cell["ttft_ms"], cell["tpot_ms"]
+        yield line(
+            cell["rate"],
+            {"dense": DENSE, "bits_2": TWO}[cell["variant"]],
+            f"{cell['requests_per_s']:.2f}",
+            f"{cell['good_requests_per_s']:.2f}",
+            f"{first['p50'] / 1e3:.2f}, {first['p99'] / 1e3:.2f}",
+            f"{each['p50']:.1f}, {each['p99']:.1f}",
+            f"{cell['output_tokens_per_s']:,.0f}",
+        )
+
+
+def soak_rows():
+    """Servers under load in a pool that is too small."""
+    names = {"dense": "plain vLLM", "bits_4": FOUR}
+    names["nan_bits_4"] = "leank, memory that nobody may read is NaN"
+    for name, title in names.items():
+        found = load(f"soak_h200/{name}")
+        answers = found["answers"]
+        counts = (
+            found["preemptions"], found["prompt_tokens_found"], answers["compared"],
+            answers["equal"], answers["ties"], answers["changed"],
+        )  # fmt: skip
+        ends = ", ".join(f"{found[one]:,}" for one in ("served", "hung_up", "failed"))
+        yield line(title, f"{found['seconds'] / 60:.1f}", ends, *(f"{one:,.0f}" for one in counts))
+
+
+def selected_rows():
+    """Decode attention that reads the best far tokens alone."""
+    for bits, read, name in (
+        (2, "all", "attention_packed_2_128k_h200"),
+        (2, "a tenth", "attention_selected_2_h200"),
+        (4, "a tenth", "attention_selected_4_h200"),
+    ):
+        one, eight = (case["mean"] for case in load(name)["cases"])
+        figures = (
+            f"{one['ms']:.4f}", _times(one["speedup_flash"]),
+            f"{eight['ms']:.3f}", _times(eight["speedup_flash"]),
+        )  # fmt: skip
+        yield line(bits, read, *figures)
+
+
+def selected_study_rows():
+    """Points where the best far tokens alone are read, on the questions that all were asked."""
+    known, _ = study()
+    found = {one["variant"]: one for one in merged(RESULTS / "study_pages_qwen_1.5b")["variants"]}
+    cells = shared_cells([*found.values(), known["dense"]])
+    for bits, read, one in (
+        (4, "all", known["bits_4"]),
+        (4, "a tenth", found["bits_4_pages_0.1"]),
+        (2, "all", known["bits_2"]),
+        (2, "a quarter", found["bits_2_pages_0.25"]),
+        (2, "a tenth", found["bits_2_pages_0.1"]),
+    ):
+        lengths = sorted({length for _, length in cells})
+        parts = [cells, *(some(cells, length) for length in lengths)]
+        yield line(bits, read, *(f"{points(one, part).value:.1f}" for part in parts))
+
+
 @pytest.mark.parametrize(
     ("page", "rows"),
     [
@@ -209,6 +272,10 @@ def serve_rows():
         ("docs/performance.md", packed_rows),
         ("docs/performance.md", chunk_rows),
         ("docs/performance.md", serve_rows),
+        ("README.md", mixed_rows),
+        ("docs/reliability.md", soak_rows),
+        ("docs/performance.md", selected_rows),
+        ("docs/performance.md", selected_study_rows),
     ],
 )
 def test_rows_are_those_of_the_results(page, rows):

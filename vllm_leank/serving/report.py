@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity, pruned_prefill
+from vllm_leank.core.selection import DENSE_LAYERS, SEGMENT, SHARE_UNITS
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.settings import Settings
 from vllm_leank.serving.environment import installed_at
@@ -84,6 +85,7 @@ def describe(settings: Settings) -> list[str]:
         f"leank mask: {_kept(mask)}",
         f"leank window: sink {window.sink}, recent {window.recent} tokens dense{made_for}"
         + ("" if window.exact else "; prompts are read pruned"),
+        *_selection(settings),
         f"leank cache: {archive:,} bytes per far token against {full:,} dense "
         f"({archive / full:.1%}); {kind} pages of {plan.archive_block} tokens",
     ]
@@ -99,6 +101,20 @@ def beyond_calibration(mask: Mask, max_model_len: int) -> str | None:
         f"{max_model_len:,}: answers of longer ones may be worse than measured. Calibrate with "
         f"--max-tokens {max_model_len}, or serve with --max-model-len {longest}"
     )
+
+
+def _selection(settings: Settings) -> list[str]:
+    """What queries read of far tokens, where it is not all."""
+    selection = settings.selection
+    if selection is None:
+        return []
+    tokens = f"{selection.least * SEGMENT:,} tokens"
+    if selection.share:
+        tokens = f"{selection.share / SHARE_UNITS:.1%} of them, at least {tokens}"
+    return [
+        f"leank pages: answers read the best far tokens alone, {tokens}; the first {DENSE_LAYERS} "
+        "layers read all"
+    ]
 
 
 def _layers(settings: Settings) -> list[str]:

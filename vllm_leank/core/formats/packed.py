@@ -44,7 +44,7 @@ VARIANCE_STEP = 0.15
 """Distance of two variances in a summary, in variances of a channel."""
 
 SUMMARY_CHANNELS = 64
-"""Channels of a summary, at most. It has room for as many, two bytes per token, for scales of V must
+"""Channels of a summary, at most. There is room for as many, two bytes per token: scales of V must
 begin where loads are aligned: 3% of an archive of 2 bits."""
 
 
