@@ -197,6 +197,24 @@ def serve_rows():
         yield line(name, *cells, f"{decode['tpot_p50_ms']:.1f}", first)
 
 
+def rebuilt_rows():
+    """An engine before and after the house was rebuilt, twice each."""
+    for name, commit in (("before", "2c4e8bf"), ("now", "951ac2a")):
+        runs = [load(f"serve_llama_{commit}_{i}")["variants"][0] for i in (1, 2)]
+
+        def both(form, figure, runs=runs):
+            return ", ".join(form.format(figure(one)) for one in runs)
+
+        yield line(
+            name,
+            both("{:.3f}", lambda one: one["ttft_s"]["median"]),
+            both("{:.1f}", lambda one: one["decode"]["tpot_p50_ms"]),
+            both("{}", lambda one: one["concurrent"]),
+            both("{:,.0f}", lambda one: one["decode"]["tokens_per_s"]),
+            both("{:,}", lambda one: one["engine"]["num_gpu_blocks"]),
+        )
+
+
 def mixed_rows():
     """Prompts that arrive while others decode."""
     for cell in sorted(load("mixed_load_h200")["cells"], key=lambda cell: cell["rate"]):
@@ -272,6 +290,7 @@ def selected_study_rows():
         ("docs/performance.md", packed_rows),
         ("docs/performance.md", chunk_rows),
         ("docs/performance.md", serve_rows),
+        ("docs/performance.md", rebuilt_rows),
         ("README.md", mixed_rows),
         ("docs/reliability.md", soak_rows),
         ("docs/performance.md", selected_rows),

@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.options import OptionError
 from vllm_leank.core.pages import CacheLayout
+from vllm_leank.core.selection import Selection
 from vllm_leank.core.states import StateLayers
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.channels import LayerChannels, layer_channels
@@ -78,6 +79,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         self._bound: tuple[Any, ...] = (None, None)
         self._archive = self._take_archive()
         self._scratch: Scratch | None = None
+        self._selection: Selection | None = None
 
     def _take_archive(self) -> Archive | None:
         """The archive of the layer's stage, made known to vLLM."""
