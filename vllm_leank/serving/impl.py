@@ -144,7 +144,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             most_decode_rows(self._vllm_config),
             self._vllm_config.model_config.max_model_len,
             None if self._sink_scores is None else self._sink_scores.dtype,
-            load_settings(self._vllm_config).selection,
+            load_settings(self._vllm_config).selection if layout.variants else None,
         )
         compile_kernels(attention, device, logger.info)
 
