@@ -5,14 +5,17 @@ import pytest
 import torch
 from engines import engine
 from format_samples import mask_for
-from mask_samples import full_mask
 from oracle import Oracle
 from test_engine_answers import (
+    FEW,
     KEPT,
-    LENGTHS,
+    MANY,
     all_logprobs,
     assert_same,
+    coded_mask,
     each_mask,
+    kept_mask,
+    long,
     prompts_of,
     tolerance_of,
 )
@@ -29,16 +32,8 @@ def oracle_of(running, model, mask, **kind):
     return Oracle(model, mask, SINK, running.window.recent, **kind)
 
 
-def test_a_full_mask_gives_the_answers_of_plain_vllm(tiny_llama_dir):
-    prompts = prompts_of(LENGTHS)
-    with engine(tiny_llama_dir) as plain:
-        expected = plain.generate(prompts, 64)
-    with engine(tiny_llama_dir, full_mask(tiny_llama_dir), prefill="pruned") as leank:
-        assert_same(leank.generate(prompts, 64), expected)
-
-
 @pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
-@pytest.mark.parametrize("chunk", [100, 8192])
+@pytest.mark.parametrize("chunk", [100, pytest.param(8192, marks=long)])
 def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_format):
     """Of the prompt and of 200 decode steps, in memory that is NaN where nothing was written."""
     mask = mask_for(archive_format, tiny_llama_dir, KEPT)
@@ -61,10 +56,17 @@ def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_forma
     assert not torch.allclose(found, exact, atol=1e-1)
 
 
-@each_mask
-def test_history_does_not_matter(tiny_llama_dir, mask_of):
+@pytest.mark.parametrize(
+    ("mask_of", "lengths", "chunks"),
+    [
+        (coded_mask, FEW, (33,)),
+        pytest.param(coded_mask, MANY, (33, 512), marks=long),
+        pytest.param(kept_mask, MANY, (33, 512), marks=long),
+    ],
+)
+def test_history_does_not_matter(tiny_llama_dir, mask_of, lengths, chunks):
     """Whole, chunked, and in batches of any size: equal tokens."""
-    prompts = prompts_of([1500, 700, 33, 400, 96, 1000, 257, 640])
+    prompts = prompts_of(lengths)
     mask = mask_of(tiny_llama_dir)
     limits = {"max_model_len": 2048, "prefill": "pruned"}
     with engine(tiny_llama_dir, mask, max_num_batched_tokens=8192, **limits) as leank:
@@ -72,7 +74,7 @@ def test_history_does_not_matter(tiny_llama_dir, mask_of):
         assert_same(
             [leank.generate([prompt], 100)[0] for prompt in prompts], whole, tolerance_of(mask)
         )
-    for chunk in (33, 512):
+    for chunk in chunks:
         with engine(tiny_llama_dir, mask, max_num_batched_tokens=chunk, **limits) as leank:
             assert_same(leank.generate(prompts, 100), whole, tolerance_of(mask))
 
