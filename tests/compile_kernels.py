@@ -1,8 +1,8 @@
 """Compiles the attention kernels for GPUs that are not here, as they would be launched there.
 
-    python tests/compile_kernels.py CAPABILITY HEAD_DIM ARCHIVE_FORMAT...
+    python tests/compile_kernels.py CAPABILITY-HEAD_DIM-ARCHIVE_FORMAT...
 
-Prints a line of JSON for each: kernel, archive, bytes of shared memory, bytes of stack, into which
+Prints a line of JSON for each: case, kernel, bytes of shared memory, bytes of stack, into which
 registers spill (null where nothing can tell), and whether their number is capped. What the
 interpreter takes and the compiler or the launcher does not shows here, and what no multiprocessor
 could hold.
@@ -148,8 +148,8 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
 
     def tell(kernel: str, shared: int, stack: int | None, capped: bool) -> None:
         line = {
-            "kernel": kernel, "archive": archive_format.name, "shared": shared, "stack": stack,
-            "capped": capped,
+            "case": f"{capability}-{head_dim}-{archive_format.name}", "kernel": kernel,
+            "shared": shared, "stack": stack, "capped": capped,
         }  # fmt: skip
         print(json.dumps(line), flush=True)
 
@@ -193,7 +193,7 @@ def extend_unpacked(
 
 
 if __name__ == "__main__":
-    capability, head_dim = map(int, sys.argv[1:3])
-    for one in known_formats():
-        if one.name in sys.argv[3:]:
-            compile_all(capability, head_dim, one)
+    by_name = {one.name: one for one in known_formats()}
+    for case in sys.argv[1:]:
+        capability, head_dim, name = case.split("-")
+        compile_all(int(capability), int(head_dim), by_name[name])

@@ -79,10 +79,17 @@ def test_history_does_not_matter(tiny_llama_dir, mask_of, lengths, chunks):
             assert_same(leank.generate(prompts, 100), whole, tolerance_of(mask))
 
 
-@each_mask
-def test_preemption_does_not_matter(tiny_llama_dir, mask_of):
+@pytest.mark.parametrize(
+    ("mask_of", "lengths"),
+    [
+        (coded_mask, [300, 200, 250, 64]),
+        pytest.param(coded_mask, [30, 300, 33, 200, 96, 250, 128, 64], marks=long),
+        pytest.param(kept_mask, [30, 300, 33, 200, 96, 250, 128, 64], marks=long),
+    ],
+)
+def test_preemption_does_not_matter(tiny_llama_dir, mask_of, lengths):
     """Requests go on from pages of their own prompts and answers, and from each other's."""
-    prompts = prompts_of([30, 300, 33, 200, 96, 250, 128, 64])
+    prompts = prompts_of(lengths)
     prompts += [[*prompt, 1] for prompt in prompts]
     mask = mask_of(tiny_llama_dir)
     limits = {"max_model_len": 1024, "prefill": "pruned", "max_num_batched_tokens": 64}

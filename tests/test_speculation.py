@@ -73,10 +73,15 @@ def test_tokens_are_those_without_speculation(run, plain, drafter, arguments, le
 PRUNED = {"prefill": "pruned", "max_num_batched_tokens": 256, "max_num_seqs": 4}
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize(
-    "lengths",
-    [pytest.param(FEW, id="few"), pytest.param(LENGTHS, id="all", marks=long)],
+    ("drafter", "lengths"),
+    [
+        pytest.param(DRAFT, FEW, id="model-few"),
+        *(
+            pytest.param(*one.values, LENGTHS, id=one.id, marks=[*one.marks, long])
+            for one in DRAFTERS
+        ),
+    ],
 )
 def test_where_prompts_are_read_pruned(run, plain, drafter, lengths):
     results, seen, _ = run(drafter, PRUNED | {"enable_prefix_caching": True}, lengths)
