@@ -109,17 +109,24 @@ def test_preemption_does_not_matter(tiny_llama_dir, mask_of, lengths):
     assert sum(hit > 0 for hit in hits) >= 3, hits
 
 
-@each_mask
-def test_answers_are_found_as_well(tiny_llama_dir, mask_of):
+@pytest.mark.parametrize(
+    ("mask_of", "lengths", "max_tokens"),
+    [
+        (coded_mask, [400, 3, 150], 70),
+        pytest.param(coded_mask, [500, 40, 150, 3, 333], 150, marks=long),
+        pytest.param(kept_mask, [500, 40, 150, 3, 333], 150, marks=long),
+    ],
+)
+def test_answers_are_found_as_well(tiny_llama_dir, mask_of, lengths, max_tokens):
     """A conversation: each turn's prompt holds the answer before it."""
     mask = mask_of(tiny_llama_dir)
-    turns = prompts_of([500, 40, 150, 3, 333], seed=5)
+    turns = prompts_of(lengths, seed=5)
 
     def talk(leank):
         history, answers = [], []
         for turn in turns:
             history = history + turn
-            answers += leank.generate([history], 150)
+            answers += leank.generate([history], max_tokens)
             history = history + answers[-1][0]
         return answers
 
@@ -130,7 +137,7 @@ def test_answers_are_found_as_well(tiny_llama_dir, mask_of):
         assert_same(talk(leank), expected, tolerance_of(mask))
         page, window = leank.plan.archive_block, leank.window
     # All that was computed, in whole pages; an answer's last token was not.
-    told = [int(told) - 1 for told in np.cumsum([len(turn) + 150 for turn in turns])[:-1]]
+    told = [int(told) - 1 for told in np.cumsum([len(turn) + max_tokens for turn in turns])[:-1]]
     whole = [0, *(window.prefix(length // page * page, page) for length in told)]
     if mask.is_packed:
         # vLLM offers pages once they end a whole archive page. Where those are long, window pages
@@ -142,7 +149,7 @@ def test_answers_are_found_as_well(tiny_llama_dir, mask_of):
 
 
 @each_mask
-@pytest.mark.parametrize("chunk", [64, 1024])
+@pytest.mark.parametrize("chunk", [pytest.param(64, marks=long), 1024])
 def test_a_prompt_holds_no_dense_middle(tiny_llama_dir, mask_of, chunk):
     """What a long prompt holds at most is what vLLM was told when it looked at its memory."""
     mask = mask_of(tiny_llama_dir)

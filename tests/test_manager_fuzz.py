@@ -167,6 +167,6 @@ def test_a_planted_fault_is_found(fault, monkeypatch):
 
 def test_a_fault_of_a_full_pool_is_found_in_small_pools_alone(monkeypatch):
     hands_out_a_block_in_use_when_the_pool_is_full(monkeypatch)
-    play(range(10), num_blocks=2048)
+    play(range(4), num_blocks=2048)
     with pytest.raises(AssertionError, match="seed"):
         play(range(40))
