@@ -35,7 +35,7 @@ def own_process():
 
 
 LENGTHS = (40, 97, 128, 200, 255, 300, 416, 777, 650, 700)
-FEW = (128, 255, 416, 700)
+FEW = (40, 97, 128, 200, 255, 300)
 """Lengths of prompts: all, and some."""
 
 
@@ -88,8 +88,8 @@ def answers(speculation, arguments, lengths):
     """
     (mask,) = find_masks(str(MODEL))
     with engine(
-        MODEL, mask.path, sink=SINK, recent=RECENT, max_model_len=1024,
-        speculative_config=speculation, **arguments,
+        MODEL, mask.path, sink=SINK, recent=RECENT, speculative_config=speculation,
+        **{"max_model_len": 1024, **arguments},
     ) as running:  # fmt: skip
         seen = watch(running)
         if speculation is None or "model" not in speculation:

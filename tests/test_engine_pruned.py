@@ -82,7 +82,7 @@ def test_history_does_not_matter(tiny_llama_dir, mask_of, lengths, chunks):
 @pytest.mark.parametrize(
     ("mask_of", "lengths"),
     [
-        (coded_mask, [300, 200, 250, 64]),
+        (coded_mask, [30, 300, 33, 64, 20]),
         pytest.param(coded_mask, [30, 300, 33, 200, 96, 250, 128, 64], marks=long),
         pytest.param(kept_mask, [30, 300, 33, 200, 96, 250, 128, 64], marks=long),
     ],
@@ -112,7 +112,7 @@ def test_preemption_does_not_matter(tiny_llama_dir, mask_of, lengths):
 @pytest.mark.parametrize(
     ("mask_of", "lengths", "max_tokens"),
     [
-        (coded_mask, [400, 3, 150], 70),
+        (coded_mask, [790, 3, 150], 40),
         pytest.param(coded_mask, [500, 40, 150, 3, 333], 150, marks=long),
         pytest.param(kept_mask, [500, 40, 150, 3, 333], 150, marks=long),
     ],
