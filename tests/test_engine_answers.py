@@ -1,5 +1,8 @@
 """What the engine answers: dense with a full mask, the definition with any other, every time."""
 
+from contextlib import nullcontext
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +13,11 @@ from oracle import Oracle
 
 pytestmark = pytest.mark.engine
 
-# 20 prompts: around window pages (32), archive pages, sink + recent (96), and long ones.
-LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 300, 511, 777, 1500, 3000, 6000]
+long = pytest.mark.long
+
+# Around window pages (32), archive pages, sink + recent (96).
+LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 300, 511]
+LONG_LENGTHS = [*LENGTHS, 777, 1500, 3000, 6000]
 LOGPROB_TOLERANCE = 5e-4
 """fp32 on both sides; the order of summation differs."""
 
@@ -23,7 +29,7 @@ def kept_mask(model):
     return random_mask(model, KEPT)
 
 
-each_mask = pytest.mark.parametrize("mask_of", [kept_mask, coded_mask])
+each_mask = pytest.mark.parametrize("mask_of", [pytest.param(kept_mask, marks=long), coded_mask])
 
 
 def tolerance_of(mask):
@@ -44,15 +50,35 @@ def assert_same(one, other, tolerance=LOGPROB_TOLERANCE):
         assert logprobs == pytest.approx(other_logprobs, abs=tolerance), f"prompt {index}"
 
 
-def test_a_full_mask_gives_the_answers_of_plain_vllm(tiny_llama_dir):
-    prompts = prompts_of(LENGTHS)
-    with engine(tiny_llama_dir) as plain:
-        expected = plain.generate(prompts, 128)
-    with engine(tiny_llama_dir, full_mask(tiny_llama_dir)) as leank:
-        assert_same(leank.generate(prompts, 128), expected)
+@pytest.fixture(scope="module")
+def plain(tiny_llama_dir):
+    """Give plain vLLM's answers to prompts of random tokens."""
+
+    @cache
+    def answers(lengths, max_tokens):
+        with engine(tiny_llama_dir) as running:
+            return running.generate(prompts_of(lengths), max_tokens)
+
+    return answers
 
 
-@pytest.mark.parametrize(("length", "means"), [(20, False), (200, True), (1100, False)])
+@pytest.mark.parametrize("prefill", ["exact", "pruned"])
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens"), [(LENGTHS, 64), pytest.param(LONG_LENGTHS, 128, marks=long)],
+    ids=["short", "long"],
+)  # fmt: skip
+def test_a_full_mask_gives_the_answers_of_plain_vllm(
+    tiny_llama_dir, plain, lengths, max_tokens, prefill
+):
+    with engine(tiny_llama_dir, full_mask(tiny_llama_dir), prefill=prefill) as leank:
+        answers = leank.generate(prompts_of(lengths), max_tokens)
+    assert_same(answers, plain(tuple(lengths), max_tokens))
+
+
+@pytest.mark.parametrize(
+    ("length", "means"),
+    [pytest.param(20, False, marks=long), (200, True), pytest.param(1100, False, marks=long)],
+)
 def test_logits_are_those_of_the_definition(tiny_llama_dir, length, means):
     """Prefill, and 200 decode steps, which is at least five compactions. Pruned channels are 0, or
     their means.
@@ -117,63 +143,95 @@ def all_logprobs(llm, prompt, max_tokens):
     return list(completion.token_ids), dense(completion.logprobs), dense(output.prompt_logprobs[1:])
 
 
-@each_mask
-def test_history_does_not_matter(tiny_llama_dir, mask_of):
-    """Whole, chunked, in batches of any size, and preempted: equal tokens."""
-    prompts = prompts_of([1500, 700, 33, 400, 96, 1000, 257, 640])
+FEW = [640, 33, 400, 96, 257]
+MANY = [1500, 700, 33, 400, 96, 1000, 257, 640]
+"""Lengths of prompts whose history differs."""
+
+
+@pytest.mark.parametrize(
+    ("mask_of", "lengths", "batches", "chunks"),
+    [
+        (coded_mask, FEW, (1,), (33, 512)),
+        pytest.param(coded_mask, MANY, (1, 2), (32, 33, 100, 512), marks=long),
+        pytest.param(kept_mask, MANY, (1, 2), (32, 33, 100, 512), marks=long),
+    ],
+)
+def test_history_does_not_matter(tiny_llama_dir, mask_of, lengths, batches, chunks):
+    """Whole, chunked, and in batches of any size: equal tokens."""
+    prompts = prompts_of(lengths)
     mask = mask_of(tiny_llama_dir)
     with engine(tiny_llama_dir, mask, max_num_batched_tokens=8192) as leank:
         whole = leank.generate(prompts, 100)
-        for batch in (1, 2):
+        for batch in batches:
             for start in range(0, len(prompts), batch):
                 part = slice(start, start + batch)
                 assert_same(leank.generate(prompts[part], 100), whole[part], tolerance_of(mask))
-    for chunk in (32, 33, 100, 512):
+    for chunk in chunks:
         with engine(tiny_llama_dir, mask, max_num_batched_tokens=chunk) as leank:
             assert_same(leank.generate(prompts, 100), whole, tolerance_of(mask))
 
 
+@pytest.fixture(scope="module")
+def unpressed(tiny_llama_dir):
+    """Give answers of an engine with room for all requests, and the blocks that one may hold."""
+
+    @cache
+    def answers(mask_of, lengths, max_tokens, **limits):
+        with engine(tiny_llama_dir, mask_of(tiny_llama_dir), **limits) as leank:
+            found = leank.generate(prompts_of(lengths), max_tokens)
+            return found, leank.plan.blocks_in_prefill(leank.window, limits["max_model_len"])
+
+    return answers
+
+
 @each_mask
-def test_preemption_does_not_matter(tiny_llama_dir, mask_of):
-    """Requests thrown out of a cache that is too small, and replayed: equal tokens."""
-    prompts = prompts_of([30, 300, 33, 20, 96, 50, 128, 64, 40, 31, 25, 10, 45, 5, 28, 60])
-    mask = mask_of(tiny_llama_dir)
-    limits = {"max_model_len": 512, "max_num_seqs": 16}
-    with engine(tiny_llama_dir, mask, **limits) as leank:
-        unpressed = leank.generate(prompts, 200)
-        one_request = leank.plan.blocks_in_prefill(leank.window, 512)
-    with engine(tiny_llama_dir, mask, num_gpu_blocks_override=one_request + 2, **limits) as leank:
-        outputs_lost = leank.watch_preemptions()
-        assert_same(leank.generate(prompts, 200), unpressed, tolerance_of(mask))
+@pytest.mark.parametrize(
+    "ahead", [pytest.param(False, marks=long), True], ids=["step by step", "planned ahead"]
+)
+def test_preemption_does_not_matter(tiny_llama_dir, unpressed, mask_of, ahead):
+    """Requests thrown out of a cache that is too small, and replayed: equal tokens. Where a step is
+    planned while another is in flight, too.
+    """
+    lengths = (30, 300, 33, 20, 96, 50, 128, 64, 40, 31, 25, 10, 45, 5, 28, 60)
+    mask, limits = mask_of(tiny_llama_dir), {"max_model_len": 512, "max_num_seqs": 16}
+    expected, one_request = unpressed(mask_of, lengths, 200, **limits)
+    with (
+        planned_ahead() if ahead else nullcontext(),
+        engine(tiny_llama_dir, mask, num_gpu_blocks_override=one_request + 2, **limits) as leank,
+    ):
+        outputs_lost, in_flight = leank.watch_preemptions(), leank.watch_steps_in_flight()
+        assert_same(leank.generate(prompts_of(lengths), 200), expected, tolerance_of(mask))
     replayed_across_a_boundary = [lost for lost in outputs_lost if lost > 64]
     assert len(replayed_across_a_boundary) >= 3, f"preempted after outputs: {outputs_lost}"
-    pressed = limits | {"num_gpu_blocks_override": one_request + 2}
-    with planned_ahead(), engine(tiny_llama_dir, mask, **pressed) as leank:
-        outputs_lost, in_flight = leank.watch_preemptions(), leank.watch_steps_in_flight()
-        assert_same(leank.generate(prompts, 200), unpressed, tolerance_of(mask))
-    assert sum(lost > 64 for lost in outputs_lost) >= 3, outputs_lost
-    assert sum(tokens > 0 for tokens in in_flight) > len(in_flight) / 2
+    assert (sum(tokens > 0 for tokens in in_flight) > len(in_flight) / 2) == ahead
 
 
-@each_mask
-def test_a_prefix_hit_does_not_change_the_answer(tiny_llama_dir, mask_of):
+@pytest.mark.parametrize(
+    ("mask_of", "length", "max_tokens"),
+    [
+        (coded_mask, 512, 40),
+        pytest.param(coded_mask, 1024, 100, marks=long),
+        pytest.param(kept_mask, 1024, 100, marks=long),
+    ],
+)
+def test_a_prefix_hit_does_not_change_the_answer(tiny_llama_dir, mask_of, length, max_tokens):
     """Hits of many lengths, also of a prompt that contains what another request generated."""
     mask = mask_of(tiny_llama_dir)
-    (document,) = prompts_of([1024])
+    (document,) = prompts_of([length])
     tails = prompts_of([40, 3, 200], seed=5)
     with engine(tiny_llama_dir, mask) as leank:
         first = [document + tail for tail in tails]
         first += [document[:length] for length in (64, 65, 96, 127, 128, 500)]
-        expected = leank.generate(first, 100)
+        expected = leank.generate(first, max_tokens)
         second = [prompt + tokens for prompt, (tokens, _) in zip(first[:3], expected, strict=False)]
         expected += leank.generate(second, 50)
     with engine(tiny_llama_dir, mask, enable_prefix_caching=True) as leank:
         hits = leank.watch_hits()
-        answers = [leank.generate([prompt], 100)[0] for prompt in first]
+        answers = [leank.generate([prompt], max_tokens)[0] for prompt in first]
         answers += [leank.generate([prompt], 50)[0] for prompt in second]
         assert_same(answers, expected, tolerance_of(mask))
         page = leank.plan.archive_block
-    assert sum(hit >= 1024 // page * page for hit in hits) >= 5, hits
+    assert sum(hit >= length // page * page for hit in hits) >= 5, hits
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -3,9 +3,11 @@
 import os
 
 import pytest
+from archive_definition import PACKED
 from engine_fuzz import Arrival, arena, play, shrink
 from format_samples import format_of
 from speculation import NGRAM, own_process
+from test_engine_answers import long
 from test_manager_fuzz import frees_a_page_too_many
 from vllm.v1.core.sched.utils import check_stop
 
@@ -19,37 +21,52 @@ SCENARIOS = int(os.environ.get("LEANK_FUZZ_SCENARIOS", "4"))
 """More than a test run needs: 20 arenas of 25 scenarios take some ten minutes."""
 DRAFTS_FROM_TEXT = range(2, 2 + SPECULATIVE_ARENAS)
 DRAFTS_OF_A_MODEL = range(2 + SPECULATIVE_ARENAS, 2 + 2 * SPECULATIVE_ARENAS)
+CODES, CODES_PRUNED = 2, 5
+"""Seeds whose far tokens are codes; in the second prompts are read pruned, too."""
+
+
+def played(seeds, short=None):
+    """All scenarios of the seeds, which are long, and one of a seed that is `short`."""
+    cases = [pytest.param(seed, range(SCENARIOS), id=str(seed), marks=long) for seed in seeds]
+    if short is not None:
+        cases.insert(0, pytest.param(short, range(1), id=f"{short}-short"))
+    return pytest.mark.parametrize(("seed", "scenarios"), cases)
 
 
 def test_every_archive_format_is_played():
     """With drafts those that round; test_speculation.py has the other."""
     every = {one.name for one in known_formats()}
     assert {format_of(seed).name for seed in range(ARENAS)} == every
+    assert format_of(CODES) == format_of(CODES_PRUNED) == PACKED
     seeds = (*DRAFTS_FROM_TEXT, *DRAFTS_OF_A_MODEL)
     assert {format_of(seed).name for seed in seeds} >= every - {NATIVE.name}
 
 
-@pytest.mark.parametrize("seed", range(ARENAS))
-def test_random_traffic_is_answered_as_the_oracle_would(tiny_llama_dir, seed):
-    assert play(seed, tiny_llama_dir, range(SCENARIOS))["finished"] > SCENARIOS
+@played(range(ARENAS), short=CODES)
+def test_random_traffic_is_answered_as_the_oracle_would(tiny_llama_dir, seed, scenarios):
+    assert play(seed, tiny_llama_dir, scenarios)["finished"] > len(scenarios)
 
 
-@pytest.mark.parametrize("seed", DRAFTS_FROM_TEXT)
-def test_random_traffic_with_drafts_is_answered_as_the_oracle_would(tiny_llama_dir, seed):
-    """A random model seldom repeats itself: most drafts are rejected, many across a boundary."""
+@played(DRAFTS_FROM_TEXT)
+def test_random_traffic_with_drafts_is_answered_as_the_oracle_would(
+    tiny_llama_dir, seed, scenarios
+):
+    """A random model seldom repeats itself: most drafts are rejected, many across a boundary. A
+    short test of drafts from text is in `test_speculation.py`: each costs a process of its own.
+    """
     with own_process() as run:
-        counts = run(play, seed, tiny_llama_dir, range(SCENARIOS), NGRAM)
-    assert counts["finished"] > SCENARIOS
+        counts = run(play, seed, tiny_llama_dir, scenarios, NGRAM)
+    assert counts["finished"] > len(scenarios)
     assert min(counts["accepted"], counts["rolled back"]) > 0
 
 
-@pytest.mark.parametrize("seed", DRAFTS_OF_A_MODEL)
-def test_a_model_with_other_heads_may_draft(tiny_llama, tiny_llama_dir, seed):
+@played(DRAFTS_OF_A_MODEL, short=CODES_PRUNED)
+def test_a_model_with_other_heads_may_draft(tiny_llama, tiny_llama_dir, seed, scenarios):
     """It knows nothing of the served one, so nearly all that it drafts is rejected."""
     draft = tiny_llama(head_dim=96, layers=3, kv_heads=1, group=2)
     speculation = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 5}
-    counts = play(seed, tiny_llama_dir, range(SCENARIOS), speculation)
-    assert counts["finished"] > SCENARIOS
+    counts = play(seed, tiny_llama_dir, scenarios, speculation)
+    assert counts["finished"] > len(scenarios)
     assert counts["rolled back"] > 0
 
 

@@ -5,7 +5,14 @@ import math
 import pytest
 from engines import CACHE_BYTES, engine
 from mask_samples import coded_mask, full_mask, random_mask
-from test_engine_answers import assert_same, each_mask, kept_mask, prompts_of, tolerance_of
+from test_engine_answers import (
+    assert_same,
+    each_mask,
+    kept_mask,
+    long,
+    prompts_of,
+    tolerance_of,
+)
 from vllm import SamplingParams
 
 from vllm_leank.core.options import Options
@@ -16,8 +23,11 @@ pytestmark = pytest.mark.engine
 
 @pytest.mark.parametrize(
     "mask_of",
-    [kept_mask, coded_mask, lambda model: random_mask(model, [0])],
-    ids=["pruned", "codes", "all heads streaming"],
+    [
+        pytest.param(kept_mask, id="pruned", marks=long),
+        pytest.param(coded_mask, id="codes"),
+        pytest.param(lambda model: random_mask(model, [0]), id="all heads streaming", marks=long),
+    ],
 )
 def test_memory_that_nobody_wrote_is_never_read(tiny_llama_dir, mask_of):
     """NaN in fresh pages, page tails, block 0, and in every block the moment it is freed."""
@@ -33,8 +43,17 @@ def test_memory_that_nobody_wrote_is_never_read(tiny_llama_dir, mask_of):
         assert leank.memory[0].isnan().all(), "block 0 is nobody's, but was written"
 
 
-@each_mask
-def test_shared_prefixes_survive_preemption_in_poisoned_memory(tiny_llama_dir, mask_of):
+@pytest.mark.parametrize(
+    ("mask_of", "max_tokens", "short_prompts"),
+    [
+        (coded_mask, 100, 8),
+        pytest.param(coded_mask, 300, 16, marks=long),
+        pytest.param(kept_mask, 300, 16, marks=long),
+    ],
+)
+def test_shared_prefixes_survive_preemption_in_poisoned_memory(
+    tiny_llama_dir, mask_of, max_tokens, short_prompts
+):
     """Prefix caching in a pool that is too small: hits, preemptions and NaN at once."""
     mask = mask_of(tiny_llama_dir)
     page = plan_settings(mask, Options(), 4).plan.archive_block
@@ -44,10 +63,10 @@ def test_shared_prefixes_survive_preemption_in_poisoned_memory(tiny_llama_dir, m
     # Prompts that end with a page: a resumed request could find the whole of its own.
     prompts += [documents[1]] * 4
     # Short ones, which are let in together and then grow.
-    prompts = prompts_of(range(10, 42, 2), seed=8) + prompts
+    prompts = prompts_of(range(10, 10 + 2 * short_prompts, 2), seed=8) + prompts
     limits = {"max_model_len": 1024, "max_num_seqs": 16}
     with engine(tiny_llama_dir, mask, **limits) as leank:
-        expected = leank.generate(prompts, 300)
+        expected = leank.generate(prompts, max_tokens)
         one_request = leank.plan.blocks_in_prefill(leank.window, 1024)
     with engine(
         tiny_llama_dir,
@@ -60,7 +79,7 @@ def test_shared_prefixes_survive_preemption_in_poisoned_memory(tiny_llama_dir, m
         free = leank.block_pool.get_num_free_blocks()
         leank.poison_new_blocks()
         preempted = leank.watch_preemptions()
-        assert_same(leank.generate(prompts, 300), expected, tolerance_of(mask))
+        assert_same(leank.generate(prompts, max_tokens), expected, tolerance_of(mask))
         assert sum(outputs > 0 for outputs in preempted) >= 2, preempted
         assert leank.block_pool.get_num_free_blocks() == free
 
@@ -74,10 +93,15 @@ def step_until(leank, request_id, tokens):
     return request
 
 
-@pytest.mark.parametrize("mask", [full_mask, kept_mask, coded_mask])
-def test_a_request_holds_what_the_layout_says(tiny_llama_dir, mask):
-    """At 8K tokens: all of the prompt in prefill, archive and window after; nothing at the end."""
-    length = 8192
+@pytest.mark.parametrize(
+    ("mask", "length"),
+    [
+        (coded_mask, 2048),
+        *(pytest.param(one, 8192, marks=long) for one in (full_mask, kept_mask, coded_mask)),
+    ],
+)
+def test_a_request_holds_what_the_layout_says(tiny_llama_dir, mask, length):
+    """All of the prompt in prefill, archive and window after; nothing at the end."""
     (prompt,) = prompts_of([length])
     with engine(tiny_llama_dir, mask(tiny_llama_dir), max_model_len=length + 64) as leank:
         pool, plan, window = leank.block_pool, leank.plan, leank.window

@@ -2,15 +2,24 @@
 
 import pytest
 from engines import engine
-from test_engine_answers import assert_same, each_mask, kept_mask, prompts_of, tolerance_of
+from test_engine_answers import (
+    assert_same,
+    coded_mask,
+    kept_mask,
+    long,
+    prompts_of,
+    tolerance_of,
+)
 
 pytestmark = pytest.mark.engine
 
 
-@each_mask
+@long
+@pytest.mark.parametrize("mask_of", [kept_mask, coded_mask])
 def test_a_hundred_preemptions(tiny_llama, mask_of):
     """A pool hardly larger than one request, for many at once. Of one layer: all share their pages'
-    tables, so that another would only take its time.
+    tables, so that another would only take its time. Some preemptions are in
+    `test_engine_answers.py`.
     """
     prompts = prompts_of([20 + 37 * i % 80 for i in range(68)], seed=1)
     model = tiny_llama(layers=1)
@@ -31,9 +40,10 @@ def test_a_hundred_preemptions(tiny_llama, mask_of):
     assert crossing >= least / 5, "replays do not cross boundaries"
 
 
+@long
 def test_two_hundred_prefix_hits(tiny_llama_dir):
     """Shared beginnings of every length around pages, archive pages and boundaries, with tails of
-    none, one and more tokens.
+    none, one and more tokens. Some of them are in `test_engine_answers.py`.
     """
     mask = kept_mask(tiny_llama_dir)
     (document,) = prompts_of([640], seed=2)

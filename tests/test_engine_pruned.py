@@ -5,14 +5,17 @@ import pytest
 import torch
 from engines import engine
 from format_samples import mask_for
-from mask_samples import full_mask
 from oracle import Oracle
 from test_engine_answers import (
+    FEW,
     KEPT,
-    LENGTHS,
+    MANY,
     all_logprobs,
     assert_same,
+    coded_mask,
     each_mask,
+    kept_mask,
+    long,
     prompts_of,
     tolerance_of,
 )
@@ -29,16 +32,8 @@ def oracle_of(running, model, mask, **kind):
     return Oracle(model, mask, SINK, running.window.recent, **kind)
 
 
-def test_a_full_mask_gives_the_answers_of_plain_vllm(tiny_llama_dir):
-    prompts = prompts_of(LENGTHS)
-    with engine(tiny_llama_dir) as plain:
-        expected = plain.generate(prompts, 64)
-    with engine(tiny_llama_dir, full_mask(tiny_llama_dir), prefill="pruned") as leank:
-        assert_same(leank.generate(prompts, 64), expected)
-
-
 @pytest.mark.parametrize("archive_format", known_formats(), ids=lambda one: one.name)
-@pytest.mark.parametrize("chunk", [100, 8192])
+@pytest.mark.parametrize("chunk", [100, pytest.param(8192, marks=long)])
 def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_format):
     """Of the prompt and of 200 decode steps, in memory that is NaN where nothing was written."""
     mask = mask_for(archive_format, tiny_llama_dir, KEPT)
@@ -61,10 +56,17 @@ def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_forma
     assert not torch.allclose(found, exact, atol=1e-1)
 
 
-@each_mask
-def test_history_does_not_matter(tiny_llama_dir, mask_of):
+@pytest.mark.parametrize(
+    ("mask_of", "lengths", "chunks"),
+    [
+        (coded_mask, FEW, (33,)),
+        pytest.param(coded_mask, MANY, (33, 512), marks=long),
+        pytest.param(kept_mask, MANY, (33, 512), marks=long),
+    ],
+)
+def test_history_does_not_matter(tiny_llama_dir, mask_of, lengths, chunks):
     """Whole, chunked, and in batches of any size: equal tokens."""
-    prompts = prompts_of([1500, 700, 33, 400, 96, 1000, 257, 640])
+    prompts = prompts_of(lengths)
     mask = mask_of(tiny_llama_dir)
     limits = {"max_model_len": 2048, "prefill": "pruned"}
     with engine(tiny_llama_dir, mask, max_num_batched_tokens=8192, **limits) as leank:
@@ -72,15 +74,22 @@ def test_history_does_not_matter(tiny_llama_dir, mask_of):
         assert_same(
             [leank.generate([prompt], 100)[0] for prompt in prompts], whole, tolerance_of(mask)
         )
-    for chunk in (33, 512):
+    for chunk in chunks:
         with engine(tiny_llama_dir, mask, max_num_batched_tokens=chunk, **limits) as leank:
             assert_same(leank.generate(prompts, 100), whole, tolerance_of(mask))
 
 
-@each_mask
-def test_preemption_does_not_matter(tiny_llama_dir, mask_of):
+@pytest.mark.parametrize(
+    ("mask_of", "lengths"),
+    [
+        (coded_mask, [30, 300, 33, 64, 20]),
+        pytest.param(coded_mask, [30, 300, 33, 200, 96, 250, 128, 64], marks=long),
+        pytest.param(kept_mask, [30, 300, 33, 200, 96, 250, 128, 64], marks=long),
+    ],
+)
+def test_preemption_does_not_matter(tiny_llama_dir, mask_of, lengths):
     """Requests go on from pages of their own prompts and answers, and from each other's."""
-    prompts = prompts_of([30, 300, 33, 200, 96, 250, 128, 64])
+    prompts = prompts_of(lengths)
     prompts += [[*prompt, 1] for prompt in prompts]
     mask = mask_of(tiny_llama_dir)
     limits = {"max_model_len": 1024, "prefill": "pruned", "max_num_batched_tokens": 64}
@@ -100,17 +109,24 @@ def test_preemption_does_not_matter(tiny_llama_dir, mask_of):
     assert sum(hit > 0 for hit in hits) >= 3, hits
 
 
-@each_mask
-def test_answers_are_found_as_well(tiny_llama_dir, mask_of):
+@pytest.mark.parametrize(
+    ("mask_of", "lengths", "max_tokens"),
+    [
+        (coded_mask, [790, 3, 150], 40),
+        pytest.param(coded_mask, [500, 40, 150, 3, 333], 150, marks=long),
+        pytest.param(kept_mask, [500, 40, 150, 3, 333], 150, marks=long),
+    ],
+)
+def test_answers_are_found_as_well(tiny_llama_dir, mask_of, lengths, max_tokens):
     """A conversation: each turn's prompt holds the answer before it."""
     mask = mask_of(tiny_llama_dir)
-    turns = prompts_of([500, 40, 150, 3, 333], seed=5)
+    turns = prompts_of(lengths, seed=5)
 
     def talk(leank):
         history, answers = [], []
         for turn in turns:
             history = history + turn
-            answers += leank.generate([history], 150)
+            answers += leank.generate([history], max_tokens)
             history = history + answers[-1][0]
         return answers
 
@@ -121,7 +137,7 @@ def test_answers_are_found_as_well(tiny_llama_dir, mask_of):
         assert_same(talk(leank), expected, tolerance_of(mask))
         page, window = leank.plan.archive_block, leank.window
     # All that was computed, in whole pages; an answer's last token was not.
-    told = [int(told) - 1 for told in np.cumsum([len(turn) + 150 for turn in turns])[:-1]]
+    told = [int(told) - 1 for told in np.cumsum([len(turn) + max_tokens for turn in turns])[:-1]]
     whole = [0, *(window.prefix(length // page * page, page) for length in told)]
     if mask.is_packed:
         # vLLM offers pages once they end a whole archive page. Where those are long, window pages
@@ -133,7 +149,7 @@ def test_answers_are_found_as_well(tiny_llama_dir, mask_of):
 
 
 @each_mask
-@pytest.mark.parametrize("chunk", [64, 1024])
+@pytest.mark.parametrize("chunk", [pytest.param(64, marks=long), 1024])
 def test_a_prompt_holds_no_dense_middle(tiny_llama_dir, mask_of, chunk):
     """What a long prompt holds at most is what vLLM was told when it looked at its memory."""
     mask = mask_of(tiny_llama_dir)

@@ -13,24 +13,26 @@ from vllm_leank.mask.file import save_mask
 pytestmark = pytest.mark.engine
 
 LIMITS = {
-    "max_model_len": 700,
     "max_num_seqs": 8,
     "skip_tokenizer_init": False,
     "enable_prefix_caching": True,
     "scheduling_policy": "priority",
     "max_num_batched_tokens": 256,
 }
-PROMPTS = [
-    {"prompt_token_ids": make_sample("multikey", length, length).prompt_token_ids}
-    for length in (60, 130, 200, 310, 420, 610)
-]
+FEW = (60, 130, 310)
+MANY = (60, 130, 200, 310, 420, 610)
+"""Lengths of prompts, which have some 90 tokens of room."""
 
 
-def asked(running):
+def asked(running, lengths):
     """Answers to requests of all kinds, as plain values."""
     llm = running.llm
+    all_prompts = [
+        {"prompt_token_ids": make_sample("multikey", length, length).prompt_token_ids}
+        for length in lengths
+    ]
 
-    def generate(prompts=PROMPTS, priority=None, **params):
+    def generate(prompts=all_prompts, priority=None, **params):
         """Tokens, log-probabilities, text and the reason to stop, of every sequence. By default of
         70 tokens: at least two compactions.
         """
@@ -49,14 +51,14 @@ def asked(running):
         "several samples": list(generate(n=3, temperature=1.0, top_k=1)),
         "log-probabilities": list(generate(logprobs=3, prompt_logprobs=2, max_tokens=40)),
         "as long as the model allows": list(
-            generate(PROMPTS[3:], ignore_eos=True, max_tokens=2000)
+            generate(all_prompts[len(lengths) // 2 :], ignore_eos=True, max_tokens=2000)
         ),
-        "by priority": list(generate(priority=[5, 4, 3, 2, 1, 0])),
+        "by priority": list(generate(priority=[*range(len(lengths))][::-1])),
         "penalties": list(generate(repetition_penalty=1.3, min_tokens=50)),
     }
     words = answers["greedy"][0][1].split()
     answers["stop strings"] = list(generate(stop=words[4:6], ignore_eos=True))
-    beams = llm.beam_search(PROMPTS[:3], BeamSearchParams(beam_width=3, max_tokens=20))
+    beams = llm.beam_search(all_prompts[:3], BeamSearchParams(beam_width=3, max_tokens=20))
     answers["beams"] = [list(beam.tokens) for output in beams for beam in output.sequences]
     pool = running.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
@@ -67,13 +69,17 @@ def approximately(value):
     return pytest.approx(value, abs=1e-3) if isinstance(value, dict) else value
 
 
-def test_requests_of_all_kinds(tmp_path):
-    with engine(MODEL, **LIMITS) as plain:
-        expected = asked(plain)
+@pytest.mark.parametrize(
+    "lengths", [FEW, pytest.param(MANY, marks=pytest.mark.long)], ids=["few", "many"]
+)
+def test_requests_of_all_kinds(tmp_path, lengths):
+    limits = LIMITS | {"max_model_len": max(lengths) + 90}
+    with engine(MODEL, **limits) as plain:
+        expected = asked(plain, lengths)
     mask = tmp_path / "full.yaml"
     save_mask(full_mask(MODEL), mask)
-    with engine(MODEL, mask, **LIMITS) as leank:
-        answers = asked(leank)
+    with engine(MODEL, mask, **limits) as leank:
+        answers = asked(leank, lengths)
     for kind, values in expected.items():
         assert len(answers[kind]) == len(values), kind
         for value, wanted in zip(answers[kind], values, strict=True):

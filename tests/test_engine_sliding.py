@@ -9,7 +9,7 @@ from engines import engine
 from mask_samples import coded_mask, full_mask, random_mask
 from mixed_models import KINDS, MODELS, WINDOW, as_vllm_runs_it, save_mixed
 from oracle import Oracle
-from test_engine_answers import assert_same, prompts_of
+from test_engine_answers import assert_same, long, prompts_of
 
 pytestmark = pytest.mark.engine
 
@@ -63,7 +63,11 @@ def test_architectures(model_type, saved):
 
 @pytest.mark.parametrize(
     ("model_type", "mask_of"),
-    [("gemma3_text", kept_mask), ("gemma3_text", coded_mask), ("gpt_oss", coded_mask)],
+    [
+        pytest.param("gemma3_text", kept_mask, marks=long),
+        ("gemma3_text", coded_mask),
+        pytest.param("gpt_oss", coded_mask, marks=long),
+    ],
 )
 def test_a_tight_pool_full_of_nan(saved, model_type, mask_of):
     """Chunks, preemption and prefix hits, where memory that nobody may read is NaN."""

@@ -6,7 +6,7 @@ import pytest
 from engines import engine
 from mask_samples import coded_mask, full_mask
 from state_models import KINDS, MODELS, NATIVE_ROPE, STATE, save_state
-from test_engine_answers import assert_same, prompts_of
+from test_engine_answers import assert_same, long, prompts_of
 from test_engine_sliding import LIMITS, PROMPTS, assert_as_defined, kept_mask
 
 pytestmark = pytest.mark.engine
@@ -33,7 +33,7 @@ def test_architectures(model_type, tmp_path):
         assert_as_defined(model, mask, leank, PROMPTS, leank.generate(PROMPTS, 40))
 
 
-@pytest.mark.parametrize("mask_of", [kept_mask, coded_mask])
+@pytest.mark.parametrize("mask_of", [pytest.param(kept_mask, marks=long), coded_mask])
 def test_a_tight_pool_full_of_nan(granite, mask_of):
     """Chunks and preemption, where memory that nobody may read is NaN."""
     mask, prompts = mask_of(granite), prompts_of([150, 128, 9, 30, 31, 32])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from real.kl_picture import FLOOR, draw, drawn, joined
-from real.study_table import lost, merged, points, shared_cells, some
+from real.study_table import lost, mean_points, merged, points, shared_cells, some
 
 from vllm_leank.errors import UserError
 
@@ -92,7 +92,7 @@ def opening():
         if one := variants.get(name.replace("vLLM ", "vllm_")):
             asked, dense = shared_cells([variants["dense"], one]), variants["dense"]
             title = f"{name}, KL simulated"
-            found = f"{points(one, asked).value:.1f}, dense {points(dense, asked).value:.1f}"
+            found = f"{mean_points(one, asked):.1f}, dense {mean_points(dense, asked):.1f}"
         yield line(title, size, found, kl(row, 8192), kl(row, 30000), "", "")
 
 
@@ -116,7 +116,7 @@ def cache_rows():
         cells = shared_cells([dense, one])
         title = named(f"leank {name}" if "_" in name and "vllm" not in name else name)
         size = f"{one['token_bytes']:,.0f} ({dense['token_bytes'] / one['token_bytes']:.1f}x)"
-        found = [f"{points(each, cells).value:.1f}" for each in (dense, one)]
+        found = [f"{mean_points(each, cells):.1f}" for each in (dense, one)]
         gap = interval(lost(one, dense, cells))
         yield line(title.replace("vllm_", "vLLM "), size, f"{sum(cells.values()):,}", *found, gap)
 
@@ -139,7 +139,7 @@ def study_rows():
     for place in (1, 0):
         for value in sorted({cell[place] for cell in cells}):
             part = some(cells, value)
-            found = [f"{points(variants[one], part).value:.1f}" for one in ASKED_MOST]
+            found = [f"{mean_points(variants[one], part):.1f}" for one in ASKED_MOST]
             gaps = [
                 interval(lost(variants[name], variants["dense"], part))
                 for name in ("bits_4", "bits_2")

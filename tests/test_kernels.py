@@ -76,14 +76,19 @@ def tma(request, monkeypatch):
     ("kept", "head_dim", "group", "window", "archive_block", "dtypes"),
     [
         ((32, 0), 64, 1, Window(0, 32), 32, (FP32, NATIVE)),
-        ((96, 0, 64), 96, 3, Window(64, 100), 96, (FP16, NATIVE)),
-        ((112, 16), 128, 4, Window(32, 64), 64, (FP16, NATIVE)),
-        ((48, 128), 128, 7, Window(32, 64), 128, (FP16, NATIVE)),
-        ((256, 144), 256, 2, Window(32, 64), 32, (FP32, NATIVE)),
-        ((0, 0), 64, 16, Window(32, 64), 64, (FP16, NATIVE)),
         (CODED[64][:2], 64, 1, Window(32, 64), 128, (CODED_FP16, PACKED)),
-        (CODED[128][:1], 128, 4, Window(0, 32), 256, (CODED_FP16, PACKED)),
         (CODED[256][1:2], 256, 1, Window(64, 100), 128, (CODED_FP16, PACKED)),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ((96, 0, 64), 96, 3, Window(64, 100), 96, (FP16, NATIVE)),
+                ((112, 16), 128, 4, Window(32, 64), 64, (FP16, NATIVE)),
+                ((48, 128), 128, 7, Window(32, 64), 128, (FP16, NATIVE)),
+                ((256, 144), 256, 2, Window(32, 64), 32, (FP32, NATIVE)),
+                ((0, 0), 64, 16, Window(32, 64), 64, (FP16, NATIVE)),
+                (CODED[128][:1], 128, 4, Window(0, 32), 256, (CODED_FP16, PACKED)),
+            )
+        ),
         *(
             pytest.param(
                 CODED[head_dim], head_dim, group, window, block, (dtype, PACKED), marks=gpu
@@ -130,7 +135,7 @@ def test_every_query_reads_what_the_rule_says(
 @pytest.mark.parametrize(
     ("kept", "head_dim", "group", "archive_block", "dtypes"),
     [
-        ((16, 0), 32, 2, 64, (FP16, NATIVE)),
+        pytest.param((16, 0), 32, 2, 64, (FP16, NATIVE), marks=pytest.mark.long),
         (CODED[64][1:3], 64, 2, 128, (CODED_FP16, PACKED)),
         *(
             pytest.param(CODED[head_dim], head_dim, group, block, (dtype, PACKED), marks=gpu)
@@ -214,7 +219,9 @@ def test_prompts_that_are_read_exactly(sinks):
         assert relative_rms(output, step.expected) < BF16[1]
 
 
-@pytest.mark.parametrize(("rows", "tile"), [(16, 32), (64, 64), (128, 128)])
+@pytest.mark.parametrize(
+    ("rows", "tile"), [pytest.param(16, 32, marks=pytest.mark.long), (64, 64), (128, 128)]
+)
 def test_a_prompt_is_read_the_same_in_programs_and_tiles_of_any_size(monkeypatch, rows, tile, tma):
     """Tiles that sink tokens share with others, and rows on both sides of a boundary."""
     builder = CacheBuilder(

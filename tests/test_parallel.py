@@ -30,11 +30,11 @@ PIPELINE = {
 }
 
 
-def answers(mask=None, **arguments):
+def answers(mask=None, tasks=tuple(TASKS), **arguments):
     """Tokens and log-probabilities: 90 tokens are at least two compactions."""
     mask = mask or find_masks(str(MODEL))[0].path
     prompts = [
-        make_sample(task, length, 0).prompt_token_ids for task in TASKS for length in (200, 700)
+        make_sample(task, length, 0).prompt_token_ids for task in tasks for length in (200, 700)
     ]
     with engine(MODEL, mask, sink=32, recent=64, **LIMITS, **arguments) as running:
         return running.generate(prompts, 90)
@@ -53,16 +53,20 @@ def split(monkeypatch):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_two_ranks_answer_like_one(split):
     assert_same(split(tensor_parallel_size=2), answers(), 1e-3)
 
 
 @pytest.mark.engine
-def test_two_ranks_share_heads_of_codes(split, tmp_path):
+@pytest.mark.parametrize(
+    "tasks", [("multikey",), pytest.param(tuple(TASKS), marks=pytest.mark.long)], ids=len
+)
+def test_two_ranks_share_heads_of_codes(split, tmp_path, tasks):
     """Of different profiles, in pages of equal size."""
     save_mask(coded_mask(MODEL), tmp_path / "m.yaml")
-    expected = answers(tmp_path / "m.yaml")
-    assert_same(split(tmp_path / "m.yaml", tensor_parallel_size=2), expected, 5e-3)
+    expected = answers(tmp_path / "m.yaml", tasks)
+    assert_same(split(tmp_path / "m.yaml", tasks, tensor_parallel_size=2), expected, 5e-3)
 
 
 @pytest.mark.engine

@@ -37,7 +37,15 @@ def serve(builder):
         yield builder.step([(short, 1), (long, 1), (tiny, 1)], padded_tokens=5)
 
 
-@pytest.mark.parametrize("window", [Window(0, 32), Window(32, 64), Window(64, 100)], ids=str)
+@pytest.mark.parametrize(
+    "window",
+    [
+        pytest.param(Window(0, 32), marks=pytest.mark.long),
+        pytest.param(Window(32, 64), marks=pytest.mark.long),
+        Window(64, 100),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("head_dim", "group", "archive_block", "dtype", "tolerance"),
     [
@@ -132,7 +140,9 @@ def test_long_replays_are_computed_in_parts(window, max_scores, monkeypatch):
     ],
     ids=lambda chunks: f"{len(chunks)} steps from {chunks[0]}",
 )
-@pytest.mark.parametrize("archive_format", [NATIVE, PACKED], ids=str)
+@pytest.mark.parametrize(
+    "archive_format", [pytest.param(NATIVE, marks=pytest.mark.long), PACKED], ids=str
+)
 def test_chunks_do_not_change_the_result(chunks, archive_format):
     builder = CacheBuilder(
         (16, 0, 96), 128, 2, Window(32, 64), archive_format=archive_format, num_blocks=40

@@ -1,10 +1,11 @@
 """Speculative decoding: drafts are checked over the archive, and rejected ones leave no trace."""
 
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
-from speculation import DRAFT, NGRAM, SUFFIX, answers, own_process
-from test_engine_answers import assert_same
+from speculation import DRAFT, FEW, LENGTHS, NGRAM, SUFFIX, answers, own_process
+from test_engine_answers import assert_same, long
 
 pytestmark = pytest.mark.engine
 
@@ -26,49 +27,66 @@ def run():
     """Give `answers`, in this process where vLLM lets it be: another one costs ten seconds."""
     with own_process() as elsewhere:
 
-        def run(speculation, arguments):
+        def run(speculation, *arguments):
             if speculation in (None, DRAFT):
-                return answers(speculation, arguments)
-            return elsewhere(answers, speculation, arguments)
+                return answers(speculation, *arguments)
+            return elsewhere(answers, speculation, *arguments)
 
         yield run
 
 
 @pytest.fixture(scope="module")
 def plain(run):
-    results, seen, _ = run(None, {})
-    assert not seen
-    return results
+    """Give answers without speculation."""
+
+    @cache
+    def plain_answers(lengths, **arguments):
+        results, seen, _ = run(None, arguments, lengths)
+        assert not seen
+        return results
+
+    return plain_answers
+
+
+MORE_THAN = {FEW: (30, 0), LENGTHS: (100, 5)}
+"""Drafted tokens that are accepted, and that are rejected, and steps that are rolled back."""
+CHUNKED = {"max_num_batched_tokens": 256}
+PREEMPTED = {"num_gpu_blocks_override": 50, "enable_prefix_caching": True}
+TIGHT = PREEMPTED | {"num_gpu_blocks_override": 24, "max_model_len": 480}
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "lengths"),
     [
-        {"max_num_batched_tokens": 256},
-        {"num_gpu_blocks_override": 50, "enable_prefix_caching": True},
+        pytest.param(TIGHT, FEW, id="few"),
+        pytest.param(CHUNKED, LENGTHS, id="chunked", marks=long),
+        pytest.param(PREEMPTED, LENGTHS, id="preempted", marks=long),
     ],
-    ids=["chunked", "preempted"],
 )
-def test_tokens_are_those_without_speculation(run, plain, drafter, arguments):
-    results, seen, preempted = run(drafter, arguments)
-    assert min(seen["accepted"], seen["rejected"]) > 100
-    assert seen["rolled back"] > 5
+def test_tokens_are_those_without_speculation(run, plain, drafter, arguments, lengths):
+    results, seen, preempted = run(drafter, arguments, lengths)
+    tokens, steps = MORE_THAN[lengths]
+    assert min(seen["accepted"], seen["rejected"]) > tokens
+    assert seen["rolled back"] > steps
     assert bool(preempted) == ("num_gpu_blocks_override" in arguments)
-    assert_same(results, plain, 1e-3)
+    assert_same(results, plain(lengths), 1e-3)
 
 
 PRUNED = {"prefill": "pruned", "max_num_batched_tokens": 256, "max_num_seqs": 4}
 
 
-@pytest.fixture(scope="module")
-def plain_pruned(run):
-    results, _, _ = run(None, PRUNED)
-    return results
-
-
-@pytest.mark.parametrize("drafter", DRAFTERS)
-def test_where_prompts_are_read_pruned(run, plain_pruned, drafter):
-    results, seen, _ = run(drafter, PRUNED | {"enable_prefix_caching": True})
-    assert min(seen["accepted"], seen["rejected"]) > 100
-    assert_same(results, plain_pruned, 1e-3)
+@pytest.mark.parametrize(
+    ("drafter", "lengths"),
+    [
+        pytest.param(DRAFT, FEW, id="model-few"),
+        *(
+            pytest.param(*one.values, LENGTHS, id=one.id, marks=[*one.marks, long])
+            for one in DRAFTERS
+        ),
+    ],
+)
+def test_where_prompts_are_read_pruned(run, plain, drafter, lengths):
+    results, seen, _ = run(drafter, PRUNED | {"enable_prefix_caching": True}, lengths)
+    assert min(seen["accepted"], seen["rejected"]) > MORE_THAN[lengths][0]
+    assert_same(results, plain(lengths, **PRUNED), 1e-3)

@@ -119,7 +119,7 @@ def test_kernels_read_what_they_wrote(toy, kernels, dtype, tolerance):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("prefill", ["exact", "pruned"])
+@pytest.mark.parametrize("prefill", ["exact", pytest.param("pruned", marks=pytest.mark.long)])
 def test_an_engine_serves_it(toy, tiny_llama_dir, prefill):
     """The logits are those of the definition; the log and the metrics say what serves."""
     mask = random_mask(tiny_llama_dir, KEPT)
