@@ -41,6 +41,7 @@ def test_answers_are_those_of_the_definition(model):
     assert error(None) > 0.02
 
 
+@pytest.mark.long
 def test_preemption_prefix_hits_and_drafts_do_not_matter(model):
     mask = coded_mask(model)
     prompts = prompts_of([420, 30, 400, 33, 20, 380, 50, 128, 390, 40, 31, 25, 410, 45, 5, 60])

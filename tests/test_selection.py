@@ -133,7 +133,9 @@ KERNELS = SimpleNamespace(store=gpu.store, compact=gpu.compact, attend=attend)
 
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize(
-    ("head_dim", "group", "window"), [(64, 4, Window(32, 64)), (128, 2, Window(64, 40))], ids=str
+    ("head_dim", "group", "window"),
+    [(64, 4, Window(32, 64)), pytest.param(128, 2, Window(64, 40), marks=pytest.mark.long)],
+    ids=str,
 )
 def test_kernels_read_the_best_segments(head_dim, group, window):
     builder = selecting(
