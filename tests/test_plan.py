@@ -287,6 +287,20 @@ def test_plan_before_there_is_a_mask(recall, bits, least):
     assert 10 / bits < ratio <= 16 / least  # scales of V and padding take the rest
 
 
+def test_plans_know_what_is_selected(recall):
+    asked = ["--bits", 2, "--kv-cache-memory", "1GiB", "--max-model-len", 8256, "--json"]
+    _, out, _ = recall(*asked)
+    code, selecting, _ = recall(*asked, "--pages", "0.1")
+    assert code == 0
+    without, planned = json.loads(out), json.loads(selecting)
+    sizes = [one["engines"][-1]["far_token_bytes"] for one in (without, planned)]
+    # Two bytes of each head, which what layers are rounded up to may hold already.
+    assert sizes[0] <= sizes[1] <= 1.07 * sizes[0]
+    assert '"pages": 0.1' in planned["serve"]
+    _, _, err = recall(*asked, "--pages", "7")
+    assert "pages is 7" in err
+
+
 def test_plan_says_that_there_is_no_mask(recall):
     asked = ["--bits", 2, "--kv-cache-memory", "1GiB", "--max-model-len", 8256]
     code, out, _ = recall(*asked)

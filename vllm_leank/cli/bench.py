@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from vllm_leank.bench.serve import DEFAULT_VARIANTS, VARIANTS
-from vllm_leank.cli.options import ArchiveDtype, RecentOfMask, SinkOfMask
+from vllm_leank.cli.options import ArchiveDtype, Pages, RecentOfMask, SinkOfMask
 from vllm_leank.cli.outputs import check_new
 
 app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True)
@@ -41,14 +41,7 @@ def attention(
     layers: Annotated[
         str | None, typer.Option(metavar="0,5,9", help="Layers to measure.", show_default="all")
     ] = None,
-    pages: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE|TOKENS",
-            help="Read this much of far tokens, as the leank option pages.",
-            show_default="all",
-        ),
-    ] = None,
+    pages: Pages = None,
     dtype: Annotated[
         Literal["bfloat16", "float16"], typer.Option(help="Of the model.")
     ] = "bfloat16",

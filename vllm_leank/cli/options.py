@@ -75,3 +75,13 @@ Device = Annotated[
         show_default="the GPU if there is one",
     ),
 ]
+
+Pages = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE|TOKENS",
+        help="Read this much of far tokens, as the leank option pages.",
+        show_default="all",
+    ),
+]
+"""What queries read of far tokens."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_leank.cli.options import Overrides, RecentOfMask, SinkOfMask
+from vllm_leank.cli.options import Overrides, Pages, RecentOfMask, SinkOfMask
 from vllm_leank.cli.sizes import parse_size, readable
 from vllm_leank.core.capacity import (
     BATCHED_TOKENS,
@@ -97,6 +97,7 @@ def plan(
     sink: SinkOfMask = None,
     recent: RecentOfMask = None,
     prefill: Annotated[str, typer.Option(help="How prompts are read: exact or pruned.")] = "exact",
+    pages: Pages = None,
     max_num_batched_tokens: Annotated[
         int,
         typer.Option(
@@ -123,12 +124,16 @@ def plan(
     if (gpu_memory is None) == (kv_cache_memory is None):
         raise UserError("give either --gpu-memory or --kv-cache-memory")
     from vllm_leank.core.options import KEY, parse_options
+    from vllm_leank.core.selection import whole_or_share
     from vllm_leank.mask.checkpoint import Checkpoint
 
     if model is None and mask is None:
         raise UserError("name a model by --model, or its mask by --mask")
     checkpoint = None if model is None else Checkpoint.open(model, overrides=hf_overrides)
-    options = parse_options({KEY: {"sink": sink, "recent": recent, "prefill": prefill}})
+    read = None if pages is None else whole_or_share(pages)
+    options = parse_options(
+        {KEY: {"sink": sink, "recent": recent, "prefill": prefill, "pages": read}}
+    )
     if bits is not None and mask is not None:
         raise UserError("--bits and --mask exclude each other: give one")
     if bits is None:
@@ -152,6 +157,7 @@ def plan(
             "sink": sink,
             "recent": recent,
             "prefill": None if prefill == "exact" else prefill,
+            "pages": read,
         },
         "kv_bytes_given": kv_cache_memory,
         "max_num_batched_tokens": max_num_batched_tokens,
