@@ -165,8 +165,9 @@ def test_a_planted_fault_is_found(fault, monkeypatch):
         play(range(40))
 
 
-def test_a_fault_of_a_full_pool_is_found_in_small_pools_alone(monkeypatch):
+@pytest.mark.parametrize("seeds", [4, pytest.param(10, marks=pytest.mark.long)])
+def test_a_fault_of_a_full_pool_is_found_in_small_pools_alone(monkeypatch, seeds):
     hands_out_a_block_in_use_when_the_pool_is_full(monkeypatch)
-    play(range(4), num_blocks=2048)
+    play(range(seeds), num_blocks=2048)
     with pytest.raises(AssertionError, match="seed"):
         play(range(40))
