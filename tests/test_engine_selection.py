@@ -10,7 +10,7 @@ from test_engine_answers import all_logprobs, assert_same, prompts_of, tolerance
 
 from vllm_leank.core.selection import Selection
 
-PAGES = 0.25
+PAGES = 256
 
 pytestmark = pytest.mark.engine
 

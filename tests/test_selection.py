@@ -46,7 +46,7 @@ def few_steps(builder):
 
 @pytest.mark.parametrize(
     ("pages", "segments", "count"),
-    [(0.1, 2048, 205), (0.1, 20, 4), (0.1, 3, 3), (0.25, 100, 25), (1000, 100, 16), (256, 2, 2)],
+    [(0.1, 2048, 205), (0.1, 40, 32), (0.1, 3, 3), (0.25, 200, 50), (1000, 100, 16), (256, 2, 2)],
 )
 def test_how_many_segments_are_read(pages, segments, count):
     selection = Selection.of(pages)

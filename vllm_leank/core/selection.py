@@ -13,8 +13,12 @@ from typing import Any
 SEGMENT = 64
 """Tokens that are selected together; segment i has those from 64 * i on."""
 
-LEAST_TOKENS = 256
-"""Far tokens that a query reads at least, if there are as many."""
+FEWEST_TOKENS = 256
+"""A number of tokens may not be smaller."""
+
+LEAST_TOKENS = 2048
+"""Far tokens that a query reads at least where a share is given, if there are as many: a share of a
+short context is too little to answer from, and saves nothing."""
 
 DENSE_LAYERS = 2
 """First layers of a model, which read all far tokens: there attention is spread evenly (Quest)."""
@@ -29,15 +33,15 @@ def check_pages(pages: float) -> float:
     Raises:
         ValueError: it cannot; the message says what is allowed.
     """
-    if isinstance(pages, int) and pages < LEAST_TOKENS:
+    if isinstance(pages, int) and pages < FEWEST_TOKENS:
         raise ValueError(
             f"pages is {pages}, but must be a share of far tokens, such as 0.1, or a whole number "
-            f"of tokens, at least {LEAST_TOKENS}"
+            f"of tokens, at least {FEWEST_TOKENS}"
         )
     if not pages > 0 or (isinstance(pages, float) and pages > 1):
         raise ValueError(
             f"pages is {pages}, but must be a share of far tokens above 0 and up to 1.0, or a "
-            f"whole number of tokens, at least {LEAST_TOKENS}"
+            f"whole number of tokens, at least {FEWEST_TOKENS}"
         )
     return pages
 
