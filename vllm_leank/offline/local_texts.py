@@ -72,17 +72,20 @@ def _help_texts() -> list[Document]:
 
 
 def _package_texts() -> list[Document]:
-    """Licences and descriptions of the packages that are installed."""
-    found: list[Document] = []
-    for package in importlib.metadata.distributions():
+    """Licences and descriptions of the packages that are installed; each text once, as many packages
+    have the same licence, and what is held out must not be read under another name.
+    """
+    found: dict[str, Document] = {}
+    packages = sorted(importlib.metadata.distributions(), key=lambda package: package.name)
+    for package in packages:
         name = package.name
-        found.append((f"{name}/description", functools.partial(_description, package)))
+        text = _description(package)
+        found.setdefault(text, (f"{name}/description", functools.partial(str, text)))
         for file in package.files or []:
             if file.name.upper().startswith(_LICENCES) and file.suffix in ("", ".txt", ".md"):
-                found.append(
-                    (f"{name}/{file.name}", functools.partial(_text, Path(str(file.locate()))))
-                )
-    return found
+                text = _text(Path(str(file.locate())))
+                found.setdefault(text, (f"{name}/{file.name}", functools.partial(str, text)))
+    return list(found.values())
 
 
 def _description(package: importlib.metadata.Distribution) -> str:
