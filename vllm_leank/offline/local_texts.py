@@ -72,8 +72,8 @@ def _help_texts() -> list[Document]:
 
 
 def _package_texts() -> list[Document]:
-    """Licences and descriptions of the packages that are installed; each text once, as many packages
-    have the same licence, and what is held out must not be read under another name.
+    """Licences and descriptions of the packages that are installed. Each text once, as many have
+    the same licence, and what is held out must not be read under another name.
     """
     found: dict[str, Document] = {}
     packages = sorted(importlib.metadata.distributions(), key=lambda package: package.name)
