@@ -76,7 +76,7 @@ def _package_texts() -> list[Document]:
     the same licence, and what is held out must not be read under another name.
     """
     found: dict[str, Document] = {}
-    packages = sorted(importlib.metadata.distributions(), key=lambda package: package.name)
+    packages = sorted(importlib.metadata.distributions(), key=lambda package: package.name or "")
     for package in packages:
         name = package.name
         text = _description(package)
