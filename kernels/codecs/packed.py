@@ -38,6 +38,7 @@ class PackedCodec(Codec):
     side_dtype = torch.float16
     any_codes = True
     whole_channels = False
+    summaries = False
     extend_shape = 128, 128, 8, 2
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
@@ -48,7 +49,12 @@ class PackedCodec(Codec):
         from vllm_leank.kernels import packed_columns, packed_rows, packed_store, packed_unpack
 
         folds = packed_columns.fold_archive, packed_rows.fold_archive
-        return Tiles(*folds, packed_store.compact, unpack=packed_unpack.unpack)
+        return Tiles(
+            *folds,
+            packed_store.compact,
+            unpack=packed_unpack.unpack,
+            summaries=self.summaries,
+        )
 
     def decode_shape(self, layout: CacheLayout) -> DecodeShape:
         return MANY_BITS if _many_bits(layout) else FEW_BITS
@@ -81,12 +87,7 @@ class PackedCodec(Codec):
 class SummarisedCodec(PackedCodec):
     """The same with summaries of K."""
 
-    @cached_property
-    def tiles(self) -> Tiles:
-        tiles = super().tiles
-        return Tiles(
-            tiles.fold_columns, tiles.fold_rows, tiles.compact, unpack=tiles.unpack, summaries=True
-        )
+    summaries = True
 
     def decode_shape(self, layout: CacheLayout) -> DecodeShape:
         return replace(super().decode_shape(layout), tile=SEGMENT)
