@@ -84,11 +84,15 @@ class Batch(Prepares):
         others[: len(self.in_prompt)] |= self.in_prompt & (queries[: len(self.in_prompt)] > 1)
         return int(others.int().argmax()) if others.any() else self.num_reqs
 
-    @cached_property
+    @property
     def decodes(self) -> "Batch":
         """The queries of the requests that are decoded, as requests of one query each."""
-        if self.max_query_len <= 1:
-            return self
+        # Not kept by itself: what it prepared must go when the step is over, and not when Python
+        # next looks for circles, which it does not do while graphs are captured.
+        return self if self.max_query_len <= 1 else self._decoded_queries
+
+    @cached_property
+    def _decoded_queries(self) -> "Batch":
         part = self.part(0, self.num_decodes, self.max_query_len)
         if not (part.query_start_loc_cpu.diff() > 1).any():
             return replace(part, max_query_len=1)

@@ -3,6 +3,8 @@
 Without a GPU they run in Triton's interpreter, which knows no bf16.
 """
 
+import gc
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -321,6 +323,25 @@ def test_a_request_split_over_many_programs_reads_the_same(monkeypatch, tma):
         decode.decode(step.query, output, cache, step.batch, builder.scale)
         assert relative_rms(output, step.expected) < FP16[1]
         outputs.append(output)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_what_a_step_prepared_goes_with_it(queries):
+    """It is memory of a GPU, and Python looks for circles seldom; while graphs are made, never."""
+    builder = CacheBuilder((32, 0), 64, 1, Window(0, 32), 32, torch.float16, device=DEVICE)
+    request = builder.add(10, 80)
+    builder.run(builder.step([(request, len(request) - queries)]), reference)
+    step = builder.step([(request, queries)])
+    store.update(step.key, step.value, builder.cache, step.batch)
+    attend(step.query, torch.empty_like(step.query), builder.cache, step.batch, builder.scale)
+    assert step.batch.decodes._prepared
+    seen = weakref.ref(step.batch), weakref.ref(step.batch.decodes)
+    gc.disable()
+    try:
+        del step
+        assert [one() for one in seen] == [None, None]
+    finally:
+        gc.enable()
 
 
 @gpu

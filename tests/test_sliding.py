@@ -1,5 +1,7 @@
 """Block tables of sliding layers, and what these layers add to a plan."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +64,23 @@ def test_steps_that_tell_no_lengths(tiny_llama_dir, mask_file, tmp_path):
     dummy = builder.build(0, SimpleNamespace(rswa_prefix_lens=None, **step))
     for length, exact_until in zip(lengths.tolist(), dummy.exact_until.tolist(), strict=True):
         assert not window.compaction(0, length, exact_until)
+
+
+def test_builders_share_a_step_and_it_goes_when_it_is_over(tiny_llama_dir, mask_file):
+    config = config_of(tiny_llama_dir, {"mask": str(mask_file), "sink": 32, "recent": 64})
+    builders = [PagesMetadataBuilder(None, [], config, torch.device("cpu")) for _ in range(2)]
+    step = SimpleNamespace(
+        num_reqs=1, seq_lens=torch.tensor([300]), is_prefilling=None, rswa_prefix_lens=None
+    )
+    first, second = (builder.build(0, step) for builder in builders)
+    assert first is second
+    seen = weakref.ref(first)
+    gc.disable()
+    try:
+        del first, second, step
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_capacity_counts_what_sliding_layers_keep():

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from vllm.v1.attention.backend import (
@@ -67,7 +68,9 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
     """Builds the metadata of either group.
 
     Layers of a draft model may have builders of their own, but vLLM hands the same description of
-    the step to all builders of a group: the first one's result is kept there.
+    the step to all builders of a group: the first one's result can be found there. It holds the
+    description, which therefore only points to it: a step's memory goes when the step is over, and
+    not when Python next looks for circles.
     """
 
     # Decode kernels read lengths, tables and prompt lengths on the device, from tensors that stay
@@ -92,7 +95,7 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
         fast_build: bool = False,
     ) -> PagesMetadata:
         """Metadata of this step for the group; see the base class."""
-        shared: PagesMetadata | None = common_attn_metadata.__dict__.get(_SHARED)
+        shared: PagesMetadata | None = common_attn_metadata.__dict__.get(_SHARED, lambda: None)()
         if shared is None:
             exact_until = self._exact_until[: common_attn_metadata.num_reqs]
             in_prompt = prompt_requests(common_attn_metadata)
@@ -105,7 +108,7 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
                 # Rows of padding, which have no prompt, have no tokens either.
                 exact_until[: len(lengths)].copy_(lengths[: len(exact_until)], non_blocking=True)
             shared = PagesMetadata(common_attn_metadata, exact_until, in_prompt)
-            common_attn_metadata.__dict__[_SHARED] = shared
+            common_attn_metadata.__dict__[_SHARED] = ref(shared)
         return shared
 
     def build_for_drafting(
