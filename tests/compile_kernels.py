@@ -1,6 +1,8 @@
 """Compiles the attention kernels for GPUs that are not here, as they would be launched there.
 
-    python tests/compile_kernels.py CAPABILITY-HEAD_DIM-ARCHIVE_FORMAT...
+    python tests/compile_kernels.py CAPABILITY-HEAD_DIM-ARCHIVE_FORMAT[+pages]...
+
+`+pages`: of an archive with summaries, by which queries select what they read.
 
 Prints a line of JSON for each: case, kernel, bytes of shared memory, bytes of stack, into which
 registers spill (null where nothing can tell), and whether their number is capped. What the
@@ -197,7 +199,7 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
 
 def compile_selecting(capability: int, head_dim: int, archive_format: ArchiveFormat) -> None:
     """Compile a step whose queries select what they read, of an archive with summaries."""
-    tell = partial(tell_of, f"{capability}-{head_dim}-{archive_format.name}")
+    tell = partial(tell_of, f"{capability}-{head_dim}-{archive_format.name}+pages")
     builder = CacheBuilder(
         MIXED[head_dim], head_dim, 4, Window(64, 256), 128, torch.bfloat16, archive_format,
         selection=Selection(share=1 << 13, least=4),
@@ -228,8 +230,12 @@ def extend_unpacked(
 if __name__ == "__main__":
     by_name = {one.name: one for one in known_formats()}
     for case in sys.argv[1:]:
-        capability, head_dim, name = case.split("-")
-        compile_all(int(capability), int(head_dim), by_name[name])
-        summarised = by_name[name].summarised()
-        if summarised is not None:
+        capability, head_dim, kind = case.split("-")
+        name, _, pages = kind.partition("+")
+        archive_format = by_name[name]
+        if pages:
+            summarised = archive_format.summarised()
+            assert summarised is not None
             compile_selecting(int(capability), int(head_dim), summarised)
+        else:
+            compile_all(int(capability), int(head_dim), archive_format)

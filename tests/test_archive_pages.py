@@ -26,8 +26,8 @@ from vllm_leank.core.window import Window
     ("window", "archive_block"),
     [
         (Window(0, 32), 128),
-        (Window(32, 64), 32),
-        (Window(64, 100), 64),
+        pytest.param(Window(32, 64), 32, marks=pytest.mark.long),
+        pytest.param(Window(64, 100), 64, marks=pytest.mark.long),
         (Window(128, 64), 96),  # the page of the sink's last tokens is not the first page
     ],
     ids=str,

@@ -29,9 +29,6 @@ def kept_mask(model):
     return random_mask(model, KEPT)
 
 
-each_mask = pytest.mark.parametrize("mask_of", [pytest.param(kept_mask, marks=long), coded_mask])
-
-
 def tolerance_of(mask):
     """Where order of summation may make another code of a number at the edge of two, more."""
     return 5e-3 if mask.is_packed else LOGPROB_TOLERANCE
@@ -151,7 +148,7 @@ MANY = [1500, 700, 33, 400, 96, 1000, 257, 640]
 @pytest.mark.parametrize(
     ("mask_of", "lengths", "batches", "chunks"),
     [
-        (coded_mask, FEW, (1,), (33, 512)),
+        (coded_mask, FEW, (1,), (33,)),
         pytest.param(coded_mask, MANY, (1, 2), (32, 33, 100, 512), marks=long),
         pytest.param(kept_mask, MANY, (1, 2), (32, 33, 100, 512), marks=long),
     ],
@@ -184,10 +181,9 @@ def unpressed(tiny_llama_dir):
     return answers
 
 
-@each_mask
-@pytest.mark.parametrize(
-    "ahead", [pytest.param(False, marks=long), True], ids=["step by step", "planned ahead"]
-)
+@long
+@pytest.mark.parametrize("mask_of", [kept_mask, coded_mask])
+@pytest.mark.parametrize("ahead", [False, True], ids=["step by step", "planned ahead"])
 def test_preemption_does_not_matter(tiny_llama_dir, unpressed, mask_of, ahead):
     """Requests thrown out of a cache that is too small, and replayed: equal tokens. Where a step is
     planned while another is in flight, too.

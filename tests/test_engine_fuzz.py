@@ -51,8 +51,8 @@ def test_random_traffic_is_answered_as_the_oracle_would(tiny_llama_dir, seed, sc
 def test_random_traffic_with_drafts_is_answered_as_the_oracle_would(
     tiny_llama_dir, seed, scenarios
 ):
-    """A random model seldom repeats itself: most drafts are rejected, many across a boundary. A
-    short test of drafts from text is in `test_speculation.py`: each costs a process of its own.
+    """A random model seldom repeats itself: most drafts are rejected, many across a boundary. Each
+    costs a process of its own; a model that drafts does not.
     """
     with own_process() as run:
         counts = run(play, seed, tiny_llama_dir, scenarios, NGRAM)

@@ -11,7 +11,13 @@ pytestmark = pytest.mark.engine
 NEEDS_TORCHVISION = ("qwen2_5_vl",)
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+SHORT = "paddleocr_vl"
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [one if one == SHORT else pytest.param(one, marks=pytest.mark.long) for one in MODELS],
+)
 def test_architectures(model_type, tmp_path):
     """Experts, layers without RoPE beside others, and text for a model that sees images, whose
     positions have three numbers.

@@ -13,7 +13,6 @@ from test_engine_answers import (
     all_logprobs,
     assert_same,
     coded_mask,
-    each_mask,
     kept_mask,
     long,
     prompts_of,
@@ -59,7 +58,7 @@ def test_logits_are_those_of_the_definition(tiny_llama_dir, chunk, archive_forma
 @pytest.mark.parametrize(
     ("mask_of", "lengths", "chunks"),
     [
-        (coded_mask, FEW, (33,)),
+        pytest.param(coded_mask, FEW, (33,), marks=long),
         pytest.param(coded_mask, MANY, (33, 512), marks=long),
         pytest.param(kept_mask, MANY, (33, 512), marks=long),
     ],
@@ -79,17 +78,11 @@ def test_history_does_not_matter(tiny_llama_dir, mask_of, lengths, chunks):
             assert_same(leank.generate(prompts, 100), whole, tolerance_of(mask))
 
 
-@pytest.mark.parametrize(
-    ("mask_of", "lengths"),
-    [
-        (coded_mask, [30, 300, 33, 64, 20]),
-        pytest.param(coded_mask, [30, 300, 33, 200, 96, 250, 128, 64], marks=long),
-        pytest.param(kept_mask, [30, 300, 33, 200, 96, 250, 128, 64], marks=long),
-    ],
-)
-def test_preemption_does_not_matter(tiny_llama_dir, mask_of, lengths):
+@long
+@pytest.mark.parametrize("mask_of", [coded_mask, kept_mask])
+def test_preemption_does_not_matter(tiny_llama_dir, mask_of):
     """Requests go on from pages of their own prompts and answers, and from each other's."""
-    prompts = prompts_of(lengths)
+    prompts = prompts_of([30, 300, 33, 200, 96, 250, 128, 64])
     prompts += [[*prompt, 1] for prompt in prompts]
     mask = mask_of(tiny_llama_dir)
     limits = {"max_model_len": 1024, "prefill": "pruned", "max_num_batched_tokens": 64}
@@ -148,8 +141,9 @@ def test_answers_are_found_as_well(tiny_llama_dir, mask_of, lengths, max_tokens)
         assert hits == whole
 
 
-@each_mask
-@pytest.mark.parametrize("chunk", [pytest.param(64, marks=long), 1024])
+@long
+@pytest.mark.parametrize("mask_of", [kept_mask, coded_mask])
+@pytest.mark.parametrize("chunk", [64, 1024])
 def test_a_prompt_holds_no_dense_middle(tiny_llama_dir, mask_of, chunk):
     """What a long prompt holds at most is what vLLM was told when it looked at its memory."""
     mask = mask_of(tiny_llama_dir)

@@ -19,7 +19,7 @@ LIMITS = {
     "scheduling_policy": "priority",
     "max_num_batched_tokens": 256,
 }
-FEW = (60, 130, 310)
+FEW = (60, 130)
 MANY = (60, 130, 200, 310, 420, 610)
 """Lengths of prompts, which have some 90 tokens of room."""
 

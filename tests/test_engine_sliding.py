@@ -56,7 +56,13 @@ def assert_served(model, loaded=None, **args):
         assert_as_defined(loaded or as_vllm_runs_it(model), mask, leank, PROMPTS, answers)
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+SHORT = ("gemma3_text", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [one if one in SHORT else pytest.param(one, marks=long) for one in MODELS],
+)
 def test_architectures(model_type, saved):
     assert_served(saved(model_type))
 

@@ -243,17 +243,17 @@ def test_a_prompt_is_read_the_same_in_programs_and_tiles_of_any_size(monkeypatch
 @pytest.mark.parametrize(
     ("kept", "head_dim", "archive_block", "window", "archive_format"),
     [
+        ((32, 0, 112), 128, 64, Window(32, 64), NATIVE),
+        (CODED[64], 64, 128, Window(32, 64), PACKED),
         *(
-            (*case, NATIVE)
+            pytest.param(*case, marks=pytest.mark.long)
             for case in (
-                ((32, 0, 112), 128, 64, Window(32, 64)),
-                ((96, 16), 96, 96, Window(32, 64)),
-                ((64, 48, 0), 64, 128, Window(64, 32)),
-                ((256, 80), 256, 32, Window(0, 32)),
+                ((96, 16), 96, 96, Window(32, 64), NATIVE),
+                ((64, 48, 0), 64, 128, Window(64, 32), NATIVE),
+                ((256, 80), 256, 32, Window(0, 32), NATIVE),
+                (CODED[128], 128, 256, Window(64, 32), PACKED),
             )
         ),
-        (CODED[64], 64, 128, Window(32, 64), PACKED),
-        (CODED[128], 128, 256, Window(64, 32), PACKED),
         pytest.param(CODED[256], 256, 128, Window(0, 32), PACKED, marks=gpu),
     ],
 )

@@ -149,14 +149,19 @@ def leaks_when_a_request_ends(monkeypatch):
     "fault",
     [
         frees_a_page_too_many,
-        frees_the_prompt_while_it_is_computed,
-        forgets_steps_in_flight,
-        forgets_that_drafts_were_rejected,
         archives_a_page_too_few,
-        finds_answers_in_the_prefix_cache,
-        looks_up_answers_after_a_preemption,
-        shares_the_page_in_which_the_prompt_ends,
         leaks_when_a_request_ends,
+        *(
+            pytest.param(fault, marks=pytest.mark.long)
+            for fault in (
+                frees_the_prompt_while_it_is_computed,
+                forgets_steps_in_flight,
+                forgets_that_drafts_were_rejected,
+                finds_answers_in_the_prefix_cache,
+                looks_up_answers_after_a_preemption,
+                shares_the_page_in_which_the_prompt_ends,
+            )
+        ),
     ],
 )
 def test_a_planted_fault_is_found(fault, monkeypatch):
@@ -165,7 +170,8 @@ def test_a_planted_fault_is_found(fault, monkeypatch):
         play(range(40))
 
 
-@pytest.mark.parametrize("seeds", [4, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("seeds", [10])
 def test_a_fault_of_a_full_pool_is_found_in_small_pools_alone(monkeypatch, seeds):
     hands_out_a_block_in_use_when_the_pool_is_full(monkeypatch)
     play(range(seeds), num_blocks=2048)

@@ -116,6 +116,7 @@ def test_classifiers_are_known(source: Path) -> None:
     assert set(shown) <= known
 
 
+@pytest.mark.long
 def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=source)
     (sdist,) = tmp_path.glob("*.tar.gz")
@@ -126,6 +127,7 @@ def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) 
     assert package_files(build_wheel(tree, tmp_path)) == package_files(wheel)
 
 
+@pytest.mark.long
 def test_editable_install_maps_packages_and_hides_the_tree(source: Path, tmp_path: Path) -> None:
     python = tmp_path / "venv" / "bin" / "python"
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)

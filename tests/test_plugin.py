@@ -1,6 +1,7 @@
 """Registration with vLLM: in every process, with any vLLM or none, at no cost.
 
-Each case runs in a Python of its own, since registering changes vLLM for good.
+Each case runs in a Python of its own, since registering changes vLLM for good; where what is
+imported does not matter, in a copy of one that has imported vLLM.
 """
 
 import json
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 
+import fresh
 import pytest
 
 WITHOUT_VLLM = """
@@ -36,12 +38,22 @@ REGISTER = """
 """
 
 
+def joined(*parts):
+    """One script of several parts."""
+    return "\n".join(textwrap.dedent(part) for part in parts)
+
+
 def run(*parts):
     """Run the parts as one script; return what it printed."""
-    script = "\n".join(textwrap.dedent(part) for part in parts)
+    script = joined(*parts)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_copy(*parts):
+    """As `run`, where vLLM has been imported."""
+    return fresh.run(joined(*parts))
 
 
 def test_without_vllm_registering_does_nothing():
@@ -112,7 +124,7 @@ def test_members_survive_pickling_and_copying(registered):
 
 
 def test_a_process_that_has_not_loaded_plugins_unpickles_members(registered):
-    run(
+    run_copy(
         f"""
         import pickle
         import sys
@@ -126,7 +138,7 @@ def test_a_process_that_has_not_loaded_plugins_unpickles_members(registered):
 
 
 def test_another_vllm_refuses_leank_and_nothing_else():
-    printed = run(
+    printed = run_copy(
         """
         from vllm_leank.serving.vllm import versions
         versions.version = lambda name: "9.1.0"
@@ -167,7 +179,7 @@ BREAK = {
 )
 def test_a_plugin_that_cannot_be_set_up_serves_nobody_who_asks_for_leank(broken):
     """Neither by its name, which is not known, nor by its options; plain vLLM is as it was."""
-    printed = run(
+    printed = run_copy(
         f"""
         import logging, sys
         logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout)

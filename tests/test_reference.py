@@ -50,15 +50,15 @@ def serve(builder):
     ("head_dim", "group", "archive_block", "dtype", "tolerance"),
     [
         (64, 1, 32, *FP32),
-        (64, 4, 64, *BF16),
+        pytest.param(64, 4, 64, *BF16, marks=pytest.mark.long),
         (96, 2, 64, *FP32),
-        (96, 1, 96, *FP16),
+        pytest.param(96, 1, 96, *FP16, marks=pytest.mark.long),
         (128, 4, 64, *FP32),
-        (128, 2, 96, *BF16),
-        (128, 1, 32, *FP16),
+        pytest.param(128, 2, 96, *BF16, marks=pytest.mark.long),
+        pytest.param(128, 1, 32, *FP16, marks=pytest.mark.long),
         (256, 2, 32, *FP32),
-        (256, 4, 96, *BF16),
-        (256, 1, 64, *FP16),
+        pytest.param(256, 4, 96, *BF16, marks=pytest.mark.long),
+        pytest.param(256, 1, 64, *FP16, marks=pytest.mark.long),
     ],
 )
 def test_every_query_reads_what_the_rule_says(
@@ -71,7 +71,11 @@ def test_every_query_reads_what_the_rule_says(
         assert relative_rms(output, step.expected) < tolerance
 
 
-@pytest.mark.parametrize("window", [Window(0, 32), Window(64, 100)], ids=str)
+@pytest.mark.parametrize(
+    "window",
+    [pytest.param(Window(0, 32), marks=pytest.mark.long), Window(64, 100)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("head_dim", "group", "archive_block", "dtype", "tolerance"),
     [

@@ -1,15 +1,14 @@
 """What cannot be served ends startup with one message that says what to change."""
 
 import json
-import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 from re import escape
 from types import SimpleNamespace
 
+import fresh
 import pytest
 from leank_configs import SLIDING_WINDOW, config_of
 from mask_samples import coded_mask, random_mask
@@ -308,14 +307,8 @@ print(refusal)
 """
 
     def run(plugins):
-        result = subprocess.run(
-            [sys.executable, "-c", script, str(tiny_llama_dir)],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ | {"VLLM_PLUGINS": plugins},
-        )
-        return result.stdout.splitlines()[-3:]
+        printed = fresh.run(script, str(tiny_llama_dir), env={"VLLM_PLUGINS": plugins})
+        return printed.splitlines()[-3:]
 
     (with_plugin, modules, refusal), (without, none, unknown) = run("leank"), run("")
     assert with_plugin == without

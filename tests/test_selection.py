@@ -95,7 +95,15 @@ def test_summaries_are_means_and_variances_of_codes(head_dim):
         np.testing.assert_allclose(score, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [Window(0, 32), Window(32, 64), Window(64, 100)], ids=str)
+@pytest.mark.parametrize(
+    "window",
+    [
+        Window(32, 64),
+        pytest.param(Window(0, 32), marks=pytest.mark.long),
+        pytest.param(Window(64, 100), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 4), (128, 2), (256, 1)])
 def test_queries_read_the_best_segments(head_dim, group, window):
     builder = selecting(CODED[head_dim], head_dim, group, window)
@@ -138,9 +146,8 @@ KERNELS = SimpleNamespace(store=gpu.store, compact=gpu.compact, attend=attend)
     ids=str,
 )
 def test_kernels_read_the_best_segments(head_dim, group, window):
-    builder = selecting(
-        CODED[head_dim], head_dim, group, window, dtype=torch.float16, device=DEVICE
-    )
+    heads = CODED[head_dim] if DEVICE == "cuda" else CODED[head_dim][:2]
+    builder = selecting(heads, head_dim, group, window, dtype=torch.float16, device=DEVICE)
     for step in few_steps(builder):
         output = builder.run(step, KERNELS)
         assert output.isfinite().all()

@@ -42,7 +42,7 @@ def data_home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(data_home):
     prompts = data_home / "prompts.jsonl"  # built-in ones are text, which this model cannot read
-    samples = [make_sample(task, 2000, seed=77) for task in TASKS]
+    samples = [make_sample(task, 900, seed=77) for task in TASKS]
     lines = [{"prompt_token_ids": one.prompt_token_ids + one.answer_token_ids} for one in samples]
     prompts.write_text("\n".join(map(json.dumps, lines)))
     script = REPO / "examples/calibrate_and_serve.sh"

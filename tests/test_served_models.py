@@ -53,7 +53,15 @@ def told_by_startup(model, options):
     return "", config
 
 
-@pytest.mark.parametrize("architecture", names()[0])
+def some_short(values, every):
+    """Parameters, of which one in so many is short."""
+    return [
+        value if index % every == 0 else pytest.param(value, marks=pytest.mark.long)
+        for index, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize("architecture", some_short(names()[0], every=4))
 def test_both_judge_alike(architecture, tmp_path):
     model = save_config(architecture, tmp_path)
     said, options = told_by_commands(model), {}

@@ -55,13 +55,19 @@ PREEMPTED = {"num_gpu_blocks_override": 50, "enable_prefix_caching": True}
 TIGHT = PREEMPTED | {"num_gpu_blocks_override": 24, "max_model_len": 480}
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS)
+ALL = {"chunked": (CHUNKED, LENGTHS), "preempted": (PREEMPTED, LENGTHS)}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "lengths"),
+    ("drafter", "arguments", "lengths"),
     [
-        pytest.param(TIGHT, FEW, id="few"),
-        pytest.param(CHUNKED, LENGTHS, id="chunked", marks=long),
-        pytest.param(PREEMPTED, LENGTHS, id="preempted", marks=long),
+        # A drafter from text needs a process of its own.
+        pytest.param(DRAFT, TIGHT, FEW, id="model-few"),
+        *(
+            pytest.param(*one.values, *kind, id=f"{one.id}-{name}", marks=[*one.marks, long])
+            for one in DRAFTERS
+            for name, kind in ALL.items()
+        ),
     ],
 )
 def test_tokens_are_those_without_speculation(run, plain, drafter, arguments, lengths):
