@@ -6,11 +6,13 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from vllm_leank.cli.sizes import readable
 from vllm_leank.core.capacity import Capacity
 
 
 def capacity_table(capacities: dict[str, Capacity], length: int) -> Table:
-    """A row per way to keep the cache; ratios are against the first.
+    """A row per way to keep the cache; ratios are against the first. What a decode step reads is
+    that of one request.
 
     80 columns hold numbers of seven digits; where there is less room, names wrap.
     """
@@ -29,6 +31,7 @@ def capacity_table(capacities: dict[str, Capacity], length: int) -> Table:
         "far token\nbytes",
         "page\ntokens",
         "block\nbytes",
+        "a step\nreads",
     ):
         table.add_column(name, justify="right", no_wrap=True)
     first = next(iter(capacities.values()))
@@ -41,6 +44,7 @@ def capacity_table(capacities: dict[str, Capacity], length: int) -> Table:
             f"{one.far_token_bytes:,}",
             "" if one.archive_block is None else f"{one.archive_block}",
             "" if one.block_bytes is None else f"{one.block_bytes:,}",
+            "" if one.step_bytes is None else readable(one.step_bytes),
         )
     return table
 

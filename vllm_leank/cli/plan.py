@@ -180,8 +180,9 @@ def plan(
             STEPS_AT_ONCE,
         )  # fmt: skip
     capacities = compare(
-        settings.plan, settings.window, pool, max_model_len, STEPS_AT_ONCE * max_num_batched_tokens
-    )
+        settings.plan, settings.window, pool, max_model_len,
+        STEPS_AT_ONCE * max_num_batched_tokens, settings.selection,
+    )  # fmt: skip
     line = serve_line(facts, mask, gpu_memory_utilization)
     _print(capacities, facts | {"pool_bytes": pool, "serve": line}, as_json)
     raise typer.Exit(0 if capacities["leank"].in_prefill >= 1 else 1)
@@ -259,6 +260,7 @@ def _print(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: bool
     console = Console(highlight=False)
     console.print(_sentence(facts), markup=False, soft_wrap=True)
     console.print(capacity_table(capacities, facts["max_model_len"]))
+    console.print(_what_a_step_reads(facts), soft_wrap=True)
     if "while_computed" in facts:
         console.print(f"leank: {facts['while_computed']}", soft_wrap=True)
     if too_long := what_does_not_fit(capacities):
@@ -266,6 +268,15 @@ def _print(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: bool
     else:
         console.print("to serve it:")
         console.print(f"  {facts['serve']}", markup=False, soft_wrap=True)
+
+
+def _what_a_step_reads(facts: dict[str, Any]) -> str:
+    """What the table's last column is, and what a step reads beside it."""
+    beside = ""
+    if "weight_bytes" in facts:
+        weights = readable(facts["weight_bytes"] // facts["tensor_parallel_size"])
+        beside = f", beside {weights} of weights for all of them"
+    return f"a decode step reads so much of the cache of each request on each GPU{beside}"
 
 
 def _sentence(facts: dict[str, Any]) -> str:
