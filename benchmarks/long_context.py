@@ -1,7 +1,6 @@
 """What decode steps of long requests read and what fits, on paper, and beside what was measured.
 
-    python benchmarks/long_context.py --out benchmarks/results/long_context.json \\
-        --measured 2=benchmarks/results/attention_packed_2_128k_h200.json
+    python benchmarks/long_context.py --out long_context.json --measured 2=attention.json 4=serve.json
 
 The paper has `leank plan`'s own numbers for two shapes: a mask of so many bits alike in all heads,
 the same window everywhere. The time is that of reading these bytes at a given rate, nothing else.
@@ -18,6 +17,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -198,33 +199,34 @@ def line(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _cells(rows: list[dict[str, Any]]) -> dict[tuple[str, int, int], list[dict[str, Any]]]:
-    """Rows by shape, ranks and length."""
-    found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    for one in rows:
-        key = one["shape"], one["tensor_parallel_size"], one["length"]
-        found.setdefault(key, []).append(one)
-    return found
+def _groups(results: dict[str, Any]) -> Iterator[tuple[list[object], list[dict[str, Any]]]]:
+    """The first cells of a table's row, and what it is about: a shape, ranks and a length that fit
+    any GPU.
+    """
+    names = "shape", "tensor_parallel_size", "length"
+    for (name, tp, length), rows in groupby(results["rows"], itemgetter(*names)):
+        group = list(rows)
+        if any(group[0]["requests"].values()):
+            yield [name, tp, f"{length:,}"], group
 
 
 def read_lines(results: dict[str, Any]) -> Iterator[str]:
-    """Gigabytes that a step reads on each GPU, and milliseconds that this takes."""
-    for (name, tp, length), rows in _cells(results["rows"]).items():
-        cells = [_reading(one["bytes"], one["ms"]) for one in rows]
+    """Gigabytes of weights and of caches that a step reads on each GPU, and milliseconds."""
+    for first, rows in _groups(results):
         weights = _reading(rows[0]["weight_bytes"], rows[0]["weight_ms"])
-        yield line(name, tp, f"{length:,}", weights, *cells)
+        yield line(*first, weights, *(_reading(one["bytes"], one["ms"]) for one in rows))
 
 
 def _reading(read: int, milliseconds: float) -> str:
-    return f"{read / 1e9:.3g} GB, {milliseconds:.2f}"
+    return f"{read / 1e9:.3g} ({milliseconds:.3g})"
 
 
 def fit_lines(results: dict[str, Any]) -> Iterator[str]:
     """Requests that fit, where all far tokens are read."""
-    for (name, tp, length), rows in _cells(results["rows"]).items():
+    for first, rows in _groups(results):
         plain = [one for one in rows if one["pages"] is None]
         cells = [_requests(one["requests"][gpu]) for gpu in results["gpus"] for one in plain]
-        yield line(name, tp, f"{length:,}", *cells)
+        yield line(*first, *cells)
 
 
 def _requests(found: dict[str, float] | None) -> str:
@@ -239,13 +241,21 @@ def _requests(found: dict[str, float] | None) -> str:
 
 
 def measured_lines(results: dict[str, Any]) -> Iterator[str]:
-    """What was measured, beside the paper."""
-    for one in results["measured"]:
-        name = "dense" if one["bits"] is None else f"{one['bits']} bits"
-        if one["pages"] is not None:
-            name += f", {one['pages']} of them"
+    """What was measured, beside the paper; of the same in several runs, the first."""
+    rows = {
+        (one["what"], one["batch"], one["length"], one["bits"] or 16, one["pages"] or 1): one
+        for one in reversed(results["measured"])
+    }
+    for (what, batch, length, bits, pages), one in sorted(rows.items(), key=_in_order):
+        name = "dense" if one["bits"] is None else f"{bits} bits"
+        read = "all" if one["pages"] is None else f"{pages:.0%}"
         times = f"{one['paper_ms']:.3g}", f"{one['ms']:.3g}", f"{one['ratio']:.2f}x"
-        yield line(one["what"], f"{one['batch']} x {one['length']:,}", name, *times)
+        yield line(what, f"{batch} x {length:,}", name, read, *times)
+
+
+def _in_order(item: tuple[tuple[str, int, int, int, float], Any]) -> tuple[Any, ...]:
+    what, batch, length, bits, pages = item[0]
+    return what, batch, length, -bits, -pages
 
 
 def main() -> None:
