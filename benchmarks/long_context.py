@@ -1,6 +1,6 @@
 """What decode steps of long requests read and what fits, on paper, and beside what was measured.
 
-    python benchmarks/long_context.py --out long_context.json --measured 2=attention.json 4=serve.json
+    python benchmarks/long_context.py --out long_context.json --measured 2=attention.json
 
 The paper has `leank plan`'s own numbers for two shapes: a mask of so many bits alike in all heads,
 the same window everywhere. The time is that of reading these bytes at a given rate, nothing else.

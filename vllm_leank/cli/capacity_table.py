@@ -11,8 +11,7 @@ from vllm_leank.core.capacity import Capacity
 
 
 def capacity_table(capacities: dict[str, Capacity], length: int) -> Table:
-    """A row per way to keep the cache; ratios are against the first. What a decode step reads is
-    that of one request.
+    """A row per way to keep the cache; ratios are against the first.
 
     80 columns hold numbers of seven digits; where there is less room, names wrap.
     """
@@ -31,7 +30,6 @@ def capacity_table(capacities: dict[str, Capacity], length: int) -> Table:
         "far token\nbytes",
         "page\ntokens",
         "block\nbytes",
-        "a step\nreads",
     ):
         table.add_column(name, justify="right", no_wrap=True)
     first = next(iter(capacities.values()))
@@ -44,9 +42,20 @@ def capacity_table(capacities: dict[str, Capacity], length: int) -> Table:
             f"{one.far_token_bytes:,}",
             "" if one.archive_block is None else f"{one.archive_block}",
             "" if one.block_bytes is None else f"{one.block_bytes:,}",
-            "" if one.step_bytes is None else readable(one.step_bytes),
         )
     return table
+
+
+def what_a_step_reads(capacities: dict[str, Capacity], weights: int | None = None) -> str:
+    """A sentence for under the table; `weights` are the bytes of those on each GPU."""
+    found = [
+        f"{readable(one.step_bytes)} with {name}"
+        for name, one in capacities.items()
+        if one.step_bytes is not None
+    ]
+    beside = f", and {readable(weights)} of weights once for all" if weights else ""
+    reads = "a decode step reads, on each GPU, of the cache of each request"
+    return f"{reads}: {'; '.join(found)}{beside}"
 
 
 def what_does_not_fit(capacities: dict[str, Capacity]) -> str:

@@ -109,7 +109,11 @@ def _print(facts: list["Fact"], serving: "Serving | None") -> None:
 def _print_serving(console: "Console", serving: "Serving") -> None:
     from rich.markup import escape
 
-    from vllm_leank.cli.capacity_table import capacity_table, what_does_not_fit
+    from vllm_leank.cli.capacity_table import (
+        capacity_table,
+        what_a_step_reads,
+        what_does_not_fit,
+    )
     from vllm_leank.serving.report import beyond_calibration, describe
 
     if serving.reasons:
@@ -131,6 +135,7 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
     capacities = _capacities(serving)
     console.print(f"\ncache of {readable(serving.pool_bytes)} on each device")
     console.print(capacity_table(capacities, serving.length))
+    console.print(what_a_step_reads(capacities))
     if too_long := what_does_not_fit(capacities):
         console.print(too_long)
 

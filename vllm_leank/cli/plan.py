@@ -250,7 +250,12 @@ def _weights(checkpoint: "Checkpoint") -> int:
 
 
 def _print(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: bool) -> None:
-    from vllm_leank.cli.capacity_table import capacity_json, capacity_table, what_does_not_fit
+    from vllm_leank.cli.capacity_table import (
+        capacity_json,
+        capacity_table,
+        what_a_step_reads,
+        what_does_not_fit,
+    )
 
     if as_json:
         print(json.dumps(facts | {"engines": capacity_json(capacities)}, indent=2))
@@ -260,7 +265,8 @@ def _print(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: bool
     console = Console(highlight=False)
     console.print(_sentence(facts), markup=False, soft_wrap=True)
     console.print(capacity_table(capacities, facts["max_model_len"]))
-    console.print(_what_a_step_reads(facts), soft_wrap=True)
+    weights = facts.get("weight_bytes", 0) // facts["tensor_parallel_size"]
+    console.print(what_a_step_reads(capacities, weights), soft_wrap=True)
     if "while_computed" in facts:
         console.print(f"leank: {facts['while_computed']}", soft_wrap=True)
     if too_long := what_does_not_fit(capacities):
@@ -268,15 +274,6 @@ def _print(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: bool
     else:
         console.print("to serve it:")
         console.print(f"  {facts['serve']}", markup=False, soft_wrap=True)
-
-
-def _what_a_step_reads(facts: dict[str, Any]) -> str:
-    """What the table's last column is, and what a step reads beside it."""
-    beside = ""
-    if "weight_bytes" in facts:
-        weights = readable(facts["weight_bytes"] // facts["tensor_parallel_size"])
-        beside = f", beside {weights} of weights for all of them"
-    return f"a decode step reads so much of the cache of each request on each GPU{beside}"
 
 
 def _sentence(facts: dict[str, Any]) -> str:
