@@ -163,8 +163,12 @@ def serve(
         "seed": 0,
     }
     common |= serving.parse_engine_args(engine_args)
-    given = {"mask": None if mask is None else str(mask), "sink": sink, "recent": recent}
-    given["pages"] = None if pages is None else whole_or_share(pages)
+    given = {
+        "mask": None if mask is None else str(mask),
+        "sink": sink,
+        "recent": recent,
+        "pages": None if pages is None else whole_or_share(pages),
+    }
     leank = {name: value for name, value in given.items() if value is not None}
     parse_options({KEY: leank})
     load = {
