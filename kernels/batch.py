@@ -113,16 +113,21 @@ class Batch(Prepares):
     @cached_property
     def per_query(self) -> "Batch":
         """Each query as a request that ends with it; the device is not waited for."""
-        queries = int(self.query_start_loc_cpu[-1] - self.query_start_loc_cpu[0])
+        return self.queries(0, int(self.query_start_loc_cpu[-1] - self.query_start_loc_cpu[0]))
+
+    def queries(self, first: int, last: int) -> "Batch":
+        """The same of queries `first` to `last`, counted from this part's first. A row of the block
+        tables is as long as the longest request may be, and each query has its own.
+        """
         start = self.local_query_start_loc
-        index = torch.arange(queries + 1, dtype=start.dtype, device=start.device)
-        row = torch.arange(self.num_reqs, device=start.device)
-        row = row.repeat_interleave(start.diff(), output_size=queries)
+        index = torch.arange(first, last, dtype=start.dtype, device=start.device)
+        row = torch.searchsorted(start, index, right=True) - 1
+        count = last - first
         return replace(
             self,
-            query_start_loc=index,
-            query_start_loc_cpu=torch.arange(queries + 1, dtype=self.query_start_loc_cpu.dtype),
-            seq_lens=self.seq_lens[row] - (start[row + 1] - 1 - index[:-1]),
+            query_start_loc=torch.arange(count + 1, dtype=start.dtype, device=start.device),
+            query_start_loc_cpu=torch.arange(count + 1, dtype=self.query_start_loc_cpu.dtype),
+            seq_lens=self.seq_lens[row] - (start[row + 1] - 1 - index),
             exact_until=self.exact_until[row],
             window_table=self.window_table[row],
             archive_table=self.archive_table[row],

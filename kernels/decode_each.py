@@ -22,12 +22,10 @@ def decode_each(
         batch: the requests, a part of a step.
         scale: factor of the QK product.
     """
-    start, each = int(batch.query_start_loc_cpu[0]), batch.per_query
-    for first in range(0, each.num_reqs, EACH_AT_ONCE):
-        last = min(first + EACH_AT_ONCE, each.num_reqs)
-        part, rows = each.prepared(_queries, first, last), slice(start + first, start + last)
+    start, end = int(batch.query_start_loc_cpu[0]), int(batch.query_start_loc_cpu[-1])
+    for first in range(start, end, EACH_AT_ONCE):
+        rows = slice(first, min(first + EACH_AT_ONCE, end))
+        # Nobody keeps the part: with what decode prepares for it, those of a long answer would take
+        # more memory than there is where contexts are long.
+        part = batch.queries(rows.start - start, rows.stop - start)
         decode(query[rows], output[rows], cache, part, scale, after_prompt=True)
-
-
-def _queries(batch: Batch, first: int, last: int) -> Batch:
-    return batch.part(first, last, 1)

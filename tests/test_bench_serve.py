@@ -89,6 +89,7 @@ def test_variants():
         (["--engine-args", "{"], "--engine-args is not JSON"),
         (["--engine-args", "[]"], "--engine-args is not a JSON object"),
         (["--mask", "/no/mask"], "cannot be read"),
+        (["--pages", "5"], "pages is 5, but must be a share"),
         (["--out", "/no/such/folder/r.json"], "no such directory"),
     ],
 )
@@ -143,6 +144,15 @@ def test_ratios_and_their_table(monkeypatch, capsys):
     shown = capsys.readouterr().out
     for text in ("1,500", "(1.50x)", "(2.00x)", "54", "20.00", "32,000"):
         assert text in shown
+
+
+def test_first_tokens_that_were_not_timed(capsys):
+    variants = [figures(name, 1, 9.0, None, 8.0) for name in ("flash", "leank")]
+    (ratio,) = ratios = serve.ratios(variants)
+    assert (ratio["ttft"], ratio["tpot_p50"]) == (None, 1)
+    load = {"model": "m", "prompt_tokens": 524000}
+    print_serve({"load": load, "variants": variants, "ratios": ratios})
+    assert " - " in capsys.readouterr().out
 
 
 @pytest.mark.engine

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from long_context import fit_lines, measured_lines, read_lines
 from real.kl_picture import FLOOR, draw, drawn, joined
 from real.study_table import lost, mean_points, merged, points, shared_cells, some
 
@@ -295,6 +296,9 @@ def selected_study_rows():
         ("docs/reliability.md", soak_rows),
         ("docs/performance.md", selected_rows),
         ("docs/performance.md", selected_study_rows),
+        ("docs/performance.md", lambda: read_lines(load("long_context"))),
+        ("docs/performance.md", lambda: fit_lines(load("long_context"))),
+        ("docs/performance.md", lambda: measured_lines(load("long_context"))),
     ],
 )
 def test_rows_are_those_of_the_results(page, rows):

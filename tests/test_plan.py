@@ -98,6 +98,25 @@ def test_plan_as_a_table(recall):
     assert "would not start" not in out
 
 
+def test_plan_says_what_a_step_reads(recall):
+    """Of 8,256 tokens with 6,144 bytes dense, and of weights where they are known."""
+    args = "--max-model-len", 8256
+    code, out, _ = recall(*args, "--kv-cache-memory", "1GiB", "--json")
+    dense, eight, leank = (one["step_bytes"] for one in json.loads(out)["engines"])
+    assert (code, dense, eight) == (0, 8256 * 6144, 8256 * 3072)
+    # Sink and recent are 320; the rest is whole granules.
+    assert leank == 320 * 6144 + 7936 * 2432
+    weights = "--gpu-memory", "8GiB", "--weights", "2GiB", "--tp", 2
+    told = " ".join(recall(*args, *weights)[1].split())
+    sizes = [readable(one // 2) for one in (dense, eight)]
+    assert f"{sizes[0]} with vLLM; {sizes[1]} with vLLM, fp8 cache; " in told
+    assert "with leank, and 1.00 GiB of weights once for all" in told
+    _, out, _ = recall(*args, "--kv-cache-memory", "1GiB", "--bits", 2, "--pages", 512, "--json")
+    some = json.loads(out)["engines"][2]["step_bytes"]
+    _, out, _ = recall(*args, "--kv-cache-memory", "1GiB", "--bits", 2, "--json")
+    assert some < json.loads(out)["engines"][2]["step_bytes"]
+
+
 @pytest.mark.parametrize("width", [80, 70])
 def test_the_table_loses_nothing_where_columns_are_few(width):
     """Names may wrap; numbers of seven digits are whole."""

@@ -27,21 +27,15 @@ PROFILES = {
 """Shares of a head's channels by class, heads in turn."""
 
 
-def main() -> None:
-    """Write the mask."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--bits", type=int, choices=sorted(PROFILES), required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    checkpoint = Checkpoint.open(args.model)
+def random_bits(checkpoint: Checkpoint, mean: int) -> Mask:
+    """A mask of random bits, `mean` per number."""
     geometry = checkpoint.geometry
     rng = np.random.default_rng(0)
     shape = geometry.shape
     bits = {kind: np.zeros(shape, np.uint8) for kind in "kv"}
     for layer in range(shape[0]):
         for head in range(shape[1]):
-            profile = PROFILES[args.bits][(layer + head) % len(PROFILES[args.bits])]
+            profile = PROFILES[mean][(layer + head) % len(PROFILES[mean])]
             for kind in "kv":
                 order, first = rng.permutation(shape[2]), 0
                 for one, share in profile[kind].items():
@@ -54,7 +48,7 @@ def main() -> None:
 
     means = numbers(-0.3, 0.3), numbers(-0.3, 0.3)
     statistics = Statistics(means[0], numbers(0.5, 1.5), means[1], numbers(0.5, 1.5))
-    mask = Mask.from_bits(
+    return Mask.from_bits(
         bits["k"],
         bits["v"],
         geometry,
@@ -64,6 +58,16 @@ def main() -> None:
         sink=128,
         recent=768,
     )
+
+
+def main() -> None:
+    """Write the mask."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--bits", type=int, choices=sorted(PROFILES), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    mask = random_bits(Checkpoint.open(args.model), args.bits)
     save_mask(mask, args.out)
     print(f"{args.out}: {mask.bits:.2f} bits per number")
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from vllm_leank.core.pages import CacheLayout, window_token_bytes
-from vllm_leank.core.selection import SEGMENT, Selection
-from vllm_leank.core.window import GRANULE, Window
+from vllm_leank.core.reads import layer_reads
+from vllm_leank.core.selection import Selection
+from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 
 
@@ -35,23 +36,7 @@ class Case:
         """Bytes of K and V (and scales) that a layer's queries have to read, without padding; where
         segments are selected, summaries as well.
         """
-        boundary = self.window.boundary(self.length)
-        archived = max(boundary - self.window.sink, 0)
-        heads, head_dim = len(layout.profiles), layout.head_dim
-        dense = window_token_bytes(heads, head_dim, layout.itemsize)
-        pruned = sum(
-            layout.archive_format.token_bytes(profile, layout.itemsize)
-            for profile in layout.profiles
-        )
-        read = archived * pruned
-        if selection is not None:
-            summaries = sum(part.summary_bytes for part in layout.heads if part is not None) * (
-                archived // GRANULE
-            )
-            codes = read - summaries
-            segments = -(-archived // SEGMENT)
-            read = codes * selection.count(segments) // max(segments, 1) + summaries
-        return self.batch * ((self.length - archived) * dense + read)
+        return self.batch * layer_reads(layout, self.window, self.length, selection).total
 
     def dense_bytes(self, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
         """Bytes of K and V that dense attention has to read in a layer."""

@@ -3,9 +3,9 @@
     python -P -m vllm_leank.bench.engine_run RUN.json RESULT.json
 
 Prompts are random token ids, all different, so nothing is shared and every prompt is computed. A
-few of them go first, one at a time: time to first token. Then all the others at once, with more
-tokens to generate than can be waited for; when the engine holds as many as it can and has decoded
-for some steps without computing a prompt, the rest is aborted.
+few of them go first, one at a time, if any are wanted: time to first token. Then all the others at
+once, with more tokens to generate than can be waited for; when the engine holds as many as it can
+and has decoded for some steps without computing a prompt, the rest is aborted.
 """
 
 import json
@@ -41,7 +41,8 @@ class Run:
         prompt_tokens: tokens of each prompt.
         steady_steps: decode steps that are measured.
         num_prompts: prompts that are submitted at once.
-        lone_prompts: prompts that are submitted one by one.
+        lone_prompts: prompts that are submitted one by one, after two more to warm up; 0: none, and
+            nothing is known of first tokens.
         seed: of the prompts.
         limit_s: seconds that are waited for steady decoding.
     """
@@ -152,7 +153,7 @@ def measure(run: Run) -> dict[str, Any]:
     begin = time.perf_counter()
     load = _Load(run)
     started = time.perf_counter()
-    whole = [load.lone_s(WARMUP_TOKENS) for _ in range(2)]
+    whole = [load.lone_s(WARMUP_TOKENS) for _ in range(2 if run.lone_prompts else 0)]
     first_tokens = [load.lone_s()[0] for _ in range(run.lone_prompts)]
     filling = time.perf_counter()
     state = load.fill()
@@ -180,9 +181,12 @@ def measure(run: Run) -> dict[str, Any]:
         },
         "requests_s": {
             name: {"first_token": first, "total": total, "tokens": WARMUP_TOKENS}
-            for name, (first, total) in zip(("first", "second"), whole, strict=True)
+            for name, (first, total) in zip(("first", "second"), whole, strict=False)
         },
-        "ttft_s": {"median": statistics.median(first_tokens), "all": first_tokens},
+        "ttft_s": {
+            "median": statistics.median(first_tokens) if first_tokens else None,
+            "all": first_tokens,
+        },
         "seconds": {
             "start": started - begin,
             "until_full": stretch.begin - filling,

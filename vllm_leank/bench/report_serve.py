@@ -28,10 +28,18 @@ def print_serve(results: dict[str, Any]) -> None:
         cells = {
             "concurrent": f"{one['concurrent']}",
             "tokens_per_s": f"{decode['tokens_per_s']:,.0f}",
-            "ttft": f"{one['ttft_s']['median']:.3f}",
+            "ttft": _seconds(one["ttft_s"]["median"]),
             "tpot_p50": f"{decode['tpot_p50_ms']:.2f}",
         }
         if ratio is not None:
-            cells = {name: f"{cell}\n({ratio[name]:.2f}x)" for name, cell in cells.items()}
+            cells = {
+                name: cell if ratio[name] is None else f"{cell}\n({ratio[name]:.2f}x)"
+                for name, cell in cells.items()
+            }
         table.add_row(one["variant"], *cells.values(), f"{decode['tpot_p99_ms']:.2f}")
     Console().print(table)
+
+
+def _seconds(time: float | None) -> str:
+    """Of first tokens, which may not have been timed."""
+    return "-" if time is None else f"{time:.3f}"

@@ -106,7 +106,9 @@ def run_variant(variant: str, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def ratios(variants: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each variant against the first: requests, tokens per second, times to first and per token."""
+    """Each variant against the first: requests, tokens per second, times to first and per token;
+    None of first tokens that were not timed.
+    """
     first = variants[0]
     return [
         {
@@ -114,7 +116,9 @@ def ratios(variants: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "against": first["variant"],
             "concurrent": one["concurrent"] / first["concurrent"],
             "tokens_per_s": one["decode"]["tokens_per_s"] / first["decode"]["tokens_per_s"],
-            "ttft": one["ttft_s"]["median"] / first["ttft_s"]["median"],
+            "ttft": None
+            if one["ttft_s"]["median"] is None
+            else one["ttft_s"]["median"] / first["ttft_s"]["median"],
             "tpot_p50": one["decode"]["tpot_p50_ms"] / first["decode"]["tpot_p50_ms"],
         }
         for one in variants[1:]

@@ -58,7 +58,8 @@ def attention(
     from vllm_leank.bench.cases import parse_case, parse_layers
     from vllm_leank.bench.machine import require_gpu
     from vllm_leank.bench.results import ATTENTION, describe_mask, header, save_results
-    from vllm_leank.core.selection import Selection, check_pages, whole_or_share
+    from vllm_leank.core.options import KEY, parse_options
+    from vllm_leank.core.selection import Selection, whole_or_share
     from vllm_leank.core.window import whole_pages
     from vllm_leank.mask.file import load_mask
 
@@ -70,7 +71,9 @@ def attention(
     recent = loaded.recent if recent is None else recent
     cases = [parse_case(text, sink, recent) for text in case or [f"{batch},{length}"]]
     chosen = parse_layers(layers, len(loaded.geometry.layers))
-    selection = None if pages is None else Selection.of(check_pages(whole_or_share(pages)))
+    read = None if pages is None else whole_or_share(pages)
+    asked = parse_options({KEY: {"pages": read}}).pages
+    selection = None if asked is None else Selection.of(asked)
 
     require_gpu("leank bench attention")
     from vllm_leank.bench.attention import DTYPES, Shape, measure
@@ -99,6 +102,7 @@ def serve(
     ] = None,
     sink: SinkOfMask = None,
     recent: RecentOfMask = None,
+    pages: Pages = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32000,
     output_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens per request that are measured.")
@@ -107,7 +111,8 @@ def serve(
         int, typer.Option(min=1, help="Prompts that are submitted at once: more than fit.")
     ] = 128,
     lone_prompts: Annotated[
-        int, typer.Option(min=1, help="Prompts whose time to first token is measured.")
+        int,
+        typer.Option(min=0, help="Prompts whose time to first token is measured; 0 saves time."),
     ] = 3,
     max_model_len: Annotated[
         int | None,
@@ -139,6 +144,8 @@ def serve(
     from vllm_leank.bench import serve as serving
     from vllm_leank.bench.report_serve import print_serve
     from vllm_leank.bench.results import SERVE, describe_mask, header, save_results
+    from vllm_leank.core.options import KEY, parse_options
+    from vllm_leank.core.selection import whole_or_share
     from vllm_leank.mask.file import load_mask
 
     if out is not None:
@@ -156,8 +163,14 @@ def serve(
         "seed": 0,
     }
     common |= serving.parse_engine_args(engine_args)
-    given = {"mask": None if mask is None else str(mask), "sink": sink, "recent": recent}
+    given = {
+        "mask": None if mask is None else str(mask),
+        "sink": sink,
+        "recent": recent,
+        "pages": None if pages is None else whole_or_share(pages),
+    }
     leank = {name: value for name, value in given.items() if value is not None}
+    parse_options({KEY: leank})
     load = {
         "prompt_tokens": prompt_tokens,
         "steady_steps": output_tokens,

@@ -6,6 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from vllm_leank.cli.sizes import readable
 from vllm_leank.core.capacity import Capacity
 
 
@@ -43,6 +44,18 @@ def capacity_table(capacities: dict[str, Capacity], length: int) -> Table:
             "" if one.block_bytes is None else f"{one.block_bytes:,}",
         )
     return table
+
+
+def what_a_step_reads(capacities: dict[str, Capacity], weights: int | None = None) -> str:
+    """A sentence for under the table; `weights` are the bytes of those on each GPU."""
+    found = [
+        f"{readable(one.step_bytes)} with {name}"
+        for name, one in capacities.items()
+        if one.step_bytes is not None
+    ]
+    beside = f", and {readable(weights)} of weights once for all" if weights else ""
+    reads = "a decode step reads, on each GPU, of the cache of each request"
+    return f"{reads}: {'; '.join(found)}{beside}"
 
 
 def what_does_not_fit(capacities: dict[str, Capacity]) -> str:

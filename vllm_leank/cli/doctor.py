@@ -12,6 +12,7 @@ from vllm_leank.cli.sizes import readable
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vllm_leank.core.capacity import Capacity
     from vllm_leank.serving.environment import Fact
     from vllm_leank.serving.serve_line import Serving
 
@@ -81,10 +82,8 @@ def _describe(serving: "Serving") -> dict[str, Any]:
         described["warning"] = beyond_calibration(mask, serving.length)
     if serving.pool_bytes is not None and serving.length is not None:
         from vllm_leank.cli.capacity_table import capacity_json
-        from vllm_leank.core.capacity import compare
 
-        capacities = compare(plan, window, serving.pool_bytes, serving.length, serving.in_flight)
-        described["engines"] = capacity_json(capacities)
+        described["engines"] = capacity_json(_capacities(serving))
     return described
 
 
@@ -110,8 +109,11 @@ def _print(facts: list["Fact"], serving: "Serving | None") -> None:
 def _print_serving(console: "Console", serving: "Serving") -> None:
     from rich.markup import escape
 
-    from vllm_leank.cli.capacity_table import capacity_table, what_does_not_fit
-    from vllm_leank.core.capacity import compare
+    from vllm_leank.cli.capacity_table import (
+        capacity_table,
+        what_a_step_reads,
+        what_does_not_fit,
+    )
     from vllm_leank.serving.report import beyond_calibration, describe
 
     if serving.reasons:
@@ -130,9 +132,22 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
     if serving.pool_bytes is None or serving.length is None:
         console.print("leank capacity: known with --kv-cache-memory-bytes, or on a GPU")
         return
-    plan, window = serving.settings.plan, serving.settings.window
-    capacities = compare(plan, window, serving.pool_bytes, serving.length, serving.in_flight)
+    capacities = _capacities(serving)
     console.print(f"\ncache of {readable(serving.pool_bytes)} on each device")
     console.print(capacity_table(capacities, serving.length))
+    console.print(what_a_step_reads(capacities))
     if too_long := what_does_not_fit(capacities):
         console.print(too_long)
+
+
+def _capacities(serving: "Serving") -> "dict[str, Capacity]":
+    """What fits, of a line whose settings, pool and longest request are known."""
+    from vllm_leank.core.capacity import compare
+
+    settings, pool, length = serving.settings, serving.pool_bytes, serving.length
+    assert settings is not None
+    assert pool is not None
+    assert length is not None
+    return compare(
+        settings.plan, settings.window, pool, length, serving.in_flight, settings.selection
+    )

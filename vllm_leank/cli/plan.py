@@ -180,8 +180,9 @@ def plan(
             STEPS_AT_ONCE,
         )  # fmt: skip
     capacities = compare(
-        settings.plan, settings.window, pool, max_model_len, STEPS_AT_ONCE * max_num_batched_tokens
-    )
+        settings.plan, settings.window, pool, max_model_len,
+        STEPS_AT_ONCE * max_num_batched_tokens, settings.selection,
+    )  # fmt: skip
     line = serve_line(facts, mask, gpu_memory_utilization)
     _print(capacities, facts | {"pool_bytes": pool, "serve": line}, as_json)
     raise typer.Exit(0 if capacities["leank"].in_prefill >= 1 else 1)
@@ -249,7 +250,12 @@ def _weights(checkpoint: "Checkpoint") -> int:
 
 
 def _print(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: bool) -> None:
-    from vllm_leank.cli.capacity_table import capacity_json, capacity_table, what_does_not_fit
+    from vllm_leank.cli.capacity_table import (
+        capacity_json,
+        capacity_table,
+        what_a_step_reads,
+        what_does_not_fit,
+    )
 
     if as_json:
         print(json.dumps(facts | {"engines": capacity_json(capacities)}, indent=2))
@@ -259,6 +265,8 @@ def _print(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: bool
     console = Console(highlight=False)
     console.print(_sentence(facts), markup=False, soft_wrap=True)
     console.print(capacity_table(capacities, facts["max_model_len"]))
+    weights = facts.get("weight_bytes", 0) // facts["tensor_parallel_size"]
+    console.print(what_a_step_reads(capacities, weights), soft_wrap=True)
     if "while_computed" in facts:
         console.print(f"leank: {facts['while_computed']}", soft_wrap=True)
     if too_long := what_does_not_fit(capacities):

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 
 from vllm_leank.core.plan import CachePlan
+from vllm_leank.core.reads import step_reads
+from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 
@@ -37,6 +39,7 @@ class Capacity:
         block_bytes: bytes of a block of the pool; None for dense caches, where it is an option.
         in_decode: requests that fit once their prompts are done, not rounded.
         in_prefill: requests that fit while their prompts are computed, not rounded.
+        step_bytes: what a decode step reads of a request; None: it was not asked for.
     """
 
     far_token_bytes: int
@@ -44,6 +47,7 @@ class Capacity:
     block_bytes: int | None
     in_decode: float
     in_prefill: float
+    step_bytes: int | None = None
 
 
 def leank_capacity(
@@ -71,18 +75,29 @@ def dense_capacity(
     """
     dense = replace(plan, itemsize=itemsize or plan.itemsize)
     token_bytes = dense.dense_token_bytes
-    requests = pool_bytes / (token_bytes * length + dense.other_bytes(length))
-    return Capacity(token_bytes, None, None, requests, requests)
+    held = token_bytes * length + dense.other_bytes(length)
+    requests = pool_bytes / held
+    # All that is held is read.
+    return Capacity(token_bytes, None, None, requests, requests, held)
 
 
 def compare(
-    plan: CachePlan, window: Window, pool_bytes: int, length: int, in_flight: int
+    plan: CachePlan,
+    window: Window,
+    pool_bytes: int,
+    length: int,
+    in_flight: int,
+    selection: Selection | None = None,
 ) -> dict[str, Capacity]:
-    """Capacity of dense caches and of leank's, by name; see `leank_capacity`."""
+    """Capacity of dense caches and of leank's, by name, and what a step reads; see
+    `leank_capacity` and `step_reads`.
+    """
+    leank = leank_capacity(plan, window, pool_bytes, length, in_flight)
+    reads = step_reads(plan, window, length, selection)
     return {
         "vLLM": dense_capacity(plan, pool_bytes, length),
         f"vLLM, {EIGHT_BIT_CACHE} cache": dense_capacity(plan, pool_bytes, length, itemsize=1),
-        "leank": leank_capacity(plan, window, pool_bytes, length, in_flight),
+        "leank": replace(leank, step_bytes=reads.total),
     }
 
 

@@ -76,3 +76,8 @@ class Selection:
         wanted = -(-segments * self.share // SHARE_UNITS)
         wanted = wanted + (self.least - wanted) * (wanted < self.least)
         return wanted + (segments - wanted) * (wanted > segments)
+
+
+def selection_of(selection: Selection | None, layer: int) -> Selection | None:
+    """That of a layer, one of those that are served: the first ones read all."""
+    return selection if layer >= DENSE_LAYERS else None

@@ -7,7 +7,7 @@ from vllm_leank.core.formats import ArchiveFormat, formats_for
 from vllm_leank.core.layers import SlidingLayers
 from vllm_leank.core.options import OptionError, Options
 from vllm_leank.core.plan import CachePlan, plan_cache
-from vllm_leank.core.selection import DENSE_LAYERS, Selection
+from vllm_leank.core.selection import Selection, selection_of
 from vllm_leank.core.states import StateLayers
 from vllm_leank.core.window import Window, whole_pages
 from vllm_leank.errors import UserError
@@ -33,8 +33,8 @@ class Settings:
     selection: Selection | None = None
 
     def selection_of(self, layer: int) -> Selection | None:
-        """That of a layer, one of those that are served: the first ones read all."""
-        return self.selection if layer >= DENSE_LAYERS else None
+        """That of a layer, one of those that are served."""
+        return selection_of(self.selection, layer)
 
 
 def plan_settings(
