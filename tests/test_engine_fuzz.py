@@ -12,6 +12,7 @@ from test_manager_fuzz import frees_a_page_too_many
 from vllm.v1.core.sched.utils import check_stop
 
 from vllm_leank.core.formats import NATIVE, known_formats
+from vllm_leank.core.selection import SEGMENT
 
 pytestmark = pytest.mark.engine
 
@@ -23,6 +24,8 @@ DRAFTS_FROM_TEXT = range(2, 2 + SPECULATIVE_ARENAS)
 DRAFTS_OF_A_MODEL = range(2 + SPECULATIVE_ARENAS, 2 + 2 * SPECULATIVE_ARENAS)
 CODES, CODES_PRUNED = 2, 5
 """Seeds whose far tokens are codes; in the second prompts are read pruned, too."""
+SELECTING = CODES, 6
+"""Seeds whose far tokens are codes, behind prompts that are read exactly."""
 
 
 def played(seeds, short=None):
@@ -37,7 +40,8 @@ def test_every_archive_format_is_played():
     """With drafts those that round; test_speculation.py has the other."""
     every = {one.name for one in known_formats()}
     assert {format_of(seed).name for seed in range(ARENAS)} == every
-    assert format_of(CODES) == format_of(CODES_PRUNED) == PACKED
+    assert {format_of(seed) for seed in (CODES, CODES_PRUNED, *SELECTING)} == {PACKED}
+    assert not any(seed % 2 for seed in SELECTING)
     seeds = (*DRAFTS_FROM_TEXT, *DRAFTS_OF_A_MODEL)
     assert {format_of(seed).name for seed in seeds} >= every - {NATIVE.name}
 
@@ -68,6 +72,24 @@ def test_a_model_with_other_heads_may_draft(tiny_llama, tiny_llama_dir, seed, sc
     counts = play(seed, tiny_llama_dir, scenarios, speculation)
     assert counts["finished"] > len(scenarios)
     assert counts["rolled back"] > 0
+
+
+@long
+@pytest.mark.parametrize("seed", SELECTING)
+def test_random_traffic_that_selects_is_answered_as_the_oracle_would(tiny_llama, monkeypatch, seed):
+    """Requests are short here: queries of the third layer read 2 of up to 7 segments. A short test
+    is in `test_engine_selection.py`.
+    """
+    monkeypatch.setattr("vllm_leank.core.selection.FEWEST_TOKENS", 2 * SEGMENT)
+    with arena(seed, tiny_llama(layers=3), pages=2 * SEGMENT) as engine:
+        assert engine.running.plan.archive_format == PACKED.summarised()
+        engine.scenarios(range(SCENARIOS))
+        assert engine.counts["finished"] > SCENARIOS
+        scenario = (Arrival(tuple(range(350)), 140, 0),)
+        engine.run(scenario)
+        engine.oracle.selection = None
+        with pytest.raises(AssertionError, match="a prompt of 350 tokens gets"):
+            engine.run(scenario)
 
 
 def test_a_failing_scenario_shrinks_to_what_fails():
