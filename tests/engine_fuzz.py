@@ -22,6 +22,8 @@ from oracle import Oracle
 from speculation import watch
 from vllm import SamplingParams
 
+from vllm_leank.core.selection import Selection
+
 SINK, RECENT = 32, 64
 MAX_LENGTH = 512
 TIE = 1e-5
@@ -191,8 +193,10 @@ class Arena:
 
 
 @contextmanager
-def arena(seed, model, speculation=None):
-    """An engine drawn from a seed, with vLLM's `speculative_config` if given."""
+def arena(seed, model, speculation=None, pages=None):
+    """An engine drawn from a seed, with vLLM's `speculative_config` and leank's option `pages` if
+    given.
+    """
     chance = random.Random(seed)
     chosen = format_of(seed)
     mask = mask_for(chosen, model, chance.choice(KEPT), seed)
@@ -207,10 +211,13 @@ def arena(seed, model, speculation=None):
     # Room for one request of full length, for a little more, or for all.
     options["num_gpu_blocks_override"] = chance.choice((26, 32, 250))
     options["prefill"] = "pruned" if seed % 2 else "exact"
+    options["pages"], selection = pages, None
+    if pages is not None:
+        chosen, selection = chosen.summarised(), Selection.of(pages)
     with engine(model, mask, sink=SINK, recent=RECENT, **options) as running:
         running.poison_freed_blocks()
         recent = running.window.recent
-        oracle = Oracle(model, mask, SINK, recent, archive_format=chosen)
+        oracle = Oracle(model, mask, SINK, recent, archive_format=chosen, selection=selection)
         yield Arena(seed, running, oracle)
 
 

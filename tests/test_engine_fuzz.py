@@ -12,6 +12,7 @@ from test_manager_fuzz import frees_a_page_too_many
 from vllm.v1.core.sched.utils import check_stop
 
 from vllm_leank.core.formats import NATIVE, known_formats
+from vllm_leank.core.selection import SEGMENT
 
 pytestmark = pytest.mark.engine
 
@@ -68,6 +69,23 @@ def test_a_model_with_other_heads_may_draft(tiny_llama, tiny_llama_dir, seed, sc
     counts = play(seed, tiny_llama_dir, scenarios, speculation)
     assert counts["finished"] > len(scenarios)
     assert counts["rolled back"] > 0
+
+
+@long
+def test_random_traffic_that_selects_is_answered_as_the_oracle_would(tiny_llama, monkeypatch):
+    """Requests are short here: queries of the third layer read 2 of up to 7 segments. A short test
+    is in `test_engine_selection.py`.
+    """
+    monkeypatch.setattr("vllm_leank.core.selection.FEWEST_TOKENS", 2 * SEGMENT)
+    with arena(CODES, tiny_llama(layers=3), pages=2 * SEGMENT) as engine:
+        assert engine.running.plan.archive_format == PACKED.summarised()
+        engine.scenarios(range(SCENARIOS // 2))
+        assert engine.counts["finished"] > SCENARIOS // 2
+        scenario = (Arrival(tuple(range(350)), 140, 0),)
+        engine.run(scenario)
+        engine.oracle.selection = None
+        with pytest.raises(AssertionError, match="a prompt of 350 tokens gets"):
+            engine.run(scenario)
 
 
 def test_a_failing_scenario_shrinks_to_what_fails():

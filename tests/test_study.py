@@ -6,9 +6,9 @@ import json
 import pytest
 from real import study_table
 from real.long_text import ends_in_loop, prompts, said_before, summary
-from real.questions import Question, load_questions, save_questions
+from real.questions import Question, cells_of, load_questions, save_questions
 from real.served import check_words
-from real.study_engine import cells_of, earlier_results
+from real.study_engine import earlier_results
 from real.study_table import lost, merged, points, shared_cells
 from real.text_questions import ask_code, ask_document
 

@@ -27,20 +27,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from real.unseen_texts import unseen_prompts, unseen_texts
+from real.judged_texts import SEEN, UNSEEN, judged_samples
+from real.option_numbers import numbers
+from real.unseen_texts import unseen_texts
 from real.variants import GROUPS, Archives, Variant, makers
 from vllm_leank.bench.results import header, save_results
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import DTYPES, Checkpoint
-from vllm_leank.offline.builtin_prompts import Named, builtin_prompts
+from vllm_leank.offline.builtin_prompts import Named
 from vllm_leank.offline.calibration_prompts import calibration_prompts, longest_prompt
 from vllm_leank.offline.context import Context, logits_after, read_prompt
 from vllm_leank.offline.divergence import divergence
 from vllm_leank.offline.simulate import SimulatedArchive
-
-SEEN, UNSEEN = "kinds seen", "kinds unseen"
 
 CONSOLE = Console(stderr=True, highlight=False)
 
@@ -105,7 +105,7 @@ class Study:
             UserError: the model or an option cannot be used.
         """
         args, start = self.args, time.monotonic()
-        lengths = _numbers(args.lengths, int)
+        lengths = numbers(args.lengths, int)
         groups = args.variants.split(",")
         if unknown := set(groups) - set(GROUPS):
             raise UserError(f"--variants has {sorted(unknown)}; allowed: {', '.join(GROUPS)}")
@@ -121,7 +121,7 @@ class Study:
         CONSOLE.print(f"calibrating on {prompts}")
         archives = Archives(checkpoint, model, window, prompts, args.seed)
         variants = [archives.of_file(path) for path in args.masks or ()]
-        variants += [make() for make in makers(archives, _numbers(args.bits, float), groups)]
+        variants += [make() for make in makers(archives, numbers(args.bits, float), groups)]
         dense = round(Unrounded().token_bytes(checkpoint.geometry))
         self.results = {
             **header(
@@ -152,36 +152,18 @@ class Study:
             ],
         }
         for length in lengths:
-            samples = self._samples(checkpoint, texts, length)
+            samples, left_out = judged_samples(
+                checkpoint, texts, length, args.judged, args.unseen, args.seed
+            )
+            for line in left_out:
+                CONSOLE.print(line)
+            self.results["skipped"] += left_out
             sums = judge(model, window, samples, variants)
             self.results["lengths"].append(length)
             for row, one in zip(self.results["archives"], variants, strict=True):
                 row["lengths"][str(length)] = _row(one, sums[one.name], dense, length)
             self.results["seconds"] = round(time.monotonic() - start, 1)
             write(self.results)
-
-    def _samples(
-        self, checkpoint: Checkpoint, texts: dict[str, str], length: int
-    ) -> list[tuple[str, Named]]:
-        """Samples of one length, with the groups of their kinds."""
-        args = self.args
-        seen = builtin_prompts(
-            checkpoint,
-            args.judged,
-            min_tokens=length,
-            max_tokens=length,
-            seed=args.seed,
-            held_out=True,
-        )
-        samples = [(SEEN, named) for named in seen]
-        for kind, text in texts.items():
-            found = unseen_prompts(checkpoint, kind, text, args.unseen, length, args.seed)
-            if not found:
-                line = f"{kind}: no text of {length:,} tokens here, left out"
-                CONSOLE.print(line)
-                self.results["skipped"].append(line)
-            samples += [(UNSEEN, named) for named in found]
-        return samples
 
 
 def _row(variant: Variant, sums: dict[str, Sum], dense: int, length: int) -> dict[str, Any]:
@@ -193,18 +175,6 @@ def _row(variant: Variant, sums: dict[str, Sum], dense: int, length: int) -> dic
     if UNSEEN in sums and row[SEEN]["kl"] > 0:
         row["unseen_by_seen"] = round(row[UNSEEN]["kl"] / row[SEEN]["kl"], 2)
     return row
-
-
-def _numbers(text: str, kind: type) -> list[Any]:
-    """Numbers with commas between them.
-
-    Raises:
-        UserError: they are something else.
-    """
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"{text!r}: {error}; give numbers with commas between them") from error
 
 
 def show(results: dict[str, Any]) -> None:

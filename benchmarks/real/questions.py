@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 from real.text_questions import TEXT_TASKS, text_questions
@@ -76,6 +77,19 @@ def load_questions(path: Path) -> tuple[list[Question], str]:
     if not questions:
         raise UserError(f"{path}: no questions")
     return questions, hashlib.sha256(packed).hexdigest()
+
+
+Cell = tuple[str, int]
+"""A task and a length."""
+
+
+def cells_of(questions: Sequence[Question], count: int | None) -> dict[Cell, list[Question]]:
+    """The first `count` questions of each task and length, shortest lengths first."""
+    key = lambda one: (one.length, one.task)  # noqa: E731
+    return {
+        (task, length): list(group)[:count]
+        for (length, task), group in groupby(sorted(questions, key=key), key)
+    }
 
 
 def make_questions(

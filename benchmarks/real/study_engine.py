@@ -7,31 +7,18 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
 
-from real.questions import Question, load_questions
+from real.questions import Question, cells_of, load_questions
 from vllm_leank.bench.machine import machine
 from vllm_leank.bench.results import save_results
 from vllm_leank.errors import UserError
 
 SAME = "model", "engine_args", "questions_sha256"
 """What must not have changed where results are added to others."""
-
-Cell = tuple[str, int]
-"""A task and a length."""
-
-
-def cells_of(questions: Sequence[Question], count: int | None) -> dict[Cell, list[Question]]:
-    """The first `count` questions of each task and length, shortest lengths first."""
-    key = lambda one: (one.length, one.task)  # noqa: E731
-    return {
-        (task, length): list(group)[:count]
-        for (length, task), group in groupby(sorted(questions, key=key), key)
-    }
 
 
 def earlier_results(run: dict[str, Any], path: Path) -> dict[str, Any]:
