@@ -105,7 +105,7 @@ class Study:
             UserError: the model or an option cannot be used.
         """
         args, start = self.args, time.monotonic()
-        lengths = _numbers(args.lengths, int)
+        lengths = numbers(args.lengths, int)
         groups = args.variants.split(",")
         if unknown := set(groups) - set(GROUPS):
             raise UserError(f"--variants has {sorted(unknown)}; allowed: {', '.join(GROUPS)}")
@@ -121,7 +121,7 @@ class Study:
         CONSOLE.print(f"calibrating on {prompts}")
         archives = Archives(checkpoint, model, window, prompts, args.seed)
         variants = [archives.of_file(path) for path in args.masks or ()]
-        variants += [make() for make in makers(archives, _numbers(args.bits, float), groups)]
+        variants += [make() for make in makers(archives, numbers(args.bits, float), groups)]
         dense = round(Unrounded().token_bytes(checkpoint.geometry))
         self.results = {
             **header(
@@ -152,39 +152,42 @@ class Study:
             ],
         }
         for length in lengths:
-            samples = self._samples(checkpoint, texts, length)
+            samples, skipped = judged_samples(checkpoint, texts, length, args)
+            self.results["skipped"] += skipped
             sums = judge(model, window, samples, variants)
             self.results["lengths"].append(length)
             for row, one in zip(self.results["archives"], variants, strict=True):
-                row["lengths"][str(length)] = _row(one, sums[one.name], dense, length)
+                row["lengths"][str(length)] = row_of(one, sums[one.name], dense, length)
             self.results["seconds"] = round(time.monotonic() - start, 1)
             write(self.results)
 
-    def _samples(
-        self, checkpoint: Checkpoint, texts: dict[str, str], length: int
-    ) -> list[tuple[str, Named]]:
-        """Samples of one length, with the groups of their kinds."""
-        args = self.args
-        seen = builtin_prompts(
-            checkpoint,
-            args.judged,
-            min_tokens=length,
-            max_tokens=length,
-            seed=args.seed,
-            held_out=True,
-        )
-        samples = [(SEEN, named) for named in seen]
-        for kind, text in texts.items():
-            found = unseen_prompts(checkpoint, kind, text, args.unseen, length, args.seed)
-            if not found:
-                line = f"{kind}: no text of {length:,} tokens here, left out"
-                CONSOLE.print(line)
-                self.results["skipped"].append(line)
-            samples += [(UNSEEN, named) for named in found]
-        return samples
+
+def judged_samples(
+    checkpoint: Checkpoint, texts: dict[str, str], length: int, args: argparse.Namespace
+) -> tuple[list[tuple[str, Named]], list[str]]:
+    """Samples of one length, with the groups of their kinds, and what was left out; `args` are of
+    `add_samples`.
+    """
+    seen = builtin_prompts(
+        checkpoint,
+        args.judged,
+        min_tokens=length,
+        max_tokens=length,
+        seed=args.seed,
+        held_out=True,
+    )
+    samples = [(SEEN, named) for named in seen]
+    skipped = []
+    for kind, text in texts.items():
+        found = unseen_prompts(checkpoint, kind, text, args.unseen, length, args.seed)
+        if not found:
+            skipped.append(f"{kind}: no text of {length:,} tokens here, left out")
+            CONSOLE.print(skipped[-1])
+        samples += [(UNSEEN, named) for named in found]
+    return samples, skipped
 
 
-def _row(variant: Variant, sums: dict[str, Sum], dense: int, length: int) -> dict[str, Any]:
+def row_of(variant: Variant, sums: dict[str, Sum], dense: int, length: int) -> dict[str, Any]:
     """What is told of a variant at one length."""
     exact = min(variant.exact_tokens, length)
     request = exact * dense + (length - exact) * variant.token_bytes
@@ -195,7 +198,7 @@ def _row(variant: Variant, sums: dict[str, Sum], dense: int, length: int) -> dic
     return row
 
 
-def _numbers(text: str, kind: type) -> list[Any]:
+def numbers(text: str, kind: type) -> list[Any]:
     """Numbers with commas between them.
 
     Raises:
@@ -225,17 +228,10 @@ def show(results: dict[str, Any]) -> None:
     Console(width=140).print(table)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_samples(options: argparse.ArgumentParser) -> None:
+    """The options of what is read, to calibrate and to judge, and by which model."""
     options.add_argument("--model", required=True, help="directory of the model")
-    options.add_argument("--out", type=Path, help="JSON file of the results")
     options.add_argument("--lengths", default="8192", help="of judged prompts, with commas")
-    options.add_argument("--variants", default=",".join(GROUPS), help="with commas; default: all")
-    options.add_argument("--bits", default="4,2,1.5,1", help="of packed, with commas")
-    options.add_argument("--masks", type=Path, nargs="*", help="files of masks to judge as well")
     options.add_argument("--prompts", type=int, help="to calibrate on; by default as `leank`")
     options.add_argument("--max-tokens", type=int, help="the longest; by default as `leank`")
     options.add_argument("--judged", type=int, default=8, help="samples of kinds seen, per length")
@@ -249,6 +245,18 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--dtype", default="auto", choices=DTYPES)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--commit", help="of the code measured; asked of git when not given")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--out", type=Path, help="JSON file of the results")
+    options.add_argument("--variants", default=",".join(GROUPS), help="with commas; default: all")
+    options.add_argument("--bits", default="4,2,1.5,1", help="of packed, with commas")
+    options.add_argument("--masks", type=Path, nargs="*", help="files of masks to judge as well")
+    add_samples(options)
     return options
 
 
