@@ -111,7 +111,8 @@ class Study:
         self.lengths = numbers(args.lengths, int)
         self.window = Window(args.sink, args.recent)
         self.checkpoint = Checkpoint.open(args.model)
-        self.weights = dict(map(_weights_of, args.weights_of or ()))
+        layers = len(self.checkpoint.geometry.layers)
+        self.weights = dict(_weights_of(path, layers) for path in args.weights_of or ())
 
     def jobs(self) -> Iterator[Job]:
         """The masks, those without streaming heads first."""
@@ -341,15 +342,15 @@ class Study:
         }
 
 
-def _weights_of(path: Path) -> tuple[float, np.ndarray]:
-    """Bits of a mask, and the weights of layers that it was made with.
+def _weights_of(path: Path, layers: int) -> tuple[float, np.ndarray]:
+    """Bits of a mask, and the weights of so many layers that it was made with.
 
     Raises:
         UserError: it has none.
     """
     told = load_mask(path).provenance
-    if "layer_weights" not in told or "bits" not in told:
-        raise UserError(f"{path}: its provenance has no layer_weights")
+    if len(told.get("layer_weights", ())) != layers or "bits" not in told:
+        raise UserError(f"{path}: its provenance has no layer_weights of {layers} layers")
     return float(told["bits"]), np.array(told["layer_weights"])
 
 
