@@ -174,6 +174,11 @@ def test_a_config_that_is_overridden(leank, with_tokenizer, home, tmp_path):
         (["--bits", 2, "--align", 32], "--align goes with --ratio"),
         (["--bits", 2, "--model", "x"], "name one model"),
         (["--bits", 2, "--max-tokens", 300], "at least --max-tokens 608"),
+        (["--bits", 2, "--streaming", 1.2], "streaming is 1.2; it must lie between 0"),
+        (["--bits", 2, "--streaming", "nan"], "must lie between 0"),
+        (["--bits", 2, "--streaming", 0.9], "leaves none of 4 heads"),
+        (["--ratio", 0.7, "--streaming", -1, "--out", "m.yaml"], "streaming is -1"),
+        (["--streaming", 0.5], "give --bits"),
     ],
 )
 def test_what_does_not_go_together(leank, with_tokenizer, home, options, message):
@@ -256,6 +261,7 @@ def test_pruned_channels(leank, score, tiny_llama_dir, data, tmp_path):
         ("--score", "norm", "allowed: fisher, energy"),
         ("--query-tokens", "16", "goes with --score energy"),
         ("--bits", "2", "exclude each other"),
+        ("--streaming", "2", "must lie between 0"),
     ],
 )
 def test_bad_options_are_refused(leank, tiny_llama_dir, data, tmp_path, option, value, message):

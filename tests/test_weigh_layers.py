@@ -10,6 +10,7 @@ from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.offline.calibrate_bits import measure
 from vllm_leank.offline.calibration_prompts import CalibrationPrompts
 from vllm_leank.offline.mask_request import BitsRequest
+from vllm_leank.offline.streaming import streaming_heads
 from vllm_leank.offline.weigh_layers import (
     Effort,
     look_at_layers,
@@ -94,6 +95,19 @@ def test_what_layers_cost_is_told(checkpoint, model, measured, prompts):
     # Errors that are small add up.
     assert seen.together == pytest.approx(seen.layers.sum(), rel=0.5)
     assert look_at_layers(model, many, prompts[:1], 32).together < seen.together / 10
+
+
+def test_what_streaming_heads_lose_counts_to_no_layer(checkpoint, model, measured, prompts):
+    streaming = streaming_heads(np.array([[1.0, 4], [3, 2]]), 0.25)
+    request = BitsRequest(checkpoint, 8, WINDOW, 0.25)
+    mask = weighed_mask(request, replace(measured, streaming=streaming), model, prompts, EFFORT)
+    assert not mask.k_bits[0, 0].any()
+    assert 7.5 < mask.k_bits[~streaming.heads].mean() <= 8
+    counted, free = (
+        look_at_layers(model, mask, prompts[:1], 32, streaming=heads).layers
+        for heads in (None, streaming.heads)
+    )
+    assert free[0] < counted[0] / 10
 
 
 def test_masks_have_the_scales_that_fit_their_codes(checkpoint, model, measured, prompts):

@@ -161,12 +161,12 @@ class Study:
             sums = judge(model, window, samples, variants)
             self.results["lengths"].append(length)
             for row, one in zip(self.results["archives"], variants, strict=True):
-                row["lengths"][str(length)] = _row(one, sums[one.name], dense, length)
+                row["lengths"][str(length)] = row_of(one, sums[one.name], dense, length)
             self.results["seconds"] = round(time.monotonic() - start, 1)
             write(self.results)
 
 
-def _row(variant: Variant, sums: dict[str, Sum], dense: int, length: int) -> dict[str, Any]:
+def row_of(variant: Variant, sums: dict[str, Sum], dense: int, length: int) -> dict[str, Any]:
     """What is told of a variant at one length."""
     exact = min(variant.exact_tokens, length)
     request = exact * dense + (length - exact) * variant.token_bytes
@@ -195,17 +195,10 @@ def show(results: dict[str, Any]) -> None:
     Console(width=140).print(table)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_samples(options: argparse.ArgumentParser) -> None:
+    """The options of what is read, to calibrate and to judge, and by which model."""
     options.add_argument("--model", required=True, help="directory of the model")
-    options.add_argument("--out", type=Path, help="JSON file of the results")
     options.add_argument("--lengths", default="8192", help="of judged prompts, with commas")
-    options.add_argument("--variants", default=",".join(GROUPS), help="with commas; default: all")
-    options.add_argument("--bits", default="4,2,1.5,1", help="of packed, with commas")
-    options.add_argument("--masks", type=Path, nargs="*", help="files of masks to judge as well")
     options.add_argument("--prompts", type=int, help="to calibrate on; by default as `leank`")
     options.add_argument("--max-tokens", type=int, help="the longest; by default as `leank`")
     options.add_argument("--judged", type=int, default=8, help="samples of kinds seen, per length")
@@ -219,6 +212,18 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--dtype", default="auto", choices=DTYPES)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--commit", help="of the code measured; asked of git when not given")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--out", type=Path, help="JSON file of the results")
+    options.add_argument("--variants", default=",".join(GROUPS), help="with commas; default: all")
+    options.add_argument("--bits", default="4,2,1.5,1", help="of packed, with commas")
+    options.add_argument("--masks", type=Path, nargs="*", help="files of masks to judge as well")
+    add_samples(options)
     return options
 
 

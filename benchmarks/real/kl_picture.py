@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from real.kl import SEEN
+from real.judged_texts import SEEN
 from vllm_leank.errors import UserError
 
 FLOOR = "nothing rounded"

@@ -93,11 +93,11 @@ class Archives:
 
     def of_file(self, path: Path) -> Variant:
         """A mask that was made before."""
-        return self._served(f"leank {path.stem}", load_mask(path))
+        return served_mask(f"leank {path.stem}", load_mask(path), self.window)
 
     def packed(self, bits: float) -> Variant:
         """What `leank mask calibrate --bits` makes."""
-        return self._served(f"leank packed, {bits:g} bits", self._mask_of_bits(bits))
+        return served_mask(f"leank packed, {bits:g} bits", self._mask_of_bits(bits), self.window)
 
     def packed_seen_as_one(self, bits: float) -> Variant:
         """The same, and heads without bits see all far tokens as one."""
@@ -111,7 +111,7 @@ class Archives:
 
     def pruned(self) -> Variant:
         """What `leank mask calibrate --ratio` makes: channels that are not kept read as means."""
-        return self._served("leank 70% pruned, means", self._pruned_mask)
+        return served_mask("leank 70% pruned, means", self._pruned_mask, self.window)
 
     def pruned_seen_as_one(self) -> Variant:
         """The same, and heads without channels see all far tokens as one."""
@@ -121,7 +121,7 @@ class Archives:
         """Channels that are not kept read as 0, and chosen by what that costs, as LeanK has it."""
         cost = self._sensitivities.key * self.measured.statistics.k_square
         mask = self._pruning.mask(cost, self.measured.provenance)
-        return self._served("leank 70% pruned, zeros", mask)
+        return served_mask("leank 70% pruned, zeros", mask, self.window)
 
     @property
     def _pruning(self) -> MaskRequest:
@@ -209,20 +209,6 @@ class Archives:
             {"before_rope": statistics.before_rope},
         )
 
-    def _served(self, name: str, mask: Mask) -> Variant:
-        """A mask's archive, as engines store and read it."""
-        archive = ServedArchive(mask)
-        detail = {
-            "format": archive.archive_format.name,
-            "bits": round(float(mask.k_bits.mean() + mask.v_bits.mean()) / 2, 4),
-            "profiles": len({head for heads in mask.profiles for head in heads if head.stores}),
-            "blind_heads": int(archive.blind.sum()),
-        }
-        hook = SimulatedArchive(self.window, archive, archive.blind)
-        return Variant(
-            name, hook, mask_token_bytes(mask), self.window.sink + self.window.recent, detail
-        )
-
 
 @dataclass(frozen=True)
 class MeansOfBlind:
@@ -241,6 +227,19 @@ class MeansOfBlind:
             means = torch.tensor(mean[layer], dtype=far.dtype, device=far.device)[:, None]
             far[:, blind] = means[blind.to(far.device)].expand(-1, far.shape[2], -1)
         return found
+
+
+def served_mask(name: str, mask: Mask, window: Window) -> Variant:
+    """A mask's archive, as engines store and read it."""
+    archive = ServedArchive(mask)
+    detail = {
+        "format": archive.archive_format.name,
+        "bits": round(float(mask.k_bits.mean() + mask.v_bits.mean()) / 2, 4),
+        "profiles": len({head for heads in mask.profiles for head in heads if head.stores}),
+        "blind_heads": int(archive.blind.sum()),
+    }
+    hook = SimulatedArchive(window, archive, archive.blind)
+    return Variant(name, hook, mask_token_bytes(mask), window.sink + window.recent, detail)
 
 
 def mask_token_bytes(mask: Mask) -> float:

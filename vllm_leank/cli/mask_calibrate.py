@@ -39,6 +39,16 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
+    streaming: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the KV heads, 0..1, that keep nothing of far tokens, as DuoAttention's "
+            "streaming heads: those without which answers lose least. --bits and --ratio are then "
+            "of the other heads, so the cache is smaller by this share.",
+            show_default="none",
+        ),
+    ] = None,
     score: Annotated[
         str | None,
         typer.Option(
@@ -102,15 +112,16 @@ def calibrate(
     model_id: ModelId = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
-    """Make a mask without training: bits for each channel, or LeanK's pruned channels.
+    """Make a mask without training: bits for each channel, or LeanK's pruned channels, and with
+    --streaming heads that see no far tokens.
 
     How much the model's answers depend on each channel of far K and V is measured by one backward
     pass per prompt. With --bits, `vllm serve MODEL --attention-backend leank` finds the mask by
     itself.
     """
     name = _one_of(model, model_option)
-    _check_choice(bits, ratio, score, align, query_tokens)
-    out = out or _default_out(model_id or model_name(name), bits)
+    _check_choice(bits, ratio, score, align, query_tokens, streaming)
+    out = out or _default_out(model_id or model_name(name), bits, streaming)
     check_new(out, overwrite)
 
     from vllm_leank.mask.file import save_mask
@@ -120,7 +131,13 @@ def calibrate(
     request: BitsRequest | MaskRequest
     if bits is not None:
         request = BitsRequest.open(
-            name, model_id, bits=bits, sink=sink, recent=recent, overrides=hf_overrides
+            name,
+            model_id,
+            bits=bits,
+            sink=sink,
+            recent=recent,
+            streaming=streaming or 0,
+            overrides=hf_overrides,
         )
     else:
         assert ratio is not None
@@ -131,6 +148,7 @@ def calibrate(
             align=align or 32,
             sink=sink,
             recent=recent,
+            streaming=streaming or 0,
             overrides=hf_overrides,
         )
     checkpoint = request.checkpoint
@@ -176,7 +194,7 @@ def measured_mask(
         model = request.checkpoint.load(dtype, device)
         if isinstance(request, MaskRequest) and score == "energy":
             return energy_mask(request, model, prompts, query_tokens)
-        measured = measure(model, prompts, request.window, seed)
+        measured = measure(model, prompts, request.window, seed, request.streaming)
         if isinstance(request, MaskRequest):
             return pruned_mask(request, measured)
         return weighed_mask(request, measured, model, prompts.ids)
@@ -202,6 +220,7 @@ def _check_choice(
     score: str | None,
     align: int | None,
     query_tokens: int | None,
+    streaming: float | None,
 ) -> None:
     """Refuse options that do not go together."""
     if bits is None and ratio is None:
@@ -218,10 +237,12 @@ def _check_choice(
         raise UserError("--align goes with --ratio; --bits has widths of its own")
     if query_tokens is not None and score != "energy":
         raise UserError("--query-tokens goes with --score energy")
+    if streaming is not None and score == "energy":
+        raise UserError("--streaming goes with --score fisher, which measures what heads lose")
 
 
-def _default_out(model_id: str, bits: float | None) -> Path:
+def _default_out(model_id: str, bits: float | None, streaming: float | None) -> Path:
     """A file in the user's folder, which is made here so that faults are known before the work."""
     if bits is None:
         raise UserError("--ratio needs --out, the mask file to write")
-    return make_user_folder() / file_name(model_id, bits)
+    return make_user_folder() / file_name(model_id, bits, streaming or 0)

@@ -45,14 +45,21 @@ def check_new(out: Path, overwrite: bool) -> None:
 
 
 def report_mask(out: Path, mask: "Mask", ratio: float | None = None) -> None:
-    """Say what was written; `ratio` is the share of K that was to be pruned."""
+    """Say what was written; `ratio` is the share of K that was to be pruned, in heads that were
+    not to be streaming.
+    """
+    heads = ""
+    if "streaming" in mask.provenance:
+        sees = mask.k_bits.any(-1) | mask.v_bits.any(-1)
+        heads = f"; {sees.size - int(sees.sum())} of {sees.size} heads see no far tokens"
     if mask.is_packed:
-        print(f"{out}: {mask.bits:.2f} bits per element, {16 / mask.bits:.1f}x smaller than dense")
+        smaller = f"{16 / mask.bits:.1f}x smaller than dense"
+        print(f"{out}: {mask.bits:.2f} bits per element, {smaller}{heads}")
         return
-    asked = "" if ratio is None else f" ({ratio:.2%} asked)"
+    asked = "" if ratio is None else f" ({ratio:.2%} asked{' of the others' if heads else ''})"
     print(
         f"{out}: {1 - mask.k_kept:.2%} of K pruned{asked}, "
-        f"{mask.far_bytes_share:.1%} of a far token's bytes left"
+        f"{mask.far_bytes_share:.1%} of a far token's bytes left{heads}"
     )
 
 

@@ -6,6 +6,8 @@ K of far tokens scaled. Compared with two passes over everything this gives the 
 costs about a third of the time and keeps no activations of the context.
 """
 
+from collections.abc import Sequence
+
 import torch
 import transformers
 
@@ -69,17 +71,35 @@ class Distiller:
             scaling: float | None,
             sink_scores: torch.Tensor | None,
         ) -> torch.Tensor:
-            return far_attention(
+            return self.attention(
+                layer,
                 query,
                 [self.context.key(layer), key],
                 [self.context.value(layer), value],
-                self.window,
                 None if factors is None else factors[layer].to(query.device),
                 None if blind is None else blind[layer].to(query.device),
                 scaling,
                 sink_scores,
-                None if self.means is None else self.means[layer].to(query.device),
             )
 
         with hooked_attention(self.model, attend, context=self.context):
             return hidden_states(self.model, self.context, answer).float()
+
+    def attention(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        factors: torch.Tensor | None,
+        blind: torch.Tensor | None,
+        scaling: float | None,
+        sink_scores: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention `[1, T, num_heads, D]` of a layer, as `far_attention` has it, with the layer's
+        `factors` (None: the teacher's).
+        """
+        means = None if self.means is None else self.means[layer].to(query.device)
+        return far_attention(
+            query, keys, values, self.window, factors, blind, scaling, sink_scores, means
+        )

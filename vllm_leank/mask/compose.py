@@ -149,12 +149,17 @@ def _streaming_heads(data: bytes, path: Path, geometry: Geometry, share: float |
         raise UserError(f"{path}: has {values.shape} numbers; layers and KV heads are {shape}")
     if not ((values >= 0) & (values <= 1)).all():
         raise UserError(f"{path}: has values outside 0..1")
-    if share is None:
-        return values < 0.5
+    return values < 0.5 if share is None else lowest_heads(values, share)
+
+
+def lowest_heads(values: npt.NDArray[np.float64], share: float) -> BoolArray:
+    """The heads with the lowest of `values` `[L, H]`, this share of all to the nearest head; of
+    equal ones those of the first layers.
+    """
     lowest = np.argsort(values, axis=None, kind="stable")[: round(share * values.size)]
     heads = np.zeros(values.size, dtype=bool)
     heads[lowest] = True
-    return heads.reshape(shape)
+    return heads.reshape(values.shape)
 
 
 @dataclass

@@ -111,8 +111,10 @@ def mask_of_bits(
 
 
 def _bits_asked(mask: Mask) -> float:
-    """What a calibration was asked for, and nearly reached; else what the mask has."""
-    asked = mask.provenance.get("bits")
+    """What a calibration was asked for, and nearly reached; else what the mask has, as where some
+    heads see no far tokens.
+    """
+    asked = None if "streaming" in mask.provenance else mask.provenance.get("bits")
     return float(asked) if isinstance(asked, (int, float)) else mask.bits
 
 

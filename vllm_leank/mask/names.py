@@ -19,6 +19,9 @@ def model_name(model: str) -> str:
     return path.parent.name if path.name.lower() in _NAMELESS else path.name
 
 
-def file_name(model_id: str, bits: float) -> str:
-    """Name of the file of a mask of so many bits, in the user's folder."""
-    return re.sub(r"[^\w.-]+", "--", model_id) + f"-{bits:g}bit.yaml"
+def file_name(model_id: str, bits: float, streaming: float = 0) -> str:
+    """Name of the file of a mask of so many bits, and this share of streaming heads, in the user's
+    folder.
+    """
+    heads = f"-{streaming:g}streaming" if streaming else ""
+    return re.sub(r"[^\w.-]+", "--", model_id) + f"-{bits:g}bit{heads}.yaml"

@@ -50,11 +50,16 @@ class Allocation:
 
 
 def allocate(
-    k_losses: Losses, v_losses: Losses, bits: float, max_profiles: int = MAX_PROFILES
+    k_losses: Losses,
+    v_losses: Losses,
+    bits: float,
+    max_profiles: int = MAX_PROFILES,
+    blind: npt.NDArray[np.bool_] | None = None,
 ) -> Allocation:
     """Bits for channels with these losses `[L, H, D]`, at most `bits` per element in the mean.
 
-    Equal costs give equal bits, whatever the machine.
+    Heads where `blind` (`[L, H]`) get none, and `bits` is the mean over the others, of which there
+    must be some. Equal costs give equal bits, whatever the machine.
 
     Raises:
         UserError: `bits` is out of range, or costs are not finite.
@@ -65,17 +70,20 @@ def allocate(
     if not all(np.isfinite(loss).all() for losses in both for loss in losses.values()):
         raise UserError("the costs of channels are not finite")
     L, H, D = k_losses[0].shape
-    sides = [{kind: loss.reshape(L * H, D) for kind, loss in losses.items()} for losses in both]
+    seeing = np.ones((L, H), bool) if blind is None else ~blind
+    if not seeing.all():
+        max_profiles -= 1  # that of blind heads
+    sides = [{kind: loss[seeing] for kind, loss in losses.items()} for losses in both]
     widths = class_widths(D)
     width_bits = widths @ np.array(CLASSES)
     costs = [side_costs(side, widths) for side in sides]  # [heads, widths] each
     pairs = useful_pairs(costs, width_bits)
     total = costs[0][:, pairs[:, 0]] + costs[1][:, pairs[:, 1]]  # [heads, pairs]
     sizes = width_bits[pairs].sum(axis=1)  # [pairs]
-    chosen = choose(total, sizes, int(bits * 2 * L * H * D), max_profiles)
-    k_bits, v_bits = (
-        spread(side[0], widths[pairs[chosen, i]]).reshape(L, H, D) for i, side in enumerate(sides)
-    )
+    chosen = choose(total, sizes, int(bits * 2 * seeing.sum() * D), max_profiles)
+    k_bits, v_bits = np.zeros((2, L, H, D), np.uint8)
+    for i, of_side in enumerate((k_bits, v_bits)):
+        of_side[seeing] = spread(sides[i][0], widths[pairs[chosen, i]])
     return Allocation(k_bits, v_bits)
 
 

@@ -11,7 +11,8 @@ store one scale per token beside, in units of these.
 
 Engines do not look at far tokens of heads without any bits, where the loss speaks of reading them
 as means. `benchmarks/real/kl.py` measures both: these are heads that hardly look far, and there is
-no difference.
+no difference. A share of the heads can be asked to have none (`streaming`), which takes a third
+reading. What they lose is measured as it is; bits, or a ratio, are then those of the other heads.
 """
 
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ from vllm_leank.offline.fisher import QUERIES, observe_far
 from vllm_leank.offline.fit_scales import KeySample, fitted_scales
 from vllm_leank.offline.mask_request import MaskRequest
 from vllm_leank.offline.statistics import ChannelStatistics, StatisticsMeter
+from vllm_leank.offline.streaming import StreamingHeads, head_losses, streaming_heads
 
 BY_LOSS = "squares of gradients times errors of codes, summed over far tokens"
 """What provenances call the costs of channels."""
@@ -50,6 +52,7 @@ class Measured:
         k_losses: what channels of K cost, by bits.
         v_losses: the same of V.
         provenance: what was read, and how.
+        streaming: heads that shall see no far tokens, if any.
     """
 
     statistics: ChannelStatistics
@@ -57,6 +60,21 @@ class Measured:
     k_losses: Losses
     v_losses: Losses
     provenance: dict[str, Any]
+    streaming: StreamingHeads | None = None
+
+    @property
+    def blind(self) -> npt.NDArray[np.bool_] | None:
+        """Heads that get nothing whatever their channels lose, `[L, H]`; None where there are
+        none.
+        """
+        return None if self.streaming is None else self.streaming.heads
+
+    def told(self) -> dict[str, Any]:
+        """What every mask's provenance says of this."""
+        told = self.provenance | {"score": BY_LOSS}
+        if self.streaming is not None:
+            told["streaming"] = self.streaming.provenance
+        return told
 
     def for_codes(self, chosen: Allocation) -> Statistics:
         """Statistics for a mask of these bits."""
@@ -67,12 +85,18 @@ class Measured:
 
 
 def measure(
-    model: transformers.PreTrainedModel, prompts: CalibrationPrompts, window: Window, seed: int = 0
+    model: transformers.PreTrainedModel,
+    prompts: CalibrationPrompts,
+    window: Window,
+    seed: int = 0,
+    streaming: float = 0,
 ) -> Measured:
-    """Statistics of a model's channels over prompts, and what answers lose with codes of them.
+    """Statistics of a model's channels over prompts, and what answers lose with codes of them, and
+    without far tokens in a share `streaming` of the heads.
 
     Raises:
-        UserError: no prompt has far tokens, or the model's attention cannot be observed.
+        UserError: no prompt has far tokens, the model's attention cannot be observed, or
+            `streaming` is out of range.
     """
     meter, keys = StatisticsMeter(Geometry.from_hf_config(model.config), rotation=None), KeySample()
 
@@ -95,12 +119,17 @@ def measure(
     }
     known = Known(statistics, k_scales)
     k_losses, v_losses = code_losses(model, prompts.ids, window, known, seed=seed)
-    return Measured(statistics, k_scales, k_losses, v_losses, provenance)
+    heads = None
+    if streaming:
+        losses = head_losses(model, prompts.ids, window, seed=seed)
+        heads = streaming_heads(losses, streaming)
+    return Measured(statistics, k_scales, k_losses, v_losses, provenance, heads)
 
 
 def pruned_mask(request: MaskRequest, measured: Measured) -> Mask:
     """A mask that prunes K as LeanK does, with channels that are pruned read as their means, and
     chosen by what that costs.
     """
-    provenance = measured.provenance | {"score": BY_LOSS}
-    return request.mask(measured.k_losses[0], provenance, measured.statistics.for_mask())
+    return request.mask(
+        measured.k_losses[0], measured.told(), measured.statistics.for_mask(), measured.blind
+    )

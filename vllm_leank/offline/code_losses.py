@@ -94,7 +94,7 @@ def code_losses(
     Raises:
         UserError: as `far_gradients`, or gradients are not finite.
     """
-    draws = draws or (ON_CPU if model.device.type == "cpu" else DRAWS)
+    draws = draws or draws_on(model.device)
     L, H, D = known.statistics.k_mean.shape
     sums = np.zeros((L, 2, len(BITS), 2, H, D))
     passes = 0
@@ -113,6 +113,11 @@ def code_losses(
     heads = together.sum(-1, keepdims=True) / alone.sum(-1, keepdims=True).clip(1e-300)
     keys, values = (together + heads * alone) / 2
     return dict(zip(BITS, keys, strict=True)), dict(zip(BITS, values, strict=True))
+
+
+def draws_on(device: torch.device) -> int:
+    """How often labels are drawn where it is not said."""
+    return ON_CPU if device.type == "cpu" else DRAWS
 
 
 def _squares(gradient: torch.Tensor, errors: Iterable[torch.Tensor]) -> torch.Tensor:

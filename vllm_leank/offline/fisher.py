@@ -6,6 +6,7 @@ drawn from that distribution (the diagonal of the Fisher information). No labels
 backward pass through the last tokens of a prompt gives the gradients of all channels.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,16 +37,41 @@ Add = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
-class FarSquares:
-    """An attention hook that adds up the squares of the gradients of far K and V, per channel.
+class FarSums(ABC):
+    """An attention hook that adds up something of gradients, by layer.
 
-    A layer's gradients are dropped as soon as they are added, so only one layer's exist at a time.
+    Attributes:
+        context: K and V of the prompt.
+        window: which tokens are far.
+        places: those that are far for all queries.
+        sums: what was added up so far.
     """
 
     context: Context
     window: Window
     places: range
     sums: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    @abstractmethod
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None,
+        sink_scores: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Full causal attention of the new queries."""
+
+
+@dataclass
+class FarSquares(FarSums):
+    """An attention hook that adds up the squares of the gradients of far K and V, per channel.
+
+    A layer's gradients are dropped as soon as they are added, so only one layer's exist at a time.
+    """
 
     def __call__(
         self,
@@ -98,24 +124,26 @@ def far_gradients(
     model: transformers.PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     window: Window,
-    kind: Callable[[Context, Window, range], FarSquares] = FarSquares,
+    kind: Callable[[Context, Window, range], FarSums] = FarSquares,
     *,
     queries: int = QUERIES,
     draws: int = DRAWS,
     chunk: int = 4096,
     seed: int = 0,
-) -> Iterator[FarSquares]:
-    """What `kind` sums up of the gradients of far K and V, over prompts of token ids, one by one;
-    freezes the model's weights.
+    what: str = "what each channel costs",
+) -> Iterator[FarSums]:
+    """What `kind` sums up of gradients, by default of far K and V, over prompts of token ids, one
+    by one; freezes the model's weights.
 
     All but the last `queries` tokens of a prompt are read with full attention, `chunk` at a time.
     Far are the tokens that are far for each of the last ones. Prompts without any are passed over.
+    Progress is shown as that of `what`.
 
     Raises:
         UserError: no prompt has far tokens, or the model has no plain causal attention behind
             transformers' AttentionInterface.
     """
-    read = _read(model, prompts, window, queries, chunk, "what each channel costs")
+    read = _read(model, prompts, window, queries, chunk, what)
     for number, (context, places, rest) in enumerate(read):
         squares = kind(context, window, places)
         _draw(model, squares, rest, draws, [seed, number])
@@ -179,7 +207,7 @@ def draw_labels(scores: torch.Tensor, seed: Sequence[int], draw: int) -> torch.T
 
 def _draw(
     model: transformers.PreTrainedModel,
-    squares: FarSquares,
+    squares: FarSums,
     ids: Sequence[int],
     draws: int,
     seed: Sequence[int],

@@ -18,23 +18,28 @@ from vllm_leank.mask.mask import BITS_ALIGN, Mask
 from vllm_leank.mask.select_channels import select_channels
 from vllm_leank.mask.statistics import Statistics
 from vllm_leank.offline.allocate import Allocation
+from vllm_leank.offline.streaming import check_share
 from vllm_leank.version import __version__
 
 
 @dataclass(frozen=True)
 class MaskRequest:
-    """A mask for `checkpoint` that prunes `ratio` of its K channels.
+    """A mask for `checkpoint` that prunes `ratio` of its K channels; with a share `streaming` of
+    the heads that keep nothing, of those of the other heads.
 
     Raises:
-        UserError: ratio, align or the model's id is out of range, or does not fit the model.
+        UserError: ratio, align, streaming or the model's id is out of range, or does not fit the
+            model.
     """
 
     checkpoint: Checkpoint
     ratio: float
     align: int
     window: Window
+    streaming: float = 0
 
     def __post_init__(self) -> None:
+        check_share(self.streaming, _heads(self.checkpoint))
         if not 0 <= self.ratio <= 1:
             raise UserError(
                 f"ratio is {self.ratio}; it must lie between 0 (keep all) and 1 (prune all)"
@@ -57,6 +62,7 @@ class MaskRequest:
         align: int,
         sink: int,
         recent: int,
+        streaming: float = 0,
         overrides: Mapping[str, Any] | None = None,
     ) -> "MaskRequest":
         """The request with the options of the command line; reads the model's config.
@@ -66,20 +72,23 @@ class MaskRequest:
         """
         window = window_of(sink, recent)
         checkpoint = Checkpoint.open(model, model_id, overrides=overrides)
-        return cls(checkpoint, ratio, align, window)
+        return cls(checkpoint, ratio, align, window, streaming)
 
     def mask(
         self,
         scores: npt.NDArray[np.float64],
         provenance: dict[str, Any],
         statistics: Statistics | None = None,
+        blind: npt.NDArray[np.bool_] | None = None,
     ) -> Mask:
-        """The mask of the channels with the best `scores` `[L, H, D]`; others are read as their
-        means where there are statistics, else as 0.
+        """The mask of the channels with the best `scores` `[L, H, D]`, none of them in heads where
+        `blind` (`[L, H]`); others are read as their means where there are statistics, else as 0.
 
         `provenance` gets what every mask should tell: ratio, date, versions.
         """
-        keep = select_channels(scores, self.ratio, self.align)
+        seeing = np.ones(scores.shape[:2], bool) if blind is None else ~blind
+        keep = np.zeros(scores.shape, bool)
+        keep[seeing] = select_channels(scores[seeing][None], self.ratio, self.align)[0]
         mask = Mask.from_keep(
             keep,
             self.checkpoint.geometry,
@@ -99,17 +108,20 @@ class MaskRequest:
 
 @dataclass(frozen=True)
 class BitsRequest:
-    """A mask for `checkpoint` of `bits` per element over K and V.
+    """A mask for `checkpoint` of `bits` per element over K and V; with a share `streaming` of the
+    heads that have none, over those of the other heads.
 
     Raises:
-        UserError: bits or the model's id is out of range, or does not fit the model.
+        UserError: bits, streaming or the model's id is out of range, or does not fit the model.
     """
 
     checkpoint: Checkpoint
     bits: float
     window: Window
+    streaming: float = 0
 
     def __post_init__(self) -> None:
+        check_share(self.streaming, _heads(self.checkpoint))
         check_bits_asked(self.bits)
         geometry, window = self.checkpoint.geometry, self.window
         Mask.full(
@@ -129,6 +141,7 @@ class BitsRequest:
         bits: float,
         sink: int,
         recent: int,
+        streaming: float = 0,
         overrides: Mapping[str, Any] | None = None,
     ) -> "BitsRequest":
         """The request with the options of the command line; reads the model's config.
@@ -137,7 +150,7 @@ class BitsRequest:
             UserError: as above, or the window is out of range, or there is no such model.
         """
         checkpoint = Checkpoint.open(model, model_id, overrides=overrides)
-        return cls(checkpoint, bits, window_of(sink, recent))
+        return cls(checkpoint, bits, window_of(sink, recent), streaming)
 
     def mask(self, chosen: Allocation, statistics: Statistics, provenance: dict[str, Any]) -> Mask:
         """The mask of these bits; `provenance` gets what every mask should tell."""
@@ -161,6 +174,12 @@ class BitsRequest:
     def _revision(self) -> dict[str, str]:
         revision = self.checkpoint.hub.get("revision")
         return {} if revision is None else {"revision": revision}
+
+
+def _heads(checkpoint: Checkpoint) -> int:
+    """KV heads of all layers that a mask is for."""
+    layers, heads, _ = checkpoint.geometry.shape
+    return layers * heads
 
 
 def window_of(sink: int, recent: int) -> Window:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import transformers
 
 from vllm_leank.core.window import Window
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.allocate import allocate, left_of
-from vllm_leank.offline.calibrate_bits import BY_LOSS, Measured
+from vllm_leank.offline.calibrate_bits import Measured
 from vllm_leank.offline.mask_request import BitsRequest
 from vllm_leank.offline.progress import reading
 from vllm_leank.offline.verify.reader import Reader
@@ -80,13 +81,13 @@ def weighed_mask(
     effort = effort or Effort.on(model.device.type)
     samples = some_of(prompts, request.window, effort)
     weights = np.ones(len(measured.k_losses[0]))
-    mask, expected = _handed_out(request, measured, weights)
+    mask, expected = handed_out(request, measured, weights)
     found: list[tuple[float, Mask]] = []
     for _ in range(effort.rounds):
-        seen = look_at_layers(model, mask, samples, effort.tokens)
+        seen = look_at_layers(model, mask, samples, effort.tokens, streaming=measured.blind)
         found.append((seen.together, mask))
         weights = weights * surplus(seen.layers, expected) ** DAMPING
-        mask, expected = _handed_out(request, measured, weights)
+        mask, expected = handed_out(request, measured, weights)
     if not found:
         return mask
     last = look_at_layers(model, mask, samples, effort.tokens, alone=False)
@@ -120,36 +121,43 @@ def look_at_layers(
     tokens: int,
     *,
     alone: bool = True,
+    streaming: npt.NDArray[np.bool_] | None = None,
 ) -> Seen:
     """What a mask's archive costs at the last `tokens` of each sample of token ids; without
-    `alone`, of no single layer.
+    `alone`, of no single layer. What heads where `streaming` (`[L, H]`) lose without far tokens
+    counts to no layer, as no bits could change it.
 
     Raises:
         UserError: logits are not finite.
     """
     layers, together = np.zeros(len(mask.k_bits)), 0.0
     reader = Reader(model, mask, Window(mask.sink, mask.recent))
+    blind = None if streaming is None else torch.tensor(streaming)
     for ids in reading(samples, "what each layer costs" if alone else "what they cost together"):
         prompt, rest = ids[:-tokens], ids[-tokens:]
         reader.begin(len(ids))
         reader.read(prompt)
         together += reader.compare(rest).total
         if alone:
-            layers += [one.total for one in reader.compare_layers(rest)]
+            layers += [one.total for one in reader.compare_layers(rest, blind)]
     count = max(len(samples), 1) * tokens
     return Seen(layers / count, together / count)
 
 
-def _handed_out(request: BitsRequest, measured: Measured, weights: Array) -> tuple[Mask, Array]:
-    """The mask where layers have these weights, and what its channels' costs say of each layer."""
+def handed_out(request: BitsRequest, measured: Measured, weights: Array) -> tuple[Mask, Array]:
+    """The mask where layers have these weights `[L]`, and what its channels' costs say of each
+    layer, but for those of streaming heads.
+    """
     both = measured.k_losses, measured.v_losses
     k_losses, v_losses = (
         {bits: loss * weights[:, None, None] for bits, loss in losses.items()} for losses in both
     )
-    chosen = allocate(k_losses, v_losses, request.bits)
-    provenance = measured.provenance | {"score": BY_LOSS}
+    chosen = allocate(k_losses, v_losses, request.bits, blind=measured.blind)
+    provenance = measured.told()
     if (weights != 1).any():
         provenance["layer_weights"] = [round(float(weight), 3) for weight in weights]
     mask = request.mask(chosen, measured.for_codes(chosen), provenance)
     left = left_of(both[0], chosen.k_bits) + left_of(both[1], chosen.v_bits)
+    if measured.blind is not None:
+        left[measured.blind] = 0
     return mask, left.sum(axis=(1, 2))

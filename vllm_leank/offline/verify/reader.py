@@ -135,14 +135,18 @@ class Reader:
         return divergence(self.dense(ids), self.served(ids))
 
     @torch.inference_mode()
-    def compare_layers(self, ids: Sequence[int]) -> Iterator[Divergence]:
+    def compare_layers(
+        self, ids: Sequence[int], streaming: torch.Tensor | None = None
+    ) -> Iterator[Divergence]:
         """What the archive changes in each layer alone, all others dense, one after the other.
 
-        The prompt is the one that was read with full attention.
+        The prompt is the one that was read with full attention. Heads where `streaming` (bool
+        `[L, H]`) see no far tokens either way, in all layers.
         """
-        dense = self.dense(ids)
+        dense = self._after(self._dense, ids, _as_it_is, streaming)
+        others = torch.zeros_like(self.archive.blind) if streaming is None else streaming
         for layer in range(len(self.archive.blind)):
-            blind = torch.zeros_like(self.archive.blind)
+            blind = others.clone()
             blind[layer] = self.archive.blind[layer]
             yield divergence(dense, self._after(self._dense, ids, self._only(layer), blind))
 

@@ -1,0 +1,412 @@
+r"""Streaming heads of a real model: found in two ways, composed into masks, and what that costs.
+
+    PYTHONPATH=benchmarks python -m real.streaming_study --model models/qwen-1.5b --out streaming \
+        --lengths 8192,30000
+
+Ways are `fisher`, what `leank mask calibrate --streaming` goes by, and `duo`, DuoAttention's
+optimisation. Each gives every head a number; the lowest become streaming heads. From each way and
+share comes a mask of `--bits` and one that prunes `--ratio` of K. Told are the share of bytes saved
+and what fits, as `leank plan` computes it, and the KL divergence to full attention, as `kl.py`
+measures it. All is in the folder OUT: heads_WAY.json and heads_WAY.tsv (for `leank mask compose
+--streaming`), masks/*.yaml (for `study.py --variants`), study.json. A run that was stopped goes on;
+with other settings give another folder.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from baselines.duo_attention import RATE, REG, learned_alphas, passkey_samples
+from rich.console import Console
+from rich.table import Table
+
+from real.judged_texts import SEEN, UNSEEN, judged_samples
+from real.kl import CONSOLE, add_samples, judge, row_of
+from real.option_numbers import numbers
+from real.unseen_texts import unseen_texts
+from real.variants import served_mask
+from vllm_leank.bench.results import describe_mask, header, save_results
+from vllm_leank.cli.capacity_table import capacity_json
+from vllm_leank.cli.sizes import parse_size
+from vllm_leank.core.capacity import (
+    BATCHED_TOKENS,
+    STEPS_AT_ONCE,
+    UTILIZATION,
+    compare,
+    estimate_pool,
+)
+from vllm_leank.core.layers import sliding_layers, state_layers
+from vllm_leank.core.options import Options
+from vllm_leank.core.window import Window
+from vllm_leank.errors import UserError
+from vllm_leank.learn.stages import Progress
+from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.mask.compose import lowest_heads
+from vllm_leank.mask.file import load_mask, save_mask
+from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.settings import plan_settings
+from vllm_leank.offline.calibrate_bits import Measured, measure, pruned_mask
+from vllm_leank.offline.calibration_prompts import (
+    CalibrationPrompts,
+    calibration_prompts,
+    longest_prompt,
+)
+from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
+from vllm_leank.offline.streaming import BY_OUTPUT, StreamingHeads, head_losses, streaming_heads
+from vllm_leank.offline.weigh_layers import handed_out
+
+FISHER, DUO = "fisher", "duo"
+
+BY = {FISHER: BY_OUTPUT, DUO: "DuoAttention's alphas, learned by distillation on passkeys"}
+
+ITEMSIZE = 2
+"""Bytes of a number of the model as it is served."""
+
+Scores = np.ndarray
+
+
+@dataclass(frozen=True)
+class Job:
+    """A mask of the study: how it is made, and what it is called."""
+
+    kind: str
+    amount: float
+    way: str | None = None
+    share: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Of its file and row."""
+        plain = f"{self.kind}_{self.amount:g}"
+        return plain if self.way is None else f"{plain}_{self.way}_{self.share:g}"
+
+
+@dataclass
+class Study:
+    """The command's work; what is loaded and measured is so when it is first needed."""
+
+    args: argparse.Namespace
+
+    def __post_init__(self) -> None:
+        args = self.args
+        self.ways = args.ways.split(",")
+        if unknown := set(self.ways) - BY.keys():
+            raise UserError(f"--ways has {sorted(unknown)}; allowed: {', '.join(BY)}")
+        self.shares = numbers(args.shares, float)
+        self.lengths = numbers(args.lengths, int)
+        self.window = Window(args.sink, args.recent)
+        self.checkpoint = Checkpoint.open(args.model)
+        layers = len(self.checkpoint.geometry.layers)
+        self.weights = dict(_weights_of(path, layers) for path in args.weights_of or ())
+
+    def jobs(self) -> Iterator[Job]:
+        """The masks, those without streaming heads first."""
+        kinds = [("bits", bits) for bits in numbers(self.args.bits, float)]
+        kinds += [("pruned", self.args.ratio)]
+        for kind, amount in kinds:
+            yield Job(kind, amount)
+        for share in self.shares:
+            for way in self.ways:
+                for kind, amount in kinds:
+                    yield Job(kind, amount, way, share)
+
+    @cached_property
+    def model(self) -> transformers.PreTrainedModel:
+        """On its device."""
+        device = self.checkpoint.place(self.args.device, self.args.dtype)
+        return self.checkpoint.load(self.args.dtype, device)
+
+    @cached_property
+    def prompts(self) -> CalibrationPrompts:
+        """What `leank mask calibrate` reads."""
+        args = self.args
+        longest = longest_prompt(self.checkpoint, args.max_tokens, str(self.model.device))
+        return calibration_prompts(
+            self.checkpoint, None, self.window,
+            max_tokens=longest, count=args.prompts, seed=args.seed,
+        )  # fmt: skip
+
+    @cached_property
+    def measured(self) -> Measured:
+        """What channels cost."""
+        return measure(self.model, self.prompts, self.window, self.args.seed)
+
+    def heads(self, way: str) -> dict[str, Any]:
+        """What a way says of each head, from its file or found now."""
+        path = self.args.out / f"heads_{way}.json"
+        if path.exists():
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+        start = time.monotonic()
+        if way == FISHER:
+            losses = head_losses(self.model, self.prompts.ids, self.window, seed=self.args.seed)
+            values, detail = losses / losses.max(), {"prompts": self.prompts.provenance}
+            scores = losses
+        else:
+            progress = self._optimised()
+            scores, values = progress.scores(), progress.factors.double().cpu().numpy()
+            detail = self._training() | {
+                "losses": [round(loss, 6) for loss in progress.losses],
+                "mean_alphas": [round(mean, 4) for mean in progress.means],
+            }
+        found = {
+            "model": self.checkpoint.id,
+            "by": BY[way],
+            **detail,
+            "seconds": round(time.monotonic() - start, 1),
+            "scores": scores.tolist(),
+        }
+        lines = ("\t".join(f"{value:.9f}" for value in row) + "\n" for row in values.clip(0, 1))
+        path.with_suffix(".tsv").write_text("".join(lines), encoding="utf-8")
+        save_results(found, path)
+        return found
+
+    def _training(self) -> dict[str, Any]:
+        args = self.args
+        names = ("steps", "rate", "reg", "train_tokens")
+        return {name: getattr(args, name) for name in names}
+
+    def _optimised(self) -> Progress:
+        args, start = self.args, time.monotonic()
+
+        def on_step(progress: Progress) -> None:
+            if progress.step % 20 == 0 or progress.step == args.steps:
+                CONSOLE.print(
+                    f"duo: step {progress.step}, loss {np.mean(progress.losses[-20:]):.5f}, mean "
+                    f"alpha {progress.means[-1]:.3f}, {time.monotonic() - start:.0f} s"
+                )
+
+        low, high = args.train_tokens // 2, args.train_tokens
+        source = passkey_samples(self.checkpoint, low, high, args.seed)
+        return learned_alphas(
+            self.model, source, self.window,
+            steps=args.steps, rate=args.rate, reg=args.reg, on_step=on_step,
+        )  # fmt: skip
+
+    def make_masks(self, found: dict[str, Scores]) -> dict[str, Path]:
+        """The files of all masks, by their names; made where they are missing."""
+        folder = self.args.out / "masks"
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = {}
+        for job in self.jobs():
+            paths[job.name] = folder / f"{job.name}.yaml"
+            if not paths[job.name].exists():
+                save_mask(self._mask(job, found), paths[job.name])
+        return paths
+
+    def _mask(self, job: Job, found: dict[str, Scores]) -> Mask:
+        streaming: StreamingHeads | None = None
+        if job.way is not None:
+            streaming = streaming_heads(found[FISHER], job.share, found[job.way], BY[job.way])
+        measured = replace(self.measured, streaming=streaming)
+        if job.kind == "pruned":
+            request = MaskRequest(self.checkpoint, job.amount, 32, self.window, job.share)
+            return pruned_mask(request, measured)
+        weights = self.weights.get(job.amount, np.ones(len(measured.k_losses[0])))
+        asked = BitsRequest(self.checkpoint, job.amount, self.window, job.share)
+        return handed_out(asked, measured, weights)[0]
+
+    def run(self) -> dict[str, Any]:
+        """Do what is not done yet, and give the results.
+
+        Raises:
+            UserError: the model or an option cannot be used.
+        """
+        args, start = self.args, time.monotonic()
+        args.out.mkdir(parents=True, exist_ok=True)
+        self._check_same()
+        path = args.out / "study.json"
+        ways = list(dict.fromkeys([FISHER, *self.ways]))  # all are told of by Fisher's losses
+        heads = {way: self.heads(way) for way in ways}
+        found = {way: np.array(told["scores"]) for way, told in heads.items()}
+        masks = self.make_masks(found)
+        results = self._begun(path, heads, found)
+        for job in self.jobs():
+            if job.name not in results["masks"]:
+                mask = load_mask(masks[job.name])
+                results["masks"][job.name] = self._described(job, mask)
+        dense = results["dense_token_bytes"]
+        texts = unseen_texts(args.texts) if args.unseen else {}
+        for length in self.lengths:
+            missing = [
+                job.name for job in self.jobs()
+                if str(length) not in results["masks"][job.name]["kl"]
+            ]  # fmt: skip
+            if not missing:
+                continue
+            samples, left_out = judged_samples(
+                self.checkpoint, texts, length, args.judged, args.unseen, args.seed
+            )
+            for line in left_out:
+                CONSOLE.print(line)
+            results["skipped"][str(length)] = left_out
+            variants = [served_mask(name, load_mask(masks[name]), self.window) for name in missing]
+            sums = judge(self.model, self.window, samples, variants)
+            for one in variants:
+                row = row_of(one, sums[one.name], dense, length)
+                results["masks"][one.name]["kl"][str(length)] = row
+            results["seconds"] = round(results["seconds"] + time.monotonic() - start, 1)
+            start = time.monotonic()
+            save_results(results, path)
+        save_results(results, path)
+        return results
+
+    def _check_same(self) -> None:
+        """Refuse a folder of a run with other settings than those that may grow."""
+        names = ("sink", "recent", "seed", "dtype", "prompts", "max_tokens", "judged", "unseen")
+        names += ("steps", "rate", "reg", "train_tokens", "gpu_memory", "tokens")
+        settings = {name: getattr(self.args, name) for name in names}
+        settings |= {"model": self.checkpoint.id, "weights_of": sorted(self.weights)}
+        path = self.args.out / "settings.json"
+        if not path.exists():
+            save_results(settings, path)
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name, value in settings.items() if before.get(name) != value]:
+            raise UserError(
+                f"{path}: the run that began here had other {', '.join(changed)}; give another "
+                "--out"
+            )
+
+    def _begun(self, path: Path, heads: dict[str, Any], found: dict[str, Scores]) -> dict[str, Any]:
+        """What a run that was stopped has left, or none yet."""
+        if path.exists():
+            left: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return left
+        geometry = self.checkpoint.geometry
+        return {
+            **header(
+                "streaming heads: KL to full attention in nats per token, teacher-forced, bytes "
+                "and capacity",
+                self.args.commit,
+                "python -m real.streaming_study",
+            ),
+            "model": self.checkpoint.id,
+            "dtype": self.args.dtype,
+            "window": {"sink": self.window.sink, "recent": self.window.recent},
+            "heads": {way: {k: v for k, v in one.items() if k != "scores"} | {
+                "file": f"heads_{way}.json"} for way, one in heads.items()},
+            "in_common": {
+                f"{share:g}": self._in_common(found, share)
+                for share in self.shares
+                if len(found) > 1
+            },
+            "dense_token_bytes": round(2 * ITEMSIZE * float(np.prod(geometry.shape))),
+            "capacity": {"gpu_memory": self.args.gpu_memory, "tokens": self.args.tokens},
+            "skipped": {},
+            "masks": {},
+            "seconds": 0.0,
+        }  # fmt: skip
+
+    @staticmethod
+    def _in_common(found: dict[str, Scores], share: float) -> dict[str, int]:
+        """How many heads both ways choose, and how many each."""
+        first, second = (lowest_heads(scores, share) for scores in list(found.values())[:2])
+        return {"both": int((first & second).sum()), "each": int(first.sum())}
+
+    def _described(self, job: Job, mask: Mask) -> dict[str, Any]:
+        """What a mask stores and saves, and what fits with it."""
+        config = self.checkpoint.plain or self.checkpoint.config
+        sliding, states = sliding_layers(config), state_layers(config, ITEMSIZE, 1)
+        settings = plan_settings(mask, Options(), ITEMSIZE, sliding=sliding, states=states)
+        plan = settings.plan
+        pool = estimate_pool(
+            parse_size(self.args.gpu_memory),
+            UTILIZATION,
+            self.checkpoint.weight_bytes(ITEMSIZE),
+        )
+        tokens, in_flight = self.args.tokens, STEPS_AT_ONCE * BATCHED_TOKENS
+        engines = compare(plan, settings.window, pool, tokens, in_flight)
+        return {
+            "way": job.way,
+            "share": job.share,
+            **describe_mask(mask),
+            "streaming": mask.provenance.get("streaming"),
+            "bits": round(mask.bits, 4),
+            "far_token_bytes": plan.archive_token_bytes,
+            "saved": round(1 - plan.archive_token_bytes / plan.dense_token_bytes, 4),
+            "capacity": capacity_json(engines),
+            "kl": {},
+        }
+
+
+def _weights_of(path: Path, layers: int) -> tuple[float, np.ndarray]:
+    """Bits of a mask, and the weights of so many layers that it was made with.
+
+    Raises:
+        UserError: it has none.
+    """
+    told = load_mask(path).provenance
+    if len(told.get("layer_weights", ())) != layers or "bits" not in told:
+        raise UserError(f"{path}: its provenance has no layer_weights of {layers} layers")
+    return float(told["bits"]), np.array(told["layer_weights"])
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the table."""
+    table = Table("mask", "heads", "bytes", "saved", "x", "fit")
+    lengths = sorted({int(length) for row in results["masks"].values() for length in row["kl"]})
+    for length in lengths:
+        table.add_column(f"KL, {length:,}", justify="right")
+        table.add_column("other kinds", justify="right")
+    for name, row in results["masks"].items():
+        leank = row["capacity"][-1]
+        streaming = row["streaming"] or {"heads": 0}
+        cells = [
+            name, f"{streaming['heads']}", f"{row['far_token_bytes']:,}", f"{row['saved']:.1%}",
+            f"{1 / (1 - row['saved']):.2f}", f"{leank['ratio_in_decode']:.2f}x",
+        ]  # fmt: skip
+        for length in lengths:
+            found = row["kl"].get(str(length), {})
+            cells += [f"{found[kind]['kl']:.5f}" if kind in found else "-"
+                      for kind in (SEEN, UNSEEN)]  # fmt: skip
+        table.add_row(*cells)
+    console = Console(width=140, highlight=False)
+    console.print(table)
+    for share, common in results["in_common"].items():
+        console.print(f"share {share}: both ways choose {common['both']} of {common['each']} heads")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--out", type=Path, required=True, help="folder of the results")
+    options.add_argument("--ways", default=f"{FISHER},{DUO}", help="with commas")
+    options.add_argument("--shares", default="0.25,0.5,0.65", help="of heads, with commas")
+    options.add_argument("--bits", default="4,2", help="of the other heads, with commas")
+    options.add_argument("--ratio", type=float, default=0.7, help="of K pruned in other heads")
+    options.add_argument(
+        "--weights-of", type=Path, nargs="*", metavar="MASK",
+        help="calibrated masks whose weights of layers are taken for masks of as many bits",
+    )  # fmt: skip
+    options.add_argument("--steps", type=int, default=300, help="of the optimisation; paper: 2000")
+    options.add_argument("--rate", type=float, default=RATE, help="learning rate")
+    options.add_argument("--reg", type=float, default=REG, help="weight of the mean alpha")
+    options.add_argument("--train-tokens", type=int, default=8192, help="of its longest sample")
+    options.add_argument("--gpu-memory", default="141GiB", help="that requests shall fit into")
+    options.add_argument("--tokens", type=int, default=32768, help="of these requests")
+    add_samples(options)
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Find heads, make masks, judge them, print the table."""
+    args = parser().parse_args(words)
+    try:
+        show(Study(args).run())
+    except (UserError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
