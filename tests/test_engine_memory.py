@@ -7,7 +7,6 @@ from engines import CACHE_BYTES, engine
 from mask_samples import coded_mask, full_mask, random_mask
 from test_engine_answers import (
     assert_same,
-    each_mask,
     kept_mask,
     long,
     prompts_of,
@@ -122,7 +121,7 @@ def test_a_request_holds_what_the_layout_says(tiny_llama_dir, mask, length):
         assert pool.get_num_free_blocks() == free
 
 
-@each_mask
+@pytest.mark.parametrize("mask_of", [pytest.param(kept_mask, marks=long), coded_mask])
 def test_capacity_is_what_the_layout_says(tiny_llama_dir, mask_of):
     mask = mask_of(tiny_llama_dir)
     with engine(tiny_llama_dir, mask) as leank:
@@ -132,7 +131,7 @@ def test_capacity_is_what_the_layout_says(tiny_llama_dir, mask_of):
         assert leank.memory.shape[1] * 4 == leank.plan.block_bytes
 
 
-@each_mask
+@pytest.mark.parametrize("mask_of", [pytest.param(kept_mask, marks=long), coded_mask])
 def test_the_smallest_pool_that_starts_serves_the_longest_requests(tiny_llama_dir, mask_of):
     """vLLM refuses to start with less than the longest request needs, so none waits forever."""
     mask, limits = mask_of(tiny_llama_dir), {"max_model_len": 512}
@@ -147,7 +146,7 @@ def test_the_smallest_pool_that_starts_serves_the_longest_requests(tiny_llama_di
     assert [len(tokens) for tokens, _ in answers] == [1, 12, 509]
 
 
-@each_mask
+@pytest.mark.parametrize("mask_of", [pytest.param(kept_mask, marks=long), coded_mask])
 def test_questions_about_one_document_hold_its_archive_once(tiny_llama_dir, mask_of):
     """All at once, one of them aborted and its memory NaN: answers stay those of each alone."""
     (document,) = prompts_of([640], seed=5)
