@@ -134,19 +134,42 @@ def long_rows():
         yield line(named(f"leank {name}" if "_" in name else name), *found)
 
 
+def lost_cells(variants, part):
+    """Points of dense attention, and of masks of 4 and 2 bits with what they lose against it."""
+    dense = variants["dense"]
+    yield f"{mean_points(dense, part):.1f}"
+    for one in (variants["bits_4"], variants["bits_2"]):
+        yield f"{mean_points(one, part):.1f}"
+        yield interval(lost(one, dense, part))
+
+
 def study_rows():
     """Points by length and by task, and what is lost on the same questions."""
     variants, cells = study()
     for place in (1, 0):
         for value in sorted({cell[place] for cell in cells}):
-            part = some(cells, value)
-            found = [f"{mean_points(variants[one], part):.1f}" for one in ASKED_MOST]
-            gaps = [
-                interval(lost(variants[name], variants["dense"], part))
-                for name in ("bits_4", "bits_2")
-            ]
             name = f"{value:,} tokens" if place else f"`{value}`"
-            yield line(name, found[0], found[1], gaps[0], found[2], gaps[1])
+            yield line(name, *lost_cells(variants, some(cells, value)))
+
+
+def small_study_rows():
+    """The same of a smaller model: of all questions, and by length."""
+    variants = {one["variant"]: one for one in merged(RESULTS / "study_qwen_0.5b")["variants"]}
+    cells = shared_cells(list(variants.values()))
+    sizes = {name: one["token_bytes"] for name, one in variants.items()}
+    ratios = {name: sizes["dense"] / size for name, size in sizes.items()}
+    yield line(
+        "bytes of a far token",
+        f"{sizes['dense']:,.0f}",
+        *(
+            cell
+            for name in ("bits_4", "bits_2")
+            for cell in (f"{sizes[name]:,.0f} ({ratios[name]:.1f}x)", "")
+        ),
+    )
+    yield line(f"all {sum(cells.values())} questions", *lost_cells(variants, cells))
+    for length in sorted({length for _, length in cells}):
+        yield line(f"{length:,} tokens", *lost_cells(variants, some(cells, length)))
 
 
 def packed_rows():
@@ -218,12 +241,13 @@ def rebuilt_rows():
 
 def mixed_rows():
     """Prompts that arrive while others decode."""
+    names = {"dense": DENSE, "vllm_fp8": "vLLM, fp8", "bits_2": TWO}
     for cell in sorted(load("mixed_load_h200")["cells"], key=lambda cell: cell["rate"]):
         assert not cell["failed"]
         first, each = cell["ttft_ms"], cell["tpot_ms"]
         yield line(
             cell["rate"],
-            {"dense": DENSE, "bits_2": TWO}[cell["variant"]],
+            names[cell["variant"]],
             f"{cell['requests_per_s']:.2f}",
             f"{cell['good_requests_per_s']:.2f}",
             f"{first['p50'] / 1e3:.2f}, {first['p99'] / 1e3:.2f}",
@@ -285,6 +309,7 @@ def selected_study_rows():
         ("README.md", opening),
         ("docs/accuracy.md", lambda: kl_rows(False)),
         ("docs/accuracy.md", study_rows),
+        ("docs/accuracy.md", small_study_rows),
         ("docs/accuracy.md", cache_rows),
         ("docs/accuracy.md", long_rows),
         ("benchmarks/real/README.md", lambda: kl_rows(True)),
