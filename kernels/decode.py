@@ -289,6 +289,6 @@ def _launches(
         heads_ptr=work.heads,
         programs=shape.programs,
         SPLITS=shape.combined,
-        num_warps=4,
+        num_warps=8 if shape.combined > 32 else 4,
     )
     return _Launches(attend, combine, (shape.programs, group, head_dim))

@@ -31,8 +31,9 @@ PROGRAMS = 4096
 REQUEST_PROGRAMS = 16, 64
 """Programs per request: at least; and for many requests at most. For few it is a wave at most."""
 
-LEAST_COMBINED, MOST_COMBINED = 16, 32
-"""Splits that are combined at once, for few and for many programs of a request."""
+COMBINED = 16, 32, 128
+"""Splits of a head that are combined at once: for few programs of a request, for more, and, where
+requests are so few that heads have more splits each, all of them at most."""
 
 SPLIT_BYTES = 1 << 15, 1 << 17
 """Bytes that a program should read at least, for few and for many requests."""
@@ -143,6 +144,17 @@ def decode_programs_of_all(num_kv_heads: int, wave: int = ONE_WAVE) -> set[int]:
     return {decode_programs(1 << i, num_kv_heads, wave) for i in range(20)}
 
 
+def combined_splits(programs: int, num_kv_heads: int) -> int:
+    """Splits of a head that are combined at once, a power of two, for so many programs of a
+    request. One load of all takes less time than several, one after the other.
+    """
+    few, more, most = COMBINED
+    if programs <= more:
+        return few
+    splits = -(-programs // num_kv_heads)
+    return min(max(1 << (splits - 1).bit_length(), more), most)
+
+
 @cache
 def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeLaunch:
     """Launch for a batch of `num_reqs` rows, padding included."""
@@ -156,7 +168,7 @@ def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeL
         tma=device.tma,
         split_bytes=few if is_few else many,
         rows=FEW_HEADS if is_few else 0,
-        combined=MOST_COMBINED if programs > MOST_COMBINED else LEAST_COMBINED,
+        combined=combined_splits(programs, len(layout.profiles)),
         wave=shape.wave,
         # The sums over V of a larger head are more than a warp can hold.
         warps=max(shape.warps, layout.head_dim // 128),

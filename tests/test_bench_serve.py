@@ -164,6 +164,7 @@ def test_without_vllm(leank, monkeypatch):
     assert "runs engines of vLLM: pip install 'vllm>=0.32.0,<0.34'" in err
 
 
+@pytest.mark.long
 def test_an_engine_on_cpu(leank, repo, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -100,6 +100,7 @@ def test_a_failing_scenario_shrinks_to_what_fails():
     ] * 2
 
 
+@long
 def test_planted_faults_are_found_and_shrunk(tiny_llama_dir, monkeypatch):
     def ends_early(request, max_model_len):
         return check_stop(request, min(max_model_len, request.num_prompt_tokens + 32))

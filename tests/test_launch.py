@@ -12,6 +12,7 @@ from vllm_leank.kernels.launch import (
     Device,
     choose_decode,
     choose_extend,
+    combined_splits,
     compact_programs,
     decode_programs,
     decode_programs_of_all,
@@ -93,6 +94,14 @@ def test_programs_of_extend_hold_whole_groups_and_tiles_divide_pages(
     assert group <= chosen.rows == 1 << (chosen.rows.bit_length() - 1)
     assert block % chosen.tile == 0
     assert chosen.tma == device.tma
+
+
+@pytest.mark.parametrize(
+    ("programs", "heads", "combined"),
+    [(16, 8, 16), (64, 8, 32), (256, 8, 32), (512, 8, 64), (1024, 8, 128), (1024, 1, 128)],
+)
+def test_splits_of_a_head_are_combined_at_once(programs, heads, combined):
+    assert combined_splits(programs, heads) == combined
 
 
 def test_heads_of_many_channels_get_programs_that_fit():

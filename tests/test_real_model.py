@@ -10,7 +10,7 @@ from vllm_leank.offline.verify.haystacks import haystack
 
 pytestmark = pytest.mark.engine
 
-TOKENS = 640
+TOKENS = 512
 """Of a prompt, most of them far."""
 
 

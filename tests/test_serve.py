@@ -46,7 +46,8 @@ def url(data_home):
     lines = [{"prompt_token_ids": one.prompt_token_ids + one.answer_token_ids} for one in samples]
     prompts.write_text("\n".join(map(json.dumps, lines)))
     script = REPO / "examples/calibrate_and_serve.sh"
-    line = ("sh", str(script), str(MODEL), "--data", str(prompts))
+    # What a compiler would do at startup is a minute's work, and the demo's.
+    line = ("sh", str(script), str(MODEL), "--data", str(prompts), "--enforce-eager")
     with pytest.MonkeyPatch.context() as patch:
         # Set by engines.py for engines in this process; a user's server has a process for it.
         patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)

@@ -85,7 +85,7 @@ PRUNED = {"prefill": "pruned", "max_num_batched_tokens": 256, "max_num_seqs": 4}
 @pytest.mark.parametrize(
     ("drafter", "lengths"),
     [
-        pytest.param(DRAFT, FEW, id="model-few"),
+        pytest.param(DRAFT, FEW, id="model-few", marks=long),
         *(
             pytest.param(*one.values, LENGTHS, id=one.id, marks=[*one.marks, long])
             for one in DRAFTERS
