@@ -222,20 +222,20 @@ def serve_rows():
 
 
 def rebuilt_rows():
-    """An engine before and after the house was rebuilt, twice each."""
-    for name, commit in (("before", "2c4e8bf"), ("now", "951ac2a")):
-        runs = [load(f"serve_llama_{commit}_{i}")["variants"][0] for i in (1, 2)]
+    """An engine before the house was rebuilt, and after that twice."""
+    for name, files in (("before", ["2c4e8bf"]), ("now", ["489142f_1", "489142f_2"])):
+        runs = [load(f"serve_llama_{one}")["variants"][0] for one in files]
 
-        def both(form, figure, runs=runs):
+        def each(form, figure, runs=runs):
             return ", ".join(form.format(figure(one)) for one in runs)
 
         yield line(
             name,
-            both("{:.3f}", lambda one: one["ttft_s"]["median"]),
-            both("{:.1f}", lambda one: one["decode"]["tpot_p50_ms"]),
-            both("{}", lambda one: one["concurrent"]),
-            both("{:,.0f}", lambda one: one["decode"]["tokens_per_s"]),
-            both("{:,}", lambda one: one["engine"]["num_gpu_blocks"]),
+            each("{:.3f}", lambda one: one["ttft_s"]["median"]),
+            each("{:.1f}", lambda one: one["decode"]["tpot_p50_ms"]),
+            each("{}", lambda one: one["concurrent"]),
+            each("{:,.0f}", lambda one: one["decode"]["tokens_per_s"]),
+            each("{:,}", lambda one: one["engine"]["num_gpu_blocks"]),
         )
 
 

@@ -311,11 +311,12 @@ def test_a_request_split_over_many_programs_reads_the_same(monkeypatch, tma):
     builder.run(builder.step([(request, len(request) - 1)]), reference)
     step = builder.step([(request, 1)])
     outputs = []
-    for split_bytes in (256, 4096, 1 << 20):
+    for split_bytes, combined in (256, 128), (4096, 16), (1 << 20, 16):
+        changes = {"split_bytes": split_bytes, "combined": combined}
         monkeypatch.setattr(
             decode,
             "choose_decode",
-            lambda *a, size=split_bytes: launch.choose_decode(*a)._replace(split_bytes=size),
+            lambda *a, changes=changes: launch.choose_decode(*a)._replace(**changes),
         )
         cache = replace(builder.cache)  # which has prepared nothing yet
         store.update(step.key, step.value, cache, step.batch)
