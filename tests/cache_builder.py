@@ -411,3 +411,21 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
     """Root mean square of the error against that of the expected values; NaN if any is NaN."""
     error = actual.double() - expected.double()
     return (error.square().mean().sqrt() / expected.double().square().mean().sqrt()).item()
+
+
+def rounding(query: Tensor, key: Tensor, scale: float, once: int) -> float:
+    """How far outputs may be off because numbers are rounded to fp16, as `relative_rms`: of queries
+    `[n, num_heads, D]` over many tokens, with keys like `[tokens, num_kv_heads, D]`.
+
+    An output is a sum over tokens in which V averages out. Errors of the tokens' weights are
+    independent, so they average out as V does, and the output is off by as much as one weight.
+    Rounding changes a number by 2^-11 of itself at most. `once` is how often a weight, its V or the
+    output is rounded. Where q or K is rounded, too, so is each product of a score, and the score
+    is off by 2^-11 of what scores spread (their standard deviation); its weight by the same.
+
+    It is far from what a wrong page does: of a thousand pages one, about sqrt(2 / 1000).
+    """
+    heads = key.shape[1]
+    products = query.float().unflatten(1, (heads, -1)) * key.float().std(0)[:, None] * scale
+    variance = products.square().sum(-1).mean().item()
+    return 2.0**-11 * (once + variance) ** 0.5

@@ -303,6 +303,34 @@ def selected_study_rows():
         yield line(bits, read, *(f"{points(one, part).value:.1f}" for part in parts))
 
 
+def long_attention_rows():
+    """One long request against FlashAttention 3, with all far tokens and with a tenth."""
+    for bits in (4, 2):
+        name = f"attention_long_{bits}"
+        parts = {"all": ["_h200"], "a tenth": ["_pages_128k_h200", "_pages_512k_h200"]}
+        for read, ends in parts.items():
+            cases = [case for end in ends for case in load(name + end)["cases"]]
+            assert [(case["batch"], case["length"]) for case in cases] == [
+                (1, 1 << 17),
+                (1, 1 << 19),
+            ]
+            yield line(bits, read, *(_times(case["mean"]["speedup_flash"]) for case in cases))
+
+
+def selection_rows():
+    """What choices of far tokens cost, and what better ones would."""
+    titles = {"bf16": "as they are", "bits_4": "4 bits", "bits_2": "2 bits"}
+    for name, row in load("selection_qwen_1.5b")["rows"].items():
+        stored, choice = name.split(", ")
+        cells = []
+        for length in ("16384", "32000"):
+            found = row["lengths"][length]
+            cells += [f"{found[kinds]['value']:.4f}" for kinds in ("kinds seen", "kinds unseen")]
+            cells.append(f"{found['found']:.0%}")
+        points = (f"{row['points'][asked]['value']:.0f}" for asked in ("16384", "32256"))
+        yield line(titles[stored], choice, *cells, *points)
+
+
 @pytest.mark.parametrize(
     ("page", "rows"),
     [
@@ -321,6 +349,8 @@ def selected_study_rows():
         ("docs/reliability.md", soak_rows),
         ("docs/performance.md", selected_rows),
         ("docs/performance.md", selected_study_rows),
+        ("docs/performance.md", selection_rows),
+        ("docs/performance.md", long_attention_rows),
         ("docs/performance.md", lambda: read_lines(load("long_context"))),
         ("docs/performance.md", lambda: fit_lines(load("long_context"))),
         ("docs/performance.md", lambda: measured_lines(load("long_context"))),

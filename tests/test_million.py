@@ -3,6 +3,9 @@
 The pool is that of one of four ranks with Llama-3.1-8B's shape and 2 bits, with the room that the
 whole prompt takes, so that places in it pass 2^31 and 2^32, of bytes and of elements, many times.
 Pages are in random order. The reference reads the same pages, or writes its own in small pools.
+
+One process has to run the whole file: with workers of xdist `--dist loadscope`, as the Makefile has
+it. In others each worker would fill a pool of its own.
 """
 
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_builder import relative_rms
+from cache_builder import relative_rms, rounding
 from shapes.bits_mask import random_bits
 from vllm_leank.kernels import decode_each, gpu, reference, select
 from vllm_leank.kernels.batch import Batch
@@ -38,9 +41,9 @@ TOKENS, PROMPT = 1 << 20, (1 << 20) - 400
 SELECTION = Selection.of(0.1)
 GROUP, DTYPE, DEVICE = 4, torch.float16, "cuda"
 ROUNDED = 6e-4
-"""Of queries and of outputs, to fp16, as in `test_kernels`."""
-ROUNDED_IN_PARTS = 1e-3
-"""Of K and V that are unpacked as well, and of what is found in eight parts in turn."""
+"""Of weights and outputs, to fp16, where scores are the same."""
+FREE = 60 << 30
+"""Bytes that the pool, its tokens and what the reference makes of them need."""
 
 
 @dataclass
@@ -88,6 +91,10 @@ class Million:
         _, heads, head_dim = self.key.shape
         return 3 * torch.randn(count, heads * GROUP, head_dim, dtype=DTYPE, device=DEVICE)
 
+    def rounding(self, query: torch.Tensor, once: int) -> float:
+        """See `cache_builder.rounding`; of one token in a thousand."""
+        return rounding(query, self.key[::1024], self.scale, once)
+
     @property
     def scale(self) -> float:
         return float(self.key.shape[-1] ** -0.5)
@@ -100,6 +107,10 @@ def planned() -> Settings:
 
 @pytest.fixture(scope="module")
 def million() -> Iterator[Million]:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if free < FREE:
+        pytest.skip(f"{free / 2**30:.0f} GiB of the GPU are free, and these need {FREE >> 30}")
     torch.manual_seed(0)
     settings = planned()
     plan = settings.plan
@@ -234,7 +245,9 @@ def test_tokens_are_decoded_at_the_end_of_a_million(million, monkeypatch, select
     if selection is not None:
         found = found_segments(million, query, cache, step)
         monkeypatch.setattr(reference, "hide_unselected", hide_by(found))
-    assert relative_rms(output, expected_of(million, query, cache, step)) < ROUNDED
+    # Queries times the distances of codes; weights and outputs.
+    tolerance = million.rounding(query, once=2)
+    assert relative_rms(output, expected_of(million, query, cache, step)) < tolerance
 
 
 def test_the_best_of_all_segments_are_found(million):
@@ -280,9 +293,9 @@ def test_a_chunk_of_a_prompt_reads_a_million_tokens(million):
     output = torch.full_like(query, float("nan"))
     attend_pruned(query, output, cache, step, million.scale)
     last = million.batch(after - 4, after, prompt=0)
-    assert (
-        relative_rms(output[-4:], expected_of(million, query[-4:], cache, last)) < ROUNDED_IN_PARTS
-    )
+    # K that is unpacked; V, weights, and outputs: with each part, and with what is dense.
+    tolerance = million.rounding(query[-4:], once=3 + pages(far, scratch.regions(1, far).tokens))
+    assert relative_rms(output[-4:], expected_of(million, query[-4:], cache, last)) < tolerance
 
 
 def test_answers_that_are_computed_again_take_little_memory(million):
