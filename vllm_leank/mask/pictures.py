@@ -49,7 +49,8 @@ def draw_learning(
     keep: npt.NDArray[np.bool_],
     losses: Sequence[Sequence[float]],
 ) -> None:
-    """Factors `[L, H, D]` with what `keep` chose, and the losses of the stages in their order.
+    """Factors `[L, H, D]` with what `keep` chose, and the losses of the stages in their order, of
+    which some may have no steps.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -68,6 +69,8 @@ def draw_learning(
     figure.colorbar(shown, ax=middle)
     begin = 0
     for number, stage in enumerate(losses, start=1):
+        if not stage:
+            continue
         steps = np.arange(begin, begin + len(stage))
         right.plot(steps, stage, linewidth=0.3, color=f"C{number - 1}")
         right.plot(steps, _smooth(stage), color=f"C{number - 1}", label=f"stage {number}")
