@@ -120,8 +120,8 @@ def test_a_mask_as_the_start(tiny_llama_dir, jsonl, calibrated, tmp_path):
     [
         ({"ratio": 0.75}, "no start for --ratio 0.75 and --align 16: it prunes 50.00% of K"),
         ({"sink": 64}, "for sink 32 and recent 32, not 64 and 32"),
-        ({"start": "no.yaml"}, "no.yaml"),
-        ({"reg": 0.1}, "--reg goes with --start nothing"),
+        ({"from": "no.yaml"}, "no.yaml"),
+        ({"reg": 0.1}, "--reg goes with --from nothing"),
         ({"text": "essay.txt", "data": None}, "--text is for the generated samples"),
         ({"lr": 0}, "above 0"),
         ({"model": None}, "name one model: leank mask learn MODEL"),
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused(
     monkeypatch.chdir(tmp_path)
     save_mask(calibrated, tmp_path / "start.yaml")
     asked = {
-        "model": tiny_llama_dir, "data": jsonl, "start": "start.yaml", "ratio": 0.5, "align": 16,
+        "model": tiny_llama_dir, "data": jsonl, "from": "start.yaml", "ratio": 0.5, "align": 16,
         "sink": 32, "recent": 32, "device": "cpu", "out": "m.yaml", "min-tokens": 400,
     } | options  # fmt: skip
     words = [f"--{name}={value}" for name, value in asked.items() if value is not None]

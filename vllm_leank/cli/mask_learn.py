@@ -29,6 +29,7 @@ def learn(
     start: Annotated[
         str,
         typer.Option(
+            "--from",  # torchrun takes --start for its own --start-method
             metavar="fisher|MASK.yaml|nothing",
             help="Where learning starts: fisher is the mask of leank mask calibrate --ratio, which "
             "is made first; or a mask that was made so, as a file; or nothing, LeanK's own recipe "
@@ -46,7 +47,7 @@ def learn(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="With --start nothing: prose for the generated tasks, any text file.",
+            help="With --from nothing: prose for the generated tasks, any text file.",
             show_default="repeated sentences",
         ),
     ] = None,
@@ -70,7 +71,7 @@ def learn(
     reg: Annotated[
         float | None,
         typer.Option(
-            help="With --start nothing: weight of the mean factor in stage 1.", show_default="0.06"
+            help="With --from nothing: weight of the mean factor in stage 1.", show_default="0.06"
         ),
     ] = None,
     min_tokens: Annotated[int, typer.Option(help="Shortest built-in or generated sample.")] = 4096,
@@ -112,7 +113,7 @@ def learn(
     """
     name = one_model(model, model_option, "leank mask learn MODEL --ratio 0.7 --out mask.yaml")
     if reg is not None and start != "nothing":
-        raise UserError("--reg goes with --start nothing: it is of the stage that others leave out")
+        raise UserError("--reg goes with --from nothing: it is of the stage that others leave out")
     check_new(out, overwrite)
     state = state or out.with_name(out.name + ".state")
     if picture is not None:

@@ -98,7 +98,7 @@ class Data:
             )
         if not self.generated:
             if self.text is not None:
-                raise UserError("--text is for the generated samples of --start nothing")
+                raise UserError("--text is for the generated samples of --from nothing")
             named = built_in_samples(
                 checkpoint, window, max_tokens, POOL, seed, min_tokens=self.min_tokens
             )

@@ -54,7 +54,7 @@ def by_fisher(
     except torch.OutOfMemoryError as error:
         raise UserError(
             "not enough GPU memory to calibrate the mask that learning starts from; make it by "
-            f"leank mask calibrate --ratio with a smaller --max-tokens, and give --start ({error})"
+            f"leank mask calibrate --ratio with a smaller --max-tokens, and give --from ({error})"
         ) from error
     told = measured.told()
     longest_read = {"longest_prompt": told["longest_prompt"]}
