@@ -72,7 +72,7 @@ def resolve_mask(
         f"  leank mask calibrate {quoted} --bits 2\n"
         f"or {_NAME_ONE}. These make masks that prune K as LeanK does:\n"
         f"  leank mask import MASK.pth --model {quoted} --out mask.yaml\n"
-        f"  leank mask learn {quoted} --ratio 0.7 --align 32 --out mask.yaml"
+        f"  leank mask learn --ratio 0.7 --align 32 --model {quoted} --out mask.yaml"
     )
 
 
