@@ -130,9 +130,13 @@ def test_a_users_text_that_a_model_cannot_read(leank, home, repo, tmp_path):
         code, _, err = leank(*words)
         assert code == 2, words
         assert f"{data}, line 1: the tokenizer of {model} does not know its words" in err
-    code, _, err = leank("mask", "learn", "--model", model, "--ratio", 0.7, "--out", out)
+    learn = ["mask", "learn", model, "--ratio", 0.7, "--out", out]
+    code, _, err = leank(*learn, "--from", "nothing")
     assert code == 2
     assert "generated samples: the tokenizer of" in err
+    code, _, err = leank(*learn)
+    assert code == 2
+    assert "its tokenizer does not know the built-in prompts" in err
 
 
 def test_a_config_that_is_overridden(leank, with_tokenizer, home, tmp_path):

@@ -1,12 +1,14 @@
 """Rows of tables in the README and docs are what `benchmarks/results` has, to the digits shown."""
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
 import pytest
 from long_context import fit_lines, measured_lines, read_lines
 from real.kl_picture import FLOOR, draw, drawn, joined
+from real.learn_picture import draw as draw_losses
 from real.study_table import lost, mean_points, merged, points, shared_cells, some
 
 from vllm_leank.errors import UserError
@@ -331,6 +333,75 @@ def selection_rows():
         yield line(titles[stored], choice, *cells, *points)
 
 
+LEARNED = {
+    "fisher": "Fisher's, not learned",
+    "fisher second 0.002": "Fisher's, then stage 2 at 0.002",
+    "fisher second 0.01": "Fisher's, then stage 2 at 0.01",
+    "learned": "stage 1 from nothing",
+    "learned second 0.002": "stage 1, then stage 2 at 0.002",
+    "learned second 0.01": "stage 1, then stage 2 at 0.01",
+}
+KINDS = "kinds seen", "kinds unseen"
+
+
+def learned_rows():
+    """Masks of 70% by how they were found."""
+    rows = {row["name"]: row for row in load("kl_qwen_1.5b_learned")["archives"]}
+    found = {row["name"]: row for row in load("learn_qwen_1.5b")["masks"]}
+    text = (RESULTS / "verify_qwen_1.5b_learned.txt").read_text()
+    for name, title in LEARNED.items():
+        file = name.replace(" ", "_")
+        row = rows[f"leank {file}"]
+        cells = [kl(row, length, kinds) for length in (8192, 30000) for kinds in KINDS]
+        verdict = re.search(rf"==== {re.escape(file)}\.yaml ====.*?^(PASS|FAIL)", text, re.S | re.M)
+        yield line(title, f"{found[name]['loss']:.4f}", *cells, verdict[1] if verdict else "")
+
+
+def streaming_rows():
+    """Masks with a share of streaming heads, by who chose them."""
+    kinds = {"bits_4": "4 bits", "bits_2": "2 bits", "pruned_0.7": "70% of K pruned"}
+    masks = load("streaming_qwen_1.5b")["masks"]
+    for kind, title in kinds.items():
+        for end in ("", *(f"_{way}_{s}" for s in ("0.25", "0.5", "0.65") for way in HEADS)):
+            one = masks[kind + end]
+            (fits,) = (each for each in one["capacity"] if each["name"] == "leank")
+            yield line(
+                title,
+                f"{one['share']:.0%}" if end else "none",
+                HEADS[one["way"]] if end else "",
+                f"{one['far_token_bytes']:,}",
+                f"{one['saved']:.1%}",
+                f"{fits['ratio_in_decode']:.2f}x",
+                *(f"{one['kl'][n][which]['kl']:.4f}" for n in ("8192", "30000") for which in KINDS),
+            )
+
+
+HEADS = {"fisher": "Fisher", "duo": "DuoAttention"}
+
+
+def streaming_points_rows():
+    """Points of 2 bits with streaming heads, beside fewer bits everywhere."""
+    known, _ = study()
+    folder = RESULTS / "streaming_points_qwen_1.5b"
+    found = {one["variant"]: one for one in merged(folder)["variants"]}
+    assert (
+        merged(folder)["questions_sha256"]
+        == merged(RESULTS / "study_qwen_1.5b")["questions_sha256"]
+    )
+    cells = shared_cells([*found.values(), known["dense"], known["bits_1.5"]])
+    assert sum(cells.values()) == 640
+    for title, one in (
+        ("dense", known["dense"]),
+        ("2 bits", known["bits_2"]),
+        ("1.5 bits", known["bits_1.5"]),
+        ("1 bit", known["bits_1"]),
+        ("2 bits, 25% streaming by Fisher", found["bits_2_fisher_0.25"]),
+        ("2 bits, 25% streaming by DuoAttention", found["bits_2_duo_0.25"]),
+    ):
+        gap = interval(lost(one, known["dense"], cells))
+        yield line(title, f"{one['token_bytes']:,.0f}", f"{mean_points(one, cells):.1f}", gap)
+
+
 @pytest.mark.parametrize(
     ("page", "rows"),
     [
@@ -340,6 +411,9 @@ def selection_rows():
         ("docs/accuracy.md", small_study_rows),
         ("docs/accuracy.md", cache_rows),
         ("docs/accuracy.md", long_rows),
+        ("docs/accuracy.md", learned_rows),
+        ("docs/accuracy.md", streaming_rows),
+        ("docs/accuracy.md", streaming_points_rows),
         ("benchmarks/real/README.md", lambda: kl_rows(True)),
         ("docs/performance.md", packed_rows),
         ("docs/performance.md", chunk_rows),
@@ -372,3 +446,11 @@ def test_the_picture_has_what_engines_have_and_caches_of_others(tmp_path):
     assert (tmp_path / "kl.svg").stat().st_size > 10_000
     with pytest.raises(UserError, match="no archives"):
         drawn(results | {"archives": []})
+
+
+def test_the_picture_of_learning_has_both_starts(tmp_path):
+    results = load("learn_qwen_1.5b")
+    draw_losses(results, tmp_path / "learning.svg")
+    assert (tmp_path / "learning.svg").stat().st_size > 10_000
+    with pytest.raises(UserError, match="no second stage from learned"):
+        draw_losses(results | {"masks": results["masks"][:4]}, tmp_path / "learning.svg")

@@ -259,6 +259,7 @@ def arguments(model, jsonl, out, /, **options):
         "align": 16,
         "sink": 32,
         "recent": 32,
+        "from": "nothing",
         "steps": 4,
         "lr": 0.05,
         "reg": 0.01,

@@ -133,7 +133,7 @@ def test_text_files_must_have_text(tmp_path):
         tokenizer = SimpleNamespace(unk_token_id=None)
 
     def open_text(path):
-        return Data(text=path).open(Checkpoint(), WINDOW, 0)
+        return Data(text=path, generated=True).open(Checkpoint(), WINDOW, 0)
 
     assert open_text(write(tmp_path / "a.txt", "Some prose."))[1]["text"] == "a.txt"
     with pytest.raises(UserError, match="has no text"):

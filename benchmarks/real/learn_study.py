@@ -30,9 +30,10 @@ from rich.console import Console
 from vllm_leank.bench.results import header, save_results
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.learn.data import Data, Shuffled, Source
+from vllm_leank.learn.data import POOL, Data, Shuffled, Source
 from vllm_leank.learn.distillation import Distiller
 from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, run_stage
+from vllm_leank.learn.start import ranks
 from vllm_leank.mask.checkpoint import DTYPES, Checkpoint
 from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.statistics import Statistics
@@ -49,9 +50,6 @@ BY_SQUARE = "Fisher information of far K * mean square"
 
 HELD_OUT = 1_000_000
 """Number of the first held-out sample: training does not get so far."""
-
-POOL = 192
-"""Built-in prompts to train on, again and again."""
 
 CONSOLE = Console(stderr=True, highlight=False)
 
@@ -123,12 +121,6 @@ class Study:
             write()
 
 
-def ranks(cost: Scores) -> torch.Tensor:
-    """Factors `[L, H, D]` from 0 to 1, equally far apart, that rank channels as their costs do."""
-    place = cost.argsort(axis=None, kind="stable").argsort(kind="stable")
-    return torch.from_numpy(place.reshape(cost.shape) / max(cost.size - 1, 1)).float()
-
-
 def _rounded(losses: Sequence[float]) -> list[float]:
     return [round(loss, 6) for loss in losses]
 
@@ -169,7 +161,7 @@ def samples(
     """Samples to train on, and others to judge by."""
     lengths = {"min_tokens": args.min_tokens, "max_tokens": args.max_tokens}
     if args.samples == "generated":
-        source, _ = Data(**lengths).open(checkpoint, window, args.seed)
+        source, _ = Data(**lengths, generated=True).open(checkpoint, window, args.seed)
         return source, [source(HELD_OUT + i) for i in range(args.held_out)]
     named = builtin_prompts(checkpoint, POOL, **lengths, seed=args.seed)
     others = builtin_prompts(checkpoint, args.held_out, **lengths, seed=args.seed, held_out=True)

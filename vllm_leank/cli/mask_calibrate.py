@@ -5,7 +5,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_leank.cli.options import RECENT, SINK, Device, Dtype, ModelId, Overrides, Recent, Sink
+from vllm_leank.cli.options import (
+    RECENT,
+    SINK,
+    Device,
+    Dtype,
+    ModelArgument,
+    ModelId,
+    ModelOption,
+    Overrides,
+    Recent,
+    Sink,
+    one_model,
+)
 from vllm_leank.cli.outputs import check_new, place_name, report_mask, say, tell_of_others
 from vllm_leank.errors import UserError
 from vllm_leank.mask.folders import make_user_folder
@@ -18,12 +30,8 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Checkpoint: a directory or a hub id.")
-    ] = None,
-    model_option: Annotated[
-        str | None, typer.Option("--model", help="The same, as an option.", show_default=False)
-    ] = None,
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     bits: Annotated[
         float | None,
         typer.Option(
@@ -119,7 +127,7 @@ def calibrate(
     pass per prompt. With --bits, `vllm serve MODEL --attention-backend leank` finds the mask by
     itself.
     """
-    name = _one_of(model, model_option)
+    name = one_model(model, model_option, "leank mask calibrate MODEL --bits 2")
     _check_choice(bits, ratio, score, align, query_tokens, streaming)
     out = out or _default_out(model_id or model_name(name), bits, streaming)
     check_new(out, overwrite)
@@ -204,14 +212,6 @@ def measured_mask(
             f"{place_name(device)}; leank mask calibrate takes shorter prompts with --max-tokens, "
             "and another device with --device, as in --device cpu"
         ) from error
-
-
-def _one_of(model: str | None, option: str | None) -> str:
-    if (model is None) == (option is None):
-        raise UserError("name one model: leank mask calibrate MODEL --bits 2")
-    name = model or option
-    assert name is not None
-    return name
 
 
 def _check_choice(

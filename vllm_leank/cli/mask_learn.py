@@ -1,44 +1,87 @@
-"""`leank mask learn`: make a mask by LeanK's two stages of distillation."""
+"""`leank mask learn`: make a mask by distillation, from a calibration, a mask, or nothing."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vllm_leank.cli.options import Device, Dtype, ModelId, Overrides, Recent, Sink
+from vllm_leank.cli.options import (
+    Device,
+    Dtype,
+    ModelArgument,
+    ModelId,
+    ModelOption,
+    Overrides,
+    Recent,
+    Sink,
+    one_model,
+)
 from vllm_leank.cli.outputs import check_new, report_mask
+from vllm_leank.errors import UserError
 
 
 def learn(
-    model: Annotated[str, typer.Option(help="Checkpoint: a directory or a hub id.")],
+    *,
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     ratio: Annotated[float, typer.Option(help="Share of the K channels to prune, 0..1.")],
     out: Annotated[Path, typer.Option(help="The mask file to write.")],
+    start: Annotated[
+        str,
+        typer.Option(
+            "--from",  # torchrun takes --start for its own --start-method
+            metavar="fisher|MASK.yaml|nothing",
+            help="Where learning starts: fisher is the mask of leank mask calibrate --ratio, which "
+            "is made first; or a mask that was made so, as a file; or nothing, LeanK's own recipe "
+            "of two stages.",
+        ),
+    ] = "fisher",
     data: Annotated[
         Path | None,
         typer.Option(
             help='JSONL, lines {"prompt": "...", "answer": "..."}, or token ids as '
             '"prompt_token_ids" and "answer_token_ids".',
-            show_default="two generated tasks",
+            show_default="built-in prompts; from nothing, two generated tasks",
         ),
     ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Prose for the generated tasks, any text file.", show_default="repeated sentences"
+            help="With --from nothing: prose for the generated tasks, any text file.",
+            show_default="repeated sentences",
         ),
     ] = None,
     align: Annotated[int, typer.Option(help="Heads keep multiples of this many channels.")] = 32,
     sink: Sink = 64,
     recent: Recent = 256,
     steps: Annotated[
-        int, typer.Option(help="Steps of stage 1; stage 2 takes a tenth as many.")
-    ] = 2000,
-    lr: Annotated[float, typer.Option(help="Learning rate of stage 1; stage 2 takes half.")] = 0.02,
-    reg: Annotated[float, typer.Option(help="Weight of the mean factor in stage 1.")] = 0.06,
-    min_tokens: Annotated[int, typer.Option(help="Shortest generated sample.")] = 4096,
+        int | None,
+        typer.Option(
+            help="Steps; from nothing those of stage 1, and stage 2 takes a tenth as many.",
+            show_default="150; from nothing 2000",
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate; from nothing that of stage 1, and stage 2 takes half.",
+            show_default="0.002; from nothing 0.02",
+        ),
+    ] = None,
+    reg: Annotated[
+        float | None,
+        typer.Option(
+            help="With --from nothing: weight of the mean factor in stage 1.", show_default="0.06"
+        ),
+    ] = None,
+    min_tokens: Annotated[int, typer.Option(help="Shortest built-in or generated sample.")] = 4096,
     max_tokens: Annotated[
-        int, typer.Option(help="Longest sample; prompts of --data are cut to their last tokens.")
-    ] = 32768,
+        int | None,
+        typer.Option(
+            help="Longest sample; prompts of --data are cut to their last tokens.",
+            show_default="16384; from nothing 32768",
+        ),
+    ] = None,
     chunk: Annotated[
         int, typer.Option(help="Prompt tokens computed at once; fewer take less memory.")
     ] = 4096,
@@ -64,10 +107,13 @@ def learn(
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace existing files.")] = False,
 ) -> None:
-    """Learn a mask: scaling factors by distillation, then the channels to keep.
+    """Learn which K channels to keep: from a mask that is calibrated first, by distillation.
 
     Start it with `accelerate launch` or `torchrun` to use more GPUs, one sample on each per step.
     """
+    name = one_model(model, model_option, "leank mask learn MODEL --ratio 0.7 --out mask.yaml")
+    if reg is not None and start != "nothing":
+        raise UserError("--reg goes with --from nothing: it is of the stage that others leave out")
     check_new(out, overwrite)
     state = state or out.with_name(out.name + ".state")
     if picture is not None:
@@ -76,19 +122,27 @@ def learn(
         check_new(picture, overwrite)
         check_picture(picture)
     from vllm_leank.learn.data import Data
+    from vllm_leank.learn.run import FISHER, NOTHING
     from vllm_leank.learn.run import learn as run
-    from vllm_leank.learn.stages import Recipe
+    from vllm_leank.learn.stages import Recipe, Refinement
     from vllm_leank.mask.file import save_mask
     from vllm_leank.offline.mask_request import MaskRequest
 
     request = MaskRequest.open(
-        model, model_id, ratio=ratio, align=align, sink=sink, recent=recent, overrides=hf_overrides
+        name, model_id, ratio=ratio, align=align, sink=sink, recent=recent, overrides=hf_overrides
     )
+    recipe: Recipe | Refinement
+    if from_nothing := start == NOTHING:
+        recipe = Recipe(**_given(steps=steps, lr=lr, reg=reg))
+    else:
+        recipe = Refinement(**_given(steps=steps, lr=lr))
+    longest = (32768 if from_nothing else 16384) if max_tokens is None else max_tokens
     learned = run(
         request,
-        Data(data, text, min_tokens, max_tokens),
+        Data(data, text, min_tokens, longest, generated=from_nothing),
         state,
-        recipe=Recipe(steps, lr, reg),
+        recipe=recipe,
+        start=None if start in (FISHER, NOTHING) else Path(start),
         seed=seed,
         chunk=chunk,
         dtype=dtype,
@@ -103,3 +157,8 @@ def learn(
 
         draw_learning(picture, learned.factors, learned.mask.keep, learned.losses)
         print(f"{picture}: factors and losses")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that are given: recipes know what others are."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -10,6 +10,27 @@ from vllm_leank.errors import UserError
 SINK, RECENT = 64, 256
 """What masks are calibrated for, where it is not said."""
 
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="Checkpoint: a directory or a hub id.")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="The same, as an option.", show_default=False)
+]
+
+
+def one_model(model: str | None, option: str | None, example: str) -> str:
+    """The model that is named, as argument or as option.
+
+    Raises:
+        UserError: none is, or two are.
+    """
+    if (model is None) == (option is None):
+        raise UserError(f"name one model: {example}")
+    name = model or option
+    assert name is not None
+    return name
+
+
 Sink = Annotated[int, typer.Option(help="First tokens that stay dense.")]
 Recent = Annotated[int, typer.Option(help="Last tokens that stay dense.")]
 

@@ -1,4 +1,4 @@
-"""Where a run's samples come from: generated tasks, or a file of the user's.
+"""Where a run's samples come from: built-in prompts, generated tasks, or a file of the user's.
 
 A source is called with the number of a sample and gives the same one whenever it is asked, so an
 interrupted run goes on with what it would have seen.
@@ -17,12 +17,16 @@ from vllm_leank.core.bounded import read_bounded
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.offline.calibration_prompts import built_in_samples
 from vllm_leank.offline.known_tokens import MOST_OF_A_PROMPT, check_known, reader
 from vllm_leank.offline.needles import Generated, least_tokens
 from vllm_leank.offline.prompts import Sample, read_samples
 from vllm_leank.offline.tasks import Task, essay_pieces, multivalue, retrieval
 
 Source = Callable[[int], Sample]
+
+POOL = 192
+"""Built-in samples, gone through again and again."""
 
 MAX_TEXT = 64 << 20
 """Bytes of a file of prose."""
@@ -46,14 +50,16 @@ class Shuffled:
 class Data:
     """What a run learns on, as its options name it.
 
-    `file` is a JSONL file of prompts with answers, else samples are generated, of `min_tokens` to
-    `max_tokens`; `text` is a file of prose for them. Prompts of a file are cut to `max_tokens`.
+    `file` is a JSONL file of prompts with answers. Else samples have `min_tokens` to `max_tokens`:
+    built-in prompts, as calibration reads them, or with `generated` LeanK's two tasks; `text` is a
+    file of prose for these. Prompts of a file are cut to `max_tokens`.
     """
 
     file: Path | None = None
     text: Path | None = None
     min_tokens: int = 4096
     max_tokens: int = 32768
+    generated: bool = False
 
     def open(
         self, checkpoint: Checkpoint, window: Window, seed: int
@@ -90,6 +96,18 @@ class Data:
                 f"from where samples have far tokens, and {max_tokens}, the most that --max-tokens "
                 "and the model allow"
             )
+        if not self.generated:
+            if self.text is not None:
+                raise UserError("--text is for the generated samples of --from nothing")
+            named = built_in_samples(
+                checkpoint, window, max_tokens, POOL, seed, min_tokens=self.min_tokens
+            )
+            return Shuffled([one for _, one in named], seed), {
+                "data": "built-in",
+                "samples": len(named),
+                "min_tokens": self.min_tokens,
+                "max_tokens": max_tokens,
+            }
         second: Task = multivalue
         text: dict[str, str] = {}
         if self.text is not None:

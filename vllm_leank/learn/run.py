@@ -13,12 +13,16 @@ from vllm_leank.learn.data import Data, Source
 from vllm_leank.learn.display import Display
 from vllm_leank.learn.distillation import Distiller
 from vllm_leank.learn.signals import Stop, stop_on_signals
-from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, run_stage
+from vllm_leank.learn.stages import Progress, Recipe, Refinement, Selection, Stage, run_stage
+from vllm_leank.learn.start import by_fisher, by_mask, fitting_mask
 from vllm_leank.learn.state import State
 from vllm_leank.learn.workers import Workers
 from vllm_leank.mask.checkpoint import ALL_GPUS, usable_device
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.mask_request import MaskRequest
+
+FISHER, NOTHING = "fisher", "nothing"
+"""Starts that are no mask's file."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,16 @@ def learn(
     data: Data,
     state_path: Path,
     *,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Refinement | None = None,
+    start: Path | None = None,
     seed: int = 0,
     chunk: int = 4096,
     dtype: str = "auto",
     device: str | None = None,
     save_steps: int = 25,
 ) -> Learned | None:
-    """Learn the mask that is asked for.
+    """Learn the mask that is asked for: by a `Refinement` of the mask in the file `start`, or of
+    one that is calibrated first (None), or by LeanK's `Recipe` from nothing.
 
     `state_path` is written every `save_steps` steps and at the end; where it exists, the run goes
     on from it. Prompts are computed `chunk` tokens at a time. With several processes (`Workers`)
@@ -50,13 +56,14 @@ def learn(
     the others get None.
 
     Raises:
-        UserError: the model, the data or the state cannot be used, a value is out of range, or the
-            run was interrupted.
+        UserError: the model, the data, the start or the state cannot be used, a value is out of
+            range, or the run was interrupted.
     """
-    recipe = recipe or Recipe()
+    recipe = recipe or Refinement()
     if chunk < 1:
         raise UserError(f"chunk is {chunk}; it must be at least 1 token")
     checkpoint = request.checkpoint
+    given = None if start is None else fitting_mask(start, request)
     source, description = data.open(checkpoint, request.window, seed)
     device = usable_device(device)
     if device == ALL_GPUS:
@@ -71,25 +78,34 @@ def learn(
             "geometry": geometry.as_dict(),
             "sink": request.window.sink,
             "recent": request.window.recent,
+            **_start_settings(recipe, given),
             **description,
             **asdict(recipe),
             "samples_per_step": workers.count,
             "seed": seed,
             "dtype": weights,
         }
-        state = State.resume(
-            state_path,
-            settings,
-            {"ratio": float(request.ratio), "align": request.align},
-            geometry.shape,
-            device,
-        )
+        second_settings = {"ratio": float(request.ratio), "align": request.align}
+        state = State.resume(state_path, settings, second_settings, device)
+        if state is None:
+            ones = torch.ones(geometry.shape, device=device)
+            state = State(settings, second_settings, Progress.start(ones))
+            if isinstance(recipe, Refinement):
+                begin = by_mask(given) if given else by_fisher(model, request, data.file, seed)
+                # Every process calibrates; what they find may differ in rounding.
+                state.first = Progress.start(workers.same(begin.factors.to(device)))
+                state.statistics, state.told = begin.statistics, begin.told
+        means = None
+        if state.statistics is not None:
+            k_mean = torch.tensor(state.statistics.k_mean, dtype=torch.float32, device=device)
+            means = workers.same(k_mean)
         selection = Selection(request.ratio, request.align)
-        distiller = Distiller(model, request.window, chunk)
+        distiller = Distiller(model, request.window, chunk, means)
         with stop_on_signals() as stop, Display(workers.is_first) as display:
             run = _Run(distiller, source, state, state_path, save_steps, workers, stop, display)
-            run.stage("stage 1", recipe.first(), state.first)
-            display.note(_advice(state.first, request.ratio))
+            if isinstance(recipe, Recipe):
+                run.stage("stage 1", recipe.first(), state.first)
+                display.note(_advice(state.first, request.ratio))
             state.second = state.second or Progress.start(state.first.factors)
             run.stage("stage 2", recipe.second(selection, workers.count), state.second)
         if not workers.is_first:
@@ -99,11 +115,22 @@ def learn(
     outside = ("model", "geometry", "sink", "recent")
     provenance: dict[str, Any] = {"method": "learn"}
     provenance |= {name: value for name, value in settings.items() if name not in outside}
-    provenance["first_stage_loss"] = _last_loss(state.first)
+    provenance |= state.told
+    if state.first.step:
+        provenance["first_stage_loss"] = _last_loss(state.first)
     provenance["second_stage_loss"] = _last_loss(state.second)
     scores = state.second.scores()
     losses = (state.first.losses, state.second.losses)
-    return Learned(request.mask(scores, provenance), scores.clip(0, 1), losses)
+    mask = request.mask(scores, provenance, state.statistics)
+    return Learned(mask, scores.clip(0, 1), losses)
+
+
+def _start_settings(recipe: Recipe | Refinement, given: Mask | None) -> dict[str, str]:
+    """What tells one start from another."""
+    if given is not None:
+        assert given.path is not None
+        return {"start": given.path.name, "start_sha256": given.sha256}
+    return {"start": NOTHING if isinstance(recipe, Recipe) else FISHER}
 
 
 def _advice(first: Progress, ratio: float) -> str | None:

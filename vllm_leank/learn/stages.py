@@ -1,11 +1,14 @@
 """The two stages of LeanK: factors by distillation, then a mask by straight-through selection.
 
+On real models factors that were learned from nothing are a worse start of stage 2 than the costs of
+a calibration (docs/accuracy.md), so `leank mask learn` takes these and runs stage 2 alone.
+
 Stage 1 learns one factor per layer, KV head and K channel, from 1 on, kept in [0, 1]. The loss is
 the distillation loss plus `reg` times the mean factor, which pulls down what nothing holds up.
 
-Stage 2 goes on from these without `reg`. Each step makes the mask of the current factors and runs
-with it as when served: channels that the mask keeps are whole, others 0, and heads that keep none
-see no far tokens. Gradients pass straight through to all factors, which only say what to keep.
+Stage 2 goes on without `reg`. Each step makes the mask of the current factors and runs with it as
+when served: channels that the mask keeps are whole, others their means or 0, and heads that keep
+none see no far tokens. Gradients pass straight through to all factors, which only say what to keep.
 Scaling kept channels by their factors, as LeanK does, learns something that is never served; on
 the two real models where that was watched it raised the loss.
 
@@ -66,8 +69,29 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """Stage 2 alone, from a mask or costs that are known. At five times this rate the mask of a
+    real model became worse than it was.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    steps: int = 150
+    lr: float = 0.002
+
+    def __post_init__(self) -> None:
+        _check_schedule(self.steps, self.lr)
+
+    def second(self, selection: Selection, workers: int = 1) -> Stage:
+        """Stage 2, on the first samples."""
+        return Stage(self.steps, self.lr, 0.0, selection)
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """LeanK's schedule: stage 2 has a tenth of the steps and half the rate, and no `reg`.
+    """LeanK's schedule, from nothing: stage 2 has a tenth of the steps and half the rate, and no
+    `reg`.
 
     Raises:
         UserError: a value is out of range.
@@ -78,10 +102,7 @@ class Recipe:
     reg: float = 0.06
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"steps is {self.steps}; it must be at least 1")
-        if not 0 < self.lr <= 1:
-            raise UserError(f"lr is {self.lr}; it must lie above 0 and be at most 1")
+        _check_schedule(self.steps, self.lr)
         if not 0 <= self.reg < float("inf"):
             raise UserError(f"reg is {self.reg}; it must be 0 or more")
 
@@ -93,6 +114,13 @@ class Recipe:
         """Stage 2, on samples after those that `workers` processes saw in stage 1."""
         steps = max(1, self.steps // 10)
         return Stage(steps, self.lr / 2, 0.0, selection, self.steps * workers)
+
+
+def _check_schedule(steps: int, lr: float) -> None:
+    if steps < 1:
+        raise UserError(f"steps is {steps}; it must be at least 1")
+    if not 0 < lr <= 1:
+        raise UserError(f"lr is {lr}; it must lie above 0 and be at most 1")
 
 
 @dataclass

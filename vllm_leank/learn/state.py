@@ -1,10 +1,11 @@
 """The file from which an interrupted run goes on: safetensors, replaced in one step."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from vllm_leank.core.atomic import write_atomically
 from vllm_leank.errors import UserError
 from vllm_leank.learn.stages import Progress
+from vllm_leank.mask.statistics import STATISTICS, Statistics
 
 FORMAT = "leank-learn/1"
 
@@ -22,13 +24,17 @@ Settings = dict[str, Any]
 class State:
     """Both stages of a run and, as plain values, the settings that they depend on.
 
-    Stage 1 does not depend on the ratio, so a run with another ratio goes on from its end.
+    Stage 1 does not depend on the ratio, so a run with another ratio goes on from its end. Of runs
+    without a stage 1 `first` has the factors that they start from and no steps; `statistics` and
+    `told` are the start's.
     """
 
     first_settings: Settings
     second_settings: Settings
     first: Progress
     second: Progress | None = None
+    statistics: Statistics | None = None
+    told: Settings = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the file.
@@ -36,10 +42,17 @@ class State:
         Raises:
             UserError: it cannot be written.
         """
-        settings = {"first": self.first_settings, "second": self.second_settings}
+        settings = {
+            "first": self.first_settings,
+            "second": self.second_settings,
+            "start": self.told,
+        }
         tensors = _tensors("first", self.first)
         if self.second is not None:
             tensors |= _tensors("second", self.second)
+        if self.statistics is not None:
+            for name in STATISTICS:
+                tensors[f"start.{name}"] = torch.tensor(getattr(self.statistics, name))
         metadata = {"format": FORMAT, "settings": json.dumps(settings)}
         try:
             write_atomically(path, safetensors.torch.save(tensors, metadata))
@@ -48,23 +61,15 @@ class State:
 
     @classmethod
     def resume(
-        cls,
-        path: Path,
-        first_settings: Settings,
-        second_settings: Settings,
-        shape: tuple[int, int, int],
-        device: str,
-    ) -> "State":
-        """The state in a file, or a fresh one where there is no file; factors are `[L, H, D]`.
+        cls, path: Path, first_settings: Settings, second_settings: Settings, device: str
+    ) -> "State | None":
+        """The state in a file, None where there is no file.
 
         Raises:
-            UserError: the file is no such state, or stage 1 had other settings.
+            UserError: the file is no such state, or what it starts from had other settings.
         """
-        fresh = cls(
-            first_settings, second_settings, Progress.start(torch.ones(shape, device=device))
-        )
         if not path.exists():
-            return fresh
+            return None
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
@@ -80,10 +85,17 @@ class State:
                     f"{path}: is of a run with {name} {found}, not {value}; remove it to start "
                     "anew, or name another file with --state"
                 )
-        fresh.first = _progress("first", tensors)
+        second = None
         if "second.factors" in tensors and settings["second"] == second_settings:
-            fresh.second = _progress("second", tensors)
-        return fresh
+            second = _progress("second", tensors)
+        return cls(
+            first_settings,
+            second_settings,
+            _progress("first", tensors),
+            second,
+            _statistics(tensors),
+            settings.get("start", {}),
+        )
 
 
 def _tensors(stage: str, progress: Progress) -> dict[str, torch.Tensor]:
@@ -105,3 +117,10 @@ def _progress(stage: str, tensors: dict[str, torch.Tensor]) -> Progress:
         get("losses").tolist(),
         get("means").tolist(),
     )
+
+
+def _statistics(tensors: dict[str, torch.Tensor]) -> Statistics | None:
+    if "start.k_mean" not in tensors:
+        return None
+    arrays: list[np.ndarray] = [tensors[f"start.{name}"].cpu().numpy() for name in STATISTICS]
+    return Statistics(*arrays)

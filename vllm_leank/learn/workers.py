@@ -52,6 +52,12 @@ class Workers:
             tensor /= self.count
         return tensor
 
+    def same(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace `tensor` by that of the first process; returns it."""
+        if self.count > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether `flag` is set in one of the processes."""
         if self.count == 1:

@@ -49,7 +49,8 @@ def draw_learning(
     keep: npt.NDArray[np.bool_],
     losses: Sequence[Sequence[float]],
 ) -> None:
-    """Factors `[L, H, D]` with what `keep` chose, and the losses of the stages in their order.
+    """Factors `[L, H, D]` with what `keep` chose, and the losses of the stages in their order, of
+    which some may have no steps.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -68,9 +69,11 @@ def draw_learning(
     figure.colorbar(shown, ax=middle)
     begin = 0
     for number, stage in enumerate(losses, start=1):
+        if not stage:
+            continue
         steps = np.arange(begin, begin + len(stage))
         right.plot(steps, stage, linewidth=0.3, color=f"C{number - 1}")
-        right.plot(steps, _smooth(stage), color=f"C{number - 1}", label=f"stage {number}")
+        right.plot(steps, smoothed(stage), color=f"C{number - 1}", label=f"stage {number}")
         begin += len(stage)
     right.set(title="distillation loss", xlabel="step")
     right.set_yscale("symlog", linthresh=1e-4)
@@ -132,7 +135,7 @@ def label_layers(axes: "Axes", num_layers: int, num_heads: int) -> None:
     axes.set_yticks([layer * num_heads - 0.5 for layer in ticks], [str(layer) for layer in ticks])
 
 
-def _smooth(values: Sequence[float], width: int = 20) -> npt.NDArray[np.float64]:
+def smoothed(values: Sequence[float], width: int = 20) -> npt.NDArray[np.float64]:
     """Mean of each value and up to `width - 1` before it."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(sums))

@@ -94,9 +94,15 @@ def calibration_prompts(
 
 
 def built_in_samples(
-    checkpoint: Checkpoint, window: Window, max_tokens: int, count: int, seed: int
+    checkpoint: Checkpoint,
+    window: Window,
+    max_tokens: int,
+    count: int,
+    seed: int,
+    min_tokens: int | None = None,
 ) -> list[Named]:
-    """Built-in prompts with lengths up to `max_tokens`, all with far tokens.
+    """Built-in prompts with lengths up to `max_tokens` from an eighth of it or `min_tokens`, all
+    with far tokens.
 
     Raises:
         UserError: `max_tokens` leaves no far tokens, or the tokenizer does not know the texts.
@@ -110,7 +116,7 @@ def built_in_samples(
     named = builtin_prompts(
         checkpoint,
         count,
-        min_tokens=max(least, max_tokens // _SHORTEST),
+        min_tokens=max(least, min_tokens or max_tokens // _SHORTEST),
         max_tokens=max_tokens,
         seed=seed,
     )

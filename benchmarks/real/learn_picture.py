@@ -1,0 +1,72 @@
+"""A picture of what `learn_study.py` measured: losses over steps, from each start.
+
+    PYTHONPATH=benchmarks python -m real.learn_picture learn_study.json --out learning.png
+
+A panel for each start. Samples differ, so a curve is the mean of the last 20 steps; a point at its
+end is the loss on held-out samples with the mask as served, a dashed line that of the start's mask.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_leank.errors import UserError
+
+STARTS = {"fisher": "from Fisher's mask", "learned": "from nothing: after stage 1"}
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Losses of second stages over steps.
+
+    Raises:
+        UserError: the picture cannot be made, or a start has no second stage.
+    """
+    from vllm_leank.mask.pictures import check_picture, save_figure, smoothed
+
+    check_picture(path)
+    from matplotlib.figure import Figure
+
+    masks = {row["name"]: row for row in results["masks"]}
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (start, title) in zip(
+        figure.subplots(1, len(STARTS), sharey=True), STARTS.items(), strict=True
+    ):
+        stages = {name: row for name, row in masks.items() if name.startswith(f"{start} second")}
+        if not stages or start not in masks:
+            raise UserError(f"there is no second stage from {start}")
+        for number, (name, row) in enumerate(stages.items()):
+            color, rate = f"C{number}", name.rpartition(" ")[2]
+            losses = row["losses"]
+            axes.plot(range(1, len(losses) + 1), losses, color=color, linewidth=0.3, alpha=0.6)
+            axes.plot(
+                range(1, len(losses) + 1), smoothed(losses), color=color, label=f"rate {rate}"
+            )
+            axes.plot(len(losses) + 3, row["loss"], "o", color=color, clip_on=False)
+        level = masks[start]["loss"]
+        axes.axhline(level, color="grey", linestyle="--", linewidth=0.8, label="start, held out")
+        axes.set(title=title, xlabel="step of stage 2", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+        if start == "fisher":
+            axes.set_ylabel("distillation loss")
+    save_figure(figure, path)
+
+
+def main() -> None:
+    """Draw a file of results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="what real.learn_study wrote")
+    parser.add_argument("--out", type=Path, required=True, help="a PNG, SVG or PDF file")
+    args = parser.parse_args()
+    try:
+        draw(json.loads(args.results.read_text(encoding="utf-8")), args.out)
+    except (OSError, UserError, ValueError, KeyError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
