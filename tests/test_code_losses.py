@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-import transformers
+from tiny_models import wide_llama
 
 from vllm_leank.core.window import Window
 from vllm_leank.offline.code_losses import BITS, FarLosses, Known, code_losses
@@ -53,12 +53,7 @@ def test_more_bits_leave_less(known):
 
 def test_losses_are_means_over_prompts_and_tell_heads_apart(known):
     """Values of one head do not reach the output: whatever is lost of them costs nothing."""
-    transformers.set_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.3,
-    )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = wide_llama()
     with torch.no_grad():
         # Query heads 2 and 3 of the second layer, which read its second KV head.
         model.model.layers[1].self_attn.o_proj.weight[:, 32:] = 0

@@ -25,6 +25,11 @@ KEPT = [0, 32, 16, 48]  # 37.5% of K, and one streaming head in four
 SINK, RECENT = 32, 64
 
 
+def long_but(values, *short):
+    """Parameters, long but for some."""
+    return [one if one in short else pytest.param(one, marks=long) for one in values]
+
+
 def kept_mask(model):
     return random_mask(model, KEPT)
 

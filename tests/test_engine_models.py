@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 import pytest
+from test_engine_answers import long_but
 from test_engine_sliding import assert_served
 from tiny_models import MODELS, class_kept, load_tiny, save_tiny
 
@@ -11,13 +12,7 @@ pytestmark = pytest.mark.engine
 NEEDS_TORCHVISION = ("qwen2_5_vl",)
 
 
-SHORT = "paddleocr_vl"
-
-
-@pytest.mark.parametrize(
-    "model_type",
-    [one if one == SHORT else pytest.param(one, marks=pytest.mark.long) for one in MODELS],
-)
+@pytest.mark.parametrize("model_type", long_but(MODELS, "paddleocr_vl"))
 def test_architectures(model_type, tmp_path):
     """Experts, layers without RoPE beside others, and text for a model that sees images, whose
     positions have three numbers.

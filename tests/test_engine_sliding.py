@@ -9,7 +9,7 @@ from engines import engine
 from mask_samples import coded_mask, full_mask, random_mask
 from mixed_models import KINDS, MODELS, WINDOW, as_vllm_runs_it, save_mixed
 from oracle import Oracle
-from test_engine_answers import assert_same, long, prompts_of
+from test_engine_answers import assert_same, long, long_but, prompts_of
 
 pytestmark = pytest.mark.engine
 
@@ -56,13 +56,7 @@ def assert_served(model, loaded=None, **args):
         assert_as_defined(loaded or as_vllm_runs_it(model), mask, leank, PROMPTS, answers)
 
 
-SHORT = ("gemma3_text", "gpt_oss")
-
-
-@pytest.mark.parametrize(
-    "model_type",
-    [one if one in SHORT else pytest.param(one, marks=long) for one in MODELS],
-)
+@pytest.mark.parametrize("model_type", long_but(MODELS, "gemma3_text", "gpt_oss"))
 def test_architectures(model_type, saved):
     assert_served(saved(model_type))
 

@@ -6,7 +6,7 @@ import pytest
 from engines import engine
 from mask_samples import coded_mask, full_mask
 from state_models import KINDS, MODELS, NATIVE_ROPE, STATE, save_state
-from test_engine_answers import assert_same, long, prompts_of
+from test_engine_answers import assert_same, long, long_but, prompts_of
 from test_engine_sliding import LIMITS, PROMPTS, assert_as_defined, kept_mask
 
 pytestmark = pytest.mark.engine
@@ -19,12 +19,7 @@ def granite(tmp_path_factory):
     return save_state("granitemoehybrid", tmp_path_factory.mktemp("granite"))
 
 
-SHORT = "granitemoehybrid"
-
-
-@pytest.mark.parametrize(
-    "model_type", [one if one == SHORT else pytest.param(one, marks=long) for one in MODELS]
-)
+@pytest.mark.parametrize("model_type", long_but(MODELS, "granitemoehybrid"))
 def test_architectures(model_type, tmp_path):
     """A full mask answers like plain vLLM, in chunks; another as defined."""
     model = save_state(model_type, tmp_path)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-import transformers
+from tiny_models import wide_llama
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.options import Options
@@ -26,13 +26,7 @@ WINDOW = Window(sink=32, recent=32)
 
 @pytest.fixture
 def model():
-    """Two layers of two KV heads with two query heads each."""
-    transformers.set_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.3,
-    )  # fmt: skip
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return wide_llama()
 
 
 def prompt(tokens):

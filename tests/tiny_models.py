@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -107,3 +108,13 @@ def class_of(config: PreTrainedConfig) -> Any:
     """What transformers loads such a model with."""
     is_text = config.get_text_config() is config
     return AutoModelForCausalLM if is_text else AutoModelForImageTextToText
+
+
+def wide_llama() -> PreTrainedModel:
+    """Two layers of two KV heads with two query heads each, weights drawn wide."""
+    transformers.set_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.3,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -71,8 +71,7 @@ def attention(
     recent = loaded.recent if recent is None else recent
     cases = [parse_case(text, sink, recent) for text in case or [f"{batch},{length}"]]
     chosen = parse_layers(layers, len(loaded.geometry.layers))
-    read = None if pages is None else whole_or_share(pages)
-    asked = parse_options({KEY: {"pages": read}}).pages
+    asked = parse_options({KEY: {"pages": whole_or_share(pages)}}).pages
     selection = None if asked is None else Selection.of(asked)
 
     require_gpu("leank bench attention")
@@ -167,7 +166,7 @@ def serve(
         "mask": None if mask is None else str(mask),
         "sink": sink,
         "recent": recent,
-        "pages": None if pages is None else whole_or_share(pages),
+        "pages": whole_or_share(pages),
     }
     leank = {name: value for name, value in given.items() if value is not None}
     parse_options({KEY: leank})

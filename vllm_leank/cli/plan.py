@@ -130,7 +130,7 @@ def plan(
     if model is None and mask is None:
         raise UserError("name a model by --model, or its mask by --mask")
     checkpoint = None if model is None else Checkpoint.open(model, overrides=hf_overrides)
-    read = None if pages is None else whole_or_share(pages)
+    read = whole_or_share(pages)
     options = parse_options(
         {KEY: {"sink": sink, "recent": recent, "prefill": prefill, "pages": read}}
     )

@@ -46,9 +46,11 @@ def check_pages(pages: float) -> float:
     return pages
 
 
-def whole_or_share(pages: float) -> float:
-    """What a number means that came as a float: above 1 it counts tokens, which are whole."""
-    return int(pages) if pages > 1 and pages == int(pages) else pages
+def whole_or_share(pages: float | None) -> float | None:
+    """What a number means that came as a float: above 1 it counts tokens, which are whole. None is
+    as it was.
+    """
+    return int(pages) if pages is not None and pages > 1 and pages == int(pages) else pages
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ drawn from that distribution (the diagonal of the Fisher information). No labels
 backward pass through the last tokens of a prompt gives the gradients of all channels.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,7 @@ import transformers
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.offline.attention_hook import hooked_attention
+from vllm_leank.offline.attention_hook import AttentionHook, hooked_attention
 from vllm_leank.offline.context import Context, logits, read_prompt
 from vllm_leank.offline.far_attention import far_attention
 from vllm_leank.offline.progress import reading
@@ -37,8 +36,8 @@ Add = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
-class FarSums(ABC):
-    """An attention hook that adds up something of gradients, by layer.
+class FarSums(AttentionHook):
+    """A hook under which attention is full, and which adds up something of gradients, by layer.
 
     Attributes:
         context: K and V of the prompt.
@@ -51,19 +50,6 @@ class FarSums(ABC):
     window: Window
     places: range
     sums: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-
-    @abstractmethod
-    def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None,
-        sink_scores: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Full causal attention of the new queries."""
 
 
 @dataclass
