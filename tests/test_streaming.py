@@ -100,6 +100,23 @@ def test_bits_are_those_of_the_other_heads():
     assert (found.k_bits[~blind] == others.k_bits[0]).all()
 
 
+def test_the_empty_profile_is_one_of_those_that_are_allowed():
+    rng = np.random.default_rng(0)
+    shapes = (6, 4, 1), (6, 4, 128)
+    costs = [by_variance(np.exp(sum(2 * rng.normal(size=s) for s in shapes))) for _ in range(2)]
+    blind = rng.random((6, 4)) < 0.5
+
+    def profiles(most):
+        found = allocate(*costs, 2, most, blind=blind)
+        sides = np.concatenate([found.k_bits, found.v_bits], 1).reshape(6, 2, 4, 128)
+        counts = [(sides == kind).sum(-1).swapaxes(1, 2) for kind in (0, 2, 4, 8)]
+        heads = np.concatenate(counts, -1).reshape(24, -1)
+        return len(np.unique(heads, axis=0))
+
+    assert profiles(30) > 4
+    assert profiles(4) == 4
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), 1, 0.9])
 def test_shares_that_no_mask_can_have(share):
     with pytest.raises(UserError, match=r"must lie between 0|leaves none of 4 heads"):

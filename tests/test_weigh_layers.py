@@ -13,6 +13,7 @@ from vllm_leank.offline.mask_request import BitsRequest
 from vllm_leank.offline.streaming import streaming_heads
 from vllm_leank.offline.weigh_layers import (
     Effort,
+    handed_out,
     look_at_layers,
     some_of,
     surplus,
@@ -103,6 +104,9 @@ def test_what_streaming_heads_lose_counts_to_no_layer(checkpoint, model, measure
     mask = weighed_mask(request, replace(measured, streaming=streaming), model, prompts, EFFORT)
     assert not mask.k_bits[0, 0].any()
     assert 7.5 < mask.k_bits[~streaming.heads].mean() <= 8
+    _, expected = handed_out(request, replace(measured, streaming=streaming), np.ones(2))
+    _, of_all = handed_out(BitsRequest(checkpoint, 8, WINDOW), measured, np.ones(2))
+    assert expected[0] < 2 * of_all[0] < measured.k_losses[0][0, 0].sum() / 10
     counted, free = (
         look_at_layers(model, mask, prompts[:1], 32, streaming=heads).layers
         for heads in (None, streaming.heads)
