@@ -82,7 +82,8 @@ class LayerCache(Prepares):
         """
         from vllm_leank.kernels.tables import Tables
 
-        return Tables(self.layout, self.heads, self.window, self.window_pages.device)
+        device, selects = self.window_pages.device, self.selection is not None
+        return Tables(self.layout, self.heads, self.window, device, selects)
 
     def descriptor_arguments(self, tile: int, window_tile: int, tma: bool) -> dict[str, Any]:
         """What kernels take as tensor descriptors of the pages, for archive tiles of `tile` tokens

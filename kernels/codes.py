@@ -11,13 +11,8 @@ import triton
 import triton.language as tl
 from vllm_leank.kernels.pages import load_tile
 
-from vllm_leank.core.formats.packed import summary_channels as core_summary_channels
-
 CODE_UNIT = tl.constexpr(2.0**24)
 """What products of codes, read as fp16, have to be multiplied by."""
-
-
-_summary_channels = triton.constexpr_function(core_summary_channels)
 
 
 @triton.constexpr_function
@@ -39,17 +34,9 @@ def stored_values(variant):
 
 
 @triton.constexpr_function
-def summary_channels(variant):
-    """Channels of a granule's summary, by the variant."""
-    return _summary_channels(sum(row_bytes(variant, c) << c for c in range(3)))
-
-
-@triton.jit
-def summary_place(side_offset, slot, VARIANT: tl.constexpr, BLOCK: tl.constexpr):
-    """Byte of a page where the summary of a granule lies that begins at `slot`, of a head whose
-    scales begin `side_offset` numbers of fp16 into the page.
-    """
-    return 2 * (side_offset + BLOCK) + slot // 32 * summary_channels(VARIANT)
+def lead_field(variant):
+    """The first field of K that a head has: the channels that have most bits."""
+    return next(field for field in range(3) if row_bytes(variant, field))
 
 
 @triton.constexpr_function

@@ -174,7 +174,7 @@ def decode(
     # Where segments are selected, a list of them stands for the archive's table.
     far, selection = batch.archive_table, cache.selection
     if selection is not None:
-        far = select(query, cache, batch, scale)
+        far = select(query, cache, batch)
     launches = cache.prepared(
         _launches, shape, *heads, query.stride(), output.stride(), batch.window_table.stride(0),
         far.stride()[:2], scale, selection, after_prompt,
@@ -191,7 +191,8 @@ def decode(
 
 
 def _shape(cache: LayerCache, num_reqs: int) -> DecodeLaunch:
-    return choose_decode(num_reqs, cache.layout, cache.tables.device)
+    selects = cache.selection is not None
+    return choose_decode(num_reqs, cache.layout, cache.tables.device, selects)
 
 
 def _scratch(

@@ -6,7 +6,7 @@ fewest that tensor cores have, and tiles of pages go to them as they lie.
 
 import triton
 import triton.language as tl
-from vllm_leank.kernels.pages import chunk_channels, key_tile, value_tile
+from vllm_leank.kernels.pages import chunk_channels, key_tile, tile_place, value_tile
 
 
 @triton.jit
@@ -81,10 +81,9 @@ def fold_archive(
     softmax of `N` columns of queries, which see the tokens from `SINK` to `boundary`.
 
     m, l: `[N]`; acc: `[D_PAD, N]`; q: `[D_PAD, N]`; p_q, m_q: `[N]`, the queries and which exist;
-    p_scratch: the program's own memory, not used here. SELECTED: no such archive has summaries, by
-    which tiles are selected.
+    p_scratch: the program's own memory, not used here. SELECTED: `p_table` has the tiles that are
+    read, as `tile_place` says; `first` and `last` count among these.
     """
-    tl.static_assert(not SELECTED)
     p_channels = order_ptr + head * D
     k_offset = tl.load(p_head + 2)
     v_offset = k_offset + KEPT * BLOCK
@@ -100,12 +99,13 @@ def fold_archive(
     # Each row keeps a sum of its own until the end: a sum over rows would make all warps wait.
     l_rows = tl.zeros([TILE, m.shape[0]], tl.float32)
     # One tile ahead, so that the pipeline of tiles does not wait for the block table.
-    next_page = tl.load(p_table + first * TILE // BLOCK, mask=first < last, other=0)
+    following, tile = tile_place(p_table, first, first < last, TILE, BLOCK, SELECTED)
     for i in tl.range(first, last, num_stages=STAGES):
-        token = i * TILE
-        page = next_page
-        next_page = tl.load(p_table + tl.minimum(i + 1, last - 1) * TILE // BLOCK)
-        slot = token % BLOCK
+        token, slot = tile * TILE, tile * TILE % BLOCK
+        page = following
+        following, tile = tile_place(
+            p_table, tl.minimum(i + 1, last - 1), True, TILE, BLOCK, SELECTED
+        )
         s = tl.zeros([TILE, m.shape[0]], tl.float32)
         for c in tl.static_range(5):
             if KEPT & (256 >> c):

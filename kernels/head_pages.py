@@ -20,9 +20,6 @@ class HeadPages:
         block: tokens of an archive page.
         side_bytes: see `ArchiveFormat`.
         together: granules whose tokens alternate in rows of V; see `ArchiveFormat`.
-
-    Attributes:
-        summary_bytes: see `HeadPart`.
     """
 
     def __init__(
@@ -41,12 +38,7 @@ class HeadPages:
         side = pages.view(torch.uint8)[:, part.side_offset :]
         # [num_blocks, granules, side_bytes]
         self._side = side[:, : granules * side_bytes].unflatten(1, (granules, side_bytes))
-        self.summary_bytes = part.summary_bytes
         self._k_chunks, self._v_chunks = part.k_chunks, part.v_chunks
-        summaries = pages.view(torch.uint8)[:, part.summary_offset :]
-        summaries = summaries[:, : granules * part.summary_bytes]
-        # [num_blocks, granules, summary_bytes]
-        self._summaries = summaries.unflatten(1, (granules, part.summary_bytes))
 
     def write(self, pages: torch.Tensor, granules: torch.Tensor, stored: Stored) -> None:
         """Write granules, `[n]` of each."""
@@ -56,16 +48,6 @@ class HeadPages:
             value = stored.value[..., _columns(chunk)].transpose(1, 2)
             values[self._place(pages, granules)] = value
         self._side[pages, granules] = stored.side
-
-    def write_summaries(
-        self, pages: torch.Tensor, granules: torch.Tensor, summaries: torch.Tensor
-    ) -> None:
-        """Write summaries `[n, summary_bytes]` of granules."""
-        self._summaries[pages, granules] = summaries
-
-    def read_summaries(self, pages: torch.Tensor, granules: torch.Tensor) -> torch.Tensor:
-        """Read summaries of granules, `[n, summary_bytes]`."""
-        return self._summaries[pages, granules]
 
     def _place(self, pages: torch.Tensor, granules: torch.Tensor) -> tuple[Any, ...]:
         """Where granules of V lie, `[n, width, 32]`."""

@@ -16,6 +16,7 @@ from vllm_leank.kernels.batch import MAX_DECODE_QUERIES
 from vllm_leank.kernels.codecs import codec_of
 
 from vllm_leank.core.pages import CacheLayout
+from vllm_leank.core.selection import SEGMENT
 from vllm_leank.core.window import GRANULE
 
 ONE_WAVE = 256
@@ -126,10 +127,13 @@ class ExtendLaunch:
         return -(-PIECE_QUERIES // queries) * queries
 
 
-def tile_tokens(layout: CacheLayout) -> int:
-    """Tokens of an archive tile: a power of two that divides the page."""
+def tile_tokens(layout: CacheLayout, selects: bool = False) -> int:
+    """Tokens of an archive tile: a power of two that divides the page, and where queries select
+    what they read, a segment.
+    """
     block = layout.archive_block
-    return min(block & -block, codec_of(layout.archive_format).decode_shape(layout).tile)
+    most = SEGMENT if selects else block & -block
+    return min(most, codec_of(layout.archive_format).decode_shape(layout).tile)
 
 
 def decode_programs(num_reqs: int, num_kv_heads: int, wave: int = ONE_WAVE) -> int:
@@ -156,15 +160,19 @@ def combined_splits(programs: int, num_kv_heads: int) -> int:
 
 
 @cache
-def choose_decode(num_reqs: int, layout: CacheLayout, device: Device) -> DecodeLaunch:
-    """Launch for a batch of `num_reqs` rows, padding included."""
+def choose_decode(
+    num_reqs: int, layout: CacheLayout, device: Device, selects: bool = False
+) -> DecodeLaunch:
+    """Launch for a batch of `num_reqs` rows, padding included; `selects`: queries select what they
+    read.
+    """
     few, many = SPLIT_BYTES
     is_few = num_reqs * len(layout.profiles) <= FEW_HEADS
     shape = codec_of(layout.archive_format).decode_shape(layout)
     programs = decode_programs(num_reqs, len(layout.profiles), shape.wave)
     return DecodeLaunch(
         programs=programs,
-        tile=tile_tokens(layout),
+        tile=tile_tokens(layout, selects),
         tma=device.tma,
         split_bytes=few if is_few else many,
         rows=FEW_HEADS if is_few else 0,

@@ -21,7 +21,7 @@ from vllm_leank.kernels.codes import (
     shift,
     stored_values,
 )
-from vllm_leank.kernels.pages import scale_tile
+from vllm_leank.kernels.pages import scale_tile, tile_place
 
 SUM_ROWS = tl.constexpr(16)
 """Rows of partial sums: those of one matrix instruction."""
@@ -106,18 +106,6 @@ def _split_granules(x):
 
 
 @triton.jit
-def _place(p_table, i, exists, TILE: tl.constexpr, BLOCK: tl.constexpr, SELECTED: tl.constexpr):
-    """The page of the `i`th tile that is read, and the tile's number."""
-    if SELECTED:
-        page = tl.load(p_table + 2 * i, mask=exists, other=0)
-        tile = tl.load(p_table + 2 * i + 1, mask=exists, other=0)
-    else:
-        page = tl.load(p_table + i * TILE // BLOCK, mask=exists, other=0)
-        tile = i
-    return page, tile
-
-
-@triton.jit
 def fold_archive(
     m, l, acc, first, last, boundary, q, p_q, m_q, scale_log2,
     head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
@@ -127,8 +115,7 @@ def fold_archive(
     TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
     """As `fold_columns.fold_archive`, for a head whose fields `VARIANT` describes. It comes first:
-    `m`, `l` and `acc` have taken nothing in yet. SELECTED: `p_table` has the tiles that are read,
-    places and numbers in turn; `first` and `last` count among these.
+    `m`, `l` and `acc` have taken nothing in yet. SELECTED: as there.
 
     Channels change their order in memory of the program's own, fp32 `[N, D]` at `p_scratch`: in
     registers that takes thousands of instructions, and where programs are short, it is fetching
@@ -157,11 +144,11 @@ def fold_archive(
     scaled_rows = tl.zeros([SUM_ROWS, N], tl.float32)
     ones = tl.full([SUM_ROWS, TILE // 2], 1.0, tl.float16)
     # One tile ahead, so that the pipeline of tiles does not wait for the block table.
-    page, tile = _place(p_table, first, first < last, TILE, BLOCK, SELECTED)
+    page, tile = tile_place(p_table, first, first < last, TILE, BLOCK, SELECTED)
     for i in tl.range(first, last, num_stages=STAGES):
         token, slot = tile * TILE, tile * TILE % BLOCK
         this = page
-        page, tile = _place(p_table, tl.minimum(i + 1, last - 1), True, TILE, BLOCK, SELECTED)
+        page, tile = tile_place(p_table, tl.minimum(i + 1, last - 1), True, TILE, BLOCK, SELECTED)
         s = tl.zeros([TILE, N], tl.float32)
         for c in tl.static_range(3):
             if row_bytes(VARIANT, c) > 0:

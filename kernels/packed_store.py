@@ -2,24 +2,19 @@
 
 import triton
 import triton.language as tl
-from vllm_leank.kernels.codecs.summaries import mean_factor, variance_factor
 from vllm_leank.kernels.codes import (
     field_offset,
     first_channel,
     power,
     row_bytes,
     stored_values,
-    summary_channels,
-    summary_place,
 )
 
-from vllm_leank.core.formats.packed import CODE_CLASSES, LARGEST_SCALE, LEAST_SCALE, STEPS
+from vllm_leank.core.formats.packed import LARGEST_SCALE, LEAST_SCALE, STEPS
 
 LEAST = tl.constexpr(LEAST_SCALE)
 LARGEST = tl.constexpr(LARGEST_SCALE)
 STEPS_OF = tl.constexpr((STEPS[8], STEPS[4], STEPS[2]))
-MEAN_FACTORS = tl.constexpr(tuple(map(mean_factor, CODE_CLASSES)))
-VARIANCE_FACTORS = tl.constexpr(tuple(map(variance_factor, CODE_CLASSES)))
 
 
 @triton.constexpr_function
@@ -54,21 +49,9 @@ def _codes(steps, BITS: tl.constexpr):
 
 
 @triton.jit
-def _store_summary(p_summary, codes, first, C: tl.constexpr, CHANNELS: tl.constexpr):
-    """What summaries say of channels from `first` on, by their codes `[32, W]` of one class."""
-    total, squares = tl.sum(codes, 0), tl.sum(codes * codes, 0)
-    mean = (2 * total - 32 * ((1 << (8 >> C)) - 1)).to(tl.float32) * MEAN_FACTORS[C]
-    mean = tl.clamp(tl.floor(mean) + 8, 0.0, 15.0).to(tl.int32)
-    variance = (32 * squares - total * total).to(tl.float32) * VARIANCE_FACTORS[C]
-    variance = tl.clamp(tl.floor(variance), 0.0, 15.0).to(tl.int32)
-    channel = first + tl.arange(0, codes.shape[1])
-    tl.store(p_summary + channel, (mean | variance << 4).to(tl.uint8), mask=channel < CHANNELS)
-
-
-@triton.jit
 def _store_keys(
-    p_tokens, p_page, slot, p_summary, p_order, p_mean, p_factor, C: tl.constexpr,
-    VARIANT: tl.constexpr, BLOCK: tl.constexpr, SUMMARIES: tl.constexpr,
+    p_tokens, p_page, slot, p_order, p_mean, p_factor, C: tl.constexpr,
+    VARIANT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Encode 32 tokens' channels of one class of K."""
     W: tl.constexpr = row_bytes(VARIANT, C)
@@ -76,8 +59,6 @@ def _store_keys(
     for part in tl.static_range(1 << C):
         first = first_channel(VARIANT, C) + part * W
         x = _codes(_steps(p_tokens, p_order, p_mean, p_factor, first, W, True), 8 >> C)
-        if SUMMARIES and first_channel(VARIANT, C) + part * W < summary_channels(VARIANT):
-            _store_summary(p_summary, x, first, C, summary_channels(VARIANT))
         codes |= x << ((8 >> C) * part)
     p_rows = p_page + field_offset(VARIANT, C, BLOCK) + (slot + tl.arange(0, 32))[:, None] * W
     tl.store(p_rows + tl.arange(0, W)[None, :], codes.to(tl.uint8))
@@ -134,7 +115,7 @@ def compact(
                     token, stop, head, p_head, window_ptr, archive_ptr, side_ptr,
                     p_window_table, p_archive_table, order_ptr, numbers_ptr,
                     stride_window_page, stride_archive_page, stride_side,
-                    VARIANTS[c], SINK, H, D, BLOCK, TILES.SUMMARIES,
+                    VARIANTS[c], SINK, H, D, BLOCK,
                 )  # fmt: skip
 
 
@@ -143,7 +124,7 @@ def _granule(
     token, stop, head, p_head, window_ptr, archive_ptr, side_ptr, p_window_table, p_archive_table,
     order_ptr, numbers_ptr, stride_window_page, stride_archive_page, stride_side,
     VARIANT: tl.constexpr, SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    BLOCK: tl.constexpr, SUMMARIES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     offset = tl.load(p_head + 2)
     side_offset = tl.load(p_head + 4)
@@ -154,14 +135,12 @@ def _granule(
     p_k = window_ptr + source * stride_window_page + (head * 32 + o_32) * (2 * D)
     p_page = archive_ptr + page * stride_archive_page + offset
     p_scale = side_ptr + page * stride_side + side_offset
-    p_summary = archive_ptr + page * stride_archive_page
-    p_summary += summary_place(side_offset, slot, VARIANT, BLOCK)
     for c in tl.static_range(3):
         if row_bytes(VARIANT, c) > 0:
             _store_keys(
-                p_k, p_page, slot, p_summary, order_ptr + head * D,
+                p_k, p_page, slot, order_ptr + head * D,
                 numbers_ptr + (4 * H + head) * D, numbers_ptr + (H + head) * D,
-                c, VARIANT, BLOCK, SUMMARIES,
+                c, VARIANT, BLOCK,
             )  # fmt: skip
 
     p_order = order_ptr + (H + head) * D

@@ -32,6 +32,20 @@ def load_tile(
 
 
 @triton.jit
+def tile_place(p_table, i, exists, TILE: tl.constexpr, BLOCK: tl.constexpr, SELECTED: tl.constexpr):
+    """The page of the `i`th tile that is read, and the tile's number. SELECTED: `p_table` has pages
+    and numbers of those that are read, in turn; else it has the pages of all.
+    """
+    if SELECTED:
+        page = tl.load(p_table + 2 * i, mask=exists, other=0)
+        tile = tl.load(p_table + 2 * i + 1, mask=exists, other=0)
+    else:
+        page = tl.load(p_table + i * TILE // BLOCK, mask=exists, other=0)
+        tile = i
+    return page, tile
+
+
+@triton.jit
 def window_tile(
     window_desc, window_ptr, page, head, row, stride_page,
     D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr,

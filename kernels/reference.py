@@ -55,9 +55,6 @@ def compact(cache: LayerCache, batch: Batch) -> None:
             key, value = source[:, head].split(cache.layout.head_dim, dim=-1)
             stored = cache.codec.encode(key, value, channels)
             part.write(pages, granules, stored)
-            if part.summary_bytes:
-                summaries = cache.codec.summarise(stored, channels, part.summary_bytes)
-                part.write_summaries(pages, granules, summaries)
             part.clear(empty_pages, empty_granules, cache.codec)
 
 
@@ -140,7 +137,7 @@ def _attend_pruned(
         far_scores = channels.k.products(queries[:, head], far_key)
         hidden = part.hidden_archived
         if cache.selection is not None:
-            hidden = hide_unselected(queries[:, head], pages, part, channels, cache)
+            hidden = hide_unselected(queries[:, head], far_key, part, channels, cache)
         far_scores = _masked(far_scores, hidden)
         weights = softmax(torch.cat((scores, far_scores), dim=-1), sink)
         attended[:, head] = weights[..., :dense] @ value[:, head]

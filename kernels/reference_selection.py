@@ -3,7 +3,6 @@
 import torch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.channels import HeadChannels
-from vllm_leank.kernels.head_pages import HeadPages
 from vllm_leank.kernels.reference_parts import PrunedPart
 
 from vllm_leank.core.selection import SEGMENT, Selection
@@ -12,7 +11,7 @@ from vllm_leank.core.window import GRANULE
 
 def hide_unselected(
     queries: torch.Tensor,
-    pages: HeadPages,
+    key: torch.Tensor,
     part: PrunedPart,
     channels: HeadChannels,
     cache: LayerCache,
@@ -20,21 +19,18 @@ def hide_unselected(
     """Which archived tokens queries of one KV head do not see, bool `[B, Q, archived tokens]`.
 
     Args:
-        queries: `[B, group * Q, head_dim]`, scaled, head by head.
-        pages: the head's.
+        queries: `[B, group * Q, head_dim]`, head by head.
+        key: stored channels of archived tokens, fp32 `[B, tokens, stored]`.
         part: the queries' requests, and what archived tokens they would see without selection.
         channels: the head's.
         cache: the layer's.
     """
     assert cache.selection is not None
-    assert part.archive_pages is not None
-    B, rows, D = queries.shape
     Q = part.queries.shape[1]
-    summaries = pages.read_summaries(part.archive_pages, part.granules).unflatten(0, (B, -1))
-    scores = cache.codec.score(
-        queries.view(B, rows // Q, Q, D).transpose(1, 2), summaries, channels
-    )
-    seen = torch.ones_like(scores, dtype=torch.bool)
+    lead = cache.layout.archive_format.lead(channels.profile)
+    products = queries[..., channels.k.order[:lead]] @ key[..., :lead].mT
+    scores = products.unflatten(-1, (-1, GRANULE)).amax(-1).unflatten(1, (-1, Q))
+    seen = torch.ones_like(scores[:, 0], dtype=torch.bool)
     if part.hidden_archived is not None:
         seen = ~part.hidden_archived[..., ::GRANULE]
     selected = select(scores, seen, cache.window.sink, cache.selection)
@@ -44,21 +40,24 @@ def hide_unselected(
 def select(
     scores: torch.Tensor, seen: torch.Tensor, sink: int, selection: Selection
 ) -> torch.Tensor:
-    """Which granules lie in selected segments, bool `[..., granules]`.
+    """Which granules lie in selected segments, bool `[B, Q, granules]`.
 
     Args:
-        scores: of granules from the sink on, fp32 `[..., granules]`.
-        seen: which of them a query sees, like `scores`; the first ones.
+        scores: the best product of a query with the lead of a granule's tokens, fp32
+            `[B, group, Q, granules]` from the sink on; of a query, all may have the same on top.
+        seen: which granules a query sees, `[B, Q, granules]`; the first ones.
         sink: tokens of the sink.
-        selection: how many segments are selected: those with the best granules, of those that score
-            alike, to a 65,535th of the range, the first.
+        selection: how many segments are selected: those that come closest to what some query head
+            has for its best; of those that are as close, to a 65,535th of the range, the first.
     """
     offset = sink % SEGMENT // GRANULE
     together = SEGMENT // GRANULE
     granules = scores.shape[-1]
-    scores = scores.masked_fill(~seen, -torch.inf)
+    scores = scores.masked_fill(~seen.unsqueeze(1), -torch.inf)
+    # Where nothing is seen, there is no best.
+    behind = scores - scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
     padding = offset, -(offset + granules) % together
-    of_segments = torch.nn.functional.pad(scores, padding, value=-torch.inf)
+    of_segments = torch.nn.functional.pad(behind.amax(1), padding, value=-torch.inf)
     of_segments = of_segments.unflatten(-1, (-1, together)).amax(-1)
     segments = (seen.sum(-1) + offset + together - 1) // together
     counts = selection.count(segments)

@@ -49,6 +49,7 @@ class Tables:
         channels: what is known of each KV head's channels.
         window: the dense window.
         device: where the kernels run.
+        selects: whether queries select the segments of far tokens that they read.
 
     Attributes:
         heads: int32 `[num_kv_heads, 5]`: variant, first row in `columns`, and where the head begins
@@ -73,9 +74,10 @@ class Tables:
         channels: Sequence[HeadChannels],
         window: Window,
         device: torch.device,
+        selects: bool = False,
     ) -> None:
         codec = codec_of(layout.archive_format)
-        tile, itemsize = tile_tokens(layout), layout.itemsize
+        tile, itemsize = tile_tokens(layout, selects), layout.itemsize
         units = [
             layout.archive_format.token_bytes(profile, itemsize) * tile // 256
             for profile in layout.profiles

@@ -302,22 +302,22 @@ class CacheBuilder:
         """Which of the far tokens `far` each query of a KV head reads, bool `[length, length]`."""
         channels, selection = self.cache.heads[head], self.cache.selection
         assert selection is not None
-        layout, sink = self.cache.layout, self.cache.window.sink
-        count = layout.heads[head].summary_bytes
-        if len(request) - sink < GRANULE:
-            return far
-        summaries = self.cache.codec.summarise(self._stored(request, head), channels, count)
-        queries = request.query[:, head * self._group : (head + 1) * self._group].float()
-        scores = self.cache.codec.score(queries * self.scale, summaries, channels)
+        form = self.cache.layout.archive_format
+        lead = channels.k.order[: form.lead(channels.profile)]
+        key, _ = self.archived(request, head)
+        queries = request.query[:, head * self._group : (head + 1) * self._group].double()
+        products = queries[..., lead] @ key[:, lead].T
         chosen = torch.zeros_like(far)
-        for position, row in enumerate(scores):
+        for position, of_heads in enumerate(products):
+            tokens = far[position].nonzero()[:, 0].tolist()
+            if not tokens:
+                continue
+            behind = of_heads - of_heads[:, tokens].amax(-1, keepdim=True)
             best: dict[int, float] = {}
-            for granule, score in enumerate(row.tolist()):
-                token = sink + GRANULE * granule
-                if far[position, token]:
-                    best[token // 64] = max(score, best.get(token // 64, score))
+            for token, score in zip(tokens, behind.amax(0)[tokens].tolist(), strict=True):
+                best[token // 64] = max(score, best.get(token // 64, score))
             # Scores that differ by less than a 65,535th of their range are alike.
-            least, spread = min(best.values(), default=0), max(best.values(), default=0)
+            least, spread = min(best.values()), max(best.values())
             unit = max(spread - least, 1e-30) / 65535
             ranked = sorted(best, key=lambda s: (-((best[s] - least) // unit), s))
             for segment in ranked[: selection.count(len(best))]:
@@ -363,10 +363,6 @@ class CacheBuilder:
                 side = codec.empty_side if empty else stored.side[granule]
                 if len(side):
                     yield run(part.side_offset + slot // GRANULE * len(side), 1, side)
-                if part.summary_bytes and not empty:
-                    head_channels = self.cache.heads[head]
-                    summary = codec.summarise(stored, head_channels, part.summary_bytes)[granule]
-                    yield run(part.summary_offset + slot // GRANULE * len(summary), 1, summary)
 
     def _column(self, slot: int) -> int:
         """Where the token of a slot stands in rows of V: as many granules as belong together take

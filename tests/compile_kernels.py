@@ -2,7 +2,7 @@
 
     python tests/compile_kernels.py CAPABILITY-HEAD_DIM-ARCHIVE_FORMAT[+pages]...
 
-`+pages`: of an archive with summaries, by which queries select what they read.
+`+pages`: of queries that select what they read.
 
 Prints a line of JSON for each: case, kernel, bytes of shared memory, bytes of stack, into which
 registers spill (null where nothing can tell), and whether their number is capped. What the
@@ -198,7 +198,7 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
 
 
 def compile_selecting(capability: int, head_dim: int, archive_format: ArchiveFormat) -> None:
-    """Compile a step whose queries select what they read, of an archive with summaries."""
+    """Compile a step whose queries select what they read."""
     tell = partial(tell_of, f"{capability}-{head_dim}-{archive_format.name}+pages")
     builder = CacheBuilder(
         MIXED[head_dim], head_dim, 4, Window(64, 256), 128, torch.bfloat16, archive_format,
@@ -234,8 +234,6 @@ if __name__ == "__main__":
         name, _, pages = kind.partition("+")
         archive_format = by_name[name]
         if pages:
-            summarised = archive_format.summarised()
-            assert summarised is not None
-            compile_selecting(int(capability), int(head_dim), summarised)
+            compile_selecting(int(capability), int(head_dim), archive_format)
         else:
             compile_all(int(capability), int(head_dim), archive_format)

@@ -211,9 +211,8 @@ def arena(seed, model, speculation=None, pages=None):
     # Room for one request of full length, for a little more, or for all.
     options["num_gpu_blocks_override"] = chance.choice((26, 32, 250))
     options["prefill"] = "pruned" if seed % 2 else "exact"
-    options["pages"], selection = pages, None
-    if pages is not None:
-        chosen, selection = chosen.summarised(), Selection.of(pages)
+    options["pages"] = pages
+    selection = None if pages is None else Selection.of(pages)
     with engine(model, mask, sink=SINK, recent=RECENT, **options) as running:
         running.poison_freed_blocks()
         recent = running.window.recent

@@ -143,25 +143,25 @@ def selected(
     queries: Tensor, key: Tensor, far: Tensor, kv_head: int, layer: int, rule: Rule
 ) -> Tensor:
     """Which of the far keys `far`, `[queries, keys]`, are read: those of the segments of 64 tokens
-    whose summaries score best with all query heads `[group, queries, head_dim]` of the KV head.
+    in which some query head comes closest to its own best: the best product of the first field's
+    channels. `queries` are `[group, queries, head_dim]`, `key` is `[keys, head_dim]` as read back.
     """
-    head, codec = rule.heads[layer][kv_head], codec_of(rule.archive_format)
-    count = rule.archive_format.summary_bytes(head.profile)
-    granules = (len(key) - rule.sink) // GRANULE
-    if granules < 1 or not count:
+    head = rule.heads[layer][kv_head]
+    if not head.profile.kept:
         return far
-    whole = key[rule.sink : rule.sink + granules * GRANULE].unflatten(0, (-1, GRANULE))
-    summaries = codec.summarise(codec.encode(whole, whole, head), head, count)
-    scores = codec.score(queries.transpose(0, 1).float(), summaries, head)
+    lead = head.k.order[: rule.archive_format.lead(head.profile)]
+    products = queries.to(key)[..., lead] @ key[:, lead].T
     chosen = torch.zeros_like(far)
-    for row, of_query in enumerate(scores):
+    for row, of_heads in enumerate(products.transpose(0, 1)):
+        tokens = far[row].nonzero()[:, 0].tolist()
+        if not tokens:
+            continue
+        behind = of_heads - of_heads[:, tokens].amax(-1, keepdim=True)
         best: dict[int, float] = {}
-        for granule, score in enumerate(of_query.tolist()):
-            token = rule.sink + GRANULE * granule
-            if far[row, token]:
-                best[token // SEGMENT] = max(score, best.get(token // SEGMENT, score))
+        for token, score in zip(tokens, behind.amax(0)[tokens].tolist(), strict=True):
+            best[token // SEGMENT] = max(score, best.get(token // SEGMENT, score))
         # Scores that differ by less than a 65,535th of their range are alike.
-        least, most = min(best.values(), default=0), max(best.values(), default=0)
+        least, most = min(best.values()), max(best.values())
         unit = max(most - least, 1e-30) / 65535
         ranked = sorted(best, key=lambda segment: (-((best[segment] - least) // unit), segment))
         for segment in ranked[: rule.selection.count(len(best))]:
@@ -210,7 +210,7 @@ def masked_attention(
                 group_queries = query[
                     kv_head * group : (kv_head + 1) * group, rows.start : rows.stop
                 ]
-                far = selected(group_queries * scaling, key[kv_head], far, kv_head, layer, rule)
+                far = selected(group_queries, k_pruned, far, kv_head, layer, rule)
             hidden = ~(dense | far) if heads[kv_head].profile.stores else ~dense
             for head in range(kv_head * group, (kv_head + 1) * group):
                 q = query[head, rows.start : rows.stop].to(dtype)

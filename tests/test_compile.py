@@ -37,7 +37,7 @@ KERNELS = {
     "packed+pages": {"_update_kernel", "_score_kernel", "_pick_kernel"}
     | ATTENTION - {"_extend_kernel"},
 }
-"""What is launched for an archive: codes are unpacked, and with summaries selected."""
+"""What is launched for an archive: codes are unpacked, and tokens selected."""
 
 
 @pytest.mark.parametrize("cases", [COMPILED, OTHERS])

@@ -78,7 +78,7 @@ def test_random_traffic_that_selects_is_answered_as_the_oracle_would(tiny_llama,
     """
     monkeypatch.setattr("vllm_leank.core.selection.FEWEST_TOKENS", 2 * SEGMENT)
     with arena(CODES, tiny_llama(layers=3), pages=2 * SEGMENT) as engine:
-        assert engine.running.plan.archive_format == PACKED.summarised()
+        assert engine.running.plan.archive_format == PACKED
         engine.scenarios(range(SCENARIOS // 2))
         assert engine.counts["finished"] > SCENARIOS // 2
         scenario = (Arrival(tuple(range(350)), 140, 0),)

@@ -25,7 +25,7 @@ def test_a_million_dense_tokens_of_the_8b_shape():
 
 @pytest.mark.parametrize(("tp", "bits"), [(1, 4), (4, 2), (8, 1)])
 def test_what_a_step_reads_is_the_sum_of_its_parts(tp, bits):
-    """Of dense tokens, of codes with their scales, and of summaries: counted by hand."""
+    """Of dense tokens, of codes with their scales, and of leads: counted by hand."""
     settings = long_context.settings("llama-3.1-8b", tp, bits, 0.1, "exact")
     plan, window, selection = settings.plan, settings.window, settings.selection
     boundary = window.boundary(MILLION)
@@ -37,16 +37,18 @@ def test_what_a_step_reads_is_the_sum_of_its_parts(tp, bits):
     of_rank = step_reads(plan, window, MILLION, selection)
     assert of_rank.window == 32 * dense
     assert sum(astuple(of_rank)) == of_rank.total
-    # A byte for each of 64 channels and 32 tokens, or fewer where fewer are stored; 30 layers.
-    per_token = plan.profiles[2][0].kept
-    assert of_rank.summaries == 30 * far // 32 * heads * min(per_token, 64)
+    # The channels with most bits, in 30 layers.
+    profile = plan.profiles[2][0]
+    lead = next(
+        count * wide // 8 for wide, count in zip((8, 4, 2), profile.k[1:], strict=True) if count
+    )
+    assert of_rank.lead == 30 * far * heads * lead
     # Codes of so many bits in the mean, and 2 bytes for the scale of V.
     codes = far * heads * (2 * 128 * bits // 8 + 2)
-    padding = 64 - min(per_token, 64)
-    expected = 2 * (codes + 2 * far * heads) + 30 * share * (codes + far // 32 * heads * padding)
+    expected = 2 * codes + 30 * share * codes
     assert of_rank.far == pytest.approx(expected, rel=1e-3)
     layer = layer_reads(plan.layer(2), window, MILLION)
-    assert layer.summaries == 0
+    assert layer.lead == 0
     assert layer.far > 9 * layer_reads(plan.layer(2), window, MILLION, selection).far
 
 

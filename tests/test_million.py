@@ -192,8 +192,6 @@ def test_every_granule_is_packed_as_the_reference_packs_it(million):
     for ours, theirs in zip(cache.head_pages, small.head_pages, strict=True):
         found, expected = ours.read(*places), theirs.read(page, granule)
         assert torch.equal(found.key, expected.key)
-        summaries = ours.read_summaries(*places), theirs.read_summaries(page, granule)
-        assert torch.equal(*summaries)
         scales = [one.side.contiguous().view(torch.int16).int() for one in (found, expected)]
         apart = (scales[0] - scales[1]).abs()
         assert apart.max() <= 1
@@ -203,7 +201,7 @@ def test_every_granule_is_packed_as_the_reference_packs_it(million):
 
 def found_segments(million, query, cache, step):
     """What `select` finds for one query: `[1, num_kv_heads, segments, 2]`, as many as it writes."""
-    found = select.select(query, cache, step, million.scale)
+    found = select.select(query, cache, step)
     return found[:, :, : cache.selection.count(far_segments(cache, step.max_seq_len))]
 
 
@@ -214,7 +212,7 @@ def far_segments(cache, length):
 def hide_by(found: torch.Tensor):
     """What stands for the reference's own selection: the segments that kernels have found."""
 
-    def hide(queries, pages_of_head, part, channels, cache):
+    def hide(queries, key, part, channels, cache):
         head = next(i for i, one in enumerate(cache.heads) if one is channels)
         granules = torch.arange(len(part.granules), device=DEVICE)
         token = (cache.window.sink + GRANULE * granules).repeat_interleave(GRANULE)
@@ -265,9 +263,12 @@ def test_the_best_of_all_segments_are_found(million):
     token = torch.arange(sink, boundary, GRANULE, device=DEVICE)
     places = million.archive_table[0, token // block].long(), token % block // GRANULE
     for head, (of_head, channels) in enumerate(zip(cache.head_pages, cache.heads, strict=True)):
-        queries = million.scale * query[:, head * GROUP : (head + 1) * GROUP].float()
-        scores = cache.codec.score(queries, of_head.read_summaries(*places), channels)[0]
-        scores = torch.nn.functional.pad(scores, (0, len(scores) % 2), value=-torch.inf)
+        lead = next(count for count in channels.profile.k if count)
+        key, _ = cache.codec.decode(of_head.read(*places), channels)
+        queries = query[0, head * GROUP : (head + 1) * GROUP, channels.k.order[:lead]].float()
+        products = queries @ key[..., :lead].flatten(0, 1).T
+        scores = (products - products.amax(-1, keepdim=True)).amax(0).unflatten(0, (-1, GRANULE))
+        scores = torch.nn.functional.pad(scores.amax(-1), (0, len(scores) % 2), value=-torch.inf)
         scores = scores.unflatten(0, (-1, 2)).amax(-1)
         chosen = torch.zeros(segments, dtype=torch.bool, device=DEVICE)
         chosen[found[head, :, 1].long() - sink // SEGMENT] = True

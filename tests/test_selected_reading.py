@@ -4,13 +4,14 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from archive_definition import PACKED
 from baselines.far_tokens import Coded, FarTokens, unrounded
 from baselines.selected_reading import ALL, EVERYTHING, WAYS, Choice, SelectedReading
 from byte_tokenizer import byte_tokenizer
-from mask_samples import coded_mask, random_mask
+from mask_samples import MODEL, coded_mask, geometry_of, random_mask, statistics_of
 from oracle import Oracle
 from real import selection_study
 from real.questions import Question, save_questions
@@ -24,6 +25,7 @@ from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import save_mask
+from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.context import Context, read_prompt
 from vllm_leank.offline.prompts import Sample
 from vllm_leank.offline.served_archive import ServedArchive
@@ -53,7 +55,7 @@ def tokens():
 
 
 def oracle_of(model, selection, mask):
-    found = PACKED.summarised()
+    found = PACKED
     return Oracle(model, mask, *(32, 64), archive_format=found, selection=selection)
 
 
@@ -61,7 +63,7 @@ def simulated(model, stores, choices=CHOICES):
     return Simulated(model, WINDOW, stores, choices)
 
 
-def test_choices_by_summaries_are_those_of_the_definition(folder, model, tokens):
+def test_choices_by_the_lead_are_those_of_the_definition(folder, model, tokens):
     """The boundary moves among the answer's tokens."""
     mask = coded_mask(folder)
     found = {}
@@ -70,7 +72,7 @@ def test_choices_by_summaries_are_those_of_the_definition(folder, model, tokens)
         found["logits"] = output.logits
 
     handle = model.register_forward_hook(keep)
-    study = simulated(model, {"": Coded(mask)}, {"": Choice("summaries", FEW)})
+    study = simulated(model, {"": Coded(mask)}, {"": Choice("lead", FEW)})
     study.judge(Sample(tokens[:PROMPT], tokens[PROMPT:]))
     handle.remove()
 
@@ -87,7 +89,7 @@ def test_answers_are_those_of_the_definition(folder, model, tokens):
     prompt = tokens[:PROMPT]
     study = simulated(model, {"bf16": unrounded, "codes": Coded(mask)})
     answers = study.answer(prompt, 12, stop=[-1])
-    assert answers["codes, summaries"] == oracle_of(folder, FEW, mask).greedy(prompt, 12)[0]
+    assert answers["codes, lead"] == oracle_of(folder, FEW, mask).greedy(prompt, 12)[0]
     assert answers["codes, all"] == oracle_of(folder, None, mask).greedy(prompt, 12)[0]
     ids = torch.tensor([prompt])
     dense = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)
@@ -105,8 +107,8 @@ def test_exact_choices_find_the_most(folder, model, tokens):
     for stored in ("bf16", "codes"):
         whole, *ways = (rows[f"{stored}, {choice}"] for choice in CHOICES)
         assert (whole["found"], whole["lost"]) == (1, 0)
-        summaries, exact, random = (row["found"] for row in ways)
-        assert exact > summaries + 0.02 > random + 0.02
+        lead, exact, random = (row["found"] for row in ways)
+        assert exact > lead + 0.02 > random + 0.02
         # Random attention is spread: what is found by chance is about what is read.
         assert random == pytest.approx(2 / 7, abs=0.06)
         assert ways[1]["lost"] < ways[0]["lost"] < ways[2]["lost"]
@@ -141,9 +143,24 @@ def test_all_that_can_be_chosen_is_no_choice_bit_for_bit(folder, model, tokens):
     )
 
 
-def test_masks_without_summaries_are_refused(folder):
-    with pytest.raises(UserError, match="needs a mask of bits"):
-        Coded(random_mask(folder, [32]))
+def test_masks_without_a_lead_are_refused(folder):
+    geometry = geometry_of(folder)
+    v_bits = np.full(geometry.shape, 2, np.uint8)
+    k_bits = v_bits.copy()
+    k_bits[1, 0] = 0
+    statistics = statistics_of(geometry.shape)
+    mask = Mask.from_bits(
+        k_bits, v_bits, geometry, model=MODEL, provenance={"method": "even"}, statistics=statistics
+    )
+    with pytest.raises(UserError, match="needs bits for K in all heads"):
+        Coded(mask)
+
+
+def test_whole_channels_are_chosen_by_their_widest_chunk(folder, model, tokens):
+    mask = random_mask(folder, [48])
+    study = simulated(model, {"": Coded(mask)}, {"": Choice("lead", FEW)})
+    row = study.judge(Sample(tokens[:PROMPT], tokens[PROMPT:]))[", "]
+    assert 2 / 7 < row["found"] < 1
 
 
 @pytest.mark.parametrize(("shares", "least"), [([0.1], 100), ([0.1], 0), ([0.0], 256), ([2], 256)])
@@ -156,7 +173,7 @@ def test_shares_are_those_of_engines():
     found = choices_of([0.1, 1.0], 2048)
     assert found["exact 0.1"].selection == Selection.of(0.1)
     assert found["exact 1"].selection.count(500) == 500
-    assert list(found)[:3] == ["all", "summaries 0.1", "exact 0.1"]
+    assert list(found)[:3] == ["all", "lead 0.1", "exact 0.1"]
 
 
 def results(**changed):
@@ -227,7 +244,7 @@ def test_the_study_writes_what_it_finds_and_goes_on(folder, tmp_path, monkeypatc
     asked = study("--questions", tmp_path / "questions.gz", "--answers", 1)
     assert asked["texts"] == texts["texts"]
     assert [(one["task"], one["number"]) for one in asked["answers"]] == [("a", 0), ("b", 0)]
-    row = asked["rows"]["codes, summaries 0.5"]
+    row = asked["rows"]["codes, lead 0.5"]
     assert row["points"]["all"]["questions"] == 2
     assert 0.5 < row["lengths"]["700"]["found"] < 1
     with pytest.raises(SystemExit, match="another least"):

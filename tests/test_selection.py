@@ -6,21 +6,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from archive_definition import CODED, PACKED, STEP
+from archive_definition import CODED, PACKED
 from cache_builder import CacheBuilder, relative_rms
 from test_reference import FP32_ERROR, serve
 from vllm_leank.kernels import gpu, reference
-from vllm_leank.kernels.codecs import codec_of
+from vllm_leank.kernels.reference_selection import select
 
+from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.options import OptionError, parse_options
+from vllm_leank.core.profile import Profile
 from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import Window
 
-SUMMARISED = PACKED.summarised()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def selecting(heads, head_dim, group, window, **options):
+WHOLE = tuple(Profile(k16=kept, v16=128 * (kept > 0)) for kept in (48, 0, 128))
+"""Heads that keep channels whole."""
+
+
+def selecting(heads, head_dim, group, window, archive_format=PACKED, **options):
     """Requests of a layer of which queries read a quarter of the segments."""
     selection = Selection(share=1 << 14, least=1)
     return CacheBuilder(
@@ -29,7 +34,7 @@ def selecting(heads, head_dim, group, window, **options):
         group,
         window,
         128,
-        archive_format=SUMMARISED,
+        archive_format=archive_format,
         selection=selection,
         **options,
     )
@@ -66,33 +71,36 @@ def test_other_options_are_refused(pages):
 
 
 @pytest.mark.parametrize("head_dim", CODED)
-def test_summaries_are_means_and_variances_of_codes(head_dim):
-    heads = tuple(head for head in CODED[head_dim] if head.kept)
-    builder = CacheBuilder(heads, head_dim, 1, Window(0, 32), 128, archive_format=SUMMARISED)
-    codec = codec_of(SUMMARISED)
-    key = 2 * torch.randn(5, 32, head_dim, generator=torch.Generator().manual_seed(0))
-    query = torch.randn(3, 2, head_dim, generator=torch.Generator().manual_seed(1))
-    for head, channels in zip(heads, builder.cache.heads, strict=True):
-        count = SUMMARISED.summary_bytes(head)
-        stored = codec.encode(key, key, channels)
-        found = codec.summarise(stored, channels, count).numpy()
-        read, _ = codec.round(key.flatten(0, 1), key.flatten(0, 1), channels)
-        bits = np.repeat([8, 4, 2], head.k[1:])[:count]
-        first = channels.k.order[:count].numpy()
-        scale = channels.k.factor[:count].numpy() / np.array([STEP[one] for one in bits])
-        mean = channels.k.mean[:count].numpy()
-        of_channels = (read.numpy()[:, first].reshape(5, 32, count) - mean) / scale
-        # Halves of the last digit decide nothing: codes are compared up to one step there.
-        mean, variance = of_channels.mean(1) / 0.25, of_channels.var(1) / 0.15
-        assert np.abs((found & 15) - np.clip(mean + 7.5, 0, 15)).max() < 0.501
-        assert np.abs((found >> 4) + 0.5 - np.clip(variance, 0.5, 15.5)).max() < 0.501
-        # What is left out is the same for all granules.
-        expected = query.numpy()[..., first] * scale
-        expected = np.einsum("qgc,nc->qn", expected, 0.25 * (found & 15)) + np.einsum(
-            "qgc,nc->qn", expected**2, 0.075 * (found >> 4)
-        )
-        score = codec.score(query, torch.from_numpy(found), channels).numpy()
-        np.testing.assert_allclose(score, expected, rtol=1e-5, atol=1e-5)
+def test_the_lead_has_the_channels_with_most_bits(head_dim):
+    """It is the first field of K, and each head that stores K has one."""
+    for head in CODED[head_dim]:
+        lead = PACKED.lead(head)
+        assert (lead > 0) == (head.kept > 0)
+        if lead:
+            part = PACKED.head_part(head, 128, 2, 0)
+            bits = np.repeat([16, 8, 4, 2], head.k)
+            assert (bits[:lead] == bits[0]).all()
+            assert not (bits[lead:] == bits[0]).any()
+            assert part.k_chunks[0].width * 8 == bits[:lead].sum()
+
+
+def test_the_lead_of_whole_channels_is_the_widest_chunk():
+    for kept, lead in ((0, 0), (16, 16), (48, 32), (112, 64), (128, 128)):
+        head = Profile(k16=kept, v16=128 * (kept > 0))
+        assert NATIVE.lead(head) == lead
+        if kept:
+            assert NATIVE.head_part(head, 128, 2, 0).k_chunks[0].width == lead
+
+
+def test_a_segment_is_as_good_as_its_best_token_for_one_of_the_heads():
+    """Query heads are not added: one that has all its weight in one place finds it."""
+    scores = torch.full((1, 2, 1, 8), -5.0)
+    scores[0, 0, 0, :6] += torch.arange(6) / 10
+    scores[0, 1, 0] = torch.tensor([0, 90, 0, 0, 0, 0, 95, 0])
+    seen = torch.ones(1, 1, 8, dtype=torch.bool)
+    found = select(scores, seen, 64, Selection(0, 2))
+    # 95 - 95 and -4.5 + 4.5, though 90 is more than all others: it is 5 behind.
+    assert found.view(4, 2)[:, 0].tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +114,14 @@ def test_summaries_are_means_and_variances_of_codes(head_dim):
 )
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 4), (128, 2), (256, 1)])
 def test_queries_read_the_best_segments(head_dim, group, window):
-    builder = selecting(CODED[head_dim], head_dim, group, window)
+    check_reference(selecting(CODED[head_dim], head_dim, group, window))
+
+
+def test_queries_read_the_best_segments_of_whole_channels():
+    check_reference(selecting(WHOLE, 128, 2, Window(32, 64), NATIVE))
+
+
+def check_reference(builder):
     left_out = 0
     for step in serve(builder):
         output = builder.run(step, reference)
@@ -147,21 +162,18 @@ KERNELS = SimpleNamespace(store=gpu.store, compact=gpu.compact, attend=attend)
 )
 def test_kernels_read_the_best_segments(head_dim, group, window):
     heads = CODED[head_dim] if DEVICE == "cuda" else CODED[head_dim][:2]
-    builder = selecting(heads, head_dim, group, window, dtype=torch.float16, device=DEVICE)
+    check_kernels(selecting(heads, head_dim, group, window, dtype=torch.float16, device=DEVICE))
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_kernels_read_the_best_segments_of_whole_channels():
+    check_kernels(
+        selecting(WHOLE, 128, 2, Window(32, 64), NATIVE, dtype=torch.float16, device=DEVICE)
+    )
+
+
+def check_kernels(builder):
     for step in few_steps(builder):
         output = builder.run(step, KERNELS)
         assert output.isfinite().all()
         assert relative_rms(output, step.expected) < 6e-4
-
-
-@pytest.mark.usefixtures("few_programs")
-def test_kernels_write_the_summaries_of_the_reference():
-    pages = []
-    for kernels in (reference, KERNELS):
-        builder = selecting(CODED[128], 128, 1, Window(32, 64), device=DEVICE)
-        request = builder.add(200, 200)
-        step = builder.step([(request, 200)])
-        kernels.store(step.key, step.value, builder.cache, step.batch)
-        kernels.compact(builder.cache, step.batch)
-        pages.append(builder.cache.archive_pages)
-    assert torch.equal(*pages)

@@ -1,12 +1,12 @@
-"""Far tokens of a prompt as queries read them where segments are selected, and what granules are
-scored by.
+"""Far tokens of a prompt as queries read them where segments are selected, and what these are
+selected by.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from vllm_leank.kernels.channels import HeadChannels, layer_channels
+from vllm_leank.kernels.channels import layer_channels
 from vllm_leank.kernels.codecs import codec_of
 
 from vllm_leank.core.window import GRANULE
@@ -23,14 +23,13 @@ class FarLayer:
         key: fp32 `[H, tokens, D]`, as it is read.
         value: like `key`.
         blind: bool `[H]`, heads that store nothing and so do not see far tokens.
-        score: takes queries `[H, n, group, D]`, scaled, and gives what each granule's summary says
-            of it for the group, fp32 `[H, n, granules]`.
+        lead: fp32 `[H, tokens, D]`, what of K queries select by: other channels are 0.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     blind: torch.Tensor
-    score: Callable[[torch.Tensor], torch.Tensor]
+    lead: torch.Tensor
 
 
 Store = Callable[[int, torch.Tensor, torch.Tensor], FarLayer]
@@ -38,29 +37,21 @@ Store = Callable[[int, torch.Tensor, torch.Tensor], FarLayer]
 
 
 def unrounded(layer: int, key: torch.Tensor, value: torch.Tensor) -> FarLayer:
-    """Far tokens as they are. No engine selects these: summaries are means and variances of K
-    itself, of all channels, as they would be with codes and summaries that round nothing.
-    """
-    key, value = key.float(), value.float()
-    granules = key.unflatten(1, (-1, GRANULE))
-    means, variances = granules.mean(2), granules.var(2, correction=0)
-
-    def score(queries: torch.Tensor) -> torch.Tensor:
-        return queries.sum(2) @ means.mT + queries.square().sum(2) @ (variances / 2).mT
-
-    return FarLayer(key, value, key.new_zeros(len(key), dtype=torch.bool), score)
+    """Far tokens as they are. No engine selects these: they are selected by all of K."""
+    key = key.float()
+    return FarLayer(key, value.float(), key.new_zeros(len(key), dtype=torch.bool), key)
 
 
 class Coded:
-    """Far tokens of a mask of bits, as an engine with the option `pages` stores and scores them.
+    """Far tokens of a mask of bits, as an engine with the option `pages` stores and selects them.
 
     Raises:
-        UserError: the mask has no bits, or heads without summaries.
+        UserError: the mask has no bits, or heads with V alone.
     """
 
     def __init__(self, mask: Mask):
         self._mask = mask
-        self._format = choose_format(mask, summaries=True)
+        self._format = choose_format(mask, selects=True)
 
     def __call__(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> FarLayer:
         """See `Store`."""
@@ -68,33 +59,14 @@ class Coded:
         every_head = range(self._mask.geometry.num_kv_heads)
         heads = layer_channels(*self._mask.layer(layer, every_head)).to(key.device).heads
         far_key, far_value = (part.to(torch.float32, copy=True) for part in (key, value))
-        summaries: dict[int, torch.Tensor] = {}
+        lead = torch.zeros_like(far_key)
         for index, head in enumerate(heads):
             if head.profile.stores:
-                own = key[index], value[index]
-                far_key[index], far_value[index] = codec.round(*own, head)
-                granules = (part.unflatten(0, (-1, GRANULE)) for part in own)
-                count = self._format.summary_bytes(head.profile)
-                summaries[index] = codec.summarise(codec.encode(*granules, head), head, count)
+                far_key[index], far_value[index] = codec.round(key[index], value[index], head)
+                channels = head.k.order[: self._format.lead(head.profile)]
+                lead[index][:, channels] = far_key[index][:, channels]
         blind = torch.tensor([not head.profile.stores for head in heads], device=key.device)
-        return FarLayer(far_key, far_value, blind, self._scores(heads, summaries, key.shape[1]))
-
-    def _scores(
-        self, heads: tuple[HeadChannels, ...], summaries: dict[int, torch.Tensor], tokens: int
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        codec = codec_of(self._format)
-
-        def score(queries: torch.Tensor) -> torch.Tensor:
-            nothing = queries.new_zeros(queries.shape[1], tokens // GRANULE)
-            scores = [
-                codec.score(queries[index], summaries[index], head)
-                if index in summaries
-                else nothing
-                for index, head in enumerate(heads)
-            ]
-            return torch.stack(scores)
-
-        return score
+        return FarLayer(far_key, far_value, blind, lead)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from vllm_leank.core.selection import DENSE_LAYERS, SEGMENT, SHARE_UNITS, Select
 from vllm_leank.core.window import GRANULE, Window
 from vllm_leank.offline.context import Context
 
-ALL, SUMMARIES, EXACT, RANDOM = "all", "summaries", "exact", "random"
+ALL, LEAD, EXACT, RANDOM = "all", "lead", "exact", "random"
 
-WAYS = SUMMARIES, EXACT, RANDOM
+WAYS = LEAD, EXACT, RANDOM
 """By what segments are chosen: as engines do; by how much of full attention's weights they have,
 over the group's queries, which is the most that any choice can find; or by chance."""
 
@@ -204,8 +204,9 @@ class SelectedReading:
         sink, device = self._window.sink, mass.device
         segment = (sink % SEGMENT + GRANULE * torch.arange(granules, device=device)) // SEGMENT
         segments = granules // (SEGMENT // GRANULE) + 1
-        queries = rows.transpose(2, 3).flatten(1, 2)  # [H, V * T, group, D]
-        scores = far.score(queries).view(H, V, T, -1)[..., :granules]
+        lead = far.lead[:, : granules * GRANULE]
+        products = rows.flatten(1, 3) @ lead.mT  # [H, V * group * T, tokens]
+        scores = products.unflatten(-1, (-1, GRANULE)).amax(-1).view(H, V, -1, T, granules)
         of_segments = mass.new_zeros(H, V, T, segments).index_add_(-1, segment, mass)
         by_mass = of_segments.clamp_min(LEAST_MASS).log()[..., segment]
         seed = (
@@ -215,9 +216,14 @@ class SelectedReading:
         by_chance = torch.rand(H, 1, T, segments, generator=chance, device=device)[..., segment]
         if self._rows is None:
             self._rows = _OfRows(self.choices, device)
-        scores = torch.where(self._rows.exact, by_mass, scores)
-        scores = torch.where(self._rows.random, by_chance, scores)
-        return seen & select(scores, seen, sink, self._rows.selection)
+        exact, random = self._rows.exact.unsqueeze(1), self._rows.random.unsqueeze(1)
+        scores = torch.where(exact, by_mass.unsqueeze(2), scores)
+        scores = torch.where(random, by_chance.unsqueeze(2), scores)
+        chosen = [
+            select(of_head, of_tokens, sink, self._rows.selection)
+            for of_head, of_tokens in zip(scores, seen, strict=True)
+        ]
+        return seen & torch.stack(chosen)
 
     def _count(
         self,

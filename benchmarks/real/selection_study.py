@@ -6,8 +6,8 @@ r"""What it costs to read the best far tokens alone, and what better or worse ch
 
 Far tokens are read as they are (bf16), or as an engine's archive gives them back, and chosen
 
-* by `summaries`, as engines with the option `pages` choose. Where they are read as they are, which
-  no engine selects, summaries are means and variances of K itself;
+* by the `lead` of K, as engines with the option `pages` choose: the channels with most bits. Where
+  they are read as they are, which no engine selects, by all channels;
 * by `exact` weights of full attention, the most that any choice can find;
 * by chance (`random`);
 * or not at all (`all`).

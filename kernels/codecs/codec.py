@@ -88,19 +88,6 @@ class Codec(ABC):
         `Channels.stored`. The others are their means, which is not for the codec to say.
         """
 
-    def summarise(self, stored: Stored, head: HeadChannels, count: int) -> torch.Tensor:
-        """Summaries of granules' K, uint8 `[n, count]`; only of formats that have them."""
-        raise NotImplementedError
-
-    def score(
-        self, queries: torch.Tensor, summaries: torch.Tensor, head: HeadChannels
-    ) -> torch.Tensor:
-        """How much queries `[..., queries, group, head_dim]` of a KV head, scaled, may have to do
-        with granules of these summaries, `[..., n, count]`: fp32 `[..., queries, n]`, one for the
-        group.
-        """
-        raise NotImplementedError
-
     @property
     @abstractmethod
     def tiles(self) -> Any:

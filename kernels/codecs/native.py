@@ -13,10 +13,10 @@ class NativeCodec(Codec):
 
     @cached_property
     def tiles(self) -> Tiles:
-        from vllm_leank.kernels import fold_columns, fold_rows, whole_store
+        from vllm_leank.kernels import fold_columns, fold_rows, whole_lead, whole_store
 
         folds = fold_columns.fold_archive, fold_rows.fold_archive
-        return Tiles(*folds, whole_store.compact)
+        return Tiles(*folds, whole_store.compact, lead=whole_lead)
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
         return model

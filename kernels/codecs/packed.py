@@ -7,18 +7,15 @@ own units. Mean and scale of a channel are the mask's.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property
 
 import torch
 from vllm_leank.kernels.channels import Channels, HeadChannels
 from vllm_leank.kernels.codecs.codec import Codec, DecodeShape, Stored
-from vllm_leank.kernels.codecs.summaries import score_summaries, summary_codes
 from vllm_leank.kernels.codecs.tiles import Tiles
 
 from vllm_leank.core.formats.packed import CODE_CLASSES, LARGEST_SCALE, LEAST_SCALE, STEPS
 from vllm_leank.core.pages import CacheLayout
-from vllm_leank.core.selection import SEGMENT
 from vllm_leank.core.window import GRANULE
 
 FEW_BITS = DecodeShape(
@@ -38,7 +35,6 @@ class PackedCodec(Codec):
     side_dtype = torch.float16
     any_codes = True
     whole_channels = False
-    summaries = False
     extend_shape = 128, 128, 8, 2
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
@@ -46,14 +42,20 @@ class PackedCodec(Codec):
 
     @cached_property
     def tiles(self) -> Tiles:
-        from vllm_leank.kernels import packed_columns, packed_rows, packed_store, packed_unpack
+        from vllm_leank.kernels import (
+            packed_columns,
+            packed_lead,
+            packed_rows,
+            packed_store,
+            packed_unpack,
+        )
 
-        folds = packed_columns.fold_archive, packed_rows.fold_archive
         return Tiles(
-            *folds,
+            packed_columns.fold_archive,
+            packed_rows.fold_archive,
             packed_store.compact,
             unpack=packed_unpack.unpack,
-            summaries=self.summaries,
+            lead=packed_lead,
         )
 
     def decode_shape(self, layout: CacheLayout) -> DecodeShape:
@@ -82,29 +84,6 @@ class PackedCodec(Codec):
             keys.add_(head.k.mean[: keys.shape[-1]]),
             values.add_(head.v.mean[: values.shape[-1]]),
         )
-
-
-class SummarisedCodec(PackedCodec):
-    """The same with summaries of K."""
-
-    summaries = True
-
-    def decode_shape(self, layout: CacheLayout) -> DecodeShape:
-        return replace(super().decode_shape(layout), tile=SEGMENT)
-
-    def summarise(self, stored: Stored, head: HeadChannels, count: int) -> torch.Tensor:
-        parts, first = [], 0
-        for bits, channels in zip(CODE_CLASSES, head.k.counts[1:], strict=True):
-            width = channels * bits // 8
-            codes = _unpack(stored.key[..., first : first + width], bits).int()
-            parts.append(summary_codes(codes, bits))
-            first += width
-        return torch.cat(parts, dim=-1)[..., :count]
-
-    def score(
-        self, queries: torch.Tensor, summaries: torch.Tensor, head: HeadChannels
-    ) -> torch.Tensor:
-        return score_summaries(queries, summaries, head.k)
 
 
 def _many_bits(layout: CacheLayout) -> bool:

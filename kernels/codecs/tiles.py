@@ -12,8 +12,8 @@ class Tiles:
     in memory and by `cache_key` on disk.
 
     Formats of whole channels (`core.formats.whole`) may take the functions of `fold_columns`,
-    `fold_rows` and `whole_store`, which store and read numbers by plain casts. Any other format
-    brings functions of its own.
+    `fold_rows`, `whole_store` and `whole_lead`, which store and read numbers by plain casts. Any
+    other format brings functions of its own.
 
     Args:
         fold_columns: takes archive tiles into a running softmax with queries in columns.
@@ -21,12 +21,12 @@ class Tiles:
         compact: encodes a head's granules into its pages.
         unpack: decodes a tile of a head's tokens into plain K and V, so that many queries read it
             at once. None: tiles are read as fast as they lie.
+        lead: a module whose `lead_query` and `lead_scores` score tokens by the lead of their K.
+            None: queries cannot select what they read.
         encode: of `whole_store`: what numbers of the model become before the cast to the codec's
             dtype. None: they stay as they are.
-        summaries: whether `compact` writes summaries of K as well.
 
     Attributes:
-        SUMMARIES: `summaries`.
         ASM: whether PTX may be used, which Triton's interpreter does not know.
     """
 
@@ -37,23 +37,25 @@ class Tiles:
         compact: Any,
         encode: Any = None,
         unpack: Any = None,
-        summaries: bool = False,
+        lead: Any = None,
     ) -> None:
         self.fold_columns, self.fold_rows, self.compact = fold_columns, fold_rows, compact
         self.encode, self.unpack = encode, unpack
-        self.SUMMARIES = summaries
+        self.lead_query = getattr(lead, "lead_query", None)
+        self.lead_scores = getattr(lead, "lead_scores", None)
         self.ASM = os.environ.get("TRITON_INTERPRET") != "1"
 
     @property
     def cache_key(self) -> str:
         """Changes with the functions' code."""
         keys = [getattr(one, "cache_key", None) for one in self._functions]
-        return f"{keys}{self.SUMMARIES}"
+        return str(keys)
 
     def __repr__(self) -> str:
         names = [f"{one.__module__}.{one.__name__}" for one in self._functions if one is not None]
-        return f"Tiles({names}, {self.SUMMARIES})"
+        return f"Tiles({names})"
 
     @property
     def _functions(self) -> tuple[Any, ...]:
-        return self.fold_columns, self.fold_rows, self.compact, self.encode, self.unpack
+        parts = self.fold_columns, self.fold_rows, self.compact
+        return *parts, self.encode, self.unpack, self.lead_query, self.lead_scores

@@ -22,7 +22,7 @@ from vllm_leank.bench.flash import FLASH, FLASH_EIGHT_BIT, FlashDecode
 from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.timing import copies_needed, eager_ms, graph_ms, read_limit, release
 from vllm_leank.core.plan import CachePlan, plan_cache
-from vllm_leank.core.selection import Selection
+from vllm_leank.core.selection import Selection, unparted
 from vllm_leank.errors import UserError
 from vllm_leank.kernels import reference
 from vllm_leank.kernels.batch import Batch
@@ -86,6 +86,7 @@ class Shape:
             self.head_dim,
             self.dtype.itemsize,
             archive_format=choose_format(self.mask, self.selection is not None),
+            unparted=unparted(self.selection),
         )
 
     def as_dict(self) -> dict[str, Any]:

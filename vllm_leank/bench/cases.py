@@ -34,7 +34,7 @@ class Case:
 
     def read_bytes(self, layout: CacheLayout, selection: Selection | None = None) -> int:
         """Bytes of K and V (and scales) that a layer's queries have to read, without padding; where
-        segments are selected, summaries as well.
+        segments are selected, leads as well.
         """
         return self.batch * layer_reads(layout, self.window, self.length, selection).total
 

@@ -31,16 +31,12 @@ class HeadPart:
         v_chunks: its V `[width, archive_block]` each, one behind the other.
         side_offset: first byte of what the format keeps beside K and V,
             `[archive_block // 32, side_bytes]` in the format's own order.
-        summary_offset: first byte of the summaries of K, `[archive_block // 32, summary_bytes]`.
-        summary_bytes: bytes of a granule's summary; 0: there are none.
     """
 
     profile: Profile
     k_chunks: tuple[Chunk, ...]
     v_chunks: tuple[Chunk, ...]
     side_offset: int
-    summary_offset: int = 0
-    summary_bytes: int = 0
 
     @property
     def kept(self) -> int:

@@ -22,7 +22,7 @@ from vllm_leank.core.pages import (
 )
 from vllm_leank.core.profile import Profile, Profiles
 from vllm_leank.core.states import StateLayers
-from vllm_leank.core.window import Window
+from vllm_leank.core.window import GRANULE, Window
 
 ARCHIVE_WASTE = 0.05
 """Share of a pool block that an archive page may leave empty."""
@@ -221,6 +221,7 @@ def plan_cache(
     stages: Sequence[int] | None = None,
     sliding: SlidingLayers | None = None,
     states: StateLayers | None = None,
+    unparted: int = GRANULE,
 ) -> CachePlan:
     """Choose the page sizes for a mask.
 
@@ -235,10 +236,12 @@ def plan_cache(
         stages: layers of each pipeline stage; by default one stage has all.
         sliding: layers that stay vLLM's.
         states: layers that stay vLLM's and keep states.
+        unparted: tokens that no archive page may part: a page has a multiple of them.
 
     Returns:
         The plan. Its pages always give vLLM two cache groups, beside those of other layers.
     """
+    blocks = [block for block in archive_format.blocks if block % unparted == 0]
     plan = CachePlan(
         profiles=tuple(map(tuple, profiles)),
         head_dim=head_dim,
@@ -246,7 +249,7 @@ def plan_cache(
         archive_format=archive_format,
         tp_size=tp_size,
         stages=tuple(stages or (len(profiles),)),
-        archive_block=archive_format.blocks[-1],
+        archive_block=blocks[-1],
         draft_items=draft_items,
         sliding=sliding,
         states=states,
@@ -255,5 +258,5 @@ def plan_cache(
     # request holds: so their pages fill a block, but for `ARCHIVE_WASTE` of it.
     least = (1 - ARCHIVE_WASTE) * plan._stage_least_bytes
     # Each is asked for itself: how long a page is may change a token's bytes.
-    plans = [replace(plan, archive_block=block) for block in archive_format.blocks]
+    plans = [replace(plan, archive_block=block) for block in blocks]
     return next((one for one in plans if one.archive_page_bytes >= least), plans[-1])

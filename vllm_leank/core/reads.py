@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 from vllm_leank.core.pages import CacheLayout, window_token_bytes
 from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.selection import SEGMENT, Selection, selection_of
-from vllm_leank.core.window import GRANULE, Window
+from vllm_leank.core.window import Window
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Reads:
     Attributes:
         window: K and V of dense tokens.
         far: K and V of archived tokens, and their scales.
-        summaries: summaries of archived K, by which segments are selected.
+        lead: leads of archived K, by which segments are selected.
         other: what layers keep that stay vLLM's.
     """
 
     window: int = 0
     far: int = 0
-    summaries: int = 0
+    lead: int = 0
     other: int = 0
 
     @property
@@ -52,13 +52,13 @@ def layer_reads(
     form = layout.archive_format
     dense = window_token_bytes(len(layout.profiles), layout.head_dim, layout.itemsize)
     far = archived * sum(form.token_bytes(one, layout.itemsize) for one in layout.profiles)
-    summaries = 0
+    lead = 0
     if selection is not None:
-        of_granule = sum(part.summary_bytes for part in layout.heads if part is not None)
-        summaries = archived // GRANULE * of_granule
+        fields = [part.k_chunks[0].width for part in layout.heads if part is not None]
+        lead = archived * sum(fields) * layout.archive_itemsize
         segments = -(-archived // SEGMENT)
-        far = (far - summaries) * selection.count(segments) // max(segments, 1)
-    return Reads((length - archived) * dense, far, summaries)
+        far = far * selection.count(segments) // max(segments, 1)
+    return Reads((length - archived) * dense, far, lead)
 
 
 def step_reads(

@@ -1,14 +1,16 @@
 """How many far tokens a query reads, where it does not read them all.
 
-Far tokens are read in segments of 64. Each granule of an archive page has a summary of its K, and a
-query scores all segments by these, which takes a thirtieth of the bytes, and reads the best alone,
-the same for all query heads of a KV head. After Quest (arXiv 2406.10774), which has a minimum and a
-maximum per channel where this has a mean.
+Far tokens are read in segments of 64. A query reads the lead of all far tokens' K, which are the
+channels with most bits and about a quarter of the bytes, and then the best segments alone, the same
+for all query heads of a KV head. After Quest (arXiv 2406.10774), which keeps a minimum and a
+maximum of each channel beside the pages, and chooses by these.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Any
+
+from vllm_leank.core.window import GRANULE
 
 SEGMENT = 64
 """Tokens that are selected together; segment i has those from 64 * i on."""
@@ -78,6 +80,11 @@ class Selection:
         wanted = -(-segments * self.share // SHARE_UNITS)
         wanted = wanted + (self.least - wanted) * (wanted < self.least)
         return wanted + (segments - wanted) * (wanted > segments)
+
+
+def unparted(selection: Selection | None) -> int:
+    """Tokens that no archive page may part: pages have multiples of them."""
+    return GRANULE if selection is None else SEGMENT
 
 
 def selection_of(selection: Selection | None, layer: int) -> Selection | None:

@@ -7,7 +7,7 @@ from vllm_leank.core.formats import ArchiveFormat, formats_for
 from vllm_leank.core.layers import SlidingLayers
 from vllm_leank.core.options import OptionError, Options
 from vllm_leank.core.plan import CachePlan, plan_cache
-from vllm_leank.core.selection import Selection, selection_of
+from vllm_leank.core.selection import Selection, selection_of, unparted
 from vllm_leank.core.states import StateLayers
 from vllm_leank.core.window import Window, whole_pages
 from vllm_leank.errors import UserError
@@ -67,16 +67,20 @@ def plan_settings(
         stages=stages,
         sliding=sliding,
         states=states,
+        unparted=unparted(selection),
     )
     return Settings(mask, _window(options, mask), plan, selection)
 
 
-def choose_format(mask: Mask, summaries: bool = False) -> ArchiveFormat:
-    """The first format that takes all of the mask's heads; with `summaries` of K, by which segments
-    of far tokens are selected, if that is asked for.
+def choose_format(mask: Mask, selects: bool = False) -> ArchiveFormat:
+    """The first format that takes all of the mask's heads.
+
+    Args:
+        mask: what is stored.
+        selects: whether queries select the segments of far tokens that they read.
 
     Raises:
-        UserError: none can store what the mask keeps, or there is no way to select.
+        UserError: none can store what the mask keeps, or there is nothing to select by.
     """
     fitting = formats_for(mask.profiles)
     if not fitting:
@@ -84,15 +88,9 @@ def choose_format(mask: Mask, summaries: bool = False) -> ArchiveFormat:
             f"the mask for {mask.model} has heads with channels of 16 bits beside heads with "
             "fewer, which no archive can hold; take a mask with one of both"
         )
-    if not summaries:
-        return fitting[0]
-    found = fitting[0].summarised()
-    if found is None:
-        raise OptionError(
-            f"{PAGES} needs a mask of bits, and the mask for {mask.model} keeps channels whole: "
-            "make one with leank mask calibrate MODEL --bits 2, or leave out pages"
-        )
-    if any(one.v_kept and not one.kept for layer in mask.profiles for one in layer):
+    found = fitting[0]
+    storing = [one for layer in mask.profiles for one in layer if one.stores]
+    if selects and not all(map(found.lead, storing)):
         raise OptionError(
             f"{PAGES} needs bits for K in all heads that have any for V, by which tokens are "
             f"selected, and the mask for {mask.model} has heads without; leave out pages"

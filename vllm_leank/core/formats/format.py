@@ -35,10 +35,6 @@ class ArchiveFormat(ABC):
     side_bytes: ClassVar[int] = 0
     together: ClassVar[int] = 1
 
-    def summarised(self) -> "ArchiveFormat | None":
-        """The format with summaries of K, by which segments are selected; None if it has none."""
-        return None
-
     @abstractmethod
     def takes(self, profile: Profile) -> bool:
         """Whether a head of this profile can be stored."""
@@ -61,6 +57,12 @@ class ArchiveFormat(ABC):
             model: bytes of an element of the model's dtype.
             offset: byte of the page where the head begins.
         """
+
+    def lead(self, profile: Profile) -> int:
+        """Channels of a head's *lead*, its first field of K, which are the first in stored order.
+        Queries that read the best far tokens alone choose by it. 0: they cannot choose.
+        """
+        return 0
 
     @abstractmethod
     def variant(self, profile: Profile) -> int:

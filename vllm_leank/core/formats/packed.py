@@ -1,7 +1,7 @@
 """The archive in codes of 8, 4 and 2 bits, by what each channel needs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
@@ -37,22 +37,6 @@ LEAST_SCALE = 2.0**-14
 LARGEST_SCALE = 65504.0
 """The largest number of fp16."""
 
-MEAN_STEP = 0.25
-"""Distance of two means in a summary, in standard deviations of a channel."""
-
-VARIANCE_STEP = 0.15
-"""Distance of two variances in a summary, in variances of a channel."""
-
-SUMMARY_CHANNELS = 64
-"""Channels of a summary, at most. There is room for as many, two bytes per token: scales of V must
-begin where loads are aligned: 3% of an archive of 2 bits."""
-
-
-def summary_channels(kept: int) -> int:
-    """Channels of a summary, a power of two, of a head that stores so many channels of K."""
-    return 1 << min(kept, SUMMARY_CHANNELS).bit_length() - 1 if kept else 0
-
-
 TILE_TOKENS = 128
 """Tokens of a tile, which kernels read at once: pages have whole tiles."""
 
@@ -78,9 +62,6 @@ class Packed(ArchiveFormat):
     side_bytes: ClassVar[int] = 2 * GRANULE
     together: ClassVar[int] = 2
 
-    def summarised(self) -> "Summarised":
-        return Summarised()
-
     def takes(self, profile: Profile) -> bool:
         widths = [*_row_bytes(profile.k), *_row_bytes(profile.v)]
         return not (profile.k16 or profile.v16) and ROW_BYTES.issuperset(widths)
@@ -91,6 +72,9 @@ class Packed(ArchiveFormat):
     def token_bytes(self, profile: Profile, model: int) -> int:
         codes = sum(_row_bytes(profile.k)) + sum(_row_bytes(profile.v))
         return codes + 2 * profile.stores
+
+    def lead(self, profile: Profile) -> int:
+        return next(filter(None, profile.k[1:]), 0)
 
     def variant(self, profile: Profile) -> int:
         """Widths of rows in units of 16 bytes, five bits each: K of 8, 4 and 2 bits, then V."""
@@ -105,33 +89,6 @@ class Packed(ArchiveFormat):
             k_chunks=tuple(_chunks(profile.k, block, offset)),
             v_chunks=tuple(_chunks(profile.v, block, v_offset)),
             side_offset=v_offset + values * block,
-        )
-
-
-@dataclass(frozen=True)
-class Summarised(Packed):
-    """The same with a summary of each granule's K behind a head's scales, `[block / 32, channels]`:
-    a byte for each of the first stored channels, with the mean of its tokens' codes in the lower
-    half and their variance in the upper.
-    """
-
-    codec: ClassVar[str] = "vllm_leank.kernels.codecs.packed:SummarisedCodec"
-
-    def token_bytes(self, profile: Profile, model: int) -> int:
-        summary = SUMMARY_CHANNELS // GRANULE if profile.stores else 0
-        return super().token_bytes(profile, model) + summary
-
-    def summary_bytes(self, profile: Profile) -> int:
-        """Bytes of a granule's summary of a head."""
-        return summary_channels(profile.kept)
-
-    def head_part(self, profile: Profile, block: int, model: int, offset: int) -> HeadPart:
-        part = super().head_part(profile, block, model, offset)
-        scales = self.side_bytes * block // GRANULE
-        return replace(
-            part,
-            summary_offset=part.side_offset + scales,
-            summary_bytes=self.summary_bytes(profile),
         )
 
 

@@ -26,6 +26,9 @@ class WholeChannels(ArchiveFormat):
     def token_bytes(self, profile: Profile, model: int) -> int:
         return (profile.kept + profile.v_kept) * self.itemsize(model)
 
+    def lead(self, profile: Profile) -> int:
+        return next((width for width in CHUNK_WIDTHS if profile.kept & width), 0)
+
     def variant(self, profile: Profile) -> int:
         return profile.kept
 
