@@ -16,8 +16,9 @@ from vllm_leank.kernels.codes import (
 @triton.jit
 def lead_query(p_q, m_q, p_order, p_factor, VARIANT: tl.constexpr):
     """What a head's lead is multiplied by, of queries at `p_q` `[N]` of which `m_q` exist: for each
-    part of bytes fp16 `[bytes / lanes, N]`, as in `packed_columns._read_query`, a tuple; and the
-    unit of what comes out, `[N]`.
+    part of bytes fp16 `[bytes / lanes, N]`, as in `packed_columns._read_query`, and what rounding
+    takes from it, two tuples; and the unit of what comes out, `[N]`. With both, segments that are
+    nearly alike come in the order of the definition.
     """
     LEAD: tl.constexpr = lead_field(VARIANT)
     W: tl.constexpr = row_bytes(VARIANT, LEAD)
@@ -33,11 +34,12 @@ def lead_query(p_q, m_q, p_order, p_factor, VARIANT: tl.constexpr):
         exact = exact + (q,)  # noqa: RUF005
     # As in `packed_columns._write_query`.
     unit = largest / 256
-    parts = ()
+    parts, rests = (), ()
     for i in tl.static_range(LANES << LEAD):
-        q = (exact[i] * (1 / unit)[None, :]).to(tl.float16)
-        parts = parts + (q * power(-shift(8 >> LEAD, i // LANES, i % LANES)),)  # noqa: RUF005
-    return parts, unit * CODE_UNIT
+        q = exact[i] * (1 / unit)[None, :] * power(-shift(8 >> LEAD, i // LANES, i % LANES))
+        parts = parts + (q.to(tl.float16),)  # noqa: RUF005
+        rests = rests + ((q - parts[i].to(tl.float32)).to(tl.float16),)  # noqa: RUF005
+    return parts, rests, unit * CODE_UNIT
 
 
 @triton.jit
@@ -48,7 +50,7 @@ def lead_scores(query, p_head, slot, VARIANT: tl.constexpr, ASM: tl.constexpr):
     LEAD: tl.constexpr = lead_field(VARIANT)
     W: tl.constexpr = row_bytes(VARIANT, LEAD)
     LANES: tl.constexpr = lanes(VARIANT, LEAD)
-    parts, unit = query
+    parts, rests, unit = query
     p_rows = p_head + slot * W
     if LANES == 2:
         p_rows = p_rows.to(tl.pointer_type(tl.uint16))
@@ -56,5 +58,5 @@ def lead_scores(query, p_head, slot, VARIANT: tl.constexpr, ASM: tl.constexpr):
     s = tl.zeros([slot.shape[0], unit.shape[0]], tl.float32)
     for i in tl.static_range(LANES << LEAD):
         codes = read_codes(x, 8 >> LEAD, i // LANES, i % LANES, ASM)
-        s = tl.dot(codes, parts[i], acc=s)
+        s = tl.dot(codes, rests[i], acc=tl.dot(codes, parts[i], acc=s))
     return s * unit[None, :]
