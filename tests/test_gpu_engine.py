@@ -224,3 +224,41 @@ def test_needles_are_found(runner, prefill):
                     for (tokens, _), sample in zip(answers, samples, strict=True)
                 )
     assert right >= 0.99 * asked
+
+
+@pytest.mark.parametrize("runner", runners((V2,), (V1,)), indirect=True)
+def test_needles_are_found_among_the_best_tokens(runner):
+    """An eighth of the far tokens and less are read, and drafts of text change nothing."""
+    (mask,) = find_masks(str(MODEL))
+    samples = [make_sample(task, 8192, seed) for task in TASKS for seed in range(32)]
+    asked = [sample.prompt_token_ids for sample in samples]
+    answers = []
+    for config in (None, NGRAM):
+        with engine(
+            MODEL, mask.path, sink=mask.sink, recent=mask.recent, pages=768,
+            speculative_config=config, **ON_GPU,
+        ) as running:  # fmt: skip
+            answers.append(running.generate(asked, 24))
+    assert_same_up_to_ties(*answers)
+    right = sum(
+        tokens[: len(sample.answer_token_ids)] == sample.answer_token_ids
+        for (tokens, _), sample in zip(answers[0], samples, strict=True)
+    )
+    assert right >= 0.98 * len(samples)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", ["codes", "whole channels"])
+def test_two_gpus_select_what_one_selects(kind, tmp_path):
+    path = tmp_path / "mask.yaml"
+    save_mask(coded_mask(MODEL) if kind == "codes" else random_mask(MODEL, [32, 48, 16]), path)
+    asked = [
+        make_sample(task, length, 7).prompt_token_ids for length in (900, 4000) for task in TASKS
+    ]
+    answers = []
+    for gpus in (1, 2):
+        with engine(
+            MODEL, path, sink=SINK, recent=RECENT, pages=512, tensor_parallel_size=gpus, **ON_GPU
+        ) as running:
+            answers.append(running.generate(asked, 60))
+    assert_same_up_to_ties(*answers)
