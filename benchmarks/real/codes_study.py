@@ -26,7 +26,7 @@ import transformers
 from baselines.trained_codes import TrainedCodes
 from rich.console import Console
 
-from real.judged_texts import judged_samples
+from real.judged_texts import SEEN, judged_samples
 from real.kl import judge
 from real.option_numbers import numbers
 from real.unseen_texts import unseen_texts
@@ -39,8 +39,11 @@ from vllm_leank.mask.checkpoint import DTYPES, Checkpoint
 from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.attention_hook import AttentionHook, hooked_attention
+from vllm_leank.offline.builtin_prompts import Named
 from vllm_leank.offline.calibration_prompts import built_in_samples
 from vllm_leank.offline.context import Context, logits, read_prompt
+from vllm_leank.offline.known_tokens import reader
+from vllm_leank.offline.prompts import Sample, read_prompts
 from vllm_leank.offline.simulate import SimulatedArchive
 
 LAST = 64
@@ -157,6 +160,38 @@ def _logits(
         return logits(model, context, ids)
 
 
+def read_texts(
+    checkpoint: Checkpoint, window: Window, args: argparse.Namespace
+) -> tuple[list[list[int]], dict[str, list[tuple[str, Named]]]]:
+    """Prompts to train on and to choose the best by, and what is judged, by its length or as data.
+
+    Raises:
+        UserError: a file cannot be used, or has too few prompts.
+    """
+    count = args.prompts + args.held_out
+    if args.data is not None:
+        prompts = read_prompts(
+            args.data,
+            reader(checkpoint, checkpoint.encode),
+            vocab_size=checkpoint.config.vocab_size,
+            max_prompts=count + args.judged,
+            max_tokens=args.max_tokens,
+        )
+        if len(prompts) < count + args.judged:
+            raise UserError(f"{args.data}: has {len(prompts)} prompts, not {count + args.judged}")
+        last = [(SEEN, ("data", Sample(ids[:-LAST], ids[-LAST:]))) for ids in prompts[count:]]
+        return prompts[:count], {"data": last}
+    named = built_in_samples(checkpoint, window, args.max_tokens, count, args.seed)
+    texts = unseen_texts(args.texts) if args.unseen else {}
+    judged = {
+        str(length): judged_samples(checkpoint, texts, length, args.judged, args.unseen, args.seed)[
+            0
+        ]
+        for length in numbers(args.lengths, int)
+    }
+    return [sample.prompt + sample.answer for _, sample in named], judged
+
+
 def study(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
     """Train at each rate, judge what came of it; `write` gets the results after each of both.
 
@@ -171,9 +206,7 @@ def study(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
     checkpoint = Checkpoint.open(args.model)
     device = checkpoint.place(args.device, args.dtype)
     model = checkpoint.load(args.dtype, device)
-    count = args.prompts + args.held_out
-    named = built_in_samples(checkpoint, window, args.max_tokens, count, args.seed)
-    prompts = [sample.prompt + sample.answer for _, sample in named]
+    prompts, judged = read_texts(checkpoint, window, args)
     trainer = Trainer.read(model, window, prompts, args.held_out)
     results: dict[str, Any] = {
         **header(
@@ -191,6 +224,7 @@ def study(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
             "held_out": args.held_out,
             "max_tokens": args.max_tokens,
             "last_tokens": LAST,
+            "data": "built-in" if args.data is None else args.data.name,
         },
         "runs": [],
         "kl": {},
@@ -204,12 +238,10 @@ def study(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
         if args.masks:
             args.masks.mkdir(parents=True, exist_ok=True)
             save_mask(found, args.masks / f"trained_{rate:g}.yaml", overwrite=True)
-    texts = unseen_texts(args.texts) if args.unseen else {}
-    for length in numbers(args.lengths, int):
-        samples, _ = judged_samples(checkpoint, texts, length, args.judged, args.unseen, args.seed)
-        for name, sums in judge(model, window, samples, variants).items():
+    for name, samples in judged.items():
+        for variant, sums in judge(model, window, samples, variants).items():
             found_here = {kind: one.means() for kind, one in sums.items()}
-            results["kl"].setdefault(name, {})[str(length)] = found_here
+            results["kl"].setdefault(variant, {})[name] = found_here
         results["seconds"] = round(time.monotonic() - start, 1)
         write(results)
 
@@ -228,6 +260,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24, help="to train on")
     parser.add_argument("--held-out", type=int, default=8, help="others, to choose the best by")
     parser.add_argument("--max-tokens", type=int, default=2048, help="of the longest of these")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="JSONL of prompts instead of built-in texts: first those to train "
+        "on, then those held out, then those to judge by",
+    )
     parser.add_argument("--lengths", default="2048", help="of judged texts, with commas")
     parser.add_argument("--judged", type=int, default=8, help="texts of kinds seen, per length")
     parser.add_argument("--unseen", type=int, default=2, help="texts of each kind unseen")
