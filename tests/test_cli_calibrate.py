@@ -107,7 +107,8 @@ def test_built_in_prompts_as_a_file(leank, with_tokenizer, tmp_path, repo):
     assert "import" in "".join(line["text"] for line in lines)
     read = calibration_prompts(checkpoint, out, window, max_tokens=700)
     assert [len(ids) for ids in read.ids] == [len(line["prompt_token_ids"]) for line in lines]
-    assert Data(out).open(checkpoint, Window(32, 64), seed=0)[1]["samples"] == 5
+    told = Data(out).open(checkpoint, Window(32, 64), seed=0)[2]
+    assert (told["samples"], told["held_out"]) == (4, 1)
     assert leank(*asked)[0] == 2
     code, _, err = leank("mask", "prompts", repo / "benchmarks/recall/model", "--out", "x.jsonl")
     assert code == 2

@@ -451,6 +451,9 @@ def test_the_picture_has_what_engines_have_and_caches_of_others(tmp_path):
 def test_the_picture_of_learning_has_both_starts(tmp_path):
     results = load("learn_qwen_1.5b")
     draw_losses(results, tmp_path / "learning.svg")
-    assert (tmp_path / "learning.svg").stat().st_size > 10_000
+    assert (size := (tmp_path / "learning.svg").stat().st_size) > 10_000
+    checked = [row | {"held_out": [[0, 75, 150], [0.09, 0.08, 0.07]]} for row in results["masks"]]
+    draw_losses(results | {"masks": checked}, tmp_path / "checked.svg")
+    assert (tmp_path / "checked.svg").stat().st_size > size
     with pytest.raises(UserError, match="no second stage from learned"):
         draw_losses(results | {"masks": results["masks"][:4]}, tmp_path / "learning.svg")

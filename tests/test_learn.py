@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from byte_tokenizer import byte_tokenizer
 from vllm_leank import cli
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
+from vllm_leank.learn.checks import served_loss
 from vllm_leank.learn.data import Data, Shuffled
 from vllm_leank.learn.distillation import Distiller
 from vllm_leank.learn.run import learn
@@ -29,7 +31,7 @@ WINDOW = Window(32, 32)
 RECIPE = Recipe(steps=20, lr=0.05, reg=0.01)
 
 
-def make_samples(count=6, prompt=160, answer=8):
+def make_samples(count=12, prompt=160, answer=8):
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 512, (count, prompt + answer)).tolist()
     return [Sample(row[:prompt], row[prompt:]) for row in ids]
@@ -89,7 +91,7 @@ def test_equal_factors_are_ranked_by_their_gradients():
 
 
 def test_learned_channels_cost_less_than_random_ones(distiller):
-    samples = make_samples()
+    samples = make_samples(6)
     first = Progress.start(torch.ones(2, 2, 64))
     recipe = Recipe(steps=60, lr=0.05, reg=0.3)
     run_stage(recipe.first(), first, distiller, Shuffled(samples, seed=0))
@@ -219,6 +221,7 @@ def test_two_processes_average_their_gradients(tiny_llama_dir, jsonl, tmp_path):
     assert load_mask(tmp_path / "m").provenance["samples_per_step"] == 2
     with safetensors.safe_open(tmp_path / "m.state", "pt") as file:
         found = file.get_tensor("first.factors"), file.get_tensor("first.losses")
+        checked = file.get_tensor("checks.losses")
 
     class Both(Distiller):
         def loss(self, samples, factors, blind=None):
@@ -230,13 +233,18 @@ def test_two_processes_average_their_gradients(tiny_llama_dir, jsonl, tmp_path):
 
     from transformers import AutoModelForCausalLM
 
-    source = Shuffled(make_samples(), seed=0)
+    source, held_out, _ = Data(jsonl).open(request_for(tiny_llama_dir).checkpoint, WINDOW, seed=0)
     progress = Progress.start(torch.ones(2, 2, 64))
     both = Both(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), WINDOW)
     pairs = lambda number: (source(2 * number), source(2 * number + 1))  # noqa: E731
     run_stage(Recipe(4, 0.05, 0.01).first(), progress, both, pairs)
     torch.testing.assert_close(found[0], progress.factors, atol=1e-4, rtol=0)
     torch.testing.assert_close(found[1], torch.tensor(progress.losses).double(), atol=1e-5, rtol=0)
+    # Held-out samples are shared out, two to the one and one to the other.
+    assert len(held_out) == 3
+    alone = Distiller(both.model, WINDOW)
+    keep = Selection(0.5, 16).keep(Progress.start(found[0]).scores())
+    assert served_loss(alone, keep, held_out) == pytest.approx(checked[0].item(), rel=1e-3)
 
 
 @pytest.fixture
@@ -277,12 +285,17 @@ def test_the_command_writes_mask_state_and_picture(leank, tiny_llama_dir, jsonl,
     assert "50.00% of K pruned (50.00% asked)" in stdout
     assert "stage 1: step 4 of 4, loss" in stderr
     assert "stage 2: step 1 of 1, loss" in stderr
+    said = " ".join(stderr.split())
+    assert "stage 2: 1 steps and 1 more checks of 3 held-out samples: about " in said
+    assert re.search("stage 2: before learning, loss on held-out samples [0-9.e-]+ ", said)
+    assert stdout.splitlines()[1].startswith(("kept the mask after step 1: ", "learning did not "))
     mask = load_mask(out)
     assert mask.k_kept == 0.5
     assert (mask.sink, mask.recent, mask.align) == (32, 32, 16)
     provenance = mask.provenance
     assert provenance["method"] == "learn"
-    assert (provenance["data"], provenance["samples"]) == ("samples.jsonl", 6)
+    assert (provenance["data"], provenance["samples"]) == ("samples.jsonl", 9)
+    assert (provenance["held_out"], provenance["last_step"]) == (3, 1)
     assert (provenance["steps"], provenance["lr"], provenance["reg"]) == (4, 0.05, 0.01)
     assert provenance["second_stage_loss"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -302,6 +315,7 @@ def test_the_command_writes_mask_state_and_picture(leank, tiny_llama_dir, jsonl,
         ("lr", "0", "above 0"),
         ("reg", "-1", "0 or more"),
         ("chunk", "0", "at least 1"),
+        ("patience", "0", "patience is 0; it must be at least 1 check"),
         ("dtype", "int8", "float32, bfloat16"),
         ("device", "warp", "cannot be used"),
         ("model", "/no/such/model", "no such directory"),

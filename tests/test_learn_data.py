@@ -135,7 +135,10 @@ def test_text_files_must_have_text(tmp_path):
     def open_text(path):
         return Data(text=path, generated=True).open(Checkpoint(), WINDOW, 0)
 
-    assert open_text(write(tmp_path / "a.txt", "Some prose."))[1]["text"] == "a.txt"
+    source, held_out, told = open_text(write(tmp_path / "a.txt", "Some prose."))
+    assert told["text"] == "a.txt"
+    assert len(held_out) == told["held_out"] == 8
+    assert source(0) not in held_out
     with pytest.raises(UserError, match="has no text"):
         open_text(write(tmp_path / "b.txt", "   "))
     with pytest.raises(UserError, match="No such file"):

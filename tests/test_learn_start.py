@@ -95,7 +95,10 @@ def test_an_interrupted_run_goes_on_without_calibrating_again(
         run(tiny_llama_dir, jsonl, state)
     monkeypatch.setattr("vllm_leank.learn.run.by_fisher", lambda *_: pytest.fail("calibrates"))
     resumed = run(tiny_llama_dir, jsonl, state)
-    assert seen == list(range(24))
+    assert seen == list(range(resumed.checks.steps[-1]))
+    assert resumed.checks.steps == learned.checks.steps
+    np.testing.assert_allclose(resumed.checks.losses, learned.checks.losses, rtol=1e-5)
+    assert resumed.outcome == learned.outcome
     np.testing.assert_allclose(resumed.factors, learned.factors, atol=1e-5)
     assert np.array_equal(resumed.mask.keep, learned.mask.keep)
     assert resumed.mask.statistics.same_as(learned.mask.statistics)
@@ -160,6 +163,7 @@ def test_the_second_stage_lowers_the_loss(tiny_llama_dir, jsonl, samples, calibr
     save_mask(bad, start)
     recipe = Refinement(steps=40, lr=0.02)
     learned = run(tiny_llama_dir, jsonl, tmp_path / "s", start=start, recipe=recipe)
+    assert learned.outcome.startswith("kept the mask after step ")
     means = torch.tensor(calibrated.statistics.k_mean, dtype=torch.float32)
     model = request_for(tiny_llama_dir).checkpoint.load("auto", "cpu")
     distiller = Distiller(model, WINDOW, means=means)

@@ -2,8 +2,9 @@
 
     PYTHONPATH=benchmarks python -m real.learn_picture learn_study.json --out learning.png
 
-A panel for each start. Samples differ, so a curve is the mean of the last 20 steps; a point at its
-end is the loss on held-out samples with the mask as served, a dashed line that of the start's mask.
+A panel for each start. Samples differ, so a curve is the mean of the last 20 steps. Points are the
+loss on held-out samples with the mask as served: at a curve's end, and on the way where it was
+measured. A dashed line is that of the start's mask.
 """
 
 import argparse
@@ -44,6 +45,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 range(1, len(losses) + 1), smoothed(losses), color=color, label=f"rate {rate}"
             )
             axes.plot(len(losses) + 3, row["loss"], "o", color=color, clip_on=False)
+            if "held_out" in row:  # earlier results have the end alone
+                axes.plot(*row["held_out"], "o:", color=color, markersize=3, linewidth=0.8)
         level = masks[start]["loss"]
         axes.axhline(level, color="grey", linestyle="--", linewidth=0.8, label="start, held out")
         axes.set(title=title, xlabel="step of stage 2", yscale="log")

@@ -6,7 +6,9 @@ r"""What the second stage of `leank mask learn` makes of a mask on a real model,
 Starts are the ranks of channels by what it costs not to have them (`fisher`), and the factors of a
 first stage (`learned`). From each, second stages are run at several rates. What is told of each
 mask is the loss on held-out samples with far keys as the mask would have them served, before and
-after, and the losses of training. Masks are written for `leank verify` and `real.kl`.
+after, and the losses of training; of second stages also held-out losses after as many steps as
+`leank mask learn` checks its masks. Masks are the last ones, and not the best, as it is learning
+that is studied. They are written for `leank verify` and `real.kl`.
 
 With `--pruned zeros` channels that are pruned are 0, as `leank mask learn` has them; with `means`
 they are their means, and the start is the mask that `leank mask calibrate --ratio` makes. Samples
@@ -30,6 +32,7 @@ from rich.console import Console
 from vllm_leank.bench.results import header, save_results
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
+from vllm_leank.learn.checks import Checks, served_loss
 from vllm_leank.learn.data import POOL, Data, Shuffled, Source
 from vllm_leank.learn.distillation import Distiller
 from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, run_stage
@@ -72,13 +75,8 @@ class Study:
     def judge(self, name: str, scores: Scores, **detail: Any) -> None:
         """Tell of the mask of these scores `[L, H, D]`, and write it."""
         mask = self.request.mask(scores, {"method": "learn", "study": name}, self.means)
-        keep = torch.tensor(mask.keep, device=self.device)
-        with torch.no_grad():
-            losses = [
-                float(self.distiller.loss(sample, keep.float(), ~keep.any(-1)))
-                for sample in self.held_out
-            ]
-        row = {"name": name, "loss": round(float(np.mean(losses)), 6), **detail}
+        loss = served_loss(self.distiller, mask.keep, self.held_out)
+        row = {"name": name, "loss": round(loss, 6), **detail}
         self.results["masks"].append(row)
         CONSOLE.print(f"{name}: held-out loss {row['loss']:.4f} as served")
         if self.args.masks:
@@ -86,18 +84,27 @@ class Study:
             file = self.args.masks / f"{name.replace(' ', '_')}.yaml"
             save_mask(mask, file, overwrite=True)
 
-    def train(self, name: str, stage: Stage, factors: torch.Tensor) -> Progress:
-        """Run a stage from these factors `[L, H, D]`."""
-        progress = Progress.start(factors)
+    def train(self, name: str, stage: Stage, factors: torch.Tensor) -> tuple[Progress, Checks]:
+        """Run a stage from these factors `[L, H, D]`; one that selects channels is checked, too."""
+        progress, checks = Progress.start(factors), Checks()
         begin = time.monotonic()
 
+        def check() -> None:
+            if stage.selection is not None and stage.is_checked(progress.step):
+                scores = progress.scores()
+                keep = stage.selection.keep(scores)
+                loss = served_loss(self.distiller, keep, self.held_out)
+                checks.add(progress.step, loss, scores)
+
         def on_step() -> None:
+            check()
             if progress.step % 10 == 0:
                 last, seconds = np.mean(progress.losses[-10:]), time.monotonic() - begin
                 CONSOLE.print(f"{name}: step {progress.step}, loss {last:.4f}, {seconds:.0f} s")
 
+        check()
         run_stage(stage, progress, self.distiller, self.source, on_step=on_step)
-        return progress
+        return progress, checks
 
     def run(self, cost: Scores, write: Callable[[], None]) -> None:
         """Everything, from the cost `[L, H, D]` of channels that are pruned."""
@@ -105,7 +112,7 @@ class Study:
         write()
         self._second("fisher", ranks(cost).to(self.device), write)
         ones = torch.ones(cost.shape, device=self.device)
-        first = self.train("first stage", Recipe(steps=self.args.steps).first(), ones)
+        first, _ = self.train("first stage", Recipe(steps=self.args.steps).first(), ones)
         self.judge("learned", first.scores(), losses=_rounded(first.losses))
         write()
         self._second("learned", first.factors.detach(), write)
@@ -116,8 +123,9 @@ class Study:
         for rate in self.args.rates:
             name = f"{start} second {rate:g}"
             stage = Stage(self.args.second, rate, 0.0, selection, self.args.steps)
-            progress = self.train(name, stage, factors)
-            self.judge(name, progress.scores(), losses=_rounded(progress.losses))
+            progress, checks = self.train(name, stage, factors)
+            held_out = [checks.steps, _rounded(checks.losses)]
+            self.judge(name, progress.scores(), losses=_rounded(progress.losses), held_out=held_out)
             write()
 
 
@@ -161,7 +169,7 @@ def samples(
     """Samples to train on, and others to judge by."""
     lengths = {"min_tokens": args.min_tokens, "max_tokens": args.max_tokens}
     if args.samples == "generated":
-        source, _ = Data(**lengths, generated=True).open(checkpoint, window, args.seed)
+        source, _, _ = Data(**lengths, generated=True).open(checkpoint, window, args.seed)
         return source, [source(HELD_OUT + i) for i in range(args.held_out)]
     named = builtin_prompts(checkpoint, POOL, **lengths, seed=args.seed)
     others = builtin_prompts(checkpoint, args.held_out, **lengths, seed=args.seed, held_out=True)

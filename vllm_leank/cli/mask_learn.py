@@ -74,6 +74,13 @@ def learn(
             help="With --from nothing: weight of the mean factor in stage 1.", show_default="0.06"
         ),
     ] = None,
+    patience: Annotated[
+        int,
+        typer.Option(
+            help="Stop when so many checks in a row find no better mask on held-out samples; there "
+            "are six."
+        ),
+    ] = 3,
     min_tokens: Annotated[int, typer.Option(help="Shortest built-in or generated sample.")] = 4096,
     max_tokens: Annotated[
         int | None,
@@ -108,6 +115,8 @@ def learn(
     overwrite: Annotated[bool, typer.Option(help="Replace existing files.")] = False,
 ) -> None:
     """Learn which K channels to keep: from a mask that is calibrated first, by distillation.
+
+    A few samples are held out to judge masks by; what is written is the best, be it the first.
 
     Start it with `accelerate launch` or `torchrun` to use more GPUs, one sample on each per step.
     """
@@ -147,15 +156,18 @@ def learn(
         chunk=chunk,
         dtype=dtype,
         device=device,
+        patience=patience,
     )
     if learned is None:
         return
     save_mask(learned.mask, out, overwrite=overwrite)
     report_mask(out, learned.mask, ratio)
+    print(learned.outcome)
     if picture is not None:
         from vllm_leank.mask.pictures import draw_learning
 
-        draw_learning(picture, learned.factors, learned.mask.keep, learned.losses)
+        held_out = learned.checks.steps, learned.checks.losses
+        draw_learning(picture, learned.factors, learned.mask.keep, learned.losses, held_out)
         print(f"{picture}: factors and losses")
 
 

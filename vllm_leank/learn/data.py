@@ -28,6 +28,12 @@ Source = Callable[[int], Sample]
 POOL = 192
 """Built-in samples, gone through again and again."""
 
+HELD_OUT = 8
+"""Samples that no step learns from, at most: masks are judged on them."""
+
+NOT_REACHED = 1 << 40
+"""Number of the first generated sample that is held out: no run has as many steps."""
+
 MAX_TEXT = 64 << 20
 """Bytes of a file of prose."""
 
@@ -63,11 +69,12 @@ class Data:
 
     def open(
         self, checkpoint: Checkpoint, window: Window, seed: int
-    ) -> tuple[Source, dict[str, Any]]:
-        """The source, and plain values that tell one from another.
+    ) -> tuple[Source, list[Sample], dict[str, Any]]:
+        """The source, other samples that are held out of it, and plain values that tell one source
+        from another.
 
         Raises:
-            UserError: a file cannot be used, or no sample would have far tokens.
+            UserError: a file cannot be used, or too few samples would have far tokens.
         """
         max_tokens = checkpoint.max_tokens(self.max_tokens)
         if self.file is not None:
@@ -83,13 +90,19 @@ class Data:
                 digest=digest,
             )
             far = with_far_tokens(samples, window)
-            return Shuffled(far, seed), {
-                "data": self.file.name,
-                "data_sha256": digest.hexdigest(),
-                "samples": len(far),
-                "too_short": len(samples) - len(far),
-                "max_tokens": max_tokens,
-            }
+            taught, held_out = without_held_out(far, seed)
+            return (
+                Shuffled(taught, seed),
+                held_out,
+                {
+                    "data": self.file.name,
+                    "data_sha256": digest.hexdigest(),
+                    "samples": len(taught),
+                    "held_out": len(held_out),
+                    "too_short": len(samples) - len(far),
+                    "max_tokens": max_tokens,
+                },
+            )
         if not least_tokens(window) <= self.min_tokens <= max_tokens:
             raise UserError(
                 f"--min-tokens is {self.min_tokens}; it must lie between {least_tokens(window)}, "
@@ -99,15 +112,22 @@ class Data:
         if not self.generated:
             if self.text is not None:
                 raise UserError("--text is for the generated samples of --from nothing")
+            count = POOL + HELD_OUT
             named = built_in_samples(
-                checkpoint, window, max_tokens, POOL, seed, min_tokens=self.min_tokens
+                checkpoint, window, max_tokens, count, seed, min_tokens=self.min_tokens
             )
-            return Shuffled([one for _, one in named], seed), {
-                "data": "built-in",
-                "samples": len(named),
-                "min_tokens": self.min_tokens,
-                "max_tokens": max_tokens,
-            }
+            all_samples = [one for _, one in named]  # kinds and lengths in turn
+            return (
+                Shuffled(all_samples[:POOL], seed),
+                all_samples[POOL:],
+                {
+                    "data": "built-in",
+                    "samples": POOL,
+                    "held_out": HELD_OUT,
+                    "min_tokens": self.min_tokens,
+                    "max_tokens": max_tokens,
+                },
+            )
         second: Task = multivalue
         text: dict[str, str] = {}
         if self.text is not None:
@@ -126,12 +146,18 @@ class Data:
                 check_known(checkpoint, source(number).prompt, MOST_OF_A_PROMPT)
             except UserError as error:
                 raise UserError(f"generated samples: {error}; give others by --data") from error
-        return source, {
-            "data": "generated: dense retrieval and multi-value in turn",
-            **text,
-            "min_tokens": self.min_tokens,
-            "max_tokens": max_tokens,
-        }
+        held_out = [source(NOT_REACHED + i) for i in range(HELD_OUT)]
+        return (
+            source,
+            held_out,
+            {
+                "data": "generated: dense retrieval and multi-value in turn",
+                **text,
+                "held_out": HELD_OUT,
+                "min_tokens": self.min_tokens,
+                "max_tokens": max_tokens,
+            },
+        )
 
 
 def _essay(path: Path) -> tuple[list[str], dict[str, str]]:
@@ -143,6 +169,26 @@ def _essay(path: Path) -> tuple[list[str], dict[str, str]]:
     if not pieces:
         raise UserError(f"{path}: has no text")
     return pieces, {"text": path.name, "text_sha256": hashlib.sha256(data).hexdigest()}
+
+
+def without_held_out(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
+    """The samples to learn from, and those held out: a quarter of them by chance, and no more than
+    `HELD_OUT`.
+
+    Raises:
+        UserError: there is but one.
+    """
+    if len(samples) < 2:
+        raise UserError(
+            "only one sample has far tokens, and one is held out to judge masks by; give more"
+        )
+    count = min(HELD_OUT, max(1, len(samples) // 4))
+    order = np.random.default_rng([seed, len(samples)]).permutation(len(samples))
+    held_out = set(order[:count].tolist())
+    return (
+        [one for i, one in enumerate(samples) if i not in held_out],
+        [one for i, one in enumerate(samples) if i in held_out],
+    )
 
 
 def with_far_tokens(samples: Sequence[Sample], window: Window) -> list[Sample]:

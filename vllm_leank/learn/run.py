@@ -9,11 +9,13 @@ import numpy.typing as npt
 import torch
 
 from vllm_leank.errors import UserError
-from vllm_leank.learn.data import Data, Source
+from vllm_leank.learn.checks import PATIENCE, Checks
+from vllm_leank.learn.data import Data
 from vllm_leank.learn.display import Display
 from vllm_leank.learn.distillation import Distiller
-from vllm_leank.learn.signals import Stop, stop_on_signals
-from vllm_leank.learn.stages import Progress, Recipe, Refinement, Selection, Stage, run_stage
+from vllm_leank.learn.signals import stop_on_signals
+from vllm_leank.learn.stage_runner import StageRunner
+from vllm_leank.learn.stages import Progress, Recipe, Refinement, Selection
 from vllm_leank.learn.start import by_fisher, by_mask, fitting_mask
 from vllm_leank.learn.state import State
 from vllm_leank.learn.workers import Workers
@@ -27,11 +29,15 @@ FISHER, NOTHING = "fisher", "nothing"
 
 @dataclass(frozen=True)
 class Learned:
-    """A mask, the factors `[L, H, D]` it was made from, and the losses of both stages' steps."""
+    """A mask, the factors `[L, H, D]` it was made from, the losses of both stages' steps, how masks
+    of stage 2 were judged, and a sentence on what came of it.
+    """
 
     mask: Mask
     factors: npt.NDArray[np.float64]
     losses: tuple[list[float], list[float]]
+    checks: Checks
+    outcome: str
 
 
 def learn(
@@ -46,9 +52,14 @@ def learn(
     dtype: str = "auto",
     device: str | None = None,
     save_steps: int = 25,
+    patience: int = PATIENCE,
 ) -> Learned | None:
     """Learn the mask that is asked for: by a `Refinement` of the mask in the file `start`, or of
     one that is calibrated first (None), or by LeanK's `Recipe` from nothing.
+
+    The mask is the best of those that stage 2 was seen to have, the one that it starts from
+    included, by their losses on held-out samples (`Checks`). It ends where `patience` checks in a
+    row find none better.
 
     `state_path` is written every `save_steps` steps and at the end; where it exists, the run goes
     on from it. Prompts are computed `chunk` tokens at a time. With several processes (`Workers`)
@@ -62,9 +73,11 @@ def learn(
     recipe = recipe or Refinement()
     if chunk < 1:
         raise UserError(f"chunk is {chunk}; it must be at least 1 token")
+    if patience < 1:
+        raise UserError(f"patience is {patience}; it must be at least 1 check")
     checkpoint = request.checkpoint
     given = None if start is None else fitting_mask(start, request)
-    source, description = data.open(checkpoint, request.window, seed)
+    source, held_out, description = data.open(checkpoint, request.window, seed)
     device = usable_device(device)
     if device == ALL_GPUS:
         raise UserError(f"device is {device}; learning takes one GPU for each process")
@@ -102,12 +115,14 @@ def learn(
         selection = Selection(request.ratio, request.align)
         distiller = Distiller(model, request.window, chunk, means)
         with stop_on_signals() as stop, Display(workers.is_first) as display:
-            run = _Run(distiller, source, state, state_path, save_steps, workers, stop, display)
+            runner = StageRunner(
+                distiller, source, held_out, state, state_path, save_steps, workers, stop, display
+            )
             if isinstance(recipe, Recipe):
-                run.stage("stage 1", recipe.first(), state.first)
+                runner.stage("stage 1", recipe.first(), state.first)
                 display.note(_advice(state.first, request.ratio))
             state.second = state.second or Progress.start(state.first.factors)
-            run.stage("stage 2", recipe.second(selection, workers.count), state.second)
+            runner.judged_stage(recipe.second(selection, workers.count), state.second, patience)
         if not workers.is_first:
             return None
     finally:
@@ -119,10 +134,13 @@ def learn(
     if state.first.step:
         provenance["first_stage_loss"] = _last_loss(state.first)
     provenance["second_stage_loss"] = _last_loss(state.second)
-    scores = state.second.scores()
+    checks, scores = state.checks, state.checks.best
+    assert scores is not None
+    provenance |= checks.told()
     losses = (state.first.losses, state.second.losses)
     mask = request.mask(scores, provenance, state.statistics)
-    return Learned(mask, scores.clip(0, 1), losses)
+    outcome = checks.outcome(_start_called(settings["start"]))
+    return Learned(mask, scores.clip(0, 1), losses, checks, outcome)
 
 
 def _start_settings(recipe: Recipe | Refinement, given: Mask | None) -> dict[str, str]:
@@ -131,6 +149,11 @@ def _start_settings(recipe: Recipe | Refinement, given: Mask | None) -> dict[str
         assert given.path is not None
         return {"start": given.path.name, "start_sha256": given.sha256}
     return {"start": NOTHING if isinstance(recipe, Recipe) else FISHER}
+
+
+def _start_called(start: str) -> str:
+    """What the mask is called that stage 2 starts from."""
+    return {FISHER: "the calibrated one", NOTHING: "that of stage 1"}.get(start, f"that of {start}")
 
 
 def _advice(first: Progress, ratio: float) -> str | None:
@@ -149,48 +172,3 @@ def _last_loss(progress: Progress) -> float:
     """Mean over the last tenth of the steps."""
     last = progress.losses[-max(1, progress.step // 10) :]
     return round(sum(last) / len(last), 6)
-
-
-@dataclass
-class _Run:
-    """What both stages are run with."""
-
-    distiller: Distiller
-    source: Source
-    state: State
-    path: Path
-    save_steps: int
-    workers: Workers
-    stop: Stop
-    display: Display
-
-    def stage(self, name: str, stage: Stage, progress: Progress) -> None:
-        """Run what is left of a stage."""
-        self.display.begin(name, stage.steps, progress)
-
-        def on_step() -> None:
-            self.display.step(progress)
-            stopped = self.workers.any(self.stop.asked, progress.factors.device)
-            due = progress.step == stage.steps or progress.step % self.save_steps == 0
-            if self.workers.is_first and (stopped or due):
-                self.state.save(self.path)
-            if stopped:
-                raise UserError(
-                    f"interrupted after step {progress.step} of {stage.steps} of {name}; "
-                    f"the same command goes on from {self.path}"
-                )
-
-        try:
-            run_stage(
-                stage,
-                progress,
-                self.distiller,
-                self.source,
-                workers=self.workers,
-                on_step=on_step,
-            )
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"not enough GPU memory in {name}, step {progress.step + 1}; give a smaller "
-                f"--chunk or --max-tokens ({error})"
-            ) from error

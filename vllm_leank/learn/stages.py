@@ -16,6 +16,7 @@ Where LeanK takes the quantile `ratio` as its threshold and rounding then moves 
 kept, `select_channels` takes the threshold that meets `ratio` after rounding.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -31,6 +32,9 @@ from vllm_leank.mask.select_channels import select_channels
 
 HINT = 1e-6
 """Weight of gradients in the scores of channels: far below a step of AdamW."""
+
+CHECKS = 6
+"""How often a stage's mask is judged after its steps, at most: each costs as much as some steps."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,17 @@ class Stage:
         fifth = max(1.0, self.steps / 5)
         up, down = (step + 1) / fifth, (self.steps - step) / fifth
         return self.lr * min(1.0, max(0.1, up), max(0.1, down))
+
+    @property
+    def checked_steps(self) -> range:
+        """After how many steps the mask is judged, but for the last ones, after which it is, too:
+        equally far apart, the first time before any.
+        """
+        return range(0, self.steps, math.ceil(self.steps / CHECKS))
+
+    def is_checked(self, step: int) -> bool:
+        """Whether the mask is judged after so many steps."""
+        return step == self.steps or step in self.checked_steps
 
 
 @dataclass(frozen=True)
@@ -164,9 +179,10 @@ def run_stage(
     source: Source,
     *,
     workers: Workers | None = None,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[], object] = lambda: None,
 ) -> None:
-    """Take `progress` to the stage's last step; `on_step` is called after each.
+    """Take `progress` to the stage's last step; `on_step` is called after each, and ends the stage
+    when it says something true.
 
     Raises:
         UserError: a loss is not finite, or the model or a sample cannot be used.
@@ -200,7 +216,8 @@ def run_stage(
             factors.clamp_(0, 1)
         progress.losses.append(distance)
         progress.means.append(float(factors.detach().mean()))
-        on_step()
+        if on_step():
+            break
     factors.requires_grad_(False)
 
 

@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_leank.core.atomic import write_atomically
 from vllm_leank.errors import UserError
+from vllm_leank.learn.checks import Checks
 from vllm_leank.learn.stages import Progress
 from vllm_leank.mask.statistics import STATISTICS, Statistics
 
-FORMAT = "leank-learn/1"
+FORMAT = "leank-learn/2"
 
 Settings = dict[str, Any]
 
@@ -26,13 +27,14 @@ class State:
 
     Stage 1 does not depend on the ratio, so a run with another ratio goes on from its end. Of runs
     without a stage 1 `first` has the factors that they start from and no steps; `statistics` and
-    `told` are the start's.
+    `told` are the start's. `checks` are stage 2's.
     """
 
     first_settings: Settings
     second_settings: Settings
     first: Progress
     second: Progress | None = None
+    checks: Checks = field(default_factory=Checks)
     statistics: Statistics | None = None
     told: Settings = field(default_factory=dict)
 
@@ -50,6 +52,12 @@ class State:
         tensors = _tensors("first", self.first)
         if self.second is not None:
             tensors |= _tensors("second", self.second)
+        if self.checks.best is not None:
+            tensors |= {
+                "checks.steps": torch.tensor(self.checks.steps),
+                "checks.losses": torch.tensor(self.checks.losses, dtype=torch.float64),
+                "checks.best": torch.from_numpy(self.checks.best),
+            }
         if self.statistics is not None:
             for name in STATISTICS:
                 tensors[f"start.{name}"] = torch.tensor(getattr(self.statistics, name))
@@ -85,14 +93,15 @@ class State:
                     f"{path}: is of a run with {name} {found}, not {value}; remove it to start "
                     "anew, or name another file with --state"
                 )
-        second = None
+        second, checks = None, Checks()
         if "second.factors" in tensors and settings["second"] == second_settings:
-            second = _progress("second", tensors)
+            second, checks = _progress("second", tensors), _checks(tensors)
         return cls(
             first_settings,
             second_settings,
             _progress("first", tensors),
             second,
+            checks,
             _statistics(tensors),
             settings.get("start", {}),
         )
@@ -117,6 +126,11 @@ def _progress(stage: str, tensors: dict[str, torch.Tensor]) -> Progress:
         get("losses").tolist(),
         get("means").tolist(),
     )
+
+
+def _checks(tensors: dict[str, torch.Tensor]) -> Checks:
+    steps, losses, best = (tensors[f"checks.{name}"].cpu() for name in ("steps", "losses", "best"))
+    return Checks(steps.tolist(), losses.tolist(), best.numpy())
 
 
 def _statistics(tensors: dict[str, torch.Tensor]) -> Statistics | None:

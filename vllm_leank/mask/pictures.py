@@ -48,9 +48,11 @@ def draw_learning(
     factors: npt.NDArray[np.float64],
     keep: npt.NDArray[np.bool_],
     losses: Sequence[Sequence[float]],
+    held_out: tuple[Sequence[int], Sequence[float]] = ((), ()),
 ) -> None:
     """Factors `[L, H, D]` with what `keep` chose, and the losses of the stages in their order, of
-    which some may have no steps.
+    which some may have no steps. `held_out` are numbers of steps of the last stage, and the losses
+    after these on samples that are not learned from.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -67,14 +69,16 @@ def draw_learning(
         axes.set(title=title)
         label_layers(axes, L, H)
     figure.colorbar(shown, ax=middle)
-    begin = 0
+    begin = last = 0
     for number, stage in enumerate(losses, start=1):
         if not stage:
             continue
         steps = np.arange(begin, begin + len(stage))
         right.plot(steps, stage, linewidth=0.3, color=f"C{number - 1}")
         right.plot(steps, smoothed(stage), color=f"C{number - 1}", label=f"stage {number}")
-        begin += len(stage)
+        last, begin = begin, begin + len(stage)
+    if held_out[0]:
+        right.plot(last + np.array(held_out[0]), held_out[1], "ko-", markersize=3, label="held out")
     right.set(title="distillation loss", xlabel="step")
     right.set_yscale("symlog", linthresh=1e-4)
     right.legend()
