@@ -44,8 +44,8 @@ def lead_query(p_q, m_q, p_order, p_factor, VARIANT: tl.constexpr):
 
 @triton.jit
 def lead_scores(query, p_head, slot, VARIANT: tl.constexpr, ASM: tl.constexpr):
-    """Products `[M, N]` of queries with the lead of tokens in `slot` `[M]` of pages in which the
-    head begins at `p_head` `[M]`, less what all tokens have in common.
+    """Products `[M, N]` of queries with the lead of tokens in `slot` `[M]` of a page in which the
+    head begins at `p_head`, less what all tokens have in common.
     """
     LEAD: tl.constexpr = lead_field(VARIANT)
     W: tl.constexpr = row_bytes(VARIANT, LEAD)

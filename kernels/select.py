@@ -14,11 +14,8 @@ from vllm_leank.kernels.shares import selected
 
 from vllm_leank.core.selection import SEGMENT, Selection
 
-AT_ONCE = 4
-"""Segments that a program scores at once."""
-
-ROUNDS = 4
-"""How many times it does so."""
+SEGMENTS = 4
+"""Segments that a program scores, one after the other: few, so that many programs wait at once."""
 
 PARAMETERS = [
     "q_ptr", "scores_ptr", "selected_ptr", *BATCH_POINTERS,
@@ -46,16 +43,15 @@ def _score_kernel(
     stride_archive_page, stride_archive_table, stride_scores,
     VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    SELECTION: tl.constexpr, AT_ONCE: tl.constexpr, ROUNDS: tl.constexpr, TILES: tl.constexpr,
-    PDL: tl.constexpr,
+    SELECTION: tl.constexpr, SEGMENTS: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Scores of `ROUNDS * AT_ONCE` segments of a request and KV head, for each query head: the best
+    """Scores of `SEGMENTS` segments of a request and KV head, for each query head: the best
     product with a token's lead.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     i_req, head = tl.program_id(0), tl.program_id(1)
-    first = tl.program_id(2) * (ROUNDS * AT_ONCE)
+    first = tl.program_id(2) * SEGMENTS
     boundary, segments = _far_segments(seq_lens_ptr, exact_until_ptr, i_req, SINK, RECENT)
     if PDL:
         # By all programs: whoever waits for this launch then waits for those before it as well.
@@ -63,7 +59,8 @@ def _score_kernel(
     if (first < segments) & (segments > selected(segments, SELECTION)):
         p_head = heads_ptr + 5 * head
         variant = tl.load(p_head)
-        archive_ptr += tl.load(p_head + 2)
+        # Else rows are loaded byte by byte.
+        archive_ptr += tl.multiple_of(tl.load(p_head + 2), 16)
         p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table
         o_g = tl.arange(0, G_PAD)
         p_q = q_ptr + i_req.to(tl.int64) * stride_q_token + (head * G + o_g) * stride_q_head
@@ -72,19 +69,16 @@ def _score_kernel(
         for c in tl.static_range(len(VARIANTS)):
             if variant == VARIANTS[c]:
                 q = TILES.lead_query(p_q, o_g < G, p_order, p_factor, VARIANTS[c])
-                for i in tl.range(0, ROUNDS, num_stages=2):
-                    o_s = first + i * AT_ONCE + tl.arange(0, AT_ONCE)
-                    token = (SINK // 64 + first + i * AT_ONCE) * 64 + tl.arange(0, AT_ONCE * 64)
-                    seen = (token >= SINK) & (token < boundary)
-                    page = tl.load(p_table + token // BLOCK, mask=seen, other=0).to(tl.int64)
+                for segment in tl.range(first, min(first + SEGMENTS, segments), num_stages=2):
+                    begin = (SINK // 64 + segment) * 64
+                    page = tl.load(p_table + begin // BLOCK).to(tl.int64)
                     p_page = archive_ptr + page * stride_archive_page
-                    s = TILES.lead_scores(q, p_page, token % BLOCK, VARIANTS[c], TILES.ASM)
+                    slot, token = begin % BLOCK + tl.arange(0, 64), begin + tl.arange(0, 64)
+                    s = TILES.lead_scores(q, p_page, slot, VARIANTS[c], TILES.ASM)
+                    seen = (token >= SINK) & (token < boundary)
                     s = tl.where(seen[:, None], s, float("-inf"))
-                    tl.store(
-                        p_scores + o_g[None, :] * stride_scores + o_s[:, None],
-                        tl.max(tl.reshape(s, (AT_ONCE, 64, G_PAD)), 1),
-                        mask=(o_g[None, :] < G) & (o_s[:, None] < segments),
-                    )  # fmt: skip
+                    p_best = p_scores + o_g * stride_scores + segment
+                    tl.store(p_best, tl.max(s, 0), mask=o_g < G)
 
 
 @triton.jit(
@@ -175,7 +169,7 @@ def select(query: torch.Tensor, cache: LayerCache, batch: Batch) -> torch.Tensor
     )  # fmt: skip
     lengths = batch.archive_table, batch.seq_lens, batch.exact_until
     programs = num_reqs, len(cache.heads)
-    launches[0]((*programs, triton.cdiv(most, AT_ONCE * ROUNDS)), query, scores, *lengths)
+    launches[0]((*programs, triton.cdiv(most, SEGMENTS)), query, scores, *lengths)
     launches[1]((*programs, 1), scores, found, *lengths)
     return found
 
@@ -231,10 +225,9 @@ def _launches(
         VARIANTS=tables.variants,
         G_PAD=max(triton.next_power_of_2(group), 8),
         D=head_dim,
-        AT_ONCE=AT_ONCE,
-        ROUNDS=ROUNDS,
+        SEGMENTS=SEGMENTS,
         TILES=cache.codec.tiles,
-        num_warps=4,
+        num_warps=1,
     )
     pick = Launch(
         _pick_kernel,

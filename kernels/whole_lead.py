@@ -21,5 +21,5 @@ def lead_query(p_q, m_q, p_order, p_factor, KEPT: tl.constexpr):
 def lead_scores(query, p_head, slot, KEPT: tl.constexpr, ASM: tl.constexpr):
     """See `packed_lead.lead_scores`."""
     W: tl.constexpr = widest(KEPT)
-    k = tl.load(p_head[:, None] + slot[:, None] * W + tl.arange(0, W)[None, :])
+    k = tl.load(p_head + slot[:, None] * W + tl.arange(0, W)[None, :])
     return tl.dot(k.to(query.dtype), query)

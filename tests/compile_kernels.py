@@ -201,7 +201,8 @@ def compile_selecting(capability: int, head_dim: int, archive_format: ArchiveFor
     """Compile a step whose queries select what they read."""
     tell = partial(tell_of, f"{capability}-{head_dim}-{archive_format.name}+pages")
     builder = CacheBuilder(
-        MIXED[head_dim], head_dim, 4, Window(64, 256), 128, torch.bfloat16, archive_format,
+        MIXED[head_dim] if archive_format == PACKED else KEPT[head_dim],
+        head_dim, 4, Window(64, 256), 128, torch.bfloat16, archive_format,
         selection=Selection(share=1 << 13, least=4),
     )  # fmt: skip
     request = builder.add(1000, 1001)

@@ -23,7 +23,13 @@ Of others nothing may spill."""
 COMPILED = ("80-128-auto", "90-128-packed")
 OTHERS = (
     *("100-64-packed", "120-256-auto", "80-128-packed", "90-128-auto", "100-64-auto"),
-    *("120-256-packed", "80-128-packed+pages", "90-128-packed+pages", "100-64-packed+pages"),
+    *(
+        "120-256-packed",
+        "80-128-packed+pages",
+        "80-128-auto+pages",
+        "90-128-packed+pages",
+        "100-64-packed+pages",
+    ),
     "120-256-packed+pages",
 )
 """Compute capabilities, head sizes and archive formats: some, and the others. Up to a
@@ -31,11 +37,14 @@ minute of work each, so none is compiled where it would come out as elsewhere: 8
 in the memory that there is alone, which what was compiled for 8.0 must fit as well."""
 
 ATTENTION = {"_decode_kernel", "combine_kernel", "_extend_kernel"}
+SELECTING = {
+    "_update_kernel", "_score_kernel", "_pick_kernel", "_decode_kernel", "combine_kernel"
+}  # fmt: skip
 KERNELS = {
     "auto": ATTENTION,
     "packed": ATTENTION | {"_merge_kernel", "_unpack_kernel"},
-    "packed+pages": {"_update_kernel", "_score_kernel", "_pick_kernel"}
-    | ATTENTION - {"_extend_kernel"},
+    "packed+pages": SELECTING,
+    "auto+pages": SELECTING,
 }
 """What is launched for an archive: codes are unpacked, and tokens selected."""
 

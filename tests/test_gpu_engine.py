@@ -23,7 +23,7 @@ from mask_samples import coded_mask, random_mask
 from oracle import Oracle
 from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
-from speculation import DRAFT, NGRAM, prompts, watch
+from speculation import DRAFT, LENGTHS, NGRAM, prompts, watch
 
 from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.lookup import find_masks
@@ -115,7 +115,7 @@ def test_speculation_changes_no_answer(runner, drafts, prefill):
             **ON_GPU,
         ) as running:  # fmt: skip
             seen = watch(running)
-            answers.append(running.generate(prompts(), 200))
+            answers.append(running.generate(prompts(LENGTHS), 200))
     assert_same_up_to_ties(*answers)
     # vLLM's drafter on GPUs is right more often than the one on CPU.
     assert seen["accepted"] > 100
