@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from triton.language.core import pointer_type
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
@@ -17,7 +18,7 @@ from triton.runtime import interpreter
 def install() -> None:
     """Do each once."""
     _patch_once_a_launch()
-    interpreter._get_np_dtype = cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = _numpy_types(interpreter._get_np_dtype)
     TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
 
 
@@ -41,6 +42,16 @@ def _patch_once_a_launch() -> None:
         return scopes[own]
 
     interpreter._patch_lang = patch_once
+
+
+def _numpy_types(of: Callable[[Any], np.dtype]) -> Callable[[Any], np.dtype]:
+    of_number = cache(of)
+
+    def of_any(kind: Any) -> np.dtype:
+        scalar = kind.scalar
+        return of(scalar) if isinstance(scalar, pointer_type) else of_number(scalar)
+
+    return of_any
 
 
 _OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
