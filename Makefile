@@ -55,8 +55,10 @@ clean:
 	rm -rf .venv build dist *.egg-info .ci/vllm-metadata/build .ci/vllm-metadata/*.egg-info \
 	    .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# Two stamps: a change of our own metadata must not install vLLM again.
+# Two stamps: a change of our own metadata must not install vLLM again. Beside the second, and what
+# comes after it, Python compiles vLLM: else both processes of the tests do, for ten seconds each.
 .venv/project.stamp: .venv/vllm.stamp setup.py vllm_leank/version.py
+	@$(BIN)/python -c 'from vllm import LLM' >/dev/null 2>&1 &
 	$(PIP_BUILD) --editable '.[test]'
 	@touch $@
 

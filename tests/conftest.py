@@ -21,6 +21,9 @@ import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:
+    # An engine that runs eagerly has a compiler for two functions of its sampler alone, which costs
+    # each process seven seconds.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # Before anything imports Triton: its kernels run in the interpreter then.
     os.environ["TRITON_INTERPRET"] = "1"
     import fast_interpreter

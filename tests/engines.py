@@ -27,7 +27,7 @@ from vllm_leank.core.window import Window
 from vllm_leank.mask.file import Mask, save_mask
 from vllm_leank.serving.settings import load_settings
 
-CACHE_BYTES = 1 << 28
+CACHE_BYTES = 1 << 27
 """Cache of an engine, unless a test asks for more: it is filled with zeros at every start."""
 
 

@@ -1,21 +1,24 @@
 """Triton's interpreter, without work that it does over and over: three quarters of a kernel's time.
 
 For each call of a device function it looks through all of triton.language to put its own functions
-in place, which they are already; and whether integers overflow it finds out by a dozen operations
-of its own.
+in place, which they are already; whether integers overflow it finds out by a dozen operations of
+its own; and of numpy's types it makes a table whenever it wants one.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
+from triton.language.core import pointer_type
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
 def install() -> None:
-    """Do both once."""
+    """Do each once."""
     _patch_once_a_launch()
+    interpreter._get_np_dtype = _numpy_types(interpreter._get_np_dtype)
     TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
 
 
@@ -39,6 +42,16 @@ def _patch_once_a_launch() -> None:
         return scopes[own]
 
     interpreter._patch_lang = patch_once
+
+
+def _numpy_types(of: Callable[[Any], np.dtype]) -> Callable[[Any], np.dtype]:
+    of_number = cache(of)
+
+    def of_any(kind: Any) -> np.dtype:
+        scalar = kind.scalar
+        return of(scalar) if isinstance(scalar, pointer_type) else of_number(scalar)
+
+    return of_any
 
 
 _OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}

@@ -132,6 +132,7 @@ def test_a_users_text_that_a_model_cannot_read(leank, home, repo, tmp_path):
         assert code == 2, words
         assert f"{data}, line 1: the tokenizer of {model} does not know its words" in err
     learn = ["mask", "learn", model, "--ratio", 0.7, "--out", out]
+    learn += ["--min-tokens", 1000, "--max-tokens", 2000]
     code, _, err = leank(*learn, "--from", "nothing")
     assert code == 2
     assert "generated samples: the tokenizer of" in err

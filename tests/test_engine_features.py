@@ -34,8 +34,8 @@ def assert_as_plain(answers, path, model=MODEL, **arguments):
 
 
 def generate(running, prompts=None, lora=None, **params):
-    """Greedy tokens."""
-    params = {"max_tokens": 80, "temperature": 0, "ignore_eos": True} | params
+    """Greedy tokens: 50 are at least one compaction."""
+    params = {"max_tokens": 50, "temperature": 0, "ignore_eos": True} | params
     prompts = prompts or [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     outputs = running.llm.generate(
         prompts, SamplingParams(**params), lora_request=lora, use_tqdm=False

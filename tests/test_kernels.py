@@ -79,10 +79,10 @@ def tma(request, monkeypatch):
     [
         ((32, 0), 64, 1, Window(0, 32), 32, (FP32, NATIVE)),
         (CODED[64][:2], 64, 1, Window(32, 64), 128, (CODED_FP16, PACKED)),
-        (CODED[256][1:2], 256, 1, Window(64, 100), 128, (CODED_FP16, PACKED)),
         *(
             pytest.param(*case, marks=pytest.mark.long)
             for case in (
+                (CODED[256][1:2], 256, 1, Window(64, 100), 128, (CODED_FP16, PACKED)),
                 ((96, 0, 64), 96, 3, Window(64, 100), 96, (FP16, NATIVE)),
                 ((112, 16), 128, 4, Window(32, 64), 64, (FP16, NATIVE)),
                 ((48, 128), 128, 7, Window(32, 64), 128, (FP16, NATIVE)),
@@ -222,7 +222,8 @@ def test_prompts_that_are_read_exactly(sinks):
 
 
 @pytest.mark.parametrize(
-    ("rows", "tile"), [pytest.param(16, 32, marks=pytest.mark.long), (64, 64), (128, 128)]
+    ("rows", "tile"),
+    [*(pytest.param(*one, marks=pytest.mark.long) for one in ((16, 32), (64, 64))), (128, 128)],
 )
 def test_a_prompt_is_read_the_same_in_programs_and_tiles_of_any_size(monkeypatch, rows, tile, tma):
     """Tiles that sink tokens share with others, and rows on both sides of a boundary."""

@@ -223,3 +223,11 @@ def test_kernels_know_neither_vllm_nor_the_plugin(repo: Path, tmp_path: Path) ->
     assert "vllm" not in top_level(loaded)
     rooms = {name.split(".")[1] for name in loaded if name.startswith("vllm_leank.")}
     assert rooms <= {"kernels", "core", "version", "errors"}
+
+
+def test_make_lets_python_keep_what_it_compiles(tmp_path):
+    """Else each process of the tests compiles all that it imports."""
+    asking = tmp_path / "Makefile"
+    asking.write_text(f"include {ROOT}/Makefile\nask:\n\t@echo [$$PYTHONDONTWRITEBYTECODE]\n")
+    line = ("env", "PYTHONDONTWRITEBYTECODE=1", "make", "--silent", "-f", asking, "ask")
+    assert run(*line, cwd=tmp_path).split() == ["[]"]

@@ -1,6 +1,7 @@
 """Several workers: heads or layers split among processes, equal tokens."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from mask_samples import coded_mask
 from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
 from test_engine_answers import assert_same
+from vllm.v1.executor import multiproc_executor
 
 from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.lookup import find_masks
@@ -51,6 +53,14 @@ def split(monkeypatch):
     return answer
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers are copies of this process, not new ones: each of those imports vLLM."""
+    monkeypatch.setattr(
+        multiproc_executor, "get_mp_context", lambda: multiprocessing.get_context("fork")
+    )
+
+
 @pytest.mark.engine
 @pytest.mark.long
 def test_two_ranks_answer_like_one(split):
@@ -65,7 +75,7 @@ def test_two_ranks_answer_like_one(split):
         pytest.param(tuple(TASKS), (200, 700), id="all", marks=pytest.mark.long),
     ],
 )
-def test_two_ranks_share_heads_of_codes(split, tmp_path, tasks, lengths):
+def test_two_ranks_share_heads_of_codes(split, forked, tmp_path, tasks, lengths):
     """Of different profiles, in pages of equal size."""
     save_mask(coded_mask(MODEL), tmp_path / "m.yaml")
     asked = tmp_path / "m.yaml", tasks, lengths
@@ -74,7 +84,8 @@ def test_two_ranks_share_heads_of_codes(split, tmp_path, tasks, lengths):
 
 @pytest.mark.engine
 @every_split
-def test_two_stages_answer_like_one(split):
+def test_two_stages_answer_like_one(split, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     assert_same(split(**PIPELINE), answers(), 1e-3)
 
 

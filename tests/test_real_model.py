@@ -27,7 +27,7 @@ def test_four_bits_answer_as_dense_does(smollm2, leank, tmp_path):
     mask = tmp_path / "mask.yaml"
     window = Window(sink=32, recent=64)
     code, _, err = leank(
-        "mask", "calibrate", smollm2, "--bits", 4, "--prompts", 4, "--max-tokens", TOKENS,
+        "mask", "calibrate", smollm2, "--bits", 4, "--prompts", 2, "--max-tokens", TOKENS,
         "--sink", window.sink, "--recent", window.recent, "--out", mask,
     )  # fmt: skip
     assert code == 0, err

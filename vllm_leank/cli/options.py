@@ -88,7 +88,12 @@ def _refuse_archive_dtype(given: str | None) -> None:
 
 ArchiveDtype = Annotated[str | None, typer.Option(hidden=True, callback=_refuse_archive_dtype)]
 
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16, float16, or auto: that of the weights, but float32 on a CPU."
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(

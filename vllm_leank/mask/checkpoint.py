@@ -141,7 +141,8 @@ class Checkpoint:
     def load(
         self, dtype: str = "auto", device: str | None = None
     ) -> "transformers.PreTrainedModel":
-        """The model, for evaluation; `device` is by default the GPU, where there is one.
+        """The model, for evaluation; `device` is by default the GPU, where there is one. `auto` is
+        the dtype of its weights, but float32 on a CPU: most take ten times as long with 16 bits.
 
         With `ALL_GPUS` its layers are spread over all GPUs.
 
@@ -155,7 +156,7 @@ class Checkpoint:
         device = usable_device(device)
         if device == ALL_GPUS:
             return self._spread(dtype)
-        model = self._weights(dtype)
+        model = self._weights("float32" if (dtype, device) == ("auto", "cpu") else dtype)
         try:
             return model.to(device).eval()
         except torch.OutOfMemoryError as error:

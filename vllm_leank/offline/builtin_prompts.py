@@ -123,15 +123,15 @@ def _tables(rng: np.random.Generator) -> Iterator[str]:
         year = int(rng.integers(1960, 2030))
         rows = [["order", "date", "from", "to", "goods", "tons", "price"]]
         for number in range(int(rng.integers(20, 60))):
-            start, end = rng.choice(places, size=2, replace=False)
+            start, end = rng.choice(len(places), size=2, replace=False)
             month, day = int(rng.integers(1, 13)), int(rng.integers(1, 29))
             rows.append(
                 [
                     f"{int(rng.integers(1000, 9999))}-{number}",
                     f"{year}-{month:02}-{day:02}",
-                    str(start),
-                    str(end),
-                    str(rng.choice(goods)),
+                    places[start],
+                    places[end],
+                    goods[rng.integers(len(goods))],
                     f"{rng.gamma(2, 40):.1f}",
                     f"{rng.gamma(3, 500):.2f}",
                 ]

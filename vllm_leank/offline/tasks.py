@@ -5,7 +5,6 @@ a function of a random generator and a size; the same generator state and size g
 """
 
 import re
-import uuid
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -61,7 +60,7 @@ Task = Callable[[np.random.Generator, int], Exercise]
 
 def retrieval(rng: np.random.Generator, size: int) -> Exercise:
     """`size` lines `uuid: uuid`, of which one is asked for."""
-    pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(size)]
+    pairs = uuid_pairs(rng, size)
     key, value = pairs[rng.integers(size)]
     lines = "".join(f"{left}: {right}\n" for left, right in pairs)
     return Exercise(f"Keys and their values:\n\n{lines}\nThe value of {key} is", f" {value}")
@@ -90,6 +89,16 @@ def essay_pieces(text: str) -> list[str]:
     return [piece + " " for piece in re.findall(r"[^.!?]{1,400}[.!?]*", " ".join(text.split()))]
 
 
-def random_uuid(rng: np.random.Generator) -> str:
-    """A UUID, version 4."""
-    return str(uuid.UUID(bytes=rng.bytes(16), version=4))
+def uuid_pairs(rng: np.random.Generator, size: int) -> list[tuple[str, str]]:
+    """`size` pairs of UUIDs, version 4."""
+    digits = rng.bytes(32 * size).hex()
+    return [
+        (_uuid(digits[start : start + 32]), _uuid(digits[start + 32 : start + 64]))
+        for start in range(0, 64 * size, 64)
+    ]
+
+
+def _uuid(digits: str) -> str:
+    """Of 32 random digits; two of them tell the version and the variant."""
+    variant = "89ab"[int(digits[16], 16) % 4]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"

@@ -18,7 +18,7 @@ from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.offline.known_tokens import check_known
 from vllm_leank.offline.local_texts import Texts, prose
 from vllm_leank.offline.needles import fit
-from vllm_leank.offline.tasks import NOISE, PLACES, essay_pieces, random_uuid
+from vllm_leank.offline.tasks import NOISE, PLACES, essay_pieces, uuid_pairs
 
 QUESTIONS = 8
 """Asked about one context."""
@@ -56,7 +56,7 @@ Kind = Callable[[np.random.Generator, int, float, float], Facts]
 
 def values_among_keys(rng: np.random.Generator, size: int, low: float, high: float) -> Facts:
     """Lines `uuid: uuid`, of which any may be asked for."""
-    pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(size)]
+    pairs = uuid_pairs(rng, size)
     asked = sorted({round(place) for place in _places(rng, low * (size - 1), high * (size - 1))})
     text = "".join(f"{left}: {right}\n" for left, right in pairs)
     known = [(f"The value of {pairs[i][0]} is", f" {pairs[i][1]}") for i in asked]
