@@ -3,11 +3,13 @@
 import os
 
 import pytest
+from delta_nets_in_fp32 import use_fp32
 from engines import engine
 from mask_samples import coded_mask, full_mask
 from state_models import KINDS, MODELS, NATIVE_ROPE, STATE, save_state
 from test_engine_answers import assert_same, long, long_but, prompts_of
 from test_engine_sliding import LIMITS, PROMPTS, assert_as_defined, kept_mask
+from tiny_models import skip_without_torchvision
 
 pytestmark = pytest.mark.engine
 
@@ -19,18 +21,20 @@ def granite(tmp_path_factory):
     return save_state("granitemoehybrid", tmp_path_factory.mktemp("granite"))
 
 
-@pytest.mark.parametrize("model_type", long_but(MODELS, "granitemoehybrid"))
-def test_architectures(model_type, tmp_path):
-    """A full mask answers like plain vLLM, in chunks; another as defined."""
+@pytest.mark.parametrize("model_type", long_but(MODELS, "granitemoehybrid", "qwen3_next"))
+def test_architectures(model_type, tmp_path, monkeypatch):
+    """A full mask answers like plain vLLM, in chunks; others as defined."""
+    skip_without_torchvision(model_type)
+    use_fp32(monkeypatch)
     model = save_state(model_type, tmp_path)
     args = LIMITS | (NATIVE_ROPE if model_type == "lfm2" else {})
     with engine(model, **args) as plain:
         expected = plain.generate(PROMPTS, 40)
     with engine(model, full_mask(model), max_num_batched_tokens=100, **args) as leank:
         assert_same(leank.generate(PROMPTS, 40), expected, 1e-4)
-    mask = kept_mask(model)
-    with engine(model, mask, **args) as leank:
-        assert_as_defined(model, mask, leank, PROMPTS, leank.generate(PROMPTS, 40))
+    for mask in (kept_mask(model), coded_mask(model)):
+        with engine(model, mask, **args) as leank:
+            assert_as_defined(model, mask, leank, PROMPTS, leank.generate(PROMPTS, 40))
 
 
 @pytest.mark.parametrize("mask_of", [pytest.param(kept_mask, marks=long), coded_mask])
