@@ -196,7 +196,8 @@ alone. Some layers of Cohere2, EXAONE 4 and SmolLM3 have no RoPE; masks know whi
 
 vLLM's CPU kernels for gated delta nets (Qwen3-Next, Qwen 3.5) compute in bfloat16 alone; engines on
 CPU are tested with the same computation in fp32 in their place (`tests/delta_nets_in_fp32.py`). The
-code of Qwen 3.5, for text as well, needs torchvision.
+code of Qwen 3.5, for text as well, needs torchvision. Nemotron H is tested without experts, which
+vLLM's CPU build does not run (`is_act_and_mul=False`).
 
 The CPU kernel for RoPE of vLLM 0.32 is wrong for LFM2, with leank or without. It is used with
 `--enforce-eager`: leave that out, or give `-cc.custom_ops='["-rotary_embedding"]'` as well.

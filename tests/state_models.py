@@ -66,7 +66,7 @@ MODELS = {
         **_EXPERTS,
     },
     "nemotron_h": {
-        "layers_block_type": [STATE, FULL, "mlp", STATE, "moe", FULL, STATE, STATE],
+        "layers_block_type": [STATE, FULL, "mlp", STATE, "mlp", FULL, STATE, STATE],
         "num_hidden_layers": 8,
         "head_dim": 64,
         "ssm_state_size": 16,

@@ -47,8 +47,8 @@ def state_bytes(config: Any, itemsize: int, tp_size: int) -> int:
     get = fields_of(config)
     model_type = str(get("model_type"))
     conv, recurrent = _STATE_ITEMS[model_type](get, tp_size)
-    asked = _DTYPE_FIELDS.get(model_type) and get(_DTYPE_FIELDS[model_type])
-    return conv * itemsize + recurrent * _ITEMSIZES.get(asked, itemsize)
+    asked = get(_DTYPE_FIELDS[model_type]) if model_type in _DTYPE_FIELDS else None
+    return conv * itemsize + recurrent * _ITEMSIZES.get(str(asked), itemsize)
 
 
 def _short_conv(get: Get, tp_size: int) -> tuple[int, int]:
@@ -58,8 +58,14 @@ def _short_conv(get: Get, tp_size: int) -> tuple[int, int]:
 
 def _mamba2(get: Get, tp_size: int) -> tuple[int, int]:
     inner = get("mamba_d_ssm") or required(get, "mamba_expand") * required(get, "hidden_size")
-    names = "mamba_n_groups", "mamba_d_state", "mamba_d_conv"
-    return _of_mamba2(int(inner), *(required(get, name) for name in names), tp_size)
+    groups, size = required(get, "mamba_n_groups"), required(get, "mamba_d_state")
+    return _of_mamba2(int(inner), groups, size, required(get, "mamba_d_conv"), tp_size)
+
+
+def _nemotron(get: Get, tp_size: int) -> tuple[int, int]:
+    inner = required(get, "mamba_num_heads") * required(get, "mamba_head_dim")
+    groups, size = required(get, "n_groups"), required(get, "ssm_state_size")
+    return _of_mamba2(inner, groups, size, required(get, "conv_kernel"), tp_size)
 
 
 def _of_mamba2(inner: int, groups: int, size: int, kernel: int, tp_size: int) -> tuple[int, int]:
@@ -67,12 +73,6 @@ def _of_mamba2(inner: int, groups: int, size: int, kernel: int, tp_size: int) ->
         groups = tp_size  # each rank has the group of its heads
     conv = (inner + 2 * groups * size) // tp_size * (kernel - 1)
     return conv, inner // tp_size * size
-
-
-def _nemotron(get: Get, tp_size: int) -> tuple[int, int]:
-    inner = required(get, "mamba_num_heads") * required(get, "mamba_head_dim")
-    names = "n_groups", "ssm_state_size", "conv_kernel"
-    return _of_mamba2(inner, *(required(get, name) for name in names), tp_size)
 
 
 def _gated_delta(get: Get, tp_size: int) -> tuple[int, int]:
