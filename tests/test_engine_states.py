@@ -20,6 +20,9 @@ pytestmark = pytest.mark.engine
 
 BLOCKS = 21
 
+NOISE = {"nemotron_h": 5e-3}
+"""What plain vLLM's log-probabilities differ from transformers' by, at most: its are 2.6e-3."""
+
 
 @pytest.fixture(scope="module")
 def granite(tmp_path_factory):
@@ -39,7 +42,8 @@ def test_architectures(model_type, tmp_path, monkeypatch):
         assert_same(leank.generate(PROMPTS, 40), expected, 1e-4)
     for mask in (kept_mask(model), coded_mask(model)):
         with engine(model, mask, **args) as leank:
-            assert_as_defined(model, mask, leank, PROMPTS, leank.generate(PROMPTS, 40))
+            answers = leank.generate(PROMPTS, 40)
+            assert_as_defined(model, mask, leank, PROMPTS, answers, NOISE.get(model_type, 1e-4))
 
 
 @long
