@@ -1,8 +1,9 @@
-"""Tiny random models in which layers keep states beside full attention: some of LFM2's and of
-Granite's layers, and all of Falcon's, which have attention as well.
+"""Tiny random models in which layers keep states beside full attention: some of LFM2's, of
+Granite's, of Nemotron's and of Qwen's layers, and all of Falcon's, which have attention as well.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,14 +32,50 @@ _MAMBA = {
     "mamba_expand": 1,
     "mamba_d_ssm": 256,
 }
+_DELTA_NETS = {
+    "layer_types": KINDS,
+    "head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
 
+DELTA_NETS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+"""Those with gated delta nets, a gate for what attention gives, and RoPE on a quarter of a head."""
 
 MODELS = {
+    "qwen3_next": _DELTA_NETS | _EXPERTS,
+    "qwen3_5_text": _DELTA_NETS | {"mamba_ssm_dtype": "float32"},
+    "qwen3_5_moe_text": _DELTA_NETS | _EXPERTS,
     "lfm2": {
         "layer_types": [kind.replace(STATE, "conv") for kind in KINDS],
         "block_auto_adjust_ff_dim": False,
         "block_dim": 256,
         "conv_dim": 256,
+    },
+    "lfm2_moe": {
+        "layer_types": [kind.replace(STATE, "conv") for kind in KINDS],
+        "num_dense_layers": 2,
+        **_EXPERTS,
+    },
+    "nemotron_h": {
+        "layers_block_type": [STATE, FULL, "mlp", STATE, "mlp", FULL, STATE, STATE],
+        "num_hidden_layers": 8,
+        "head_dim": 64,
+        "ssm_state_size": 16,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 32,
+        "n_groups": 1,
+        "n_routed_experts": 4,
+        "moe_shared_expert_intermediate_size": 64,
+        **_EXPERTS,
     },
     "granitemoehybrid": {
         "layer_types": KINDS,
@@ -58,10 +95,16 @@ NATIVE_ROPE = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 a token for a token. Compiled models do not use it."""
 
 
-def save_state(model_type: str, folder: Path) -> Path:
-    """Save a model of six layers in float32."""
-    config = AutoConfig.for_model(model_type, **(_SHARED | MODELS[model_type]))
+def save_state(model_type: str, folder: Path, **fields: Any) -> Path:
+    """Save a model of six or eight layers in float32, with `fields` instead of those of `MODELS`
+    that have the same names.
+    """
+    config = AutoConfig.for_model(model_type, **(_SHARED | MODELS[model_type] | fields))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if "norm.weight" in name:  # ones, or zeros where one is added
+                torch.nn.init.normal_(parameter, parameter.mean().item(), 0.2)
+        model.save_pretrained(folder)
     return folder

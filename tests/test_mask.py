@@ -375,6 +375,7 @@ def test_readers_never_see_half_a_mask(tmp_path):
     assert digests == {mask.sha256}
 
 
+M_ROPE = {"mrope_section": [11, 11, 10], "mrope_interleaved": True}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -413,6 +414,10 @@ SHAPE = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096
             Geometry(32, 32, 128, 1e4, {"partial_rotary_factor": 0.5}),
         ),
         ({"text_config": SHAPE | {"rope_theta": 1e4}}, Geometry(32, 32, 128, 1e4, None)),
+        (
+            SHAPE | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5} | M_ROPE},
+            Geometry(32, 32, 128, 1e4, {"partial_rotary_factor": 0.5}),
+        ),
     ],
 )
 def test_geometry_of_config_files(config, expected):

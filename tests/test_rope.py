@@ -68,7 +68,7 @@ def test_what_cannot_be_turned_is_not_turned(model_type, rope):
     [
         (None, None, True),
         (1e4, None, True),
-        (1e4, {"type": "mrope", "mrope_section": [4, 6, 6]}, False),
+        (1e4, {"type": "mrope", "mrope_section": [4, 6, 6]}, True),
         (1e4, {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}, False),
         (1e4, {"rope_type": "made-up"}, False),
         (1e4, {"rope_type": "yarn"}, False),  # lacks what it needs

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import (
@@ -56,6 +58,15 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 """Fields of their configs, by transformers' type of model: those whose layers leank serves all."""
+
+NEEDS_TORCHVISION = ("qwen2_5_vl", "qwen3_5_text", "qwen3_5_moe_text")
+"""Types whose code in vLLM is in one file with that of models that see images."""
+
+
+def skip_without_torchvision(model_type: str) -> None:
+    """Skip a test that has vLLM import what it cannot import here."""
+    if model_type in NEEDS_TORCHVISION and find_spec("torchvision") is None:
+        pytest.skip("vLLM needs torchvision to import this model's code")
 
 
 def save_tiny(model_type: str, folder: Path, **fields: Any) -> Path:

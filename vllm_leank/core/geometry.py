@@ -14,6 +14,9 @@ from vllm_leank.core.layers import (
 )
 from vllm_leank.errors import UserError
 
+_OF_IMAGES = ("mrope_section", "mrope_interleaved")
+"""RoPE settings without effect on text, which vLLM drops where Qwen3.5 sees no images."""
+
 # RoPE type names of older checkpoints, and what they are called today.
 _ROPE_TYPE_ALIASES = {"su": "longrope", "mrope": "default"}
 
@@ -26,8 +29,8 @@ class Geometry:
     a mask is for; None, if all have. `rope_theta` is None where none of them has RoPE;
     `layers_without_rope` are those without where others have it. `rope_scaling` is brought into one
     spelling, so that equal settings compare equal: the legacy key `type` becomes `rope_type`, and
-    what changes nothing (type `default`, None values, a partial rotary factor of 1) is dropped;
-    None is left when nothing remains.
+    what changes nothing for text (type `default`, None values, a partial rotary factor of 1, which
+    channels turn by which side of an image) is dropped; None is left when nothing remains.
     """
 
     num_layers: int
@@ -142,7 +145,11 @@ class Geometry:
 
 
 def _canonical_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
-    rest = {key: value for key, value in sorted(scaling.items()) if value is not None}
+    rest = {
+        key: value
+        for key, value in sorted(scaling.items())
+        if value is not None and key not in _OF_IMAGES
+    }
     legacy_type = rest.pop("type", "default")
     rope_type = rest.pop("rope_type", legacy_type)
     if isinstance(rope_type, str):

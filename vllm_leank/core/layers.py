@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_leank.core.hf_config import Get, fields_of, required
 from vllm_leank.core.pages import WINDOW_BLOCK, pages
-from vllm_leank.core.states import StateLayers, count_states, keeps_states, state_items
+from vllm_leank.core.states import StateLayers, count_states, keeps_states, state_bytes
 from vllm_leank.errors import UserError
 
 FULL = "full_attention"
@@ -74,11 +74,11 @@ def count_state_layers(config: Any) -> int:
 
 
 def state_layers(config: Any, itemsize: int, tp_size: int) -> StateLayers | None:
-    """The layers of a decoder that keep states, of numbers of `itemsize` bytes; None where there
-    are none.
+    """The layers of a decoder that keep states, for a model of numbers of `itemsize` bytes; None
+    where there are none.
     """
     count = count_state_layers(config)
-    return StateLayers(count, itemsize * state_items(config, tp_size)) if count else None
+    return StateLayers(count, state_bytes(config, itemsize, tp_size)) if count else None
 
 
 def full_layers(kinds: Sequence[str]) -> tuple[int, ...]:
@@ -94,6 +94,8 @@ def layers_without_rope(config: Any) -> tuple[int, ...]:
         # Cohere2 MoE turns in its first layers, too, those without experts.
         turned = get("prefix_dense_sliding_window_pattern") == 1 and get("mlp_layer_types")
         return tuple(layer for layer in layers if not turned or turned[layer] != "dense")
+    if get("model_type") == "nemotron_h":
+        return layers
     if get("model_type") == "granitemoehybrid":
         return () if get("position_embedding_type") == "rope" else layers
     # A number for each layer, and 0 where nothing turns: a flag, or theta.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_leank.core.hf_config import Get, fields_of, head_size, kv_heads, layer_fields
+from vllm_leank.core.hf_config import fields_of, head_size, kv_heads, layer_fields
 from vllm_leank.core.layers import (
     FULL,
     SLIDING,
@@ -18,7 +18,7 @@ from vllm_leank.core.layers import (
     window_of,
 )
 from vllm_leank.core.pages import MAX_HEAD_DIM
-from vllm_leank.core.states import STATES, count_states, keeps_states
+from vllm_leank.core.states import STATELESS, STATES, count_states, keeps_states
 from vllm_leank.errors import UserError
 
 OTHER = "use another model"
@@ -109,7 +109,7 @@ class Attention:
             is_encoder=kind in _ENCODERS,
             is_encoder_decoder=bool(get("is_encoder_decoder")),
             is_latent=is_latent(config),
-            is_state_space=not keeps_states(config) and _is_state_space(get, architectures),
+            is_state_space=_is_state_space(config, architectures),
             unshown=unshown(architectures),
             has_soft_cap=bool(get("attn_logit_softcapping")),
             has_alibi=bool(get("alibi")) or kind in _ALIBI,
@@ -175,7 +175,7 @@ def layer_reasons(config: Any, window: int | None) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    known = {FULL, SLIDING, *STATES} if keeps_states(config) else {FULL, SLIDING}
+    known = {FULL, SLIDING, *STATES, *STATELESS} if keeps_states(config) else {FULL, SLIDING}
     if others := sorted(set(kinds) - known):
         yield f"layers with {', '.join(others)} are not supported"
     elif states := count_states(config, kinds):
@@ -251,11 +251,14 @@ def _served_head_size(config: Any) -> int:
     return max([size for size, kind in zip(sizes, kinds, strict=True) if kind == FULL] or sizes)
 
 
-def _is_state_space(get: Get, architectures: Iterable[str]) -> bool:
-    """Whether some layers are no attention."""
-    kinds = set(get("layer_types") or get("layers_block_type") or ())
+def _is_state_space(config: Any, architectures: Iterable[str]) -> bool:
+    """Whether some layers are no attention, and leank does not know what they keep."""
     if any(one in _STATE_SPACE_ARCHITECTURES for one in architectures):
         return True
+    if keeps_states(config):
+        return False
+    get = fields_of(config)
+    kinds = set(get("layer_types") or get("layers_block_type") or ())
     if str(get("model_type") or "").startswith(_STATE_SPACE):
         # Some have the code for such layers, but none of them.
         return not kinds or bool(kinds - {"attention", FULL})

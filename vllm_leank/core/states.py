@@ -1,5 +1,6 @@
-"""Layers that keep a state of each request instead of K and V, or beside them: Mamba's, and
-short convolutions. A state is as large for a long request as for a short one, and stays vLLM's.
+"""Layers that keep a state of each request instead of K and V, or beside them: Mamba's, gated delta
+nets, and short convolutions. A state is as large for a long request as for a short one, and stays
+vLLM's.
 
 A type of model is added here when tests run it.
 """
@@ -12,6 +13,9 @@ from vllm_leank.core.hf_config import Get, fields_of, required
 
 STATES = ("conv", "linear_attention")
 """What transformers calls layers with a state alone, in `layer_types`."""
+
+STATELESS = ("mlp", "moe")
+"""The same of layers that keep nothing, in models with states."""
 
 
 @dataclass(frozen=True)
@@ -36,28 +40,67 @@ def count_states(config: Any, kinds: tuple[str, ...]) -> int:
     return sum(kind in STATES for kind in kinds)
 
 
-def state_items(config: Any, tp_size: int) -> int:
-    """Numbers in a layer's state on a tensor-parallel rank, as vLLM keeps it."""
+def state_bytes(config: Any, itemsize: int, tp_size: int) -> int:
+    """Bytes of a layer's state on a tensor-parallel rank, as vLLM keeps it: of numbers of
+    `itemsize` bytes, where the config does not ask for others.
+    """
     get = fields_of(config)
-    return _STATE_ITEMS[str(get("model_type"))](get, tp_size)
+    model_type = str(get("model_type"))
+    conv, recurrent = _STATE_ITEMS[model_type](get, tp_size)
+    asked = get(_DTYPE_FIELDS[model_type]) if model_type in _DTYPE_FIELDS else None
+    return conv * itemsize + recurrent * _ITEMSIZES.get(str(asked), itemsize)
 
 
-def _short_conv(get: Get, tp_size: int) -> int:
+def _short_conv(get: Get, tp_size: int) -> tuple[int, int]:
     channels = get("conv_dim") or required(get, "hidden_size")
-    return int(channels) // tp_size * (required(get, "conv_L_cache") - 1)
+    return int(channels) // tp_size * (required(get, "conv_L_cache") - 1), 0
 
 
-def _mamba2(get: Get, tp_size: int) -> int:
+def _mamba2(get: Get, tp_size: int) -> tuple[int, int]:
     inner = get("mamba_d_ssm") or required(get, "mamba_expand") * required(get, "hidden_size")
     groups, size = required(get, "mamba_n_groups"), required(get, "mamba_d_state")
+    return _of_mamba2(int(inner), groups, size, required(get, "mamba_d_conv"), tp_size)
+
+
+def _nemotron(get: Get, tp_size: int) -> tuple[int, int]:
+    inner = required(get, "mamba_num_heads") * required(get, "mamba_head_dim")
+    groups, size = required(get, "n_groups"), required(get, "ssm_state_size")
+    return _of_mamba2(inner, groups, size, required(get, "conv_kernel"), tp_size)
+
+
+def _of_mamba2(inner: int, groups: int, size: int, kernel: int, tp_size: int) -> tuple[int, int]:
     if groups % tp_size:
         groups = tp_size  # each rank has the group of its heads
-    conv = (inner + 2 * groups * size) // tp_size * (required(get, "mamba_d_conv") - 1)
-    return conv + inner // tp_size * size
+    conv = (inner + 2 * groups * size) // tp_size * (kernel - 1)
+    return conv, inner // tp_size * size
 
 
-_STATE_ITEMS: dict[str, Callable[[Get, int], int]] = {
+def _gated_delta(get: Get, tp_size: int) -> tuple[int, int]:
+    size = required(get, "linear_key_head_dim")
+    keys = required(get, "linear_num_key_heads") * size
+    values = required(get, "linear_num_value_heads") * required(get, "linear_value_head_dim")
+    conv = (2 * keys + values) // tp_size * (required(get, "linear_conv_kernel_dim") - 1)
+    return conv, values // tp_size * size
+
+
+_STATE_ITEMS: dict[str, Callable[[Get, int], tuple[int, int]]] = {
     "lfm2": _short_conv,
+    "lfm2_moe": _short_conv,
+    "nemotron_h": _nemotron,
     "granitemoehybrid": _mamba2,
     "falcon_h1": _mamba2,
+    "qwen3_next": _gated_delta,
+    "qwen3_5_text": _gated_delta,
+    "qwen3_5_moe_text": _gated_delta,
 }
+"""Numbers in a layer's state on a rank: of its convolution, and of what goes on from token to
+token."""
+
+_DTYPE_FIELDS = {
+    "nemotron_h": "mamba_ssm_cache_dtype",
+    "qwen3_5_text": "mamba_ssm_dtype",
+    "qwen3_5_moe_text": "mamba_ssm_dtype",
+}
+"""Where the config says of what dtype the latter are; else the model's."""
+
+_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -16,7 +16,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.core.layers import count_state_layers
 from vllm_leank.errors import UserError
 from vllm_leank.offline.plain_attention import plain_attention
 
@@ -91,16 +90,10 @@ def hooked_attention(
     which spares what is large for a chunk of a long prompt.
 
     Raises:
-        UserError: the model does not use the interface, none of its layers has full attention, or
-            some keep states, which would be lost between the parts of a prompt; while it runs: a
-            layer does another attention than its config says.
+        UserError: the model does not use the interface, or none of its layers has full attention;
+            while it runs: a layer does another attention than its config says.
     """
     layers = Geometry.from_hf_config(model.config).layers
-    if context is not None and count_state_layers(model.config):
-        raise UserError(
-            "prompts of models with layers that keep states are not read in parts yet, which this "
-            "needs: choose channels with leank mask calibrate --ratio RATIO --score energy"
-        )
     numbers = {layer: number for number, layer in enumerate(layers)}
     # Of what has no mask function, transformers takes that it needs no mask.
     AttentionMaskInterface.register(_NAME, sdpa_mask)

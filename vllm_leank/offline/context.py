@@ -1,4 +1,5 @@
-"""K and V of a prompt that was read with full attention, kept outside the model.
+"""K and V of a prompt that was read with full attention, kept outside the model, and the states of
+layers that keep such.
 
 What comes after the prompt can then run several times over the same K and V, with another attention
 or with gradients, at the cost of its own tokens alone.
@@ -12,9 +13,19 @@ import torch
 import transformers
 
 from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.layers import count_state_layers
 from vllm_leank.errors import UserError
 from vllm_leank.offline.attention_hook import AttentionHook, hooked_attention
 from vllm_leank.offline.plain_attention import plain_attention
+from vllm_leank.offline.states import States
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How far a prompt was read at some time; `states` are those of then, where layers keep any."""
+
+    length: int
+    states: States | None
 
 
 @dataclass
@@ -27,17 +38,21 @@ class Context:
     Attributes:
         geometry: shape of the model's attention.
         length: tokens of the prompt that are kept.
+        states: behind these, of layers that keep states; None before any token.
+        ahead: the same behind the tokens that a model was given last.
     """
 
     geometry: Geometry
     length: int = 0
+    states: States | None = None
+    ahead: States | None = None
     _keys: dict[int, torch.Tensor] = field(default_factory=dict)
     _values: dict[int, torch.Tensor] = field(default_factory=dict)
     _room: int = 0
 
     def begin(self, tokens: int) -> None:
         """Forget the last prompt; the next has `tokens` tokens."""
-        self.length = 0
+        self.length, self.states = 0, None
         if tokens > self._room:
             self._room = tokens
             self._keys.clear()
@@ -57,17 +72,21 @@ class Context:
         Raises:
             UserError: some layers have no attention that goes through the hook.
         """
-        self.length += tokens
-        if missing := set(range(self.geometry.num_layers)) - set(self._keys):
+        self.length, self.states = self.length + tokens, self.ahead
+        if missing := set(self.geometry.layers) - set(self._keys):
             raise UserError(
                 f"layers {sorted(missing)} have no attention that goes through transformers' "
                 "AttentionInterface, so their K and V cannot be had"
             )
 
-    def cut(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-        assert length <= self.length
-        self.length = length
+    def mark(self) -> Mark:
+        """Where the prompt ends now."""
+        return Mark(self.length, self.states)
+
+    def cut(self, mark: Mark) -> None:
+        """Forget all tokens behind a mark of this prompt."""
+        assert mark.length <= self.length
+        self.length, self.states = mark.length, mark.states
 
     def put(
         self, layer: int, key: torch.Tensor, value: torch.Tensor
@@ -156,7 +175,7 @@ def hidden_states(
 ) -> torch.Tensor:
     """Final hidden states `[1, T, hidden]` of tokens that stand right after the context.
 
-    The decoder runs without its head, and without a cache: hooks keep K and V themselves.
+    The decoder runs without its head, and without a cache of K and V, which hooks keep themselves.
     """
     return model.base_model(**_inputs(model, context, ids)).last_hidden_state
 
@@ -173,11 +192,16 @@ def _inputs(
 ) -> dict[str, Any]:
     """Arguments of a model for tokens that stand right after the context."""
     first = context.length
-    return {
+    inputs = {
         "input_ids": torch.tensor([list(ids)], device=model.device),
         "position_ids": torch.arange(first, first + len(ids), device=model.device)[None],
         "use_cache": False,
     }
+    if count_state_layers(model.config):
+        before = context.states or States(context.geometry.num_layers)
+        context.ahead = before.copy()
+        inputs |= {"past_key_values": context.ahead, "use_cache": True}
+    return inputs
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,9 @@ def _attention(model: "ModelConfig") -> Attention:
         is_diffusion=model.is_diffusion,
         # Of some that have it, vLLM keeps what comes out of the latent.
         is_latent=model.use_mla or is_latent(text),
-        is_state_space=model.is_attention_free or (model.is_hybrid and not keeps_states(text)),
+        is_state_space=told.is_state_space
+        or model.is_attention_free
+        or (model.is_hybrid and not keeps_states(text)),
         layers=told.layers,
         unshown=unshown(model.architectures),
         has_soft_cap=told.has_soft_cap,

@@ -58,7 +58,7 @@ def ask_haystack(reader: Reader, haystack: Haystack, unit: int) -> Iterator[Comp
     room = max(len(one.question) + len(one.answer) for one in haystack.questions)
     reader.begin(len(haystack.context) + room)
     reader.read(haystack.context)
-    end = reader.length
+    end = reader.mark()
     for question, answer in haystack.questions:
         firsts = reader.read(question)
         found = reader.compare(answer)

@@ -14,7 +14,14 @@ import transformers
 from vllm_leank.core.window import Window
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.attention_hook import AttentionHook, hooked_attention
-from vllm_leank.offline.context import AfterContext, Context, hidden_states, logits, logits_after
+from vllm_leank.offline.context import (
+    AfterContext,
+    Context,
+    Mark,
+    hidden_states,
+    logits,
+    logits_after,
+)
 from vllm_leank.offline.divergence import Divergence, divergence
 from vllm_leank.offline.served_archive import ServedArchive
 from vllm_leank.offline.simulate import Archive, SimulatedArchive
@@ -92,10 +99,14 @@ class Reader:
         if self.tick is not None:
             self.tick(tokens / len(self._ways))
 
-    def cut(self, length: int) -> None:
-        """Make the prompt as short as it was."""
-        for context, _ in self._ways:
-            context.cut(length)
+    def mark(self) -> list[Mark]:
+        """Where the prompt ends now, for `cut`."""
+        return [context.mark() for context, _ in self._ways]
+
+    def cut(self, marks: Sequence[Mark]) -> None:
+        """Make the prompt as short as it was when `mark` was asked."""
+        for (context, _), mark in zip(self._ways, marks, strict=True):
+            context.cut(mark)
 
     @torch.inference_mode()
     def write(self, first: int, count: int) -> list[int]:
@@ -105,12 +116,12 @@ class Reader:
         """
         end = self.model.generation_config.eos_token_id
         ends = set(end if isinstance(end, list) else [end])
-        written, length = [first], self.length
+        written, end = [first], self._dense.mark()
         with hooked_attention(self.model, self._dense, context=self._dense):
             while len(written) < count and written[-1] not in ends:
                 written.append(int(logits(self.model, self._dense, written[-1:]).argmax(-1)))
                 self._dense.advance(1)
-        self._dense.cut(length)
+        self._dense.cut(end)
         return written
 
     @torch.inference_mode()
