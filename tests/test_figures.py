@@ -263,7 +263,7 @@ def soak_rows():
     names = {"dense": "plain vLLM", "bits_4": FOUR}
     names["nan_bits_4"] = "leank, memory that nobody may read is NaN"
     for name, title in names.items():
-        found = load(f"soak_h200/{name}")
+        found = load(f"soak_gpu/{name}")
         answers = found["answers"]
         counts = (
             found["preemptions"], found["prompt_tokens_found"], answers["compared"],
@@ -275,48 +275,45 @@ def soak_rows():
 
 def selected_rows():
     """Decode attention that reads the best far tokens alone."""
-    for bits, read, name in (
-        (2, "all", "attention_packed_2_128k_h200"),
-        (2, "a tenth", "attention_selected_2_h200"),
-        (4, "a tenth", "attention_selected_4_h200"),
+    for mask, read, name in (
+        ("70% of K pruned", "all", "attention_lead_whole"),
+        ("70% of K pruned", "a tenth", "attention_lead_whole_pages"),
+        ("1 bit", "all", "attention_lead_2"),
+        ("1 bit", "a tenth", "attention_lead_2_pages"),
     ):
-        one, eight = (case["mean"] for case in load(name)["cases"])
+        one, eight = (case["mean"] for case in load(name)["cases"][:2])
         figures = (
             f"{one['ms']:.4f}", _times(one["speedup_flash"]),
             f"{eight['ms']:.3f}", _times(eight["speedup_flash"]),
         )  # fmt: skip
-        yield line(bits, read, *figures)
+        yield line(mask, read, *figures)
 
 
 def selected_study_rows():
     """Points where the best far tokens alone are read, on the questions that all were asked."""
-    known, _ = study()
     found = {one["variant"]: one for one in merged(RESULTS / "study_pages_qwen_1.5b")["variants"]}
-    cells = shared_cells([*found.values(), known["dense"]])
-    for bits, read, one in (
-        (4, "all", known["bits_4"]),
-        (4, "a tenth", found["bits_4_pages_0.1"]),
-        (2, "all", known["bits_2"]),
-        (2, "a quarter", found["bits_2_pages_0.25"]),
-        (2, "a tenth", found["bits_2_pages_0.1"]),
+    cells = shared_cells(list(found.values()))
+    for bits, read, name in (
+        ("dense", "all", "dense"),
+        (4, "all", "bits_4"),
+        (4, "a tenth", "bits_4_pages_0.1"),
+        (2, "all", "bits_2"),
+        (2, "a quarter", "bits_2_pages_0.25"),
+        (2, "a tenth", "bits_2_pages_0.1"),
     ):
         lengths = sorted({length for _, length in cells})
         parts = [cells, *(some(cells, length) for length in lengths)]
-        yield line(bits, read, *(f"{points(one, part).value:.1f}" for part in parts))
+        gap = interval(lost(found[name], found["dense"], cells))
+        shown = (f"{points(found[name], part).value:.1f}" for part in parts)
+        yield line(bits, read, *shown, gap)
 
 
 def long_attention_rows():
-    """One long request against FlashAttention 3, with all far tokens and with a tenth."""
+    """One long request against FlashAttention 3."""
     for bits in (4, 2):
-        name = f"attention_long_{bits}"
-        parts = {"all": ["_h200"], "a tenth": ["_pages_128k_h200", "_pages_512k_h200"]}
-        for read, ends in parts.items():
-            cases = [case for end in ends for case in load(name + end)["cases"]]
-            assert [(case["batch"], case["length"]) for case in cases] == [
-                (1, 1 << 17),
-                (1, 1 << 19),
-            ]
-            yield line(bits, read, *(_times(case["mean"]["speedup_flash"]) for case in cases))
+        cases = load(f"attention_long_{bits}_h200")["cases"]
+        assert [(case["batch"], case["length"]) for case in cases] == [(1, 1 << 17), (1, 1 << 19)]
+        yield line(bits, *(_times(case["mean"]["speedup_flash"]) for case in cases))
 
 
 def selection_rows():
