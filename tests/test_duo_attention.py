@@ -64,6 +64,7 @@ def test_passkeys_stand_in_the_text_in_order(with_tokenizer):
     assert 3500 < len(sample.prompt) + len(sample.answer) <= 6000
 
 
+@pytest.mark.long
 def test_the_study_makes_masks_and_goes_on(with_tokenizer, tmp_path, monkeypatch, capsys):
     words = [
         "--model", str(with_tokenizer), "--out", str(tmp_path), "--shares", "0.5", "--bits", "2",

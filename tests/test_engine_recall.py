@@ -28,7 +28,9 @@ def accuracy(mask, samples):
     """Share of right answers, over all tasks and lengths."""
     window = {"sink": mask.sink, "recent": mask.recent}
     right = []
-    with engine(MODEL, mask.path, max_model_len=8192 + 64, **window) as running:
+    with engine(
+        MODEL, mask.path, max_model_len=8192 + 64, kv_cache_memory_bytes=1 << 28, **window
+    ) as running:
         for task in TASKS:
             for length, count in samples.items():
                 asked = [make_sample(task, length, seed) for seed in range(count)]

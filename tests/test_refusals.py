@@ -107,7 +107,10 @@ def test_flags(tiny_llama_dir, mask_file, flags, message):
 MTP = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
 
 
-@pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp"])
+@pytest.mark.parametrize(
+    "method",
+    ["eagle3", *(pytest.param(one, marks=pytest.mark.long) for one in ("eagle", "mtp"))],
+)
 def test_a_drafter_that_goes_on_from_the_models_layers(tiny_llama_dir, mask_file, tmp_path, method):
     model, draft = tmp_path / "model", tmp_path / method
     for folder in (model, draft):

@@ -117,7 +117,17 @@ BY_THE_MASK_OR_FLAG = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), MODELS.values(), ids=MODELS)
+LONG = "state space", "soft cap", "encoder", "encoder and decoder"
+"""vLLM looks at an architecture in a process of its own, which takes ten seconds at first."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param(*one, id=name, marks=pytest.mark.long if name in LONG else ())
+        for name, one in MODELS.items()
+    ],
+)
 def test_models(tiny_llama_dir, mask_file, tmp_path, changes, message):
     config = json.loads((tiny_llama_dir / "config.json").read_text())
     model = tmp_path / "model"

@@ -165,6 +165,7 @@ def test_kernels_read_the_best_segments(head_dim, group, window):
     check_kernels(selecting(heads, head_dim, group, window, dtype=torch.float16, device=DEVICE))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("few_programs")
 def test_kernels_read_the_best_segments_of_whole_channels():
     check_kernels(

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_leank.core.hf_config import Get, fields_of, required
 from vllm_leank.core.pages import WINDOW_BLOCK, pages
-from vllm_leank.core.states import StateLayers, count_states, keeps_states, state_bytes
+from vllm_leank.core.states import STATES, StateLayers, count_states, keeps_states, state_bytes
 from vllm_leank.errors import UserError
 
 FULL = "full_attention"
@@ -71,6 +71,11 @@ def count_state_layers(config: Any) -> int:
         UserError: the config contradicts itself.
     """
     return count_states(config, layer_kinds(config))
+
+
+def loses_states(config: Any) -> bool:
+    """Whether layers of a decoder keep states, and leank does not know how."""
+    return not keeps_states(config) and any(kind in STATES for kind in layer_kinds(config))
 
 
 def state_layers(config: Any, itemsize: int, tp_size: int) -> StateLayers | None:

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.layers import loses_states
 from vllm_leank.errors import UserError
 from vllm_leank.offline.plain_attention import plain_attention
 
@@ -90,9 +91,15 @@ def hooked_attention(
     which spares what is large for a chunk of a long prompt.
 
     Raises:
-        UserError: the model does not use the interface, or none of its layers has full attention;
-            while it runs: a layer does another attention than its config says.
+        UserError: the model does not use the interface, none of its layers has full attention, or
+            some keep states that leank does not know; while it runs: a layer does another attention
+            than its config says.
     """
+    if context is not None and loses_states(model.config):
+        raise UserError(
+            f"{type(model).__name__} has layers that keep states of a kind unknown to leank, which "
+            "would be lost between the parts of a prompt"
+        )
     layers = Geometry.from_hf_config(model.config).layers
     numbers = {layer: number for number, layer in enumerate(layers)}
     # Of what has no mask function, transformers takes that it needs no mask.
