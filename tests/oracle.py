@@ -303,7 +303,8 @@ class Oracle:
             model = AutoModelForCausalLM.from_pretrained(model)
         self.model: PreTrainedModel = model.to(device, dtype).eval()
         config = model.config.get_text_config()
-        head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
         layers = full_layers(config)
         shape = (len(layers), config.num_key_value_heads, head_dim)
         given = mask.k_bits.shape if isinstance(mask, Mask) else mask.shape

@@ -22,22 +22,9 @@ Of others nothing may spill."""
 
 COMPILED = ("90-128-packed",)
 OTHERS = (
-    *(
-        "80-128-auto",
-        "100-64-packed",
-        "120-256-auto",
-        "80-128-packed",
-        "90-128-auto",
-        "100-64-auto",
-    ),
-    *(
-        "120-256-packed",
-        "80-128-packed+pages",
-        "80-128-auto+pages",
-        "90-128-packed+pages",
-        "100-64-packed+pages",
-    ),
-    "120-256-packed+pages",
+    *("80-128-auto", "90-128-auto", "100-64-auto", "120-256-auto"),
+    *("80-128-packed", "100-64-packed", "120-256-packed", "80-128-auto+pages"),
+    *("80-128-packed+pages", "90-128-packed+pages", "100-64-packed+pages", "120-256-packed+pages"),
 )
 """Compute capabilities, head sizes and archive formats: some, and the others. Up to a
 minute of work each, so none is compiled where it would come out as elsewhere: 8.9 differs from 8.0

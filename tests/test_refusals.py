@@ -103,6 +103,14 @@ def test_flags(tiny_llama_dir, mask_file, flags, message):
         config_of(tiny_llama_dir, {"mask": str(mask_file)}, **flags)
 
 
+def test_the_config_of_a_models_text_part_has_the_settings(tiny_llama_dir, mask_file):
+    """vLLM derives it for most models that read images as well, field by field."""
+    config = config_of(tiny_llama_dir, {"mask": str(mask_file)})
+    derived = config.with_hf_config(config.model_config.hf_config, ["LlamaForCausalLM"])
+    assert derived is not config
+    assert load_settings(derived) is load_settings(config)
+
+
 # Models with layers for multi-token prediction have them in the same checkpoint.
 MTP = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
 

@@ -29,8 +29,7 @@ def resolve_settings(vllm_config: "VllmConfig", options: Options) -> Settings:
     Raises:
         MaskError: no mask was found, or it is faulty or does not fit the model.
     """
-    holder = _holder(vllm_config)
-    if holder is not vllm_config and _ATTACHED in holder.__dict__:
+    if _ATTACHED in _holder(vllm_config).__dict__:
         return load_settings(vllm_config)  # the config is derived from one that has them
     model = vllm_config.model_config
     overrides = model.hf_overrides if isinstance(model.hf_overrides, dict) else None
@@ -73,10 +72,11 @@ def _state_layers(vllm_config: "VllmConfig") -> StateLayers | None:
 
 
 def _holder(vllm_config: "VllmConfig") -> Any:
-    """Where settings are attached. With a draft model, the part of the config that vLLM's config of
-    that model shares: it is derived field by field, and attributes that are no fields are refused.
+    """Where settings are attached: a part of the config that vLLM's configs of a draft model, and of
+    the text part of a model that also reads images, share with it. These are derived field by
+    field, and attributes of the whole that are no fields are refused.
     """
-    return vllm_config.speculative_config if has_draft(vllm_config) else vllm_config
+    return vllm_config.speculative_config if has_draft(vllm_config) else vllm_config.cache_config
 
 
 def _draft_items(vllm_config: "VllmConfig") -> int:
