@@ -72,9 +72,9 @@ def _state_layers(vllm_config: "VllmConfig") -> StateLayers | None:
 
 
 def _holder(vllm_config: "VllmConfig") -> Any:
-    """Where settings are attached: a part of the config that vLLM's configs of a draft model, and of
-    the text part of a model that also reads images, share with it. These are derived field by
-    field, and attributes of the whole that are no fields are refused.
+    """Where settings are attached: a part of the config that is shared by those which vLLM derives
+    from it, for a draft model, or for the text part of a model that reads images as well. They are
+    derived field by field, and attributes of the whole that are no fields are refused.
     """
     return vllm_config.speculative_config if has_draft(vllm_config) else vllm_config.cache_config
 
