@@ -43,10 +43,10 @@ def unrounded(layer: int, key: torch.Tensor, value: torch.Tensor) -> FarLayer:
 
 
 class Coded:
-    """Far tokens of a mask of bits, as an engine with the option `pages` stores and selects them.
+    """Far tokens of a mask, as an engine with the option `pages` stores and selects them.
 
     Raises:
-        UserError: the mask has no bits, or heads with V alone.
+        UserError: the mask has heads with V alone: there is nothing to choose by.
     """
 
     def __init__(self, mask: Mask):
