@@ -109,7 +109,7 @@ def _pick_kernel(
         if count < segments:
             p_scores = scores_ptr + (i_req.to(tl.int64) * H + head) * (G * stride_scores)
             score = tl.full([MOST], float("-inf"), tl.float32)
-            for g in tl.range(G):
+            for g in tl.static_range(G):
                 of_head = tl.load(
                     p_scores + g * stride_scores + o_s, mask=exists, other=float("-inf")
                 )
