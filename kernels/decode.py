@@ -49,12 +49,11 @@ def _decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     # Programs that run together do the same for many requests, so that they share instructions.
     i_req, i_work = tl.program_id(0), tl.program_id(1)
-    p_work = work_ptr + 9 * i_work
+    p_work = work_ptr + 8 * i_work
     head = tl.load(p_work)
     split = tl.load(p_work + 1)
     splits = tl.load(p_work + 2)
-    place = tl.load(p_work + 3)
-    p_head = p_work + 4
+    p_head = p_work + 3
     variant = tl.load(p_head)
     head_units = tl.load(p_head + 3)
     length, boundary, n_dense, n_archive, splits = share(
@@ -65,7 +64,7 @@ def _decode_kernel(
         # Others are not for this launch.
         splits = tl.where(is_after_prompt(seq_lens_ptr, exact_until_ptr, i_req), splits, 0)
     if split < splits:
-        i_partial = (i_req * tl.num_programs(1) + place).to(tl.int64)
+        i_partial = (i_req * tl.num_programs(1) + i_work).to(tl.int64)
         p_partial = partial_ptr + i_partial * (G * D)
         o_g = tl.arange(0, G_PAD)
         o_d = tl.arange(0, D_PAD)

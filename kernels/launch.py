@@ -60,11 +60,9 @@ class Device:
         tma: whether tiles are loaded by the tensor memory accelerator of Hopper and of large
             Blackwell GPUs, through tensor descriptors, or through plain pointers. Capability 12 has
             it as well, but too little shared memory for the pipelines of decode.
-        multiprocessors: of a GPU; 0 where programs run one after the other.
     """
 
     tma: bool
-    multiprocessors: int = 0
 
     @classmethod
     def of(cls, device: torch.device) -> "Device":
@@ -72,11 +70,8 @@ class Device:
         if device.type != "cuda":
             return cls(tma=False)
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        properties = torch.cuda.get_device_properties(device)
-        return cls(
-            tma=properties.major in TMA_CAPABILITIES and not interpreted,
-            multiprocessors=properties.multi_processor_count,
-        )
+        major, _ = torch.cuda.get_device_capability(device)
+        return cls(tma=major in TMA_CAPABILITIES and not interpreted)
 
 
 class DecodeLaunch(NamedTuple):

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from vllm_leank.kernels.channels import HeadChannels
@@ -19,7 +18,6 @@ from vllm_leank.core.window import Window
 
 NOMINAL_LENGTH = 8192
 """Length of the request for which heads share a request's programs in proportion to their bytes."""
-LONG, LONG_PROGRAMS, TOP, DEAL = 131072, 1 << 30, 1 << 30, True
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,8 @@ class Work:
     """Shares of a request's programs.
 
     Attributes:
-        programs: int32 `[programs, 9]`: KV head, which of its splits, number of its splits, where
-            its results lie among those of a request, and the head's row of `Tables.heads`.
+        programs: int32 `[programs, 8]`: KV head, which of its splits, number of its splits, and the
+            head's row of `Tables.heads`.
         heads: int32 `[num_kv_heads, 3]`: first program, number of programs, units of 256
             bytes of one tile.
         largest: most programs that a head has.
@@ -116,16 +114,17 @@ class Tables:
         self.device = Device.of(device)
         self.archive_units = sum(units)
         dense = (window.sink + window.recent) * 2 * layout.head_dim * layout.itemsize
-        sizes = [
-            layout.archive_format.token_bytes(profile, layout.itemsize)
+        far = NOMINAL_LENGTH - window.sink - window.recent
+        costs: list[float] = [
+            dense + far * layout.archive_format.token_bytes(profile, layout.itemsize)
             for profile in layout.profiles
         ]
+        # Half of an even share on top: in short requests all heads read the same.
+        costs = [cost + sum(costs) / len(costs) / 2 for cost in costs]
         # All of them now: while a CUDA graph is captured no tensor may come from the host.
         wave = codec.decode_shape(layout).wave
         self._work = {
-            programs: _share_work(
-                heads, _costs(dense, sizes, programs), programs, self.device.multiprocessors
-            ).to(device)
+            programs: _share_work(heads, costs, programs).to(device)
             for programs in decode_programs_of_all(len(layout.profiles), wave)
         }
 
@@ -134,21 +133,7 @@ class Tables:
         return self._work[programs]
 
 
-def _costs(dense: int, sizes: Sequence[int], programs: int) -> list[float]:
-    """What heads read of a request for which so many programs are meant, and some more: of `dense`
-    bytes each, and of far tokens of `sizes` bytes.
-    """
-    nominal = LONG if programs >= LONG_PROGRAMS else NOMINAL_LENGTH
-    costs = [dense + nominal * size for size in sizes]
-    # In short requests all heads read the same: half of an even share on top, or what their windows
-    # keep busy.
-    top = min(0.5, len(sizes) * TOP / programs)
-    return [cost + top * sum(costs) / len(costs) for cost in costs]
-
-
-def _share_work(
-    heads: torch.Tensor, costs: Sequence[float], programs: int, multiprocessors: int
-) -> Work:
+def _share_work(heads: torch.Tensor, costs: Sequence[float], programs: int) -> Work:
     """Share programs out over heads of unequal cost."""
     counts = share_programs(costs, programs)
     # Heads that read most begin first. Those of a profile follow each other, so that programs that
@@ -158,39 +143,13 @@ def _share_work(
     firsts = [0] * len(costs)
     for head in order:
         firsts[head] = len(rows)
-        for split in range(counts[head]):
-            rows.append((head, split, counts[head], len(rows), *heads[head].tolist()))
-    if DEAL and programs >= multiprocessors > 0:
-        rows = [rows[i] for i in deal([row[4] for row in rows], multiprocessors)]
+        rows += [(head, i, counts[head], *heads[head].tolist()) for i in range(counts[head])]
     of_heads = list(zip(firsts, counts, heads[:, 3].tolist(), strict=True))
     return Work(
         programs=torch.tensor(rows, dtype=torch.int32),
         heads=torch.tensor(of_heads, dtype=torch.int32),
         largest=max(counts),
     )
-
-
-def deal(variants: Sequence[int], multiprocessors: int) -> list[int]:
-    """An order of a request's programs in which each multiprocessor gets those of one profile, as
-    far as that goes: programs whose places differ by the number of multiprocessors run on the same.
-
-    Args:
-        variants: of each program, the profile of its head; 0 where its head stores nothing.
-        multiprocessors: how many there are.
-    """
-    storing = [i for i, variant in enumerate(variants) if variant]
-    runs = []
-    for _, run in groupby(storing, key=lambda i: variants[i]):
-        of_profile = list(run)
-        # A head's last programs may have nothing to do, so they are spread out.
-        columns = max(1, round(len(of_profile) * multiprocessors / len(storing)))
-        runs += [i for first in range(columns) for i in of_profile[first::columns]]
-    dealt, taken = [0] * len(runs), 0
-    for column in range(min(multiprocessors, len(runs))):
-        places = range(column, len(runs), multiprocessors)
-        dealt[places.start :: multiprocessors] = runs[taken : taken + len(places)]
-        taken += len(places)
-    return dealt + [i for i, variant in enumerate(variants) if not variant]
 
 
 def _numbers(head: HeadChannels) -> torch.Tensor:
