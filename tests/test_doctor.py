@@ -369,4 +369,19 @@ def test_requests_longer_than_a_masks_prompts(doctor, tiny_llama_dir, tmp_path, 
     words = "made from prompts of up to 4,000 tokens, but requests may have 8,192"
     assert (words in " ".join(out.split())) == warned
     code, out, _ = doctor("--json", "--", *args)
-    assert (json.loads(out)["serve"]["warning"] is not None) == warned
+    assert len(json.loads(out)["serve"]["warnings"]) == warned
+
+
+@pytest.mark.parametrize(("verdict", "warned"), [("PASS: all", False), ("FAIL: top-1", True)])
+def test_a_mask_that_failed_verify(doctor, tiny_llama_dir, tmp_path, verdict, warned):
+    mask = replace(full_mask(tiny_llama_dir), evaluation={"verify": verdict}, sha256="")
+    save_mask(mask, tmp_path / "judged.yaml")
+    options = json.dumps({"leank": {"mask": str(tmp_path / "judged.yaml")}})
+    args = ["vllm", "serve", tiny_llama_dir, "--attention-backend", "leank"]
+    args += ["--additional-config", options, "--max-model-len", "2048"]
+    code, out, _ = doctor("--", *args)
+    assert code == 0
+    words = f"it failed `leank verify`, as its file says ({verdict})"
+    assert (words in " ".join(out.split())) == warned
+    code, out, _ = doctor("--json", "--", *args)
+    assert len(json.loads(out)["serve"]["warnings"]) == warned

@@ -92,10 +92,11 @@ def opening():
         row = archives()[name]
         size = f"{row['token_bytes']:,.0f} ({row['x']:.1f}x)"
         title, found = f"{name}, simulated", ""
-        if one := variants.get(name.replace("vLLM ", "vllm_")):
-            asked, dense = shared_cells([variants["dense"], one]), variants["dense"]
-            title = f"{name}, KL simulated"
-            found = f"{mean_points(one, asked):.1f}, dense {mean_points(dense, asked):.1f}"
+        for asked_of in (variants, other_study()):
+            if one := asked_of.get(name.replace("vLLM ", "vllm_")):
+                asked, dense = shared_cells([asked_of["dense"], one]), asked_of["dense"]
+                title = f"{name}, KL simulated"
+                found = f"{mean_points(one, asked):.1f}, dense {mean_points(dense, asked):.1f}"
         yield line(title, size, found, kl(row, 8192), kl(row, 30000), "", "")
 
 
@@ -111,9 +112,27 @@ def kl_rows(directions):
         yield line(named(name), f"{row['token_bytes']:,.0f}", f"{row['x']:.2f}", *found)
 
 
+@cache
+def other_study():
+    """Variants by name that were asked other questions of the same kinds."""
+    folder = RESULTS / "study_other_qwen_1.5b"
+    return {one["variant"]: one for one in merged(folder)["variants"]}
+
+
 def cache_rows():
     """All caches in the study, on the questions that these and dense attention were asked."""
-    variants, _ = study()
+    yield from compared_rows(study()[0])
+
+
+def other_cache_rows():
+    """What was asked the other questions, but for choices of far tokens."""
+    yield from compared_rows(
+        {name: one for name, one in other_study().items() if "pages" not in name}
+    )
+
+
+def compared_rows(variants):
+    """Each of the variants beside dense attention, on the same questions."""
     dense = variants["dense"]
     for name, one in variants.items():
         cells = shared_cells([dense, one])
@@ -172,6 +191,31 @@ def small_study_rows():
     yield line(f"all {sum(cells.values())} questions", *lost_cells(variants, cells))
     for length in sorted({length for _, length in cells}):
         yield line(f"{length:,} tokens", *lost_cells(variants, some(cells, length)))
+
+
+def turboquant_rows():
+    """TurboQuant and 2 bits by length, on the questions that both and dense attention were asked."""
+    names = "dense", "vllm_turboquant_4bit_nc", "bits_2"
+    dense, *others = (other_study()[name] for name in names)
+    cells = shared_cells([dense, *others])
+    for length in sorted({length for _, length in cells}):
+        part = some(cells, length)
+        found = [f"{mean_points(dense, part):.1f}"]
+        for one in others:
+            found += [f"{mean_points(one, part):.1f}", interval(lost(one, dense, part))]
+        yield line(f"{length:,} tokens, {sum(part.values())} questions", *found)
+
+
+def smallest_study_rows():
+    """SmolLM2's points, with 4 bits."""
+    found = {one["variant"]: one for one in merged(RESULTS / "study_smollm2")["variants"]}
+    dense, coded = found["dense"], found["smollm2_4bit"]
+    cells = shared_cells([dense, coded])
+    parts = {f"all {sum(cells.values())} questions": cells}
+    parts |= {f"{n:,} tokens": some(cells, n) for n in sorted({length for _, length in cells})}
+    for title, part in parts.items():
+        gap = interval(lost(coded, dense, part))
+        yield line(title, f"{mean_points(dense, part):.1f}", f"{mean_points(coded, part):.1f}", gap)
 
 
 def packed_rows():
@@ -278,8 +322,12 @@ def selected_rows():
     for mask, read, name in (
         ("70% of K pruned", "all", "attention_lead_whole"),
         ("70% of K pruned", "a tenth", "attention_lead_whole_pages"),
-        ("1 bit", "all", "attention_lead_2"),
-        ("1 bit", "a tenth", "attention_lead_2_pages"),
+        ("4 bits, all heads alike", "all", "attention_even_4"),
+        ("4 bits, all heads alike", "a tenth", "attention_even_4_pages"),
+        ("2 bits, all heads alike", "all", "attention_even_2"),
+        ("2 bits, all heads alike", "a tenth", "attention_even_2_pages"),
+        ("1 bit, as a real model's first heads", "all", "attention_lead_2"),
+        ("1 bit, as a real model's first heads", "a tenth", "attention_lead_2_pages"),
     ):
         one, eight = (case["mean"] for case in load(name)["cases"][:2])
         figures = (
@@ -291,16 +339,17 @@ def selected_rows():
 
 def selected_study_rows():
     """Points where the best far tokens alone are read, on the questions that all were asked."""
-    found = {one["variant"]: one for one in merged(RESULTS / "study_pages_qwen_1.5b")["variants"]}
-    cells = shared_cells(list(found.values()))
-    for bits, read, name in (
+    rows = (
         ("dense", "all", "dense"),
         (4, "all", "bits_4"),
         (4, "a tenth", "bits_4_pages_0.1"),
         (2, "all", "bits_2"),
         (2, "a quarter", "bits_2_pages_0.25"),
         (2, "a tenth", "bits_2_pages_0.1"),
-    ):
+    )
+    found = other_study()
+    cells = shared_cells([found[name] for *_, name in rows])
+    for bits, read, name in rows:
         lengths = sorted({length for _, length in cells})
         parts = [cells, *(some(cells, length) for length in lengths)]
         gap = interval(lost(found[name], found["dense"], cells))
@@ -407,6 +456,9 @@ def streaming_points_rows():
         ("docs/accuracy.md", study_rows),
         ("docs/accuracy.md", small_study_rows),
         ("docs/accuracy.md", cache_rows),
+        ("docs/accuracy.md", other_cache_rows),
+        ("docs/accuracy.md", turboquant_rows),
+        ("docs/accuracy.md", smallest_study_rows),
         ("docs/accuracy.md", long_rows),
         ("docs/accuracy.md", learned_rows),
         ("docs/accuracy.md", streaming_rows),

@@ -76,10 +76,9 @@ def _describe(serving: "Serving") -> dict[str, Any]:
         "max_model_len": serving.length,
         "pool_bytes": serving.pool_bytes,
     }
-    if serving.length is not None:
-        from vllm_leank.serving.report import beyond_calibration
+    from vllm_leank.serving.report import warnings_of
 
-        described["warning"] = beyond_calibration(mask, serving.length)
+    described["warnings"] = warnings_of(mask, serving.length)
     if serving.pool_bytes is not None and serving.length is not None:
         from vllm_leank.cli.capacity_table import capacity_json
 
@@ -114,7 +113,7 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
         what_a_step_reads,
         what_does_not_fit,
     )
-    from vllm_leank.serving.report import beyond_calibration, describe
+    from vllm_leank.serving.report import describe, warnings_of
 
     if serving.reasons:
         console.print("[red]leank would not serve this line:[/]")
@@ -126,8 +125,7 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
         return
     for text in describe(serving.settings):
         console.print(text, markup=False)
-    mask, length = serving.settings.mask, serving.length
-    if length is not None and (warning := beyond_calibration(mask, length)):
+    for warning in warnings_of(serving.settings.mask, serving.length):
         console.print(f"[yellow]{escape(warning)}[/]")
     if serving.pool_bytes is None or serving.length is None:
         console.print("leank capacity: known with --kv-cache-memory-bytes, or on a GPU")

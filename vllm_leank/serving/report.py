@@ -47,7 +47,7 @@ def log_capacity(vllm_config: "VllmConfig", num_blocks: int) -> None:
             settings.plan, settings.window, pool, length, step, in_flight // step
         )
         logger.info("leank capacity: %s", prefill)
-    if warning := beyond_calibration(settings.mask, longest):
+    for warning in warnings_of(settings.mask, longest):
         logger.warning("%s", warning)
 
 
@@ -91,16 +91,26 @@ def describe(settings: Settings) -> list[str]:
     ]
 
 
-def beyond_calibration(mask: Mask, max_model_len: int) -> str | None:
-    """A warning where requests may be longer than any prompt that the mask was made from."""
+def warnings_of(mask: Mask, max_model_len: int | None) -> list[str]:
+    """What speaks against a mask: that it was judged and failed, or that requests may be longer
+    than any prompt that it was made from.
+    """
+    found = []
+    verdict = (mask.evaluation or {}).get("verify")
+    if isinstance(verdict, str) and verdict.startswith("FAIL"):
+        found.append(
+            f"leank mask: it failed `leank verify`, as its file says ({verdict}). Judge it on your "
+            "model, or make one with more bits: leank mask calibrate MODEL --bits 6"
+        )
     longest = mask.provenance.get("longest_prompt")
-    if not isinstance(longest, int) or max_model_len <= BEYOND * longest:
-        return None
-    return (
-        f"leank mask: made from prompts of up to {longest:,} tokens, but requests may have "
-        f"{max_model_len:,}: answers of longer ones may be worse than measured. Calibrate with "
-        f"--max-tokens {max_model_len}, or serve with --max-model-len {longest}"
-    )
+    known = isinstance(longest, int) and max_model_len is not None
+    if known and max_model_len > BEYOND * longest:
+        found.append(
+            f"leank mask: made from prompts of up to {longest:,} tokens, but requests may have "
+            f"{max_model_len:,}: answers of longer ones may be worse than measured. Calibrate with "
+            f"--max-tokens {max_model_len}, or serve with --max-model-len {longest}"
+        )
+    return found
 
 
 def _selection(settings: Settings) -> list[str]:
