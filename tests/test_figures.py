@@ -194,7 +194,7 @@ def small_study_rows():
 
 
 def turboquant_rows():
-    """TurboQuant and 2 bits by length, on the questions that both and dense attention were asked."""
+    """TurboQuant and 2 bits by length, on the questions that all were asked."""
     names = "dense", "vllm_turboquant_4bit_nc", "bits_2"
     dense, *others = (other_study()[name] for name in names)
     cells = shared_cells([dense, *others])
