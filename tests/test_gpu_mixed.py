@@ -113,6 +113,7 @@ def test_architectures(runner, model_type, tmp_path):
         assert mean_error(given, PROMPTS, dense) < 1.5 * noise
     for given in answers[half:]:
         # A number at the edge of two codes may take the other one in bf16.
-        assert mean_error(given, PROMPTS, packed) < 2 * noise
-        # It matters what the archive keeps.
-        assert mean_error(given, PROMPTS, dense) > 4 * noise
+        error = mean_error(given, PROMPTS, packed)
+        assert error < 2 * noise
+        # It matters what the archive keeps, in models with much noise as well.
+        assert mean_error(given, PROMPTS, dense) > 2 * error
