@@ -148,7 +148,8 @@ def test_a_page_shows_plots_and_texts(leank, with_tokenizer, tmp_path):
     page = tmp_path / "page.html"
     none = with_tokenizer / "none.yaml"
     args = ("--mask", none, "--texts", 2, "--needles", 0, "--max-tokens", 1400, *WINDOW)
-    leank("verify", with_tokenizer, *args, "--report", page)
+    _, out, _ = leank("verify", with_tokenizer, *args, "--report", page, "--pages", 512)
+    assert "pages: answers read the best far tokens alone, 512 tokens; the first 2 layers" in out
     source = page.read_text(encoding="utf-8")
     parsed = Page(source)
     assert parsed.tags.count("svg") == 2
@@ -178,6 +179,7 @@ def test_a_tokenizer_of_other_words_needs_prompts_of_its_own(leank):
         (["--needles", 15], "--needles is 15; answers are judged by at least 16"),
         (["--max-tokens", 100, *WINDOW], "they need 192"),
         (["--sink", 33], "sink is 33"),
+        (["--pages", 0.1, "--prefill", "pruned"], "pages works with prefill: exact alone"),
         (["--data", "missing.jsonl"], "missing.jsonl: cannot be read"),
         (["--dtype", "int4"], "dtype is int4"),
         (["--report", "page.pdf"], "page.pdf: the report is a page; name it .html"),

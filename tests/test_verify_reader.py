@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from vllm_leank.kernels.codecs import codec_of
 
 from vllm_leank.core.formats import NATIVE
+from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import Window
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.attention_hook import hooked_attention
@@ -64,6 +65,29 @@ def test_figures_are_those_of_the_oracle(model, tiny_llama_dir, answer, exact):
     assert one.found.total == pytest.approx(kl.sum(), rel=1e-3)
     assert one.found.agree == agree.sum()
     assert (one.dense_right, one.leank_right) == ((False, False) if answer else (None, None))
+
+
+@pytest.mark.parametrize("kind", ["codes", "whole channels"])
+def test_the_best_far_tokens_alone_are_those_of_the_oracle(tiny_llama, kind):
+    """The first two layers read all, so the model has four."""
+    model_dir = tiny_llama(layers=4)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    codes = kind == "codes"
+    mask = coded_mask(model_dir) if codes else random_mask(model_dir, [32, 64])
+    ids = torch.randint(256, (700,), generator=torch.Generator().manual_seed(1)).tolist()
+    form = PACKED if codes else NATIVE
+
+    def logits_with(selection):
+        reader = Reader(model, mask, WINDOW, selection, chunk=100)
+        reader.begin(len(ids))
+        reader.read(ids[:660])
+        oracle = Oracle(model_dir, mask, 32, 64, archive_format=form, selection=selection)
+        return reader.served(ids[660:]), oracle.logits(ids, exact_until=660)[660:]
+
+    found, expected = logits_with(Selection.of(256))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    everything, _ = logits_with(None)
+    assert (everything - found).abs().max() > 0.02
 
 
 def whole_mask(model_dir):

@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from vllm_leank.cli.options import ArchiveDtype, Device, Overrides, RecentOfMask, SinkOfMask
+from vllm_leank.cli.options import (
+    ArchiveDtype,
+    Device,
+    Overrides,
+    Pages,
+    RecentOfMask,
+    SinkOfMask,
+)
 from vllm_leank.cli.outputs import check_new
 from vllm_leank.errors import UserError
 
@@ -57,6 +64,7 @@ def verify(
     sink: SinkOfMask = None,
     recent: RecentOfMask = None,
     prefill: Annotated[str, typer.Option(help="How prompts are read: exact or pruned.")] = "exact",
+    pages: Pages = None,
     archive_dtype: ArchiveDtype = None,
     min_top1: Annotated[
         float, typer.Option(help="Least share of tokens with the same most likely token, 0..1.")
@@ -94,13 +102,14 @@ def verify(
     that there is time for, and after your own prompts. Both are asked for needles in long contexts,
     until dense attention has found enough: a mask can only lose what the model knows. Runs the
     model in transformers, with far tokens as leank's archive gives them back: rounded to its bits,
-    channels that are not stored as their means.
+    channels that are not stored as their means; with --pages the best of them alone.
 
     Exit codes: 0 passed; 1 a threshold was missed; 2 nothing was compared, as an option, a file or
     the model cannot be used; 3 what was judged passed, but too few answers could be judged.
     """
     from vllm_leank.cli.verify_table import print_findings
     from vllm_leank.core.options import KEY, parse_options
+    from vllm_leank.core.selection import whole_or_share
     from vllm_leank.mask.checkpoint import Checkpoint
     from vllm_leank.mask.lookup import resolve_mask
     from vllm_leank.mask.settings import plan_settings
@@ -116,16 +125,15 @@ def verify(
     device = checkpoint.place(device, dtype)
     found = resolve_mask(mask, model, checkpoint.geometry, overrides=hf_overrides)
     # As served; the window does not depend on the bytes of a number.
-    options = {"sink": sink, "recent": recent, "prefill": prefill}
-    window = plan_settings(found, parse_options({KEY: options}), itemsize=2).window
+    options = {"sink": sink, "recent": recent, "prefill": prefill, "pages": whole_or_share(pages)}
+    served = plan_settings(found, parse_options({KEY: options}), itemsize=2)
     samples = []
     if data is not None:
         samples = file_samples(data, checkpoint, max_samples=max_prompts, room=tokens)
     request = Request(texts, needles, samples, tokens, max_tokens, minutes, seed)
     findings = verify_mask(
         checkpoint,
-        found,
-        window,
+        served,
         request,
         thresholds,
         dtype=dtype,

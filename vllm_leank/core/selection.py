@@ -75,6 +75,16 @@ class Selection:
         share = math.ceil(pages * SHARE_UNITS)
         return None if share >= SHARE_UNITS else cls(share, LEAST_TOKENS // SEGMENT)
 
+    def __str__(self) -> str:
+        """In words."""
+        tokens = f"{self.least * SEGMENT:,} tokens"
+        if self.share:
+            tokens = f"{self.share / SHARE_UNITS:.1%} of them, at least {tokens}"
+        return (
+            f"answers read the best far tokens alone, {tokens}; the first {DENSE_LAYERS} layers "
+            "read all"
+        )
+
     def count(self, segments: Any) -> Any:
         """Of so many far segments, how many are read; takes and returns an int or an int tensor."""
         wanted = -(-segments * self.share // SHARE_UNITS)

@@ -27,6 +27,7 @@ def far_attention(
     scaling: float | None = None,
     sink_scores: torch.Tensor | None = None,
     means: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention `[B, T, num_heads, D]` of queries `[B, num_heads, T, D]`, computed in fp32.
 
@@ -36,7 +37,8 @@ def far_attention(
     do not see them at all: a head that keeps no channel has no V of far tokens either. `scaling` is
     what logits are multiplied by (None: `D ** -0.5`), `sink_scores` `[num_heads]` are the model's
     attention sinks, if it has any. With `means` of far keys (fp32, shaped as `factors`) a factor
-    says how much of a channel is the key's own; the rest is its mean, and not 0.
+    says how much of a channel is the key's own; the rest is its mean, and not 0. `seen` (bool
+    `[B, H, T, far]`) says which far tokens are read at all, where all queries have the same ones.
 
     K is never copied to be scaled: `(q * a) . k` is `q . (a * k)`. Gradients reach everything but
     `blind`. For the backward pass nothing but the arguments is kept; scores are computed again.
@@ -47,7 +49,8 @@ def far_attention(
     outputs = []
     for at in range(0, T, rows):
         block = query[:, :, at : at + rows]
-        rest = (window, factors, blind, scaling, sink_scores, means)
+        shown = None if seen is None else seen[:, :, at : at + rows]
+        rest = (window, factors, blind, scaling, sink_scores, means, shown)
         args = (block, S - T + at, keys, values, *rest)
         if torch.is_grad_enabled():
             outputs.append(checkpoint(_attend, *args, use_reentrant=False))
@@ -67,6 +70,7 @@ def _attend(
     scaling: float | None,
     sink_scores: torch.Tensor | None,
     means: torch.Tensor | None,
+    seen: torch.Tensor | None,
 ) -> torch.Tensor:
     """`far_attention` of the queries at `first` and the positions after it."""
     B, num_heads, T, D = query.shape
@@ -96,6 +100,9 @@ def _attend(
                 scores = far @ k if of_means is None else far @ k + of_means
                 if blind is not None:
                     scores = scores.masked_fill(blind[..., None, None], float("-inf"))
+                if seen is not None:
+                    shown = seen[..., offset - near_end :][..., : key.shape[2]]
+                    scores = scores.masked_fill(~shown.repeat(1, 1, group, 1), float("-inf"))
             else:
                 at_key = torch.arange(offset, offset + key.shape[2], device=query.device)
                 is_far = (at_key >= window.sink) & (at_key < window.boundary(at_query + 1))

@@ -18,6 +18,7 @@ class ServedArchive:
     Attributes:
         archive_format: what the mask decides.
         blind: bool `[L, H]`, heads that store nothing and so do not see far tokens.
+        channels: what is known of the channels of a layer, by its number, on a device.
 
     Raises:
         UserError: no format can store what the mask keeps.
@@ -27,7 +28,7 @@ class ServedArchive:
         self.archive_format = choose_format(mask)
         self.blind = torch.tensor(~(mask.k_bits.any(-1) | mask.v_bits.any(-1)))
         self._mask = mask
-        self._channels = cache(self._load_channels)
+        self.channels = cache(self._load_channels)
 
     def __call__(
         self, layer: int, first: int, key: torch.Tensor, value: torch.Tensor
@@ -35,7 +36,7 @@ class ServedArchive:
         """K and V `[B, H, T, D]` of the tokens from `first`, the sink's end, on, in fp32."""
         far_key, far_value = (part.to(torch.float32, copy=True) for part in (key, value))
         codec = codec_of(self.archive_format)
-        for index, head in enumerate(self._channels(layer, key.device).heads):
+        for index, head in enumerate(self.channels(layer, key.device).heads):
             if not head.profile.stores:
                 continue
             rounded = [

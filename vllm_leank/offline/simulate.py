@@ -55,20 +55,31 @@ Archive = Callable[[int, int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, t
 """Takes layer, first position, K after RoPE and V `[B, H, T, D]`; gives back both, as stored."""
 
 
+Select = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
+"""Takes layer, queries `[B, num_heads, T, D]` and far K `[B, H, tokens, D]` as stored, all of it
+visible to them; gives back which tokens queries read, bool `[B, H, T, tokens]`, or None: all."""
+
+
 class SimulatedArchive:
     """An attention hook under which queries read far K and V as an archive gives them back.
 
     Set `archive` between prompt and answer where prompts are computed with full attention; with
     None everything is read as it is, in the same attention. Heads where `blind` (bool `[L, H]`) do
-    not see far tokens, as in an engine those do not that store nothing.
+    not see far tokens, as in an engine those do not that store nothing. With `selected` each query
+    reads some of the far tokens alone.
     """
 
     def __init__(
-        self, window: Window, archive: Archive | None = None, blind: torch.Tensor | None = None
+        self,
+        window: Window,
+        archive: Archive | None = None,
+        blind: torch.Tensor | None = None,
+        selected: Select | None = None,
     ):
         self.window = window
         self.archive = archive
         self.blind = blind
+        self.selected = selected
 
     def __call__(
         self,
@@ -104,6 +115,7 @@ class SimulatedArchive:
                 for dense, stored in ((key, far_key), (value, far_value))
             )
             part = query[:, :, start - first : end - first]
+            seen = None if self.selected is None else self.selected(layer, part, keys[1])
             outputs.append(
                 far_attention(
                     part,
@@ -113,6 +125,7 @@ class SimulatedArchive:
                     blind=blind,
                     scaling=scaling,
                     sink_scores=sink_scores,
+                    seen=seen,
                 )
             )
         return torch.cat(outputs, dim=1)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity, pruned_prefill
-from vllm_leank.core.selection import DENSE_LAYERS, SEGMENT, SHARE_UNITS
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.settings import Settings
 from vllm_leank.serving.environment import installed_at
@@ -103,28 +102,19 @@ def warnings_of(mask: Mask, max_model_len: int | None) -> list[str]:
             "model, or make one with more bits: leank mask calibrate MODEL --bits 6"
         )
     longest = mask.provenance.get("longest_prompt")
-    known = isinstance(longest, int) and max_model_len is not None
-    if known and max_model_len > BEYOND * longest:
+    length = max_model_len or 0
+    if isinstance(longest, int) and length > BEYOND * longest:
         found.append(
             f"leank mask: made from prompts of up to {longest:,} tokens, but requests may have "
-            f"{max_model_len:,}: answers of longer ones may be worse than measured. Calibrate with "
-            f"--max-tokens {max_model_len}, or serve with --max-model-len {longest}"
+            f"{length:,}: answers of longer ones may be worse than measured. Calibrate with "
+            f"--max-tokens {length}, or serve with --max-model-len {longest}"
         )
     return found
 
 
 def _selection(settings: Settings) -> list[str]:
     """What queries read of far tokens, where it is not all."""
-    selection = settings.selection
-    if selection is None:
-        return []
-    tokens = f"{selection.least * SEGMENT:,} tokens"
-    if selection.share:
-        tokens = f"{selection.share / SHARE_UNITS:.1%} of them, at least {tokens}"
-    return [
-        f"leank pages: answers read the best far tokens alone, {tokens}; the first {DENSE_LAYERS} "
-        "layers read all"
-    ]
+    return [] if settings.selection is None else [f"leank pages: {settings.selection}"]
 
 
 def _layers(settings: Settings) -> list[str]:

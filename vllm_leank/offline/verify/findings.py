@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_leank.core.window import Window
-from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.settings import Settings
 from vllm_leank.offline.verify.comparison import Comparison, Group
 from vllm_leank.offline.verify.plan import COMPARED
 from vllm_leank.offline.verify.texts import LayerLoss
@@ -28,9 +27,7 @@ class Setting:
     """What was compared, and on what."""
 
     model: str
-    mask: Mask
-    window: Window
-    archive_format: str
+    served: Settings
     dtype: str
     device: str
 
@@ -125,7 +122,7 @@ class Findings:
     @property
     def layer_bits(self) -> npt.NDArray[np.float64]:
         """Mean bits per element of K and V, `[L]`."""
-        mask = self.setting.mask
+        mask = self.setting.served.mask
         bits: npt.NDArray[np.float64] = (
             mask.k_bits.mean(axis=(1, 2)) + mask.v_bits.mean(axis=(1, 2))
         ) / 2
@@ -134,7 +131,8 @@ class Findings:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         setting = self.setting
-        mask, window = setting.mask, setting.window
+        mask, window = setting.served.mask, setting.served.window
+        selection = setting.served.selection
         layers = [
             {"kl": round(float(kl), 7), "bits": round(float(bits), 3)}
             for kl, bits in zip(self.layer_kl, self.layer_bits, strict=False)
@@ -151,7 +149,8 @@ class Findings:
             },
             "window": {"sink": window.sink, "recent": window.recent},
             "prefill": "exact" if window.exact else "pruned",
-            "archive_dtype": setting.archive_format,
+            "segments": None if selection is None else asdict(selection),
+            "archive_dtype": setting.served.plan.archive_format.name,
             "dtype": setting.dtype,
             "device": setting.device,
             "groups": [asdict(group) for group in self.groups],

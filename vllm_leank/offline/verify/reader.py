@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import transformers
 
+from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import Window
 from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.attention_hook import AttentionHook, hooked_attention
@@ -23,8 +24,9 @@ from vllm_leank.offline.context import (
     logits_after,
 )
 from vllm_leank.offline.divergence import Divergence, divergence
+from vllm_leank.offline.selected_tokens import SelectedTokens
 from vllm_leank.offline.served_archive import ServedArchive
-from vllm_leank.offline.simulate import Archive, SimulatedArchive
+from vllm_leank.offline.simulate import Archive, Select, SimulatedArchive
 
 Tick = Callable[[float], None]
 
@@ -40,6 +42,7 @@ class Reader:
         window: which tokens are far, and how prompts are read.
         geometry: shape of the model's attention.
         archive: what far tokens are stored in.
+        selected: which of them are read, where it is not all.
         tick: is told of tokens when they have been read.
     """
 
@@ -48,6 +51,7 @@ class Reader:
         model: transformers.PreTrainedModel,
         mask: Mask,
         window: Window,
+        selection: Selection | None = None,
         *,
         chunk: int = 1024,
         tick: Tick | None = None,
@@ -57,6 +61,9 @@ class Reader:
         self.chunk = chunk
         self.geometry = mask.geometry
         self.archive = ServedArchive(mask)
+        self.selected: Select | None = None
+        if selection is not None:
+            self.selected = SelectedTokens(self.archive, window.sink, selection)
         self.tick = tick
         self._dense = self._served = Context(mask.geometry)
         self._ways: list[tuple[Context, AttentionHook]] = [(self._dense, self._dense)]
@@ -134,8 +141,8 @@ class Reader:
 
     @torch.inference_mode()
     def served(self, ids: Sequence[int]) -> torch.Tensor:
-        """The same with far tokens as the archive gives them back."""
-        return self._after(self._served, ids, self.archive, self.archive.blind)
+        """The same with far tokens as the archive gives them back, those that are read."""
+        return self._after(self._served, ids, self.archive, self.archive.blind, self.selected)
 
     def compare(self, ids: Sequence[int]) -> Divergence:
         """What the archive changes after each of the tokens that follow the prompt.
@@ -159,7 +166,15 @@ class Reader:
         for layer in range(len(self.archive.blind)):
             blind = others.clone()
             blind[layer] = self.archive.blind[layer]
-            yield divergence(dense, self._after(self._dense, ids, self._only(layer), blind))
+            alone = self._only(layer), blind, self._selected_only(layer)
+            yield divergence(dense, self._after(self._dense, ids, *alone))
+
+    def _selected_only(self, chosen: int) -> Select | None:
+        """What is read, of all far tokens of other layers."""
+        selected = self.selected
+        if selected is None:
+            return None
+        return lambda layer, query, key: selected(layer, query, key) if layer == chosen else None
 
     def _only(self, chosen: int) -> Archive:
         """The archive in one layer."""
@@ -177,8 +192,9 @@ class Reader:
         ids: Sequence[int],
         archive: Archive,
         blind: torch.Tensor | None = None,
+        selected: Select | None = None,
     ) -> torch.Tensor:
-        hook = SimulatedArchive(self.window, archive, blind)
+        hook = SimulatedArchive(self.window, archive, blind, selected)
         return logits_after(self.model, context, ids, hook)
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
-from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.settings import Settings
 from vllm_leank.offline.builtin_prompts import Named
 from vllm_leank.offline.verify.asking import ask_haystack, ask_until
 from vllm_leank.offline.verify.comparison import Comparison
@@ -37,26 +36,25 @@ TEXT_KINDS = 3
 
 def verify_mask(
     checkpoint: Checkpoint,
-    mask: Mask,
-    window: Window,
+    served: Settings,
     request: Request,
     thresholds: Thresholds,
     *,
     dtype: str,
     device: str,
 ) -> Findings:
-    """What a mask does to the answers of a model, which is loaded for it.
+    """What a mask and options, `served`, do to the answers of a model, which is loaded for it.
 
     Raises:
         UserError: nothing can be compared, or not within the time or memory that there is, or the
             model cannot be loaded, or its attention is not what masks are for.
     """
-    material = find_material(checkpoint, window, request)
+    material = find_material(checkpoint, served.window, request)
     if dtype == "auto" and device.startswith("cpu"):
         dtype = "float32"
     try:
         model = checkpoint.load(dtype, device)
-        reader = Reader(model, mask, window)
+        reader = Reader(model, served.mask, served.window, served.selection)
         with Steps(60 * request.minutes) as steps:
             reader.tick = steps.advance
             seen = Run(checkpoint, reader, request, material, steps).measure()
@@ -67,9 +65,7 @@ def verify_mask(
         ) from error
     setting = Setting(
         checkpoint.path,
-        mask,
-        window,
-        reader.archive.archive_format.name,
+        served,
         str(model.dtype).removeprefix("torch."),
         device,
     )

@@ -31,14 +31,16 @@ def nats(kl: Estimate) -> str:
 def setting_lines(findings: Findings) -> list[str]:
     """What was compared."""
     setting = findings.setting
-    mask, window = setting.mask, setting.window
+    served = setting.served
+    mask, window, format_name = served.mask, served.window, served.plan.archive_format.name
     how = "" if window.exact else "; prompts read pruned"
-    return [
+    lines = [
         f"mask: {mask.path}, {mask.bits:.2f} bits per element, {mask.k_kept:.1%} of K and "
         f"{mask.v_kept:.1%} of V kept",
-        f"archive: {setting.archive_format}, compared in {setting.dtype} on {setting.device}",
+        f"archive: {format_name}, compared in {setting.dtype} on {setting.device}",
         f"window: sink {window.sink}, recent {window.recent} tokens dense{how}",
     ]
+    return lines if served.selection is None else [*lines, f"pages: {served.selection}"]
 
 
 def answers_line(findings: Findings) -> str:
