@@ -31,10 +31,8 @@ class Mutation:
     gpu: bool = False
 
 
-FREED = """        free = self._window.free_tokens(processed_computed_tokens, exact_until)
-        self._remove_blocks_in_range(
-            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK
-        )
+FREED = """        free = self._window.free_pages(processed_computed_tokens, exact_until, self.block_size)
+        self._remove_blocks_in_range(request_id, free.start, free.stop)
 """
 FREED_BY_WHAT_WAS_SCHEDULED = (
     """        scheduled = self.__dict__.setdefault("scheduled", {}).get(request_id, 0)
@@ -160,9 +158,9 @@ MUTATIONS = (
     Mutation(
         "a freed block is freed again",
         "serving/scheduler/managers.py",
-        "            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK\n        )",
-        "            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK\n        )\n"
-        "        self.block_pool.free_blocks(self.req_to_blocks[request_id][-1:] if free else [])",
+        "        self._remove_blocks_in_range(request_id, free.start, free.stop)\n",
+        "        self._remove_blocks_in_range(request_id, free.start, free.stop)\n"
+        "        self.block_pool.free_blocks(self.req_to_blocks[request_id][-1:] if free else [])\n",
         "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
     ),
     Mutation(

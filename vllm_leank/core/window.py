@@ -142,3 +142,9 @@ class Window:
         if processed < exact_until:
             return range(0)
         return range(self.sink, self.boundary(processed), GRANULE)
+
+    def free_pages(self, processed: int, exact_until: int, block: int) -> range:
+        """Window pages of `block` tokens that hold none but `free_tokens`, by their numbers."""
+        free = self.free_tokens(processed, exact_until)
+        first = -(-free.start // block)
+        return range(first, max(free.stop // block, first))

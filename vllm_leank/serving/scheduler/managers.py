@@ -12,7 +12,6 @@ from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.serving.scheduler.specs import LeanKSpec
 from vllm_leank.serving.scheduler.usage import Usage
 from vllm_leank.serving.vllm.prompt_pages import share_prompts_only
@@ -187,10 +186,8 @@ class WindowManager(LeanKManager):
         if num_prompt_tokens is None:
             return
         exact_until = self._window.exact_until(num_prompt_tokens)
-        free = self._window.free_tokens(processed_computed_tokens, exact_until)
-        self._remove_blocks_in_range(
-            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK
-        )
+        free = self._window.free_pages(processed_computed_tokens, exact_until, self.block_size)
+        self._remove_blocks_in_range(request_id, free.start, free.stop)
 
 
 class ExactWindowManager(WindowManager):
