@@ -31,9 +31,11 @@ class Mutation:
     gpu: bool = False
 
 
-FREED = """        free = self._window.free_pages(processed_computed_tokens, exact_until, self.block_size)
-        self._remove_blocks_in_range(request_id, free.start, free.stop)
-"""
+REMOVED = "        self._remove_blocks_in_range(request_id, free.start, free.stop)\n"
+FREED = (
+    "        free = self._window.free_pages(processed_computed_tokens, exact_until, "
+    f"self.block_size)\n{REMOVED}"
+)
 FREED_BY_WHAT_WAS_SCHEDULED = (
     """        scheduled = self.__dict__.setdefault("scheduled", {}).get(request_id, 0)
         processed_computed_tokens = max(processed_computed_tokens, scheduled)
@@ -156,11 +158,25 @@ MUTATIONS = (
         "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
     ),
     Mutation(
+        "a window page is freed in which the sink ends",
+        "core/window.py",
+        "first = -(-free.start // block)",
+        "first = free.start // block",
+        "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
+    ),
+    Mutation(
+        "a window page is freed that the boundary is in",
+        "core/window.py",
+        "max(free.stop // block, first)",
+        "max(-(-free.stop // block), first)",
+        "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
+    ),
+    Mutation(
         "a freed block is freed again",
         "serving/scheduler/managers.py",
-        "        self._remove_blocks_in_range(request_id, free.start, free.stop)\n",
-        "        self._remove_blocks_in_range(request_id, free.start, free.stop)\n"
-        "        self.block_pool.free_blocks(self.req_to_blocks[request_id][-1:] if free else [])\n",
+        REMOVED,
+        f"{REMOVED}        last = self.req_to_blocks[request_id][-1:]\n"
+        "        self.block_pool.free_blocks(last if free else [])\n",
         "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
     ),
     Mutation(

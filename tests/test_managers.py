@@ -138,6 +138,26 @@ def test_a_request_holds_what_the_rule_says_at_every_step(prompt, chunk, window,
     assert server.free == free
 
 
+@pytest.mark.parametrize("window_block", [64, 96, 160])
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize(("prompt", "chunk"), [(31, 512), (640, 100)])
+def test_longer_window_pages_are_held_while_any_of_them_is_read(
+    prompt, chunk, window, window_block
+):
+    """Without prefix caching, as layers with states exclude it."""
+    server = Server(window, caching=False, window_block=window_block)
+    free = server.free
+    request = server.request("a", range(prompt))
+    server.prefill(request, chunk)
+    server.check(request, 0)
+    assert free - server.free == server.plan.blocks_in_prefill(window, prompt)
+    for token in range(400):
+        server.decode(request, [token])
+        server.check(request, request.num_computed_tokens - 1)
+    server.manager.free(request)
+    assert server.free == free
+
+
 @pytest.mark.parametrize("block", [32, 64, 96])
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_blocks_at_8192_tokens_are_the_plans(window, block):
