@@ -162,7 +162,7 @@ MUTATIONS = (
         "core/window.py",
         "first = -(-free.start // block)",
         "first = free.start // block",
-        "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
+        "test_managers.py::test_longer_window_pages_are_held_while_any_of_them_is_read",
     ),
     Mutation(
         "a window page is freed that the boundary is in",

@@ -30,9 +30,6 @@ ARCHIVE_WASTE = 0.05
 WINDOW_BLOCKS = tuple(range(WINDOW_BLOCK, 16 * WINDOW_BLOCK + 1, WINDOW_BLOCK))
 """Tokens of a window page, to choose from beside states."""
 
-WINDOW_WASTE = 0.05
-"""Share of what a request takes that shorter window pages may take more than the best ones."""
-
 NOMINAL_WINDOW, NOMINAL_LENGTHS = Window(64, 256), range(8192, 9216, GRANULE)
 """The requests for which window pages are chosen: of many lengths, as one may end with a page."""
 
@@ -249,7 +246,7 @@ def plan_cache(
         stages: layers of each pipeline stage; by default one stage has all.
         sliding: layers that stay vLLM's.
         states: layers that stay vLLM's and keep states. A block is never smaller than a state, so
-            window pages are as long as it takes to fill one, too.
+            beside them window pages are as long as leaves least of their blocks empty.
         unparted: tokens that no archive page may part: a page has a multiple of them.
 
     Returns:
@@ -270,10 +267,8 @@ def plan_cache(
     )
     if states is None:
         return _filled(plan, blocks)
-    plans = [_filled(replace(plan, window_block=block), blocks) for block in WINDOW_BLOCKS]
-    costs = [_nominal_bytes(one) for one in plans]
-    most = min(costs) * (1 + WINDOW_WASTE)
-    return next(one for one, cost in zip(plans, costs, strict=True) if cost <= most)
+    plans = (_filled(replace(plan, window_block=block), blocks) for block in WINDOW_BLOCKS)
+    return min(plans, key=_waste)
 
 
 def _filled(plan: CachePlan, blocks: Sequence[int]) -> CachePlan:
@@ -288,11 +283,17 @@ def _filled(plan: CachePlan, blocks: Sequence[int]) -> CachePlan:
     return next((one for one in plans if one.archive_page_bytes >= least), plans[-1])
 
 
-def _nominal_bytes(plan: CachePlan) -> int:
-    """What nominal requests take, each once while its prompt is computed and once in decode."""
-    blocks = sum(
-        plan.blocks_in_prefill(NOMINAL_WINDOW, length)
-        + plan.blocks_in_decode(NOMINAL_WINDOW, length)
-        for length in NOMINAL_LENGTHS
-    )
-    return blocks * plan.block_bytes
+def _waste(plan: CachePlan) -> float:
+    """How many times as much as they fill the blocks of nominal requests have: the sum over all of
+    them, each once while its prompt is computed and once in decode.
+    """
+    window, waste = NOMINAL_WINDOW, 0.0
+    for length in NOMINAL_LENGTHS:
+        archived = window.archived(length)
+        kept = archived * plan.archive_token_bytes + plan.other_bytes(length)
+        for dense, blocks in (
+            (length, plan.blocks_in_prefill(window, length)),
+            (length - archived + window.sink, plan.blocks_in_decode(window, length)),
+        ):
+            waste += blocks * plan.block_bytes / (kept + dense * plan.dense_token_bytes)
+    return waste
