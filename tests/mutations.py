@@ -60,6 +60,13 @@ UNPACKED = "test_unpacked.py::test_queries_read_what_was_unpacked_and_the_rest"
 
 MUTATIONS = (
     Mutation(
+        "all granules of a window page are read where its first lies",
+        "kernels/pages.py",
+        "return granule % (WINDOW_BLOCK // 32) * 32",
+        "return granule % (WINDOW_BLOCK // 32) * 0",
+        "test_kernels.py::test_window_pages_of_several_granules",
+    ),
+    Mutation(
         "a head that one program decodes has no attention sink",
         "kernels/decode.py",
         "l += tl.exp2(load_sink_scores(",

@@ -23,7 +23,7 @@ from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import GRANULE
 
 WINDOW_BLOCK = GRANULE
-"""Tokens of a window page, but where a plan has longer ones."""
+"""Tokens of a window page, where the plan has no longer ones, and of sliding layers' pages."""
 
 MAX_HEAD_DIM = CHUNK_WIDTHS[0]
 """Most channels of a head: more than the widest chunk has no layout."""

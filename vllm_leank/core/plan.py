@@ -266,12 +266,12 @@ def plan_cache(
         states=states,
     )
     if states is None:
-        return _filled(plan, blocks)
-    plans = (_filled(replace(plan, window_block=block), blocks) for block in WINDOW_BLOCKS)
+        return filled(plan, blocks)
+    plans = (filled(replace(plan, window_block=block), blocks) for block in WINDOW_BLOCKS)
     return min(plans, key=_waste)
 
 
-def _filled(plan: CachePlan, blocks: Sequence[int]) -> CachePlan:
+def filled(plan: CachePlan, blocks: Sequence[int]) -> CachePlan:
     """The plan with archive pages of as many tokens as it takes to fill a pool block.
 
     A block is as large as the larger group's pages, and far tokens are most of what a long request
