@@ -255,6 +255,8 @@ def test_prompts_that_are_read_exactly(sinks, window_block):
         (32, 0), 128, 8, Window(32, 64), 64, torch.bfloat16, sinks=sinks, device=DEVICE,
         window_block=window_block,
     )  # fmt: skip
+    if window_block > 32:
+        builder.cache.window_pages.zero_()  # as `WindowManager` has vLLM do
     request = builder.add(300, 330)
     for tokens in (170, 135, 25):
         step = builder.step([(request, tokens)])

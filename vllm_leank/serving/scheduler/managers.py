@@ -12,6 +12,7 @@ from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
+from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.serving.scheduler.specs import LeanKSpec
 from vllm_leank.serving.scheduler.usage import Usage
 from vllm_leank.serving.vllm.prompt_pages import share_prompts_only
@@ -169,6 +170,13 @@ class WindowManager(LeanKManager):
     """Frees the dense middle of a request: where prompts are read exactly, once its prompt is
     done.
     """
+
+    def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        # FlashAttention 3 loads longer pages by whole tiles, and a weight of 0 is no help against a
+        # NaN in V where no token is yet. vLLM zeroes blocks beside states, which come with them.
+        zeroes = kwargs.get("needs_kv_cache_zeroing", False)
+        self._record_new_block_ids = zeroes and self.block_size > WINDOW_BLOCK
 
     def remove_skipped_blocks(
         self,
