@@ -33,7 +33,7 @@ from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.results import describe_mask, header, save_results
 from vllm_leank.bench.timing import release
 from vllm_leank.core.plan import plan_cache
-from vllm_leank.core.window import Window, whole_pages
+from vllm_leank.core.window import Window, whole_granules
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.mask import Mask
@@ -58,7 +58,7 @@ def our_layers(
 ) -> list[Callable[[], object]]:
     """A call for each layer of the mask."""
     geometry = mask.geometry
-    case = Case(batch, LENGTH, Window(whole_pages(mask.sink), mask.recent))
+    case = Case(batch, LENGTH, Window(whole_granules(mask.sink), mask.recent))
     plan = plan_cache(
         mask.profiles, geometry.head_dim, DTYPE.itemsize, archive_format=archive_format
     )
@@ -79,7 +79,7 @@ def our_layers(
 def flash_layers(mask: Mask, batch: int, query_heads: int) -> list[Callable[[], object]]:
     """The same for FlashAttention: new tokens into the pages, and attention, as vLLM calls them."""
     geometry = mask.geometry
-    case = Case(batch, LENGTH, Window(whole_pages(mask.sink), mask.recent))
+    case = Case(batch, LENGTH, Window(whole_granules(mask.sink), mask.recent))
     query = tokens(batch, query_heads, geometry.head_dim)
     key, value = (tokens(batch, geometry.num_kv_heads, geometry.head_dim) for _ in "kv")
     one = torch.ones((), device="cuda")

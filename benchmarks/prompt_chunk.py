@@ -38,7 +38,7 @@ from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.results import describe_mask
 from vllm_leank.core.pages import WINDOW_BLOCK, pages
 from vllm_leank.core.plan import CachePlan, plan_cache
-from vllm_leank.core.window import Window, whole_pages
+from vllm_leank.core.window import Window, whole_granules
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.mask import Mask
@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
     """
     geometry = mask.geometry
     scale = geometry.head_dim**-0.5
-    window = Window(whole_pages(mask.sink), mask.recent, exact=False)
+    window = Window(whole_granules(mask.sink), mask.recent, exact=False)
     case = Case(1, args.prompt, window)
     query = torch.randn(args.chunk, args.query_heads, geometry.head_dim, device="cuda")
     query = (2 * query).bfloat16()

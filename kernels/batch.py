@@ -39,10 +39,12 @@ class Batch(Prepares):
         query_start_loc_cpu: the same on the host.
         seq_lens: `[num_reqs]`, tokens computed after this step.
         exact_until: `[num_reqs]`, prompt lengths; 0 where prompts are read pruned.
-        window_table: `[num_reqs, max_blocks]`, page of each 32 tokens. Entries of freed blocks are
+        window_table: `[num_reqs, max_blocks]`, page of each `window_block` tokens. Entries of freed
+            blocks are
             stale: only the window rule says which may be read.
         archive_table: `[num_reqs, max_blocks]`, page of each `archive_block` tokens.
-        slots: `[num_tokens]`, where each new token goes: window page * 32 + offset, -1 for padding.
+        slots: `[num_tokens]`, where each new token goes: window page * `window_block` + offset, -1
+            for padding.
         in_prompt: `[num_reqs]` or shorter, bool, on the host: whether some of the queries may be
             below `exact_until`. Decides how they are computed, not what they read.
         max_query_len: most queries of a request.

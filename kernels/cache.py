@@ -26,7 +26,7 @@ class LayerCache(Prepares):
     """One layer's pages, its mask and the rule for reading them.
 
     Attributes:
-        window_pages: `[num_blocks, num_kv_heads, 32, 2 * head_dim]`, K then V.
+        window_pages: `[num_blocks, num_kv_heads, window_block, 2 * head_dim]`, K then V.
         archive_pages: `[num_blocks, page_items]`, described by `layout`; rows may lie apart. Of the
             codec's dtype.
         layout: where heads and chunks lie within an archive page.

@@ -22,17 +22,19 @@ def boundary_of(length, SINK: tl.constexpr, RECENT: tl.constexpr):
 
 
 @triton.jit
-def dense_pages(length, boundary, SINK: tl.constexpr):
-    """Dense pages of a request of `length` tokens, of which those from `SINK` to `boundary` are
+def dense_granules(length, boundary, SINK: tl.constexpr):
+    """Dense granules of a request of `length` tokens, of which those from `SINK` to `boundary` are
     pruned.
     """
     return tl.cdiv(length - (boundary - SINK), 32)
 
 
 @triton.jit
-def skip_archived(page, boundary, SINK: tl.constexpr):
-    """Index in the window's block table of dense page `page`, counted without the pruned range."""
-    return tl.where(page < SINK // 32, page, page + (boundary - SINK) // 32)
+def skip_archived(granule, boundary, SINK: tl.constexpr):
+    """Which granule of its request dense granule `granule` is, that is counted without the pruned
+    range.
+    """
+    return tl.where(granule < SINK // 32, granule, granule + (boundary - SINK) // 32)
 
 
 @triton.jit

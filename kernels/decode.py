@@ -14,7 +14,7 @@ from vllm_leank.kernels.common import BATCH_POINTERS, LOG2_E, load_sink_scores, 
 from vllm_leank.kernels.fold_columns import fold_window
 from vllm_leank.kernels.launch import DecodeLaunch, choose_decode
 from vllm_leank.kernels.launcher import Launch
-from vllm_leank.kernels.pages import window_tile
+from vllm_leank.kernels.pages import page_of, row_of, window_tile
 from vllm_leank.kernels.select import select
 from vllm_leank.kernels.shares import after_prompt as is_after_prompt
 from vllm_leank.kernels.shares import share
@@ -44,6 +44,7 @@ def _decode_kernel(
     AFTER_PROMPT: tl.constexpr,
     TILES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
     STAGES: tl.constexpr, WINDOW_STAGES: tl.constexpr, WINDOW_TILE: tl.constexpr,
+    WINDOW_BLOCK: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -108,23 +109,26 @@ def _decode_kernel(
         # What the archive gave to the sum goes on in one of the rows.
         o_row = tl.arange(0, WINDOW_TILE)[:, None]
         l_rows = tl.where(o_row == 0, l[None, :], 0.0)
-        next_page = tl.load(p_table + skip_archived(first, boundary, SINK))
+        next_page = page_of(p_table, skip_archived(first, boundary, SINK), WINDOW_BLOCK)
         for i in tl.range(first * PARTS, full * PARTS, num_stages=WINDOW_STAGES):
             page = next_page
             following = tl.minimum((i + 1) // PARTS, full - 1)
-            next_page = tl.load(p_table + skip_archived(following, boundary, SINK))
+            next_page = page_of(p_table, skip_archived(following, boundary, SINK), WINDOW_BLOCK)
+            first_row = row_of(skip_archived(i // PARTS, boundary, SINK), WINDOW_BLOCK)
             k, v = window_tile(
-                window_desc, window_ptr, page, head, i % PARTS * WINDOW_TILE, stride_window_page,
-                D, D_PAD, WINDOW_TILE, TMA,
+                window_desc, window_ptr, page, head, first_row + i % PARTS * WINDOW_TILE,
+                stride_window_page, D, D_PAD, WINDOW_BLOCK, WINDOW_TILE, TMA,
             )  # fmt: skip
             m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, 0, scale_log2, False)
         if last == n_dense:
-            # The last page may be partly unwritten: what is there must not reach the product.
-            page = tl.load(p_table + skip_archived(n_dense - 1, boundary, SINK))
+            # The last granule may be partly unwritten: what is there must not reach the product.
+            granule = skip_archived(n_dense - 1, boundary, SINK)
+            page = page_of(p_table, granule, WINDOW_BLOCK)
+            first_row = row_of(granule, WINDOW_BLOCK)
             for row in tl.range(0, (length - 1) % 32 + 1, WINDOW_TILE, num_stages=1):
                 k, v = window_tile(
-                    window_desc, window_ptr, page, head, row, stride_window_page, D, D_PAD,
-                    WINDOW_TILE, TMA,
+                    window_desc, window_ptr, page, head, first_row + row,
+                    stride_window_page, D, D_PAD, WINDOW_BLOCK, WINDOW_TILE, TMA,
                 )  # fmt: skip
                 written = row + o_row <= (length - 1) % 32
                 v = tl.where(written, v, 0.0)
@@ -280,6 +284,7 @@ def _launches(
         STAGES=shape.stages,
         WINDOW_STAGES=shape.window_stages,
         WINDOW_TILE=shape.window_tile,
+        WINDOW_BLOCK=layout.window_block,
         num_warps=shape.warps,
         maxnreg=shape.registers,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from vllm_leank.kernels.common import (
     BATCH_POINTERS,
     LOG2_E,
     boundary_of,
-    dense_pages,
+    dense_granules,
     load_sink_scores,
     skip_archived,
 )
@@ -25,9 +25,9 @@ from vllm_leank.kernels.fold_rows import fold_window
 from vllm_leank.kernels.launch import choose_extend
 from vllm_leank.kernels.launcher import Launch
 from vllm_leank.kernels.merge import take_in
-from vllm_leank.kernels.pages import window_tile
+from vllm_leank.kernels.pages import page_of, row_of, window_tile
 
-from vllm_leank.core.pages import WINDOW_BLOCK
+from vllm_leank.core.window import GRANULE
 
 
 @triton.jit(
@@ -45,7 +45,7 @@ def _extend_kernel(
     VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, PIECE: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = M // G
     # The last queries, which read most, first.
@@ -97,16 +97,18 @@ def _extend_kernel(
 
         p_table = window_table_ptr + i_req.to(tl.int64) * stride_window_table
         o_token = tl.arange(0, 32)
-        n_dense = dense_pages(newest + 1, first_boundary, SINK)
-        next_page = tl.load(p_table + skip_archived(0, first_boundary, SINK))
+        n_dense = dense_granules(newest + 1, first_boundary, SINK)
+        next_page = page_of(p_table, skip_archived(0, first_boundary, SINK), WINDOW_BLOCK)
         for i in tl.range(n_dense, num_stages=STAGES):
-            token = skip_archived(i, first_boundary, SINK) * 32 + o_token
+            granule = skip_archived(i, first_boundary, SINK)
+            token = granule * 32 + o_token
             page = next_page
-            next_page = tl.load(
-                p_table + skip_archived(tl.minimum(i + 1, n_dense - 1), first_boundary, SINK)
-            )
-            k, v = window_tile(window_desc, window_ptr, page, head, 0, stride_window_page, D, D_PAD,
-                               32, TMA)  # fmt: skip
+            following = skip_archived(tl.minimum(i + 1, n_dense - 1), first_boundary, SINK)
+            next_page = page_of(p_table, following, WINDOW_BLOCK)
+            k, v = window_tile(
+                window_desc, window_ptr, page, head, row_of(granule, WINDOW_BLOCK),
+                stride_window_page, D, D_PAD, WINDOW_BLOCK, 32, TMA,
+            )  # fmt: skip
             v = tl.where((token <= newest)[:, None], v, 0.0)
             seen = token[None, :] <= position[:, None]
             seen &= (token < SINK)[None, :] | (token[None, :] >= boundary[:, None])
@@ -194,7 +196,7 @@ def _prepare(
         _extend_kernel,
         changing,
         **no_lse,
-        **cache.descriptor_arguments(shape.tile, WINDOW_BLOCK, shape.tma),
+        **cache.descriptor_arguments(shape.tile, GRANULE, shape.tma),
         sink_scores_ptr=cache.sink_scores,
         window_ptr=cache.window_pages,
         archive_ptr=cache.archive_pages,
@@ -226,6 +228,7 @@ def _prepare(
         TILES=cache.codec.tiles,
         TMA=shape.tma,
         STAGES=shape.stages,
+        WINDOW_BLOCK=layout.window_block,
         num_warps=shape.warps,
     )
     return shape.rows // group, launch

@@ -9,6 +9,7 @@ from vllm_leank.kernels.codes import (
     row_bytes,
     stored_values,
 )
+from vllm_leank.kernels.pages import page_of, row_of
 
 from vllm_leank.core.formats.packed import LARGEST_SCALE, LEAST_SCALE, STEPS
 
@@ -103,7 +104,8 @@ def compact(
     order_ptr, numbers_ptr, columns_ptr,
     stride_window_page, stride_archive_page, stride_side,
     VARIANTS: tl.constexpr, SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr, KEPT_PAD: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    D_PAD: tl.constexpr, KEPT_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW_BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Every `step`-th token's granule from `start` to `stop`, of a head whose fields `variant`
     describes.
@@ -115,7 +117,7 @@ def compact(
                     token, stop, head, p_head, window_ptr, archive_ptr, side_ptr,
                     p_window_table, p_archive_table, order_ptr, numbers_ptr,
                     stride_window_page, stride_archive_page, stride_side,
-                    VARIANTS[c], SINK, H, D, BLOCK,
+                    VARIANTS[c], SINK, H, D, BLOCK, WINDOW_BLOCK,
                 )  # fmt: skip
 
 
@@ -124,15 +126,16 @@ def _granule(
     token, stop, head, p_head, window_ptr, archive_ptr, side_ptr, p_window_table, p_archive_table,
     order_ptr, numbers_ptr, stride_window_page, stride_archive_page, stride_side,
     VARIANT: tl.constexpr, SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
 ):  # fmt: skip
     offset = tl.load(p_head + 2)
     side_offset = tl.load(p_head + 4)
-    source = tl.load(p_window_table + token // 32).to(tl.int64)
+    source = page_of(p_window_table, token // 32, WINDOW_BLOCK).to(tl.int64)
     page = tl.load(p_archive_table + token // BLOCK).to(tl.int64)
     slot = token % BLOCK
     o_32 = tl.arange(0, 32)
-    p_k = window_ptr + source * stride_window_page + (head * 32 + o_32) * (2 * D)
+    row = head * WINDOW_BLOCK + row_of(token // 32, WINDOW_BLOCK)
+    p_k = window_ptr + source * stride_window_page + (row + o_32) * (2 * D)
     p_page = archive_ptr + page * stride_archive_page + offset
     p_scale = side_ptr + page * stride_side + side_offset
     for c in tl.static_range(3):

@@ -46,14 +46,27 @@ def tile_place(p_table, i, exists, TILE: tl.constexpr, BLOCK: tl.constexpr, SELE
 
 
 @triton.jit
+def page_of(p_table, granule, WINDOW_BLOCK: tl.constexpr):
+    """The window page in which a request's granule lies."""
+    return tl.load(p_table + granule // (WINDOW_BLOCK // 32))
+
+
+@triton.jit
+def row_of(granule, WINDOW_BLOCK: tl.constexpr):
+    """The first token of a granule within its window page."""
+    return granule % (WINDOW_BLOCK // 32) * 32
+
+
+@triton.jit
 def window_tile(
     window_desc, window_ptr, page, head, row, stride_page,
-    D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, WINDOW_BLOCK: tl.constexpr, TILE: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """K and V of `TILE` tokens of one head in a window page, from token `row` of it on, each
     `[TILE, D_PAD]`.
     """
-    offset = head * (32 * 2 * D)
+    offset = head * (WINDOW_BLOCK * 2 * D)
     k = load_tile(window_desc, window_ptr, page, offset, row, 0, stride_page, 2 * D,
                   TILE, D_PAD, TILE, D, TMA)  # fmt: skip
     v = load_tile(window_desc, window_ptr, page, offset, row, D, stride_page, 2 * D,

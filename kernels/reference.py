@@ -14,7 +14,6 @@ from vllm_leank.kernels.reference_parts import DensePart, PrunedPart, parts_of
 from vllm_leank.kernels.reference_selection import hide_unselected
 from vllm_leank.kernels.sinks import sinks_of_rows, softmax, with_sink_token
 
-from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.core.window import GRANULE
 
 MAX_SCORES = 1 << 24
@@ -27,9 +26,8 @@ def store(key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: Batc
     real = slots >= 0
     slots = slots[real].long()
     tokens = torch.cat((key[: real.numel()][real], value[: real.numel()][real]), dim=-1)
-    cache.window_pages[slots // WINDOW_BLOCK, :, slots % WINDOW_BLOCK] = tokens.to(
-        cache.window_pages.dtype
-    )
+    block = cache.layout.window_block
+    cache.window_pages[slots // block, :, slots % block] = tokens.to(cache.window_pages.dtype)
 
 
 def compact(cache: LayerCache, batch: Batch) -> None:
@@ -38,7 +36,7 @@ def compact(cache: LayerCache, batch: Batch) -> None:
     multiplied by weights that are 0 there.
     """
     moved, empty = [], []
-    block = cache.layout.archive_block
+    block, window_block = cache.layout.archive_block, cache.layout.window_block
     for row in batch.rows:
         tokens = cache.window.compaction(row.before, row.after, row.exact_until)
         moved += [(row.table_row, token) for token in tokens]
@@ -46,7 +44,11 @@ def compact(cache: LayerCache, batch: Batch) -> None:
     if not moved:
         return
     table_row, token = torch.tensor(moved, device=cache.window_pages.device).unbind(1)
-    source = cache.window_pages[batch.window_table[table_row, token // WINDOW_BLOCK].long()]
+    page = batch.window_table[table_row, token // window_block].long()
+    # [granules of compaction, num_kv_heads, 32, 2 * head_dim]
+    source = cache.window_pages.unflatten(2, (-1, GRANULE))[
+        page, :, token % window_block // GRANULE
+    ]
     pages, granules = _places(cache, batch, moved)
     empty_pages, empty_granules = _places(cache, batch, empty)
 
@@ -71,9 +73,8 @@ def attend(
         scale: factor of the QK product.
     """
     group = query.shape[1] // len(cache.heads)
-    dense, pruned = batch.prepared(
-        parts_of, cache.window, cache.layout.archive_block, MAX_SCORES // group
-    )
+    blocks = cache.layout.window_block, cache.layout.archive_block
+    dense, pruned = batch.prepared(parts_of, cache.window, *blocks, MAX_SCORES // group)
     for part in dense:
         rows = slice(part.first, part.first + part.end - part.start)
         output[rows] = _attend_dense(query[rows], part, cache, batch, scale)
@@ -87,7 +88,7 @@ def _attend_dense(
 ) -> torch.Tensor:
     """Exact causal attention of queries `[n, num_heads, head_dim]` of a request."""
     start, end = part.start, part.end
-    pages = batch.window_table[part.table_row, : -(-end // WINDOW_BLOCK)].long()
+    pages = batch.window_table[part.table_row, : -(-end // cache.layout.window_block)].long()
     tokens = cache.window_pages[pages].transpose(0, 1).flatten(1, 2)[:, :end].float()
     key, value = tokens.split(cache.layout.head_dim, dim=-1)
     queries, mask, sink_scores = query.float().transpose(0, 1), None, cache.sink_scores

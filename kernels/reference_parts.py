@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from vllm_leank.kernels.batch import MAX_DECODE_QUERIES, Batch, Row
 
-from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.core.window import GRANULE, Window
 
 MAX_TOKENS = 1 << 16
@@ -64,13 +63,14 @@ class PrunedPart:
 
 
 def parts_of(
-    batch: Batch, window: Window, archive_block: int, max_scores: int
+    batch: Batch, window: Window, window_block: int, archive_block: int, max_scores: int
 ) -> tuple[list[DensePart], list[PrunedPart]]:
     """All queries of a step.
 
     Args:
         batch: the step's requests.
         window: the rule.
+        window_block: tokens of a window page.
         archive_block: tokens of an archive page.
         max_scores: scores of a query head that are held at once, at most, where one query has not
             more of them.
@@ -88,7 +88,9 @@ def parts_of(
             )
             pruned.append(Row(row.table_row, queries, start, end, row.exact_until))
     groups = _groups(pruned, window)
-    return dense, [_pruned_part(batch, window, archive_block, rows) for rows in groups]
+    return dense, [
+        _pruned_part(batch, window, window_block, archive_block, rows) for rows in groups
+    ]
 
 
 def _chunks(start: int, end: int, tokens: int, max_scores: int) -> Iterator[tuple[int, int]]:
@@ -122,7 +124,9 @@ def _queries(row: Row) -> int:
     return row.after - row.before
 
 
-def _pruned_part(batch: Batch, window: Window, archive_block: int, rows: list[Row]) -> PrunedPart:
+def _pruned_part(
+    batch: Batch, window: Window, window_block: int, archive_block: int, rows: list[Row]
+) -> PrunedPart:
     device, sink = batch.window_table.device, window.sink
     numbers = [(row.table_row, row.queries.start, row.before, row.after) for row in rows]
     # [B, 1] each
@@ -141,7 +145,7 @@ def _pruned_part(batch: Batch, window: Window, archive_block: int, rows: list[Ro
     seen = token[:, None]
     seen = (seen <= position[..., None]) & ((seen < sink) | (seen >= boundary))
     token = token.minimum(end - 1)
-    window_pages = batch.window_table[table_row, token // WINDOW_BLOCK].long()
+    window_pages = batch.window_table[table_row, token // window_block].long()
 
     archived = torch.arange(sink, max(window.boundary(row.after) for row in rows), device=device)
     seen_archived = archived < boundary  # [B, Q, archived tokens]
@@ -151,7 +155,7 @@ def _pruned_part(batch: Batch, window: Window, archive_block: int, rows: list[Ro
     return PrunedPart(
         first + queries,
         window_pages,
-        token % WINDOW_BLOCK,
+        token % window_block,
         _hidden(seen[:, None]),
         archive_pages if len(archived) else None,
         (run % archive_block // GRANULE).flatten(),

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from vllm_leank.kernels.common import boundary_of, dense_pages
+from vllm_leank.kernels.common import boundary_of, dense_granules
 
 from vllm_leank.core.selection import SHARE_UNITS
 
@@ -24,10 +24,10 @@ def _span(
     SELECTION: tl.constexpr,
 ):  # fmt: skip
     """What the last query of requests reads: the boundary (`SINK` where all is dense), the number
-    of dense pages, and that of archive tiles: of all, or of those that are selected.
+    of dense granules, and that of archive tiles: of all, or of those that are selected.
     """
     boundary = tl.where(length > exact_until, boundary_of(length, SINK, RECENT), SINK)
-    n_dense = dense_pages(length, boundary, SINK)
+    n_dense = dense_granules(length, boundary, SINK)
     n_archive = tl.where(boundary > SINK, tl.cdiv(boundary, TILE) - SINK // TILE, 0)
     if SELECTION is not None:
         n_archive = selected(n_archive, SELECTION)

@@ -15,6 +15,7 @@ def _store_token(
     i_token, key_ptr, value_ptr, window_ptr, slots_ptr,
     stride_k_token, stride_k_head, stride_v_token, stride_v_head, stride_window_page,
     H: tl.constexpr, H_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    WINDOW_BLOCK: tl.constexpr,
 ):  # fmt: skip
     slot = tl.load(slots_ptr + i_token).to(tl.int64)
     if slot >= 0:
@@ -24,8 +25,9 @@ def _store_token(
         token = i_token.to(tl.int64)
         key = tl.load(key_ptr + token * stride_k_token + o_h * stride_k_head + o_d, mask=mask)
         value = tl.load(value_ptr + token * stride_v_token + o_h * stride_v_head + o_d, mask=mask)
-        p_slot = window_ptr + slot // 32 * stride_window_page + slot % 32 * (2 * D)
-        p_slot += o_h * (32 * 2 * D) + o_d
+        p_slot = window_ptr + slot // WINDOW_BLOCK * stride_window_page
+        p_slot += slot % WINDOW_BLOCK * (2 * D)
+        p_slot += o_h * (WINDOW_BLOCK * 2 * D) + o_d
         tl.store(p_slot, key, mask=mask)
         tl.store(p_slot + D, value, mask=mask)
 
@@ -39,7 +41,7 @@ def _compact_head(
     stride_window_table, stride_archive_table,
     VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, KEPT_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
+    WINDOW_BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """`Window.compaction` of one request and KV head; a program takes every `num_programs`-th
     step of 32 tokens.
@@ -59,7 +61,7 @@ def _compact_head(
             archive_table_ptr + i_row.to(tl.int64) * stride_archive_table,
             order_ptr, numbers_ptr, columns_ptr,
             stride_window_page, stride_archive_page, stride_side,
-            VARIANTS, SINK, H, D, D_PAD, KEPT_PAD, BLOCK, TILES,
+            VARIANTS, SINK, H, D, D_PAD, KEPT_PAD, BLOCK, WINDOW_BLOCK, TILES,
         )  # fmt: skip
 
 
@@ -76,7 +78,8 @@ def _update_kernel(
     stride_window_table, stride_archive_table,
     VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
     H_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, KEPT_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr, STORE: tl.constexpr, COMPACT: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW_BLOCK: tl.constexpr, TILES: tl.constexpr, STORE: tl.constexpr,
+    COMPACT: tl.constexpr,
 ):  # fmt: skip
     """Store token `i` and compact request `i`; both at once where each request has one token."""
     i, role = tl.program_id(0), tl.program_id(1)
@@ -85,7 +88,7 @@ def _update_kernel(
             _store_token(
                 i, key_ptr, value_ptr, window_ptr, slots_ptr,
                 stride_k_token, stride_k_head, stride_v_token, stride_v_head, stride_window_page,
-                H, H_PAD, D, D_PAD,
+                H, H_PAD, D, D_PAD, WINDOW_BLOCK,
             )  # fmt: skip
         role -= 1
     if COMPACT and role >= 0:
@@ -95,7 +98,7 @@ def _update_kernel(
             query_start_ptr, seq_lens_ptr, exact_until_ptr, heads_ptr, order_ptr, numbers_ptr,
             columns_ptr, stride_window_page, stride_archive_page, stride_side,
             stride_window_table, stride_archive_table,
-            VARIANTS, SINK, RECENT, H, D, D_PAD, KEPT_PAD, BLOCK, TILES,
+            VARIANTS, SINK, RECENT, H, D, D_PAD, KEPT_PAD, BLOCK, WINDOW_BLOCK, TILES,
         )  # fmt: skip
 
 
@@ -185,6 +188,7 @@ def _prepare(
         D_PAD=triton.next_power_of_2(layout.head_dim),
         KEPT_PAD=triton.next_power_of_2(max((one.kept for one in layout.variants), default=1) or 1),
         BLOCK=layout.archive_block,
+        WINDOW_BLOCK=layout.window_block,
         TILES=cache.codec.tiles,
         STORE=store,
         COMPACT=compact,

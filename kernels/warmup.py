@@ -26,7 +26,7 @@ from vllm_leank.kernels.scratch import Scratch, needs_scratch
 from vllm_leank.kernels.store import compact, store, update
 from vllm_leank.kernels.unpack import unpack
 
-from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout, pages
+from vllm_leank.core.pages import CacheLayout, pages
 from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import Window
 
@@ -113,7 +113,7 @@ def _layer_cache(attention: Attention, device: torch.device) -> LayerCache:
     """A layer with one page of each kind, as large as the real ones."""
     layout, codec = attention.layout, codec_of(attention.layout.archive_format)
     heads, head_dim = len(layout.profiles), layout.head_dim
-    window_shape = (1, heads, WINDOW_BLOCK, 2 * head_dim)
+    window_shape = (1, heads, layout.window_block, 2 * head_dim)
     sinks, dtype = attention.sinks_dtype, attention.dtype
     scratch = None
     if needs_scratch(layout, attention.window, attention.longest):

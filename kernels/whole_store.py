@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from vllm_leank.kernels.pages import page_of, row_of
 
 
 @triton.jit
@@ -11,7 +12,8 @@ def compact(
     order_ptr, numbers_ptr, columns_ptr,
     stride_window_page, stride_archive_page, stride_side,
     VARIANTS: tl.constexpr, SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr, KEPT_PAD: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    D_PAD: tl.constexpr, KEPT_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW_BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Every `step`-th granule from `start` to `stop`, of a head that keeps `kept` channels."""
     v_offset = tl.load(p_head + 2) + kept * BLOCK
@@ -25,10 +27,11 @@ def compact(
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
     for token in range(start, stop, step):
-        source = tl.load(p_window_table + token // 32).to(tl.int64)
+        source = page_of(p_window_table, token // 32, WINDOW_BLOCK).to(tl.int64)
         page = tl.load(p_archive_table + token // BLOCK).to(tl.int64)
         slot = token % BLOCK
-        p_source = window_ptr + source * stride_window_page + (head * 32 + o_32) * (2 * D)
+        row = head * WINDOW_BLOCK + row_of(token // 32, WINDOW_BLOCK)
+        p_source = window_ptr + source * stride_window_page + (row + o_32) * (2 * D)
         k = tl.load(p_source[:, None] + channel[None, :], mask=m_c[None, :], other=0.0)
         v = tl.load(p_source[None, :] + D + o_d[:, None], mask=m_d[:, None], other=0.0)
         if TILES.encode is not None:

@@ -38,7 +38,7 @@ class Request:
         value: like `key`.
         expected: attention by definition, fp64, like `query`.
         computed: tokens computed so far.
-        window_row: window page of each 32 tokens, freed ones included.
+        window_row: window page of each `window_block` tokens, freed ones included.
         archive_row: archive page of each `archive_block` tokens.
         freed: indices into `window_row` that were freed.
     """
@@ -88,6 +88,7 @@ class CacheBuilder:
         selection: how many segments queries read; None: all.
         means: whether there are statistics, so that what is not stored is read as its mean; codes
             need them.
+        window_block: tokens of a window page.
         seed: of everything random.
         device: of all tensors.
     """
@@ -105,6 +106,7 @@ class CacheBuilder:
         spare_bytes: int = 64,
         sinks: bool = False,
         means: bool = False,
+        window_block: int = WINDOW_BLOCK,
         selection: Selection | None = None,
         seed: int = 0,
         device: str = "cpu",
@@ -121,7 +123,10 @@ class CacheBuilder:
         )
         together = GRANULE * archive_format.together
         archive_block = -(-archive_block // together) * together
-        layout = CacheLayout(profiles, head_dim, dtype.itemsize, archive_block, archive_format)
+        layout = CacheLayout(
+            profiles, head_dim, dtype.itemsize, archive_block, archive_format,
+            window_block=window_block,
+        )  # fmt: skip
         bits, numbers = self._channels(layout, means or archive_format.name == PACKED.name)
         channels = layer_channels(bits["k"], bits["v"], numbers or None).to(device)
         offset = spare_bytes // 2 * archive_block
@@ -135,7 +140,7 @@ class CacheBuilder:
         window_pages = pages(0, layout.window_page_bytes, dtype)
         codec = codec_of(archive_format)
         self.cache = LayerCache(
-            window_pages=window_pages.unflatten(1, (len(kept), WINDOW_BLOCK, 2 * head_dim)),
+            window_pages=window_pages.unflatten(1, (len(kept), window_block, 2 * head_dim)),
             archive_pages=pages(offset, layout.archive_page_bytes, codec.dtype(dtype)),
             layout=layout,
             heads=channels.heads,
@@ -183,14 +188,14 @@ class CacheBuilder:
         """The same tokens with another prompt length, `hit` of them found in the prefix cache."""
         copy = Request(prompt, other.query, other.key, other.value, computed=hit)
         copy.expected = self.expected(copy)
-        copy.window_row = other.window_row[: hit // WINDOW_BLOCK]
+        copy.window_row = other.window_row[: hit // self.cache.layout.window_block]
         return copy
 
     def step(
         self, work: Iterable[tuple[Request, int]], padded_rows: int = 0, padded_tokens: int = 0
     ) -> Step:
         """Plan a step that computes some more tokens of each request."""
-        work = list(work)
+        work, block = list(work), self.cache.layout.window_block
         ranges = []
         for request, tokens in work:
             self._reclaim(request)
@@ -198,7 +203,7 @@ class CacheBuilder:
             request.computed += tokens
             assert request.computed <= len(request)
             archived = self.cache.window.archived(request.computed)
-            self._grow(request.window_row, request.computed, WINDOW_BLOCK)
+            self._grow(request.window_row, request.computed, block)
             self._grow(request.archive_row, archived, self.cache.layout.archive_block)
 
         starts = [0]
@@ -207,7 +212,7 @@ class CacheBuilder:
         starts += [starts[-1]] * padded_rows
         empty = [0] * padded_rows
         slots = [
-            request.window_row[t // WINDOW_BLOCK] * WINDOW_BLOCK + t % WINDOW_BLOCK
+            request.window_row[t // block] * block + t % block
             for (request, _), tokens in zip(work, ranges, strict=True)
             for t in tokens
         ]
@@ -256,8 +261,8 @@ class CacheBuilder:
         rows = []
         for position in range(length):
             boundary = sink
-            while position + 1 - (boundary + WINDOW_BLOCK) >= self.cache.window.recent:
-                boundary += WINDOW_BLOCK
+            while position + 1 - (boundary + GRANULE) >= self.cache.window.recent:
+                boundary += GRANULE
             exact = position < request.prompt
             rows.append(
                 [t <= position and (exact or t < sink or t >= boundary) for t in range(length)]
@@ -384,9 +389,11 @@ class CacheBuilder:
 
     def _reclaim(self, request: Request) -> None:
         """Free what no later query reads, poison it, and let others have it."""
-        for token in self.cache.window.free_tokens(request.computed, request.prompt):
-            index = token // WINDOW_BLOCK
-            if index not in request.freed:
+        block = self.cache.layout.window_block
+        free = self.cache.window.free_tokens(request.computed, request.prompt)
+        for index in range(len(request.window_row)):
+            granules = range(index * block, (index + 1) * block, GRANULE)
+            if index not in request.freed and all(token in free for token in granules):
                 request.freed.add(index)
                 self.cache.window_pages[request.window_row[index]] = float("nan")
                 self._free.append(request.window_row[index])

@@ -19,6 +19,7 @@ import numpy as np
 from format_samples import format_of
 from test_managers import ARCHIVE, WINDOW, Server
 
+from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.core.window import GRANULE, Window
 
 WINDOWS = (Window(0, 32), Window(32, 64), Window(64, 100))
@@ -75,18 +76,22 @@ class History:
         block = self.random.choice((32, 64, 96))
         if self.random.random() < 0.5:
             self.window = replace(self.window, exact=False)
+        # Beside states window pages may be longer. Nothing is cached there, and nothing pruned.
+        beside_states = self.window.exact and self.random.random() < 0.4
+        self.window_block = self.random.choice((64, 96, 128)) if beside_states else WINDOW_BLOCK
         self.lag = self.random.choice((0, 1))
         self.drafts = DRAFTS if self.lag == 0 and seed % 3 else 0
         # Few blocks, so that requests are preempted.
         few = self.random.choice((40, 60, 120))
         self.server = Server(
-            self.window, block, num_blocks or few, max_length=512, archive_format=format_of(seed)
-        )
+            self.window, block, num_blocks or few, max_length=512, archive_format=format_of(seed),
+            caching=not beside_states, window_block=self.window_block,
+        )  # fmt: skip
         pool = self.server.manager.block_pool
         self.pool_size = self.server.free
         self.memory = (
             np.full((pool.num_gpu_blocks, block), -1, np.int64),
-            np.full((pool.num_gpu_blocks, GRANULE), -1, np.int64),
+            np.full((pool.num_gpu_blocks, self.window_block), -1, np.int64),
         )
         self.block = block
         self.documents = [[self.random.randrange(50) for _ in range(320)] for _ in range(3)]
@@ -287,13 +292,17 @@ class History:
 
     # The memory.
 
+    def page(self, group):
+        """Tokens of a group's pages."""
+        return self.block if group == ARCHIVE else self.window_block
+
     def cells(self, work, group, positions):
-        size = self.block if group == ARCHIVE else GRANULE
+        size = self.page(group)
         row = np.asarray(work.rows[group])
         return self.memory[group][row[positions // size], positions % size]
 
     def write(self, work, group, positions):
-        size = self.block if group == ARCHIVE else GRANULE
+        size = self.page(group)
         row = np.asarray(work.rows[group])
         self.memory[group][row[positions // size], positions % size] = self.identity(
             work, positions
@@ -347,7 +356,7 @@ class History:
             compacted = WINDOW, np.asarray(self.compaction(work), int), "compaction reads"
             for group, positions, what in [*self.reads(work), compacted]:
                 table = self.server.table(work.live.request, group)
-                for page in np.unique(positions // (self.block if group == ARCHIVE else GRANULE)):
+                for page in np.unique(positions // self.page(group)):
                     assert table[page].block_id == work.rows[group][page], (
                         f"{what} page {page} of request {work.live.request.request_id}, which was "
                         f"freed since the step from {work.start} was planned ({self.window})"

@@ -31,11 +31,11 @@ class Mutation:
     gpu: bool = False
 
 
-FREED = """        free = self._window.free_tokens(processed_computed_tokens, exact_until)
-        self._remove_blocks_in_range(
-            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK
-        )
-"""
+REMOVED = "        self._remove_blocks_in_range(request_id, free.start, free.stop)\n"
+FREED = (
+    "        free = self._window.free_pages(processed_computed_tokens, exact_until, "
+    f"self.block_size)\n{REMOVED}"
+)
 FREED_BY_WHAT_WAS_SCHEDULED = (
     """        scheduled = self.__dict__.setdefault("scheduled", {}).get(request_id, 0)
         processed_computed_tokens = max(processed_computed_tokens, scheduled)
@@ -59,6 +59,13 @@ SINKS = "test_kernels.py::test_models_with_attention_sinks"
 UNPACKED = "test_unpacked.py::test_queries_read_what_was_unpacked_and_the_rest"
 
 MUTATIONS = (
+    Mutation(
+        "all granules of a window page are read where its first lies",
+        "kernels/pages.py",
+        "return granule % (WINDOW_BLOCK // 32) * 32",
+        "return granule % (WINDOW_BLOCK // 32) * 0",
+        "test_kernels.py::test_window_pages_of_several_granules",
+    ),
     Mutation(
         "a head that one program decodes has no attention sink",
         "kernels/decode.py",
@@ -158,11 +165,25 @@ MUTATIONS = (
         "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
     ),
     Mutation(
+        "a window page is freed in which the sink ends",
+        "core/window.py",
+        "first = -(-free.start // block)",
+        "first = free.start // block",
+        "test_managers.py::test_longer_window_pages_are_held_while_any_of_them_is_read",
+    ),
+    Mutation(
+        "a window page is freed that the boundary is in",
+        "core/window.py",
+        "max(free.stop // block, first)",
+        "max(-(-free.stop // block), first)",
+        "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
+    ),
+    Mutation(
         "a freed block is freed again",
         "serving/scheduler/managers.py",
-        "            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK\n        )",
-        "            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK\n        )\n"
-        "        self.block_pool.free_blocks(self.req_to_blocks[request_id][-1:] if free else [])",
+        REMOVED,
+        f"{REMOVED}        last = self.req_to_blocks[request_id][-1:]\n"
+        "        self.block_pool.free_blocks(last if free else [])\n",
         "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
     ),
     Mutation(

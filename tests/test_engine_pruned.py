@@ -154,7 +154,7 @@ def test_a_prompt_holds_no_dense_middle(tiny_llama_dir, mask_of, chunk):
         config = leank.llm.llm_engine.vllm_config
         most = leank.plan.blocks_in_prefill(leank.window, 4096, config.max_in_flight_tokens)
         expected = leank.generate([prompt], 60)
-    assert most < leank.plan.blocks_held(leank.window, 4096, 0) / 1.5
+    assert most < leank.plan.blocks_held(leank.window, 4096, exact_until=4097) / 1.5
     with engine(
         tiny_llama_dir, mask, prefill="pruned", max_num_batched_tokens=chunk, max_model_len=4096,
         num_gpu_blocks_override=most + 1,

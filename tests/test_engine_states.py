@@ -16,6 +16,8 @@ from test_engine_sliding import LIMITS, PROMPTS, assert_as_defined, kept_mask
 from test_gpu_mixed import save_in_bf16
 from tiny_models import skip_without_torchvision
 
+from vllm_leank.serving.scheduler.managers import ExactArchiveManager, ExactWindowManager
+
 pytestmark = pytest.mark.engine
 
 BLOCKS = 21
@@ -89,11 +91,16 @@ def test_what_requests_hold_is_what_is_planned(granite):
     with engine(granite, kept_mask(granite), **LIMITS) as leank:
         plan, held = leank.plan, leank.watch_blocks_held()
         assert plan.states.count == KINDS.count(STATE)
+        assert plan.window_block == 96
         block = leank.core.model_executor.driver_worker.model_runner.kv_cache_config
         assert {one.block_stride for one in block.kv_cache_tensors} == {plan.block_bytes}
+        managers = leank.scheduler.kv_cache_manager.coordinator.single_type_managers
+        # Of leank's blocks vLLM zeroes those of longer window pages.
+        zeroed = {type(one): one.records_new_block_ids for one in managers}
+        assert (zeroed[ExactArchiveManager], zeroed[ExactWindowManager]) == (False, True)
         leank.generate([prompt], 70)
     in_answer = max(blocks for tokens, blocks in held if tokens > 310)
-    planned = plan.blocks_in_decode(leank.window, 370)
+    planned = max(plan.blocks_in_decode(leank.window, tokens) for tokens in range(311, 371))
     assert planned - 3 <= in_answer <= planned
     assert max(blocks for _, blocks in held) <= plan.blocks_in_prefill(leank.window, 370, 4096)
 

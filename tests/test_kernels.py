@@ -135,6 +135,47 @@ def test_every_query_reads_what_the_rule_says(
 
 
 @pytest.mark.parametrize(
+    ("kept", "head_dim", "archive_block", "window_block", "dtypes"),
+    [
+        ((48, 0), 64, 64, 64, (FP16, NATIVE)),
+        (CODED[64][1:2], 64, 128, 96, (CODED_FP16, PACKED)),
+        *(
+            pytest.param(heads, head_dim, 128, window_block, dtypes, marks=gpu)
+            for head_dim in (64, 128, 256)
+            for window_block in (64, 96, 128)
+            for heads, dtypes in (
+                (mixed(head_dim), (BF16, NATIVE)),
+                (CODED[head_dim], (BF16, PACKED)),
+            )
+        ),
+    ],
+)
+def test_window_pages_of_several_granules(kept, head_dim, archive_block, window_block, dtypes, tma):
+    """Their granules are read and compacted as those of pages of one. A page that the sink or the
+    boundary is in is held, and its archived tokens are not read.
+    """
+    (dtype, tolerance), archive_format = dtypes
+    builder = CacheBuilder(
+        kept, head_dim, 2, Window(32, 64), archive_block, dtype, archive_format, device=DEVICE,
+        window_block=window_block,
+    )  # fmt: skip
+    other = copy_of(builder.cache)
+    for step in serve(builder):
+        output = builder.run(step, KERNELS)
+        assert relative_rms(output, step.expected) < tolerance
+        reference.store(step.key, step.value, other, step.batch)
+        reference.compact(other, step.batch)
+        assert torch.equal(raw(builder.cache.archive_pages), raw(other.archive_pages))
+        if step.batch.max_query_len == 1:
+            store.update(step.key, step.value, other, step.batch)
+            assert torch.equal(raw(builder.cache.archive_pages), raw(other.archive_pages))
+            slots = step.batch.slots[step.batch.slots >= 0]
+            pages, rows = slots // window_block, slots % window_block
+            one, two = (c.window_pages[pages, :, rows] for c in (builder.cache, other))
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
     ("kept", "head_dim", "group", "archive_block", "dtypes"),
     [
         pytest.param((16, 0), 32, 2, 64, (FP16, NATIVE), marks=pytest.mark.long),
@@ -206,12 +247,16 @@ def test_models_with_attention_sinks(
 
 
 @gpu
+@pytest.mark.parametrize("window_block", [32, 96, 128])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_prompts_that_are_read_exactly(sinks):
+def test_prompts_that_are_read_exactly(sinks, window_block):
     """By FlashAttention, and what comes after them in many tokens by extend."""
     builder = CacheBuilder(
-        (32, 0), 128, 8, Window(32, 64), 64, torch.bfloat16, sinks=sinks, device=DEVICE
-    )
+        (32, 0), 128, 8, Window(32, 64), 64, torch.bfloat16, sinks=sinks, device=DEVICE,
+        window_block=window_block,
+    )  # fmt: skip
+    if window_block > 32:
+        builder.cache.window_pages.zero_()  # as `WindowManager` has vLLM do
     request = builder.add(300, 330)
     for tokens in (170, 135, 25):
         step = builder.step([(request, tokens)])

@@ -17,6 +17,7 @@ from vllm.v1.request import Request
 from vllm_cache import cache_configs, vllm_config
 
 from vllm_leank.core.formats import NATIVE
+from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import WindowSpec
 
@@ -36,11 +37,11 @@ class Server:
 
     def __init__(
         self, window, block=64, num_blocks=2048, caching=True, max_length=MAX_LENGTH,
-        archive_format=NATIVE,
+        archive_format=NATIVE, window_block=WINDOW_BLOCK,
     ):  # fmt: skip
         self.window, self.block = window, block
         plan = plan_of([[64, 0], [64, 32]], 128, 2, archive_format=archive_format)
-        self.plan = replace(plan, archive_block=block)
+        self.plan = replace(plan, archive_block=block, window_block=window_block)
         memory = self.plan.block_bytes * num_blocks
         config = generate_scheduler_kv_cache_config(
             cache_configs(self.plan, window, memory, max_length)
@@ -104,10 +105,11 @@ class Server:
         archived = expected_boundary(after, self.window)
         pages = -(-archived // self.block) if archived > self.window.sink else 0
         assert self.held(request, ARCHIVE) == set(range(pages))
-        dense = set(range(-(-after // 32)))
+        size = self.plan.window_block
+        dense = set(range(-(-after // size)))
         if processed >= prompt:
-            freed_to = expected_boundary(processed, self.window) // 32
-            dense -= set(range(self.window.sink // 32, freed_to))
+            sink, edge = self.window.sink, expected_boundary(processed, self.window)
+            dense -= {page for page in dense if sink <= page * size and (page + 1) * size <= edge}
         assert self.held(request, WINDOW) == dense
 
 
@@ -132,6 +134,26 @@ def test_a_request_holds_what_the_rule_says_at_every_step(prompt, chunk, window,
         server.decode(request, [token])
         server.check(request, request.num_computed_tokens - 1)
     assert server.free == free - len(server.held(request, 0)) - len(server.held(request, 1))
+    server.manager.free(request)
+    assert server.free == free
+
+
+@pytest.mark.parametrize("window_block", [64, 96, 160])
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize(("prompt", "chunk"), [(31, 512), (640, 100)])
+def test_longer_window_pages_are_held_while_any_of_them_is_read(
+    prompt, chunk, window, window_block
+):
+    """Without prefix caching, as layers with states exclude it."""
+    server = Server(window, caching=False, window_block=window_block)
+    free = server.free
+    request = server.request("a", range(prompt))
+    server.prefill(request, chunk)
+    server.check(request, 0)
+    assert free - server.free == server.plan.blocks_in_prefill(window, prompt)
+    for token in range(400):
+        server.decode(request, [token])
+        server.check(request, request.num_computed_tokens - 1)
     server.manager.free(request)
     assert server.free == free
 

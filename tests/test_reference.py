@@ -113,6 +113,22 @@ def test_models_with_attention_sinks(exact, archive_format):
         assert relative_rms(builder.run(step, reference), step.expected) < FP32_ERROR
 
 
+@pytest.mark.parametrize(
+    ("archive_format", "window_block"), [(NATIVE, 64), (PACKED, 96), (NATIVE, 128)], ids=str
+)
+def test_window_pages_of_several_granules(archive_format, window_block):
+    builder = CacheBuilder(
+        (16, 0), 64, 2, Window(32, 64), archive_format=archive_format, num_blocks=40,
+        window_block=window_block,
+    )  # fmt: skip
+    request, chunks = builder.add(150, 400), (149, 2, *(1,) * 40, 67, 142)
+    output = torch.cat([builder.run(builder.step([(request, n)]), reference) for n in chunks])
+    assert relative_rms(output, request.expected) < FP32_ERROR
+    archive = raw(builder.cache.archive_pages)
+    for page, positions, content in builder.archive_bytes(request, range(32, 320)):
+        assert archive[page, positions].equal(content)
+
+
 @pytest.mark.parametrize("kept", [(0, 0), (32, 32), (128, 128)])
 def test_masks_with_equal_heads(kept):
     builder = CacheBuilder(kept, 128, 2, Window(32, 64))

@@ -1,10 +1,14 @@
 """Layers that keep states: what a plan makes of them, and that vLLM counts the same."""
 
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from archive_definition import plan_of
+from archive_definition import PACKED, plan_of
 from mask_samples import full_mask, geometry_of
 from mixed_models import save_mixed
 from state_models import KINDS, MODELS, STATE, save_state
@@ -16,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_leank.core.capacity import dense_capacity, leank_capacity
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.layers import state_layers
+from vllm_leank.core.plan import CachePlan, filled, plan_cache
+from vllm_leank.core.profile import Profile
 from vllm_leank.core.states import StateLayers
 from vllm_leank.core.window import Window
 from vllm_leank.mask.file import save_mask
@@ -26,6 +32,24 @@ from vllm_leank.serving.impl import check_all_layers
 from vllm_leank.serving.report import describe
 from vllm_leank.serving.serve_line import examine
 from vllm_leank.serving.settings import load_settings
+
+
+class Shape(NamedTuple):
+    """Served layers, their KV heads and channels; layers with states, and bytes of one."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    states: int
+    state_bytes: int
+
+    def plan(self, tp_size: int = 1) -> CachePlan:
+        """With 2 bits in bf16."""
+        head = Profile(k2=self.head_dim, v2=self.head_dim)
+        heads = ((head,) * self.heads,) * self.layers
+        states = StateLayers(self.states, self.state_bytes)
+        return plan_cache(heads, self.head_dim, 2, tp_size, PACKED, states=states)
+
 
 PARTS = long_but(MODELS, "granitemoehybrid", "qwen3_next")
 """Types of models whose prompts are read in parts."""
@@ -77,23 +101,96 @@ def test_the_log_says_whose_the_layers_are(granite):
 def test_capacity_counts_states():
     window, pool = Window(64, 256), 1 << 30
     alone = plan_of([[128, 128]] * 4, 128, 2)
-    small = plan_of([[128, 128]] * 4, 128, 2, states=StateLayers(20, 50_000))
+    small = plan_of([[128, 128]] * 4, 128, 2, states=StateLayers(20, 65_000))
     large = plan_of([[128, 128]] * 4, 128, 2, states=StateLayers(20, 2_000_000))
     token = 4 * 2 * 2 * 128 * 2
-    for plan, kept in ((alone, 0), (small, 20 * 50_000), (large, 20 * 2_000_000)):
+    for plan, kept in ((alone, 0), (small, 20 * 65_000), (large, 20 * 2_000_000)):
         found = dense_capacity(plan, pool, 32768).in_decode
         assert found == pytest.approx(pool / (32768 * token + kept))
     # A block holds the window pages of four layers, so two states.
     assert small.block_bytes == alone.block_bytes == 32 * token
     held = [plan.blocks_in_decode(window, 32768) for plan in (alone, small, large)]
     assert held[1] - held[0] == 10
-    # A large state is a block, and archive pages grow with it; window pages do not.
+    # A large state is a block, and the pages of both groups grow with it.
     assert large.block_bytes == max(2_000_000, large.archive_page_bytes)
     assert large.archive_block > alone.archive_block
-    freed = len(window.free_tokens(32768, 0))
-    assert held[2] == large.blocks_held(window, 32768, freed) + 20
-    capacities = [leank_capacity(one, window, pool, 32768).in_prefill for one in (small, large)]
-    assert capacities[0] > 3 * capacities[1]
+    assert alone.window_block == small.window_block == 32
+    assert large.window_block == 15 * 32
+    assert held[2] == large.blocks_held(window, 32768, 0) + 20
+    short = replace(large, window_block=32)
+    fit = [leank_capacity(one, window, pool, 32768) for one in (short, large)]
+    assert fit[1].in_prefill > 2 * fit[0].in_prefill
+    assert fit[1].in_decode > fit[0].in_decode
+
+
+SHAPES = {
+    "Qwen3-Next 80B": (Shape(12, 2, 256, 36, 1_097_728), 128, 1024),
+    "Qwen 3.5 9B": (Shape(8, 4, 256, 24, 2_146_304), 64, 512),
+    "Qwen 3.5 27B": (Shape(16, 4, 256, 48, 3_207_168), 96, 768),
+    "Granite 4 H Small": (Shape(4, 8, 128, 36, 2_147_840), 128, 1024),
+    "Falcon-H1 34B": (Shape(72, 4, 128, 72, 2_127_872), 32, 256),
+    "LFM2 2.6B": (Shape(8, 8, 64, 22, 8_192), 32, 256),
+}
+"""Of real models, and tokens of their window and archive pages at 2 bits."""
+
+ARCHITECTURE = Path(__file__).parents[1] / "docs/architecture.md"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_pages_of_both_groups_fill_a_block_beside_states(name):
+    shape, window_block, archive_block = SHAPES[name]
+    plan, window = shape.plan(), Window(64, 256)
+    assert (plan.window_block, plan.archive_block) == (window_block, archive_block)
+    token = shape.layers * shape.heads * 2 * shape.head_dim * 2
+    assert window_block * token >= 0.93 * plan.block_bytes
+    for length in (1024, 8192, 32768, 131072):
+        prompt = plan.blocks_in_prefill(window, length) * plan.block_bytes
+        archive = plan.archive_token_bytes * length
+        states = shape.states * shape.state_bytes
+        # A block of each kind may be begun, and states fill all but an eighth of theirs.
+        assert prompt < 1.1 * (length * token + archive) + 1.2 * states + 4 * plan.block_bytes
+
+
+def on_paper(shape: Shape) -> str:
+    """A shape's figures in the table of docs/architecture.md."""
+    window, pool, length = Window(64, 256), 1 << 40, 32768
+    plan = shape.plan()
+    short = filled(replace(plan, window_block=32), PACKED.blocks)
+    dense = dense_capacity(plan, pool, length)
+
+    def lost(one: CachePlan, tokens: int) -> float:
+        far = window.boundary(tokens) - window.sink
+        filled = far * one.archive_token_bytes + (tokens - far) * one.dense_token_bytes
+        filled += shape.states * shape.state_bytes
+        return 1 - filled / (one.blocks_in_decode(window, tokens) * one.block_bytes)
+
+    def fit(one: CachePlan) -> tuple[float, float]:
+        found = leank_capacity(one, window, pool, length)
+        return dense.in_prefill / found.in_prefill, found.in_decode / dense.in_decode
+
+    tokens = 32 * plan.dense_token_bytes
+    cells = [
+        f"{shape.state_bytes / 1e6:.2f} / {tokens / 1e6:.2f} MB",
+        f"{plan.window_block}",
+        *(f"{lost(plan, n):.1%} ({lost(short, n):.1%})" for n in (8192, 32768, 131072)),
+        *(f"{new:.1f}x ({old:.1f}x)" for new, old in zip(fit(plan), fit(short), strict=True)),
+    ]
+    return " | ".join(cells)
+
+
+def test_the_documented_table():
+    rows = re.findall(r"^\| (.*) \(\d+ of \d+.*?\) \| (.*) \|$", ARCHITECTURE.read_text(), re.M)
+    assert len(rows) == 4
+    for name, cells in rows:
+        assert cells == on_paper(SHAPES[name][0])
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
+def test_all_ranks_have_window_pages_of_one_length(tp_size):
+    shape = Shape(12, 2, 256, 36, 1_097_728)
+    plan = shape._replace(state_bytes=shape.state_bytes // tp_size).plan(tp_size)
+    blocks = {plan.layer(layer, rank).window_block for layer in (0, 11) for rank in range(tp_size)}
+    assert blocks == {plan.window_block}
 
 
 def test_granite_without_positions_has_no_rope(granite, tmp_path):

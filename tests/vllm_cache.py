@@ -50,7 +50,7 @@ def cache_specs(
         head_size=plan.head_dim,
         dtype=DTYPES[plan.itemsize],
     )
-    window_pages = window_spec(base, window, archive_block=plan.archive_block, in_flight=IN_FLIGHT)
+    window_pages = window_spec(base, plan, window, IN_FLIGHT)
     specs: dict[str, KVCacheSpec] = {}
     if plan.sliding is not None:
         sliding = SlidingWindowSpec(

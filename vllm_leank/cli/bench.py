@@ -60,14 +60,14 @@ def attention(
     from vllm_leank.bench.results import ATTENTION, describe_mask, header, save_results
     from vllm_leank.core.options import KEY, parse_options
     from vllm_leank.core.selection import Selection, whole_or_share
-    from vllm_leank.core.window import whole_pages
+    from vllm_leank.core.window import whole_granules
     from vllm_leank.mask.file import load_mask
 
     begin = time.monotonic()
     if out is not None:
         check_new(out, overwrite)
     loaded = load_mask(mask)
-    sink = whole_pages(loaded.sink) if sink is None else sink
+    sink = whole_granules(loaded.sink) if sink is None else sink
     recent = loaded.recent if recent is None else recent
     cases = [parse_case(text, sink, recent) for text in case or [f"{batch},{length}"]]
     chosen = parse_layers(layers, len(loaded.geometry.layers))

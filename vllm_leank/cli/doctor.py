@@ -71,6 +71,7 @@ def _describe(serving: "Serving") -> dict[str, Any]:
             "far_token_bytes": plan.archive_token_bytes,
             "dense_token_bytes": plan.dense_token_bytes,
             "archive_block": plan.archive_block,
+            "window_block": plan.window_block,
             "block_bytes": plan.block_bytes,
         },
         "max_model_len": serving.length,

@@ -40,6 +40,7 @@ class Capacity:
         in_decode: requests that fit once their prompts are done, not rounded.
         in_prefill: requests that fit while their prompts are computed, not rounded.
         step_bytes: what a decode step reads of a request; None: it was not asked for.
+        window_block: tokens of a window page; None for dense caches.
     """
 
     far_token_bytes: int
@@ -48,6 +49,7 @@ class Capacity:
     in_decode: float
     in_prefill: float
     step_bytes: int | None = None
+    window_block: int | None = None
 
 
 def leank_capacity(
@@ -63,6 +65,7 @@ def leank_capacity(
         block_bytes=plan.block_bytes,
         in_decode=blocks / plan.blocks_in_decode(window, length),
         in_prefill=blocks / plan.blocks_in_prefill(window, length, in_flight),
+        window_block=plan.window_block,
     )
 
 

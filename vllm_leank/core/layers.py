@@ -29,7 +29,7 @@ _ROPE_IN_SLIDING_LAYERS = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone
 class SlidingLayers:
     """Layers that read the last `window` tokens, beside served ones with the same KV heads.
 
-    Their pages have 32 tokens of a layer, as window pages do.
+    Their pages have 32 tokens of a layer, however long window pages are.
     """
 
     count: int

@@ -5,16 +5,16 @@ one behind the other, with the fields that the format gives it. Parts of a `Whol
 kept K channels as chunks `[archive_block, width]`, then V transposed, `[head_dim, archive_block]`.
 Those of `Packed`: see there.
 
-Window page of one layer: `[num_kv_heads, 32, 2 * head_dim]`, K then V in the last dimension.
+Window page of one layer: `[num_kv_heads, window_block, 2 * head_dim]`, K then V in the last
+dimension.
 
 Nothing else in the project computes where a head begins. Sizes are in bytes; offsets in elements,
 but for those of side data, which are in bytes.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from vllm_leank.core.formats import NATIVE, ArchiveFormat
 from vllm_leank.core.formats.whole import CHUNK_WIDTHS
@@ -23,7 +23,7 @@ from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import GRANULE
 
 WINDOW_BLOCK = GRANULE
-"""Tokens of a window page."""
+"""Tokens of a window page, where the plan has no longer ones, and of sliding layers' pages."""
 
 MAX_HEAD_DIM = CHUNK_WIDTHS[0]
 """Most channels of a head: more than the widest chunk has no layout."""
@@ -44,6 +44,7 @@ class CacheLayout:
         itemsize: bytes of an element of a window page.
         archive_block: tokens of an archive page.
         archive_format: how far tokens are stored.
+        window_block: tokens of a window page, whole granules.
         variants: profiles that kernels are compiled for: those of all heads of the model that store
             anything, so that layers share kernels. By default this layer's, ascending.
 
@@ -58,6 +59,7 @@ class CacheLayout:
     archive_block: int
     archive_format: ArchiveFormat = NATIVE
     variants: tuple[Profile, ...] = ()
+    window_block: int = WINDOW_BLOCK
 
     def __post_init__(self) -> None:
         if self.head_dim > MAX_HEAD_DIM:
@@ -105,11 +107,13 @@ class CacheLayout:
     @property
     def window_page_bytes(self) -> int:
         """Size of a window page."""
-        return window_token_bytes(len(self.profiles), self.head_dim, self.itemsize) * WINDOW_BLOCK
+        token = window_token_bytes(len(self.profiles), self.head_dim, self.itemsize)
+        return token * self.window_block
 
 
+@cache
 def archive_token_bytes(
-    profiles: Sequence[Profile], itemsize: int, archive_format: ArchiveFormat = NATIVE
+    profiles: tuple[Profile, ...], itemsize: int, archive_format: ArchiveFormat = NATIVE
 ) -> int:
     """Bytes of one archived token of one layer, in whole units."""
     heads = (archive_format.token_bytes(profile, itemsize) for profile in profiles)

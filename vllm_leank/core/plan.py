@@ -27,6 +27,12 @@ from vllm_leank.core.window import GRANULE, Window
 ARCHIVE_WASTE = 0.05
 """Share of a pool block that an archive page may leave empty."""
 
+WINDOW_BLOCKS = tuple(range(WINDOW_BLOCK, 16 * WINDOW_BLOCK + 1, WINDOW_BLOCK))
+"""Tokens of a window page, to choose from beside states."""
+
+NOMINAL_WINDOW, NOMINAL_LENGTHS = Window(64, 256), range(8192, 9216, GRANULE)
+"""The requests for which window pages are chosen: of many lengths, as one may end with a page."""
+
 
 def rank_heads(num_kv_heads: int, tp_size: int, rank: int) -> range:
     """KV heads that tensor-parallel rank `rank` holds; with more ranks than heads, each head
@@ -51,6 +57,8 @@ class CachePlan:
         tp_size: tensor-parallel ranks.
         stages: layers of each pipeline stage.
         archive_block: tokens of an archive page.
+        window_block: tokens of a window page, of every layer on every rank: 32, or beside states a
+            multiple.
         draft_items: elements of a dense token over all layers of a draft model, on each rank; its
             window pages lie beside those of the last stage.
         sliding: layers that stay vLLM's, whose pages lie in blocks of the same pool.
@@ -64,6 +72,7 @@ class CachePlan:
     tp_size: int
     stages: tuple[int, ...]
     archive_block: int
+    window_block: int = WINDOW_BLOCK
     draft_items: int = 0
     sliding: SlidingLayers | None = None
     states: StateLayers | None = None
@@ -77,6 +86,7 @@ class CachePlan:
             archive_block=self.archive_block,
             archive_format=self.archive_format,
             variants=self.variants,
+            window_block=self.window_block,
         )
 
     @cached_property
@@ -112,7 +122,7 @@ class CachePlan:
         # Never without a page, and never as large as a layer's window page: vLLM would take that
         # for layers of one kind (`_get_packed_kv_cache_groups`).
         most = max(most, TOKEN_BYTES_UNIT)
-        window = self._window_bytes * WINDOW_BLOCK
+        window = self._window_bytes * self.window_block
         return most + TOKEN_BYTES_UNIT * (most * self.archive_block == window)
 
     @property
@@ -152,7 +162,7 @@ class CachePlan:
     def _stage_window_bytes(self) -> int:
         """Bytes of the window pages of a stage, of the largest."""
         *others, last = (count * self._window_bytes for count in self.stages)
-        return WINDOW_BLOCK * max(*others, last + self.draft_items * self.itemsize, 0)
+        return self.window_block * max(*others, last + self.draft_items * self.itemsize, 0)
 
     @property
     def _window_bytes(self) -> int:
@@ -169,25 +179,25 @@ class CachePlan:
             for layer in layers
         )
 
-    def blocks_held(self, window: Window, length: int, freed: int) -> int:
-        """Blocks of a request of `length` tokens whose first `freed` window pages after the sink
-        have been freed, less those of other layers.
+    def blocks_held(self, window: Window, length: int, exact_until: int) -> int:
+        """Blocks that a request of `length` tokens holds, less those of other layers, once window
+        pages that no query from `exact_until` on reads have been freed.
         """
+        freed = len(window.free_pages(length, exact_until, self.window_block))
         archive = pages(window.archived(length), self.archive_block)
-        return archive + pages(length, WINDOW_BLOCK) - freed
+        return archive + pages(length, self.window_block) - freed
 
     def blocks_in_prefill(self, window: Window, length: int, in_flight: int = 1) -> int:
         """Blocks that a prompt of `length` tokens holds at most while it is computed, `in_flight`
         tokens at once.
         """
         archive = pages(window.archived(length), self.archive_block)
-        dense = pages(window.most_dense(length, in_flight), WINDOW_BLOCK)
+        dense = pages(window.most_dense(length, in_flight), self.window_block)
         return archive + dense + self._other_blocks(length, in_flight)
 
     def blocks_in_decode(self, window: Window, length: int) -> int:
         """Blocks that a request of `length` tokens holds once its prompt is done."""
-        freed = len(window.free_tokens(length, 0))
-        return self.blocks_held(window, length, freed) + self._other_blocks(length)
+        return self.blocks_held(window, length, 0) + self._other_blocks(length)
 
     def other_bytes(self, length: int) -> int:
         """Bytes that other layers of a rank keep of a request of `length` tokens."""
@@ -235,7 +245,8 @@ def plan_cache(
         draft_items: elements of a dense token of a draft model on each rank.
         stages: layers of each pipeline stage; by default one stage has all.
         sliding: layers that stay vLLM's.
-        states: layers that stay vLLM's and keep states.
+        states: layers that stay vLLM's and keep states. A block is never smaller than a state, so
+            beside them window pages are as long as leaves least of their blocks empty.
         unparted: tokens that no archive page may part: a page has a multiple of them.
 
     Returns:
@@ -254,9 +265,35 @@ def plan_cache(
         sliding=sliding,
         states=states,
     )
-    # A pool block is as large as the larger group's pages, and far tokens are most of what a long
-    # request holds: so their pages fill a block, but for `ARCHIVE_WASTE` of it.
+    if states is None:
+        return filled(plan, blocks)
+    plans = (filled(replace(plan, window_block=block), blocks) for block in WINDOW_BLOCKS)
+    return min(plans, key=_waste)
+
+
+def filled(plan: CachePlan, blocks: Sequence[int]) -> CachePlan:
+    """The plan with archive pages of as many tokens as it takes to fill a pool block.
+
+    A block is as large as the larger group's pages, and far tokens are most of what a long request
+    holds: so their pages fill it, but for `ARCHIVE_WASTE` of it.
+    """
     least = (1 - ARCHIVE_WASTE) * plan._stage_least_bytes
     # Each is asked for itself: how long a page is may change a token's bytes.
     plans = [replace(plan, archive_block=block) for block in blocks]
     return next((one for one in plans if one.archive_page_bytes >= least), plans[-1])
+
+
+def _waste(plan: CachePlan) -> float:
+    """How many times as much as they fill the blocks of nominal requests have: the sum over all of
+    them, each once while its prompt is computed and once in decode.
+    """
+    window, waste = NOMINAL_WINDOW, 0.0
+    for length in NOMINAL_LENGTHS:
+        archived = window.archived(length)
+        kept = archived * plan.archive_token_bytes + plan.other_bytes(length)
+        for dense, blocks in (
+            (length, plan.blocks_in_prefill(window, length)),
+            (length - archived + window.sink, plan.blocks_in_decode(window, length)),
+        ):
+            waste += blocks * plan.block_bytes / (kept + dense * plan.dense_token_bytes)
+    return waste

@@ -27,7 +27,8 @@ MOST = 1 << 28
 """Tokens of sink or recent, at most: kernels count tokens in 32 bits."""
 
 GRANULE = 32
-"""Tokens by which the boundary moves: one window page, compacted into the archive at once."""
+"""Tokens by which the boundary moves, and which are compacted into the archive at once. A window
+page has as many, or a multiple (`CachePlan.window_block`)."""
 
 
 def check_sink(sink: int) -> int:
@@ -39,7 +40,7 @@ def check_sink(sink: int) -> int:
     if sink < 0 or sink % GRANULE:
         raise ValueError(
             f"sink is {shortened(sink)}, but must be 0 or a multiple of {GRANULE}: "
-            f"the first tokens fill whole window pages of {GRANULE}"
+            f"the archive takes tokens in steps of {GRANULE}"
         )
     return _check_most("sink", sink)
 
@@ -60,9 +61,9 @@ def _check_most(name: str, tokens: int) -> int:
     return tokens
 
 
-def whole_pages(sink: int) -> int:
+def whole_granules(sink: int) -> int:
     """The sink of a mask, which may have been made for any number of tokens, rounded up to whole
-    window pages: more tokens stay dense than it was made for, never fewer.
+    granules: more tokens stay dense than it was made for, never fewer.
     """
     return -(-sink // GRANULE) * GRANULE
 
@@ -72,7 +73,7 @@ class Window:
     """The dense window of every request.
 
     Attributes:
-        sink: first tokens that stay dense; a multiple of 32, so that they fill whole window pages.
+        sink: first tokens that stay dense; a multiple of 32.
         recent: least number of last tokens that stay dense; at least 32.
         exact: whether prompts are read with full attention, or as answers are.
 
@@ -108,7 +109,8 @@ class Window:
     def prefix(self, limit: int, block: int) -> int:
         """Longest prefix, of `limit` tokens at most, that can be taken up without its dense middle.
 
-        It fills whole window pages, and its archived tokens fill whole pages of `block` tokens.
+        It fills whole window pages of 32 tokens, which is all that pruned prompts have, and its
+        archived tokens fill whole pages of `block` tokens.
         """
         longest = limit // GRANULE * GRANULE
         recent = -(-self.recent // GRANULE) * GRANULE
@@ -142,3 +144,9 @@ class Window:
         if processed < exact_until:
             return range(0)
         return range(self.sink, self.boundary(processed), GRANULE)
+
+    def free_pages(self, processed: int, exact_until: int, block: int) -> range:
+        """Window pages of `block` tokens that hold none but `free_tokens`, by their numbers."""
+        free = self.free_tokens(processed, exact_until)
+        first = -(-free.start // block)
+        return range(first, max(free.stop // block, first))

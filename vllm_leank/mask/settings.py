@@ -9,7 +9,7 @@ from vllm_leank.core.options import OptionError, Options
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.selection import Selection, selection_of, unparted
 from vllm_leank.core.states import StateLayers
-from vllm_leank.core.window import Window, whole_pages
+from vllm_leank.core.window import Window, whole_granules
 from vllm_leank.errors import UserError
 from vllm_leank.mask.mask import Mask
 
@@ -100,6 +100,6 @@ def choose_format(mask: Mask, selects: bool = False) -> ArchiveFormat:
 
 def _window(options: Options, mask: Mask) -> Window:
     """The dense window: options first, then what the mask was made for."""
-    sink = options.sink if options.sink is not None else whole_pages(mask.sink)
+    sink = options.sink if options.sink is not None else whole_granules(mask.sink)
     recent = options.recent if options.recent is not None else mask.recent
     return Window(sink, recent, exact=options.prefill == "exact")

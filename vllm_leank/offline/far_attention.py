@@ -116,8 +116,8 @@ def _attend(
     sinks = sinks_of_rows(sink_scores, H, T)
     weights = softmax(torch.cat(logits, dim=-1), sinks)  # [B, H, group * T, S]
     shares = weights.split([value.shape[2] for value in parts], dim=-1)
-    seen = (share @ value.float() for share, value in zip(shares, parts, strict=True))
-    output = functools.reduce(torch.add, seen)
+    sums = (share @ value.float() for share, value in zip(shares, parts, strict=True))
+    output = functools.reduce(torch.add, sums)
     return output.view(B, num_heads, T, D).transpose(1, 2).to(query.dtype)
 
 

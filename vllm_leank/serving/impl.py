@@ -167,7 +167,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             query: `[num_tokens, num_heads, head_dim]`.
             key: `[num_tokens, num_kv_heads, head_dim]`.
             value: like `key`.
-            kv_cache: window pages, `[num_blocks, num_kv_heads, 32, 2 * head_dim]`.
+            kv_cache: window pages, `[num_blocks, num_kv_heads, window_block, 2 * head_dim]`.
             attn_metadata: the step; None while vLLM profiles memory.
             output: like `query`.
             output_scale: not supported.

@@ -47,11 +47,7 @@ def window_backend(
         def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
             assert isinstance(spec, FullAttentionSpec)
             settings = load_settings(vllm_config)
-            return window_spec(
-                spec,
-                settings.window,
-                archive_block=settings.plan.archive_block,
-                in_flight=in_flight_tokens(vllm_config),
-            )
+            in_flight = in_flight_tokens(vllm_config)
+            return window_spec(spec, settings.plan, settings.window, in_flight)
 
     return WindowBackend

@@ -171,6 +171,13 @@ class WindowManager(LeanKManager):
     done.
     """
 
+    def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        # FlashAttention 3 loads longer pages by whole tiles, and a weight of 0 is no help against a
+        # NaN in V where no token is yet. vLLM zeroes blocks beside states, which come with them.
+        zeroes = kwargs.get("needs_kv_cache_zeroing", False)
+        self._record_new_block_ids = zeroes and self.block_size > WINDOW_BLOCK
+
     def remove_skipped_blocks(
         self,
         request_id: str,
@@ -187,10 +194,8 @@ class WindowManager(LeanKManager):
         if num_prompt_tokens is None:
             return
         exact_until = self._window.exact_until(num_prompt_tokens)
-        free = self._window.free_tokens(processed_computed_tokens, exact_until)
-        self._remove_blocks_in_range(
-            request_id, free.start // WINDOW_BLOCK, free.stop // WINDOW_BLOCK
-        )
+        free = self._window.free_pages(processed_computed_tokens, exact_until, self.block_size)
+        self._remove_blocks_in_range(request_id, free.start, free.stop)
 
 
 class ExactWindowManager(WindowManager):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_leank.core.pages import WINDOW_BLOCK, pages
+from vllm_leank.core.pages import pages
 from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.window import Window
 
@@ -115,11 +115,9 @@ def archive_spec(plan: CachePlan, window: Window, dtype: torch.dtype) -> Archive
 
 
 def window_spec(
-    base: FullAttentionSpec, window: Window, *, archive_block: int, in_flight: int
+    base: FullAttentionSpec, plan: CachePlan, window: Window, in_flight: int
 ) -> WindowSpec:
-    """Spec of a layer's window, beside archive pages of `archive_block` tokens; vLLM computes
-    `in_flight` tokens of a request at once, at most.
-    """
+    """Spec of a layer's window; vLLM computes `in_flight` tokens of a request at once, at most."""
     fields: dict[str, Any] = {
         "num_kv_heads": base.num_kv_heads,
         "head_size": base.head_size,
@@ -127,8 +125,8 @@ def window_spec(
         "dtype": base.dtype,
         "sink": window.sink,
         "recent": window.recent,
-        "block_size": WINDOW_BLOCK,
+        "block_size": plan.window_block,
     }
     if window.exact:
         return WindowSpec(**fields)
-    return PrunedWindowSpec(**fields, in_flight=in_flight, archive_block=archive_block)
+    return PrunedWindowSpec(**fields, in_flight=in_flight, archive_block=plan.archive_block)

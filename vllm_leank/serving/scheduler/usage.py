@@ -51,10 +51,9 @@ class Usage:
         for request in running:
             tokens = request.num_computed_tokens - request.num_in_flight_tokens
             exact_until = self._window.exact_until(request.num_prompt_tokens)
-            freed = len(self._window.free_tokens(tokens, exact_until))
-            archived += freed * GRANULE
+            archived += len(self._window.free_tokens(tokens, exact_until)) * GRANULE
             total += tokens
-            blocks += self._plan.blocks_held(self._window, tokens, freed)
+            blocks += self._plan.blocks_held(self._window, tokens, exact_until)
         before, self._compacted = self._compacted, self._archive.compacted
         return {
             "archive": archived,
