@@ -40,8 +40,7 @@ class Batch(Prepares):
         seq_lens: `[num_reqs]`, tokens computed after this step.
         exact_until: `[num_reqs]`, prompt lengths; 0 where prompts are read pruned.
         window_table: `[num_reqs, max_blocks]`, page of each `window_block` tokens. Entries of freed
-            blocks are
-            stale: only the window rule says which may be read.
+            blocks are stale: only the window rule says which may be read.
         archive_table: `[num_reqs, max_blocks]`, page of each `archive_block` tokens.
         slots: `[num_tokens]`, where each new token goes: window page * `window_block` + offset, -1
             for padding.

@@ -284,8 +284,8 @@ def filled(plan: CachePlan, blocks: Sequence[int]) -> CachePlan:
 
 
 def _waste(plan: CachePlan) -> float:
-    """How many times as much as they fill the blocks of nominal requests have: the sum over all of
-    them, each once while its prompt is computed and once in decode.
+    """Bytes of the blocks of nominal requests over the bytes that these fill, summed: each request
+    counts once while its prompt is computed and once in decode.
     """
     window, waste = NOMINAL_WINDOW, 0.0
     for length in NOMINAL_LENGTHS:
