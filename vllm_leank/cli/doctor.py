@@ -61,11 +61,13 @@ def _describe(serving: "Serving") -> dict[str, Any]:
     if serving.settings is None:
         return described
     mask, window, plan = serving.settings.mask, serving.settings.window, serving.settings.plan
+    selection = serving.settings.selection
     described |= {
         "layers": {"served": list(mask.geometry.layers), "of": mask.geometry.num_layers},
         "mask": {"path": str(mask.path), "sha256": mask.sha256, "model": mask.model},
         "window": {"sink": window.sink, "recent": window.recent},
         "prefill": "exact" if window.exact else "pruned",
+        "segments": None if selection is None else asdict(selection),
         "plan": {
             "archive_dtype": plan.archive_format.name,
             "far_token_bytes": plan.archive_token_bytes,

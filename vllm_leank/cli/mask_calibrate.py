@@ -35,8 +35,8 @@ def calibrate(
     bits: Annotated[
         float | None,
         typer.Option(
-            help="Bits per element of far K and V, 0.75 to 8: 4 makes the cache 4 times smaller "
-            "than 16 bits, 2 makes it 8 times smaller.",
+            help="Bits per element of far K and V, 0.75 to 8: 4 makes far tokens about 3.7 times "
+            "smaller than 16 bits, scales included, 2 about 7 times.",
             show_default=False,
         ),
     ] = None,
@@ -225,7 +225,8 @@ def _check_choice(
     """Refuse options that do not go together."""
     if bits is None and ratio is None:
         raise UserError(
-            "give --bits, as in --bits 2 for a cache 8 times smaller, or --ratio to prune K alone"
+            "give --bits, as in --bits 2 for far tokens 7 times smaller, or --ratio to prune K "
+            "alone"
         )
     if bits is not None and ratio is not None:
         raise UserError("--bits and --ratio exclude each other: give one")

@@ -35,8 +35,9 @@ def serve(
     bits: Annotated[
         float | None,
         typer.Option(
-            help="Bits per element of far K and V, 0.75 to 8: 2 makes the cache 8 times smaller "
-            "than 16 bits. Where no mask of so many bits is found, one is made.",
+            help="Bits per element of far K and V, 0.75 to 8: 2 makes far tokens about 7 times "
+            "smaller than 16 bits, scales included. Where no mask of so many bits is found, one is "
+            "made.",
             show_default="whatever mask is found",
         ),
     ] = None,

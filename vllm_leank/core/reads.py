@@ -1,4 +1,5 @@
-"""What a decode step reads of the cache of one request: nothing of it twice, and no padding.
+"""What a decode step reads of the cache of one request: no padding, and nothing of it twice but the
+lead of segments that are chosen.
 
 Reading bounds a step of long requests, so these bytes over a GPU's read rate are the time that it
 takes at least, beside that of the weights.

@@ -95,27 +95,29 @@ SOME_VALUES = {
     "--attention-config": "all but `backend_per_kind`: leank serves all layers or none",
     "--convert": "`auto` and `none`: leank serves text generation",
     "--disable-sliding-window": "for models without sliding layers",
+    "--enable-prefix-caching": "off, for models with layers that keep states",
+    "--pipeline-parallel-size": "1, for models with sliding layers or states",
     "--dtype": "on a GPU 16 bits",
     "--kv-cache-dtype": "the model's own: far tokens are made small by a mask of bits",
     "--runner": "`auto` and `generate`: leank serves text generation",
     "--spec-method": "as `--speculative-config`",
     "--spec-model": "as `--speculative-config`",
     "--spec-tokens": "at most `recent`, the tokens that stay dense",
-    "--speculative-config": "the methods `ngram`, `ngram_gpu`, `suffix` and `draft_model`",
+    "--speculative-config": "the methods `ngram`, `ngram_gpu`, `suffix` and `draft_model`; no "
+    "draft model beside sliding layers, none at all beside states",
 }
 """Flags of which some values are refused: those that are served."""
 
 _LAYERS = "for layers that no model served by leank has"
 _DEPENDS = "goes with a flag that is refused"
+_PREFIXES = "goes with prefix caching, which is refused for models with layers that keep states"
 NO_EFFECT = {
     _LAYERS: """
-        --engram-config --gdn-prefill-backend --kda-prefill-backend
-        --kda-decode-backend --kv-sharing-fast-prefill --sparse-indexer-topk-backend
-        --swa-bounded-replay --enable-hc-sp --mamba-backend --mamba-ssu-algorithm
-        --enable-mamba-cache-stochastic-rounding --mamba-cache-philox-rounds --mamba-cache-dtype
-        --mamba-ssm-cache-dtype --mamba-block-size --mamba-cache-mode
-        --enable-mamba-shared-prefix-checkpoint --replayssm-buffer-len --use-replayssm
+        --engram-config --kda-prefill-backend --kda-decode-backend --kv-sharing-fast-prefill
+        --sparse-indexer-topk-backend --swa-bounded-replay --enable-hc-sp
         --monokernel""",
+    _PREFIXES: """
+        --mamba-block-size --mamba-cache-mode --enable-mamba-shared-prefix-checkpoint""",
     _DEPENDS: """
         --kv-cache-dtype-skip-layers --kv-offloading-backend --dcp-comm-backend --dcp-q-replicate
         --dcp-kv-cache-interleave-size --cp-kv-cache-interleave-size --dbo-decode-token-threshold
@@ -171,6 +173,10 @@ WORKS = {
         --lora-dtype --enable-tower-connector-lora --max-cpu-loras --fully-sharded-loras
         --lora-target-modules --default-mm-loras --specialize-active-lora
         --enable-mixed-moe-lora-format --enable-moe-shared-loras --max-lora-cls-labels""",
+    "Layers that keep states": """
+        --gdn-prefill-backend --mamba-backend --mamba-ssu-algorithm --mamba-cache-dtype
+        --mamba-ssm-cache-dtype --enable-mamba-cache-stochastic-rounding
+        --mamba-cache-philox-rounds --replayssm-buffer-len --use-replayssm""",
     "Images, video and sound": """
         --language-model-only --limit-mm-per-prompt --enable-mm-embeds --media-io-kwargs
         --mm-processor-kwargs --mm-processor-cache-gb --mm-processor-cache-type
@@ -181,7 +187,7 @@ WORKS = {
         --mm-tensor-ipc --mm-processor-device --mm-ipc-gpu-memory-gb --mm-device-do-normalize
         --ec-transfer-config --ec-manager-config --disable-chunked-mm-input""",
     "Several GPUs and machines": """
-        --distributed-executor-backend --pipeline-parallel-size --master-addr --master-port
+        --distributed-executor-backend --master-addr --master-port
         --nnodes --node-rank --distributed-timeout-seconds --cpu-distributed-timeout-seconds
         --numa-bind --numa-bind-nodes --numa-bind-cpus --device-ids --tensor-parallel-size
         --data-parallel-size --data-parallel-rank --data-parallel-start-rank
@@ -196,7 +202,7 @@ WORKS = {
         --enable-fault-tolerance --fault-tolerance-config""",
     "Cache, scheduler and compilation": """
         --gpu-memory-utilization --kv-cache-memory-bytes --num-gpu-blocks-override
-        --enable-prefix-caching --prefix-cache-retention-interval --prefix-caching-hash-algo
+        --prefix-cache-retention-interval --prefix-caching-hash-algo
         --kv-events-config
         --max-num-batched-tokens --max-num-scheduled-tokens --max-num-seqs
         --max-num-active-seqs --max-num-queued-reqs --max-num-queued-tokens
