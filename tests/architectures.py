@@ -192,7 +192,8 @@ Against plain vLLM with a mask that keeps all, and against the definition with o
 engines of tiny models with random weights on CPU, real models on GPUs. Of models with sliding
 layers, or with layers that keep states, those with full attention are served. Tiny ones of Gemma 3,
 gpt-oss, Granite 4 H, LFM2, Qwen3-Next and Nemotron H run on a GPU as well
-(`tests/test_gpu_mixed.py`), the others on CPU alone. Some layers of Cohere2, EXAONE 4 and SmolLM3 have no RoPE; masks know which these are.
+(`tests/test_gpu_mixed.py`), the others on CPU alone. Some layers of Cohere2, EXAONE 4 and SmolLM3
+have no RoPE; masks know which these are.
 
 vLLM's CPU kernels for gated delta nets (Qwen3-Next, Qwen 3.5) compute in bfloat16 alone; engines on
 CPU are tested with the same computation in fp32 in their place (`tests/delta_nets_in_fp32.py`). The
