@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from archive_definition import plan_of
 from engines import engine
 from mask_samples import coded_mask
@@ -59,6 +60,12 @@ def forked(monkeypatch):
     monkeypatch.setattr(
         multiproc_executor, "get_mp_context", lambda: multiprocessing.get_context("fork")
     )
+    # Threads are not copied: a worker that takes itself to have several waits for them for ever.
+    # Not `torch.set_num_threads`, which does nothing once vLLM has had a worker in this process.
+    threads = torch.get_num_threads()
+    torch._C.set_num_threads(1)
+    yield
+    torch._C.set_num_threads(threads)
 
 
 @pytest.mark.engine
