@@ -90,6 +90,21 @@ def test_the_best_far_tokens_alone_are_those_of_the_oracle(tiny_llama, kind):
     assert (everything - found).abs().max() > 0.02
 
 
+def test_selecting_begins_with_the_first_far_tokens(tiny_llama):
+    """The first tokens behind a short prompt see none, and so choose none."""
+    model_dir = tiny_llama(layers=4)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    ids = PROMPT[:200]
+    logits_of = []
+    for selection in (None, Selection.of(256)):
+        reader = Reader(model, coded_mask(model_dir), WINDOW, selection)
+        reader.begin(len(ids))
+        reader.read(ids[:100])
+        logits_of.append(reader.served(ids[100:]))
+    # So few far tokens are read all.
+    torch.testing.assert_close(*logits_of)
+
+
 def whole_mask(model_dir):
     """Whole channels, with means for those that are pruned."""
     keep = random_mask(model_dir, [32, 0, 16, 64])

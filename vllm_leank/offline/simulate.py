@@ -115,7 +115,9 @@ class SimulatedArchive:
                 for dense, stored in ((key, far_key), (value, far_value))
             )
             part = query[:, :, start - first : end - first]
-            seen = None if self.selected is None else self.selected(layer, part, keys[1])
+            seen = None
+            if self.selected is not None and far:
+                seen = self.selected(layer, part, keys[1])
             outputs.append(
                 far_attention(
                     part,
