@@ -28,13 +28,20 @@ def hide_unselected(
     assert cache.selection is not None
     Q = part.queries.shape[1]
     lead = cache.layout.archive_format.lead(channels.profile)
-    products = queries[..., channels.k.order[:lead]] @ key[..., :lead].mT
-    scores = products.unflatten(-1, (-1, GRANULE)).amax(-1).unflatten(1, (-1, Q))
+    scores = granule_scores(queries[..., channels.k.order[:lead]], key[..., :lead])
+    scores = scores.unflatten(1, (-1, Q))
     seen = torch.ones_like(scores[:, 0], dtype=torch.bool)
     if part.hidden_archived is not None:
         seen = ~part.hidden_archived[..., ::GRANULE]
     selected = select(scores, seen, cache.window.sink, cache.selection)
     return ~(seen & selected).repeat_interleave(GRANULE, dim=-1)
+
+
+def granule_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The best product of each query `[..., n, lead]` with a token of each granule, `[..., n,
+    granules]`, of tokens `[..., tokens, lead]` that fill granules.
+    """
+    return (queries @ keys.mT).unflatten(-1, (-1, GRANULE)).amax(-1)
 
 
 def select(

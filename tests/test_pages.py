@@ -1,5 +1,7 @@
 """Where every byte of a layer's pages is."""
 
+from dataclasses import replace
+
 import pytest
 from archive_definition import PACKED, profiles_for
 from hypothesis import given, settings
@@ -153,3 +155,9 @@ def test_layers_compile_kernels_for_the_profiles_of_all_layers():
 def test_a_head_with_too_many_channels_is_refused():
     with pytest.raises(ValueError, match="288 channels of a head are more than 256"):
         layout_of((32,), 288, 2, 64)
+
+
+@pytest.mark.parametrize("tokens", [0, 48])
+def test_a_window_page_has_whole_granules(tokens):
+    with pytest.raises(ValueError, match=f"window pages have {tokens} tokens, no multiple of 32"):
+        replace(layout_of((32,), 64, 2, 64), window_block=tokens)

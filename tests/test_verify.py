@@ -193,6 +193,25 @@ def test_what_cannot_be_done_is_refused(leank, with_tokenizer, args, message):
     assert message in err
 
 
+def test_pages_are_judged(leank, tiny_llama, tmp_path):
+    """By a model of four layers, as the first two read all far tokens."""
+    model = tiny_llama(layers=4)
+    save_mask(full_mask(model), tmp_path / "full.yaml")
+    ids = np.random.default_rng(0).integers(256, size=760).tolist()
+    line = {"prompt_token_ids": ids[:700], "answer_token_ids": ids[700:]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line))
+    args = ["--mask", tmp_path / "full.yaml", "--data", tmp_path / "data.jsonl", *WINDOW, "--json"]
+    args += ["--texts", 0, "--needles", 0]
+    found = []
+    for pages in ([], ["--pages", 256]):
+        _, out, _ = leank("verify", model, *args, *pages)
+        found.append(json.loads(out))
+    everything, best = (one["groups"][0]["kl"]["value"] for one in found)
+    assert everything == 0
+    assert best > 1e-3
+    assert [one["segments"] for one in found] == [None, {"share": 0, "least": 4}]
+
+
 def test_without_a_tokenizer_needles_are_refused(leank, tiny_llama_dir, with_tokenizer):
     code, _, err = leank("verify", tiny_llama_dir, "--mask", with_tokenizer / "full.yaml")
     assert code == 2

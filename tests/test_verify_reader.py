@@ -229,6 +229,22 @@ def test_one_layer_alone_is_a_mask_that_keeps_all_others(model, tiny_llama_dir):
         assert loss > 0.01
 
 
+def test_one_layer_alone_reads_its_best_far_tokens(tiny_llama):
+    """The first two layers read all of them."""
+    model_dir = tiny_llama(layers=4)
+    model, mask = AutoModelForCausalLM.from_pretrained(model_dir), random_mask(model_dir, [32, 64])
+    ids = torch.randint(256, (700,), generator=torch.Generator().manual_seed(1)).tolist()
+    losses = []
+    for selection in (None, Selection.of(256)):
+        reader = Reader(model, mask, WINDOW, selection)
+        reader.begin(len(ids))
+        reader.read(ids[:660])
+        losses.append([found.total for found in reader.compare_layers(ids[660:])])
+    everything, best = losses
+    assert best[:2] == everything[:2]
+    assert all(abs(one - other) > 0.01 for one, other in zip(best[2:], everything[2:], strict=True))
+
+
 def test_memory_of_a_token(model, tiny_llama_dir):
     """By hand: 2 layers of K and V of 2 x 64 in fp32, and work for one layer: 4 copies of them, and
     3 scores of 64 queries in 4 heads.

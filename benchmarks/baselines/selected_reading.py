@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from vllm_leank.kernels.reference_selection import select
+from vllm_leank.kernels.reference_selection import granule_scores, select
 from vllm_leank.kernels.sinks import softmax
 
 from baselines.far_tokens import FarLayer
@@ -205,8 +205,7 @@ class SelectedReading:
         segment = (sink % SEGMENT + GRANULE * torch.arange(granules, device=device)) // SEGMENT
         segments = granules // (SEGMENT // GRANULE) + 1
         lead = far.lead[:, : granules * GRANULE]
-        products = rows.flatten(1, 3) @ lead.mT  # [H, V * group * T, tokens]
-        scores = products.unflatten(-1, (-1, GRANULE)).amax(-1).view(H, V, -1, T, granules)
+        scores = granule_scores(rows.flatten(1, 3), lead).view(H, V, -1, T, granules)
         of_segments = mass.new_zeros(H, V, T, segments).index_add_(-1, segment, mass)
         by_mass = of_segments.clamp_min(LEAST_MASS).log()[..., segment]
         seed = (

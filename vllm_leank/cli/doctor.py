@@ -60,6 +60,8 @@ def _describe(serving: "Serving") -> dict[str, Any]:
     described: dict[str, Any] = {"reasons": list(serving.reasons)}
     if serving.settings is None:
         return described
+    from vllm_leank.serving.report import warnings_of
+
     mask, window, plan = serving.settings.mask, serving.settings.window, serving.settings.plan
     selection = serving.settings.selection
     described |= {
@@ -78,10 +80,8 @@ def _describe(serving: "Serving") -> dict[str, Any]:
         },
         "max_model_len": serving.length,
         "pool_bytes": serving.pool_bytes,
+        "warnings": warnings_of(mask, serving.length),
     }
-    from vllm_leank.serving.report import warnings_of
-
-    described["warnings"] = warnings_of(mask, serving.length)
     if serving.pool_bytes is not None and serving.length is not None:
         from vllm_leank.cli.capacity_table import capacity_json
 

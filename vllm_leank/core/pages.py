@@ -64,6 +64,10 @@ class CacheLayout:
     def __post_init__(self) -> None:
         if self.head_dim > MAX_HEAD_DIM:
             raise ValueError(f"{self.head_dim} channels of a head are more than {MAX_HEAD_DIM}")
+        if self.window_block < GRANULE or self.window_block % GRANULE:
+            raise ValueError(
+                f"window pages have {self.window_block} tokens, no multiple of {GRANULE}"
+            )
         found = {profile for profile in self.profiles if profile.stores}
         if not self.variants:
             object.__setattr__(self, "variants", tuple(sorted(found)))

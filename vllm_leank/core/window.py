@@ -138,9 +138,7 @@ class Window:
         return range(start, self.boundary(after), GRANULE)
 
     def free_tokens(self, processed: int, exact_until: int) -> range:
-        """Tokens whose window pages no query after the first `processed` tokens reads, and no
-        compaction.
-        """
+        """Tokens that no query after the first `processed` tokens reads, and no compaction."""
         if processed < exact_until:
             return range(0)
         return range(self.sink, self.boundary(processed), GRANULE)

@@ -4,7 +4,7 @@ import torch
 
 from vllm_leank.core.selection import Selection, selection_of
 from vllm_leank.core.window import GRANULE
-from vllm_leank.kernels.reference_selection import select
+from vllm_leank.kernels.reference_selection import granule_scores, select
 from vllm_leank.offline.served_archive import ServedArchive
 
 
@@ -41,7 +41,6 @@ class SelectedTokens:
         for index, head in enumerate(self._archive.channels(layer, key.device).heads):
             lead = head.k.order[: self._archive.archive_format.lead(head.profile)]
             keys = key[:, None, index, :, lead].float()
-            products = queries[:, index, ..., lead] @ keys.mT  # [B, group, T, tokens]
-            scores = products.unflatten(-1, (-1, GRANULE)).amax(-1)
+            scores = granule_scores(queries[:, index, ..., lead], keys)  # [B, group, T, granules]
             found.append(select(scores, seen, self._sink, selection))
         return torch.stack(found, dim=1).repeat_interleave(GRANULE, dim=-1)

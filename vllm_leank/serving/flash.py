@@ -20,7 +20,7 @@ def attend_exact(
 ) -> None:
     """Dense causal attention of some requests' queries over window pages; as `attend_layer`."""
     tokens = _tokens(batch)
-    # [num_blocks, 32, num_kv_heads, head_dim] each
+    # [num_blocks, window_block, num_kv_heads, head_dim] each
     key, value = cache.window_pages.transpose(1, 2).chunk(2, dim=-1)
     sink_scores = cache.sink_scores
     found = _attend(

@@ -101,7 +101,7 @@ def warnings_of(mask: Mask, max_model_len: int | None) -> list[str]:
     if isinstance(verdict, str) and verdict.startswith("FAIL"):
         found.append(
             f"leank mask: it failed `leank verify`, as its file says ({verdict}). Judge it on your "
-            "model, or make one with more bits: leank mask calibrate MODEL --bits 6"
+            "model by `leank verify`, or make one that keeps more by `leank mask calibrate`"
         )
     longest = mask.provenance.get("longest_prompt")
     length = max_model_len or 0

@@ -29,7 +29,7 @@ class LeanKManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._window = kv_cache_spec.window
-        self._record_new_block_ids = False  # nobody reads what was not written: no need of zeros
+        self._record_new_block_ids &= self._reads_unwritten
         # The managers of one coordinator have the same pool.
         groups = self.block_pool.__dict__.setdefault("_leank_groups", [])
         groups.append(self.kv_cache_group_id)
@@ -38,6 +38,11 @@ class LeanKManager(FullAttentionManager):
                 "vLLM split leank's cache into more than two groups, which would waste most of it; "
                 "please report this with the mask file and the model's config"
             )
+
+    @property
+    def _reads_unwritten(self) -> bool:
+        """Whether attention loads slots that were never written, so that blocks must be zeroed."""
+        return False
 
 
 class ArchiveManager(LeanKManager):
@@ -171,12 +176,12 @@ class WindowManager(LeanKManager):
     done.
     """
 
-    def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:
-        super().__init__(kv_cache_spec, **kwargs)
-        # FlashAttention 3 loads longer pages by whole tiles, and a weight of 0 is no help against a
-        # NaN in V where no token is yet. vLLM zeroes blocks beside states, which come with them.
-        zeroes = kwargs.get("needs_kv_cache_zeroing", False)
-        self._record_new_block_ids = zeroes and self.block_size > WINDOW_BLOCK
+    @property
+    def _reads_unwritten(self) -> bool:
+        """FlashAttention 3 loads longer pages by whole tiles, and a weight of 0 is no help against
+        a NaN in V where no token is yet. vLLM zeroes blocks beside states, which come with them.
+        """
+        return self.block_size > WINDOW_BLOCK
 
     def remove_skipped_blocks(
         self,
