@@ -1,22 +1,19 @@
-"""Rows of tables in the README and docs are what `benchmarks/results` has, to the digits shown."""
+"""Figures of answers in the README and docs are what `benchmarks/results` has, to the digits
+shown.
+"""
 
-import json
 import re
 from functools import cache
-from pathlib import Path
 
 import pytest
-from long_context import fit_lines, measured_lines, read_lines
+from figures import RESULTS, line, load, text_of
 from real.kl_picture import FLOOR, draw, drawn, joined
 from real.learn_picture import draw as draw_losses
 from real.study_table import lost, mean_points, merged, points, shared_cells, some
 
 from vllm_leank.errors import UserError
 
-REPO = Path(__file__).parents[1]
-RESULTS = REPO / "benchmarks" / "results"
-
-DENSE, FOUR, TWO, ONE = "vLLM, dense", "leank, 4 bits", "leank, 2 bits", "leank, 1 bit"
+DENSE, FOUR, TWO = "vLLM, dense", "leank, 4 bits", "leank, 2 bits"
 OTHERS = (
     "vLLM fp8",
     "vLLM turboquant_4bit_nc",
@@ -26,9 +23,10 @@ OTHERS = (
 )
 
 
-@cache
-def load(name):
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def interval(found):
+    cells = [f"{one:.1f}" for one in (found.value, found.low, found.high)]
+    value, low, high = ["0.0" if one == "-0.0" else one for one in cells]
+    return f"{value} ({low} to {high})"
 
 
 def archives():
@@ -47,16 +45,6 @@ def named(name):
 
 def kl(row, length, kinds="kinds seen"):
     return f"{row['lengths'][str(length)][kinds]['kl']:.4f}"
-
-
-def line(*cells):
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def interval(found):
-    cells = [f"{one:.1f}" for one in (found.value, found.low, found.high)]
-    value, low, high = ["0.0" if one == "-0.0" else one for one in cells]
-    return f"{value} ({low} to {high})"
 
 
 ASKED_MOST = "dense", "bits_4", "bits_2"
@@ -218,125 +206,6 @@ def smallest_study_rows():
         yield line(title, f"{mean_points(dense, part):.1f}", f"{mean_points(coded, part):.1f}", gap)
 
 
-def packed_rows():
-    """Decode attention on two machines."""
-    for bits in (4, 2, 1):
-        for card, end in (("H100", ""), ("H200", "_h200")):
-            results = load(f"attention_packed_{bits}{end}")
-            assert card in results["machine"]["gpu"]
-            many, one = (case["mean"] for case in results["cases"])
-            yield line(
-                bits,
-                card,
-                f"{many['ms']:.3f}",
-                *(_times(many[name]) for name in ("speedup_flash", "bound_flash")),
-                f"{many['share_of_read_limit']:.0%}",
-                *(_times(one[name]) for name in ("speedup_flash", "bound_flash")),
-            )
-
-
-def _times(value):
-    return f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
-
-
-def chunk_rows():
-    """A chunk of a prompt, with the launch that engines use."""
-    for bits in (4, 2, 1):
-        results = load(f"prompt_chunk_packed_{bits}")
-        mean = results["means"][0]
-        assert mean["launch"] == "chosen"
-        flash = results["flash_ms"]
-        yield line(bits, f"{flash:.2f}", f"{mean['ms']:.2f}", f"{mean['ms'] / flash:.1f}")
-
-
-def serve_rows():
-    """Engines under load, at the memory of an 80 GB card."""
-    flash, four = load("serve_bits_4")["variants"]
-    two, last = (load(f"serve_bits_{bits}")["variants"][0] for bits in (2, 1))
-    for name, one in (("vLLM, FlashAttention 3", flash), (FOUR, four), (TWO, two), (ONE, last)):
-        decode, dense = one["decode"], flash["decode"]
-        cells = str(one["concurrent"]), f"{decode['tokens_per_s']:,.0f}"
-        first = f"{one['ttft_s']['median']:.2f}"
-        if one is not flash:
-            ratios = (
-                one["concurrent"] / flash["concurrent"],
-                decode["tokens_per_s"] / dense["tokens_per_s"],
-            )
-            cells = [f"{cell} ({ratio:.2f}x)" for cell, ratio in zip(cells, ratios, strict=True)]
-            first += f" ({one['ttft_s']['median'] / flash['ttft_s']['median']:.2f}x)"
-        yield line(name, *cells, f"{decode['tpot_p50_ms']:.1f}", first)
-
-
-def rebuilt_rows():
-    """An engine before the house was rebuilt, and after that twice."""
-    for name, files in (("before", ["2c4e8bf"]), ("now", ["489142f_1", "489142f_2"])):
-        runs = [load(f"serve_llama_{one}")["variants"][0] for one in files]
-
-        def each(form, figure, runs=runs):
-            return ", ".join(form.format(figure(one)) for one in runs)
-
-        yield line(
-            name,
-            each("{:.3f}", lambda one: one["ttft_s"]["median"]),
-            each("{:.1f}", lambda one: one["decode"]["tpot_p50_ms"]),
-            each("{}", lambda one: one["concurrent"]),
-            each("{:,.0f}", lambda one: one["decode"]["tokens_per_s"]),
-            each("{:,}", lambda one: one["engine"]["num_gpu_blocks"]),
-        )
-
-
-def mixed_rows():
-    """Prompts that arrive while others decode."""
-    names = {"dense": DENSE, "vllm_fp8": "vLLM, fp8", "bits_2": TWO}
-    for cell in sorted(load("mixed_load_h200")["cells"], key=lambda cell: cell["rate"]):
-        assert not cell["failed"]
-        first, each = cell["ttft_ms"], cell["tpot_ms"]
-        yield line(
-            cell["rate"],
-            names[cell["variant"]],
-            f"{cell['requests_per_s']:.2f}",
-            f"{cell['good_requests_per_s']:.2f}",
-            f"{first['p50'] / 1e3:.2f}, {first['p99'] / 1e3:.2f}",
-            f"{each['p50']:.1f}, {each['p99']:.1f}",
-            f"{cell['output_tokens_per_s']:,.0f}",
-        )
-
-
-def soak_rows():
-    """Servers under load in a pool that is too small."""
-    names = {"dense": "plain vLLM", "bits_4": FOUR}
-    names["nan_bits_4"] = "leank, memory that nobody may read is NaN"
-    for name, title in names.items():
-        found = load(f"soak_gpu/{name}")
-        answers = found["answers"]
-        counts = (
-            found["preemptions"], found["prompt_tokens_found"], answers["compared"],
-            answers["equal"], answers["ties"], answers["changed"],
-        )  # fmt: skip
-        ends = ", ".join(f"{found[one]:,}" for one in ("served", "hung_up", "failed"))
-        yield line(title, f"{found['seconds'] / 60:.1f}", ends, *(f"{one:,.0f}" for one in counts))
-
-
-def selected_rows():
-    """Decode attention that reads the best far tokens alone."""
-    for mask, read, name in (
-        ("70% of K pruned", "all", "attention_lead_whole"),
-        ("70% of K pruned", "a tenth", "attention_lead_whole_pages"),
-        ("4 bits, all heads alike", "all", "attention_even_4"),
-        ("4 bits, all heads alike", "a tenth", "attention_even_4_pages"),
-        ("2 bits, all heads alike", "all", "attention_even_2"),
-        ("2 bits, all heads alike", "a tenth", "attention_even_2_pages"),
-        ("1 bit, as a real model's first heads", "all", "attention_lead_2"),
-        ("1 bit, as a real model's first heads", "a tenth", "attention_lead_2_pages"),
-    ):
-        one, eight = (case["mean"] for case in load(name)["cases"][:2])
-        figures = (
-            f"{one['ms']:.4f}", _times(one["speedup_flash"]),
-            f"{eight['ms']:.3f}", _times(eight["speedup_flash"]),
-        )  # fmt: skip
-        yield line(mask, read, *figures)
-
-
 def selected_study_rows():
     """Points where the best far tokens alone are read, on the questions that all were asked."""
     rows = (
@@ -355,14 +224,6 @@ def selected_study_rows():
         gap = interval(lost(found[name], found["dense"], cells))
         shown = (f"{points(found[name], part).value:.1f}" for part in parts)
         yield line(bits, read, *shown, gap)
-
-
-def long_attention_rows():
-    """One long request against FlashAttention 3."""
-    for bits in (4, 2):
-        cases = load(f"attention_long_{bits}_h200")["cases"]
-        assert [(case["batch"], case["length"]) for case in cases] == [(1, 1 << 17), (1, 1 << 19)]
-        yield line(bits, *(_times(case["mean"]["speedup_flash"]) for case in cases))
 
 
 def selection_rows():
@@ -387,6 +248,8 @@ LEARNED = {
     "learned second 0.002": "stage 1, then stage 2 at 0.002",
     "learned second 0.01": "stage 1, then stage 2 at 0.01",
 }
+
+
 KINDS = "kinds seen", "kinds unseen"
 
 
@@ -464,25 +327,12 @@ def streaming_points_rows():
         ("docs/accuracy.md", streaming_rows),
         ("docs/accuracy.md", streaming_points_rows),
         ("benchmarks/real/README.md", lambda: kl_rows(True)),
-        ("docs/performance.md", packed_rows),
-        ("docs/performance.md", chunk_rows),
-        ("docs/performance.md", serve_rows),
-        ("docs/performance.md", rebuilt_rows),
-        ("README.md", mixed_rows),
-        ("docs/reliability.md", soak_rows),
-        ("docs/performance.md", selected_rows),
         ("docs/performance.md", selected_study_rows),
         ("docs/performance.md", selection_rows),
-        ("docs/performance.md", long_attention_rows),
-        ("docs/performance.md", lambda: read_lines(load("long_context"))),
-        ("docs/performance.md", lambda: fit_lines(load("long_context"))),
-        ("docs/performance.md", lambda: measured_lines(load("long_context"))),
     ],
 )
 def test_rows_are_those_of_the_results(page, rows):
-    text = (REPO / page).read_text()
-    expected = "\n".join(rows())
-    assert expected in text
+    assert "\n".join(rows()) in text_of(page)
 
 
 def test_the_picture_has_what_engines_have_and_caches_of_others(tmp_path):
