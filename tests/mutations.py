@@ -284,6 +284,13 @@ MUTATIONS = (
         "test_archive_pages.py test_reference.py",
     ),
     Mutation(
+        "FlashAttention plans steps of sliding layers ahead",
+        "serving/sliding.py",
+        "            self.aot_schedule = False\n",
+        "",
+        "test_sliding.py::test_flash_attention_plans_no_step_of_sliding_layers_ahead",
+    ),
+    Mutation(
         "a step has the prompt lengths of an earlier one",
         "serving/metadata.py",
         "exact_until[: len(lengths)].copy_(",

@@ -24,7 +24,11 @@ from oracle import Oracle
 from recall.demo import MODEL
 from recall.tasks import TASKS, make_sample
 from speculation import DRAFT, LENGTHS, NGRAM, prompts, watch
+from test_engine_answers import kept_mask, prompts_of
+from transformers import AutoModelForCausalLM
 
+from vllm_leank.core.formats import NATIVE
+from vllm_leank.core.selection import Selection
 from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.lookup import find_masks
 
@@ -249,16 +253,27 @@ def test_needles_are_found_among_the_best_tokens(runner):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", ["codes", "whole channels"])
-def test_two_gpus_select_what_one_selects(kind, tmp_path):
-    path = tmp_path / "mask.yaml"
-    save_mask(coded_mask(MODEL) if kind == "codes" else random_mask(MODEL, [32, 48, 16]), path)
-    asked = [
-        make_sample(task, length, 7).prompt_token_ids for length in (900, 4000) for task in TASKS
-    ]
+def test_two_gpus_select_what_one_selects(kind, tiny_llama, tmp_path):
+    """Each for its own heads, in a random model that misses what is not read."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(layers=8), dtype=torch.float16)
+    model.save_pretrained(tmp_path)
+    mask, form = coded_mask(tmp_path), PACKED
+    if kind == "whole channels":
+        mask, form = kept_mask(tmp_path), NATIVE
+    asked = prompts_of([1900, 1500])
+    arguments = ON_GPU | {"dtype": "float16", "max_model_len": 2048}
     answers = []
     for gpus in (1, 2):
         with engine(
-            MODEL, path, sink=SINK, recent=RECENT, pages=512, tensor_parallel_size=gpus, **ON_GPU
-        ) as running:
+            tmp_path, mask, sink=SINK, recent=RECENT, pages=256, tensor_parallel_size=gpus,
+            **arguments,
+        ) as running:  # fmt: skip
             answers.append(running.generate(asked, 60))
-    assert_same_up_to_ties(*answers)
+
+    def error(given, selection):
+        oracle = Oracle(tmp_path, mask, SINK, RECENT, archive_format=form, selection=selection)
+        return mean_error(given, asked, oracle)
+
+    errors = [error(given, Selection.of(256)) for given in answers]
+    assert errors[1] < 1.5 * errors[0]
+    assert error(answers[1], None) > 1.5 * errors[1]

@@ -10,6 +10,9 @@ from archive_definition import plan_of
 from leank_configs import config_of
 from mask_samples import full_mask
 from mixed_models import save_mixed
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backends import flash_attn
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity
 from vllm_leank.core.layers import SlidingLayers, layer_kinds, sliding_layers
@@ -18,7 +21,7 @@ from vllm_leank.errors import UserError
 from vllm_leank.mask.file import save_mask
 from vllm_leank.serving.metadata import PagesMetadataBuilder
 from vllm_leank.serving.settings import load_settings
-from vllm_leank.serving.sliding import hide_left_pages
+from vllm_leank.serving.sliding import hide_left_pages, sliding_backend
 
 
 @pytest.mark.parametrize("window", [1, 2, 32, 33, 48, 1000])
@@ -81,6 +84,22 @@ def test_builders_share_a_step_and_it_goes_when_it_is_over(tiny_llama_dir, mask_
         assert seen() is None
     finally:
         gc.enable()
+
+
+def test_flash_attention_plans_no_step_of_sliding_layers_ahead(tmp_path, monkeypatch):
+    """As it would for the only layers that it has in a model."""
+    model = save_mixed("gemma3_text", tmp_path)
+    save_mask(full_mask(model), model / "mask.yaml")
+    config = config_of(model, {"mask": str(model / "mask.yaml"), "sink": 32, "recent": 64})
+    spec = SlidingWindowSpec(
+        block_size=32, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, sliding_window=48
+    )
+    arguments = spec, [], config, torch.device("cpu")
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: 3)
+    base = flash_attn.FlashAttentionBackend
+    sliding = resolve_obj_by_qualname(sliding_backend(f"{base.__module__}.{base.__name__}"))
+    assert base.get_builder_cls()(*arguments).aot_schedule
+    assert not sliding.get_builder_cls()(*arguments).aot_schedule
 
 
 def test_capacity_counts_what_sliding_layers_keep():

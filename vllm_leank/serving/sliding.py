@@ -24,7 +24,7 @@ NULL_BLOCK = 0
 
 @cache
 def sliding_backend(path: str) -> str:
-    """Path of a backend that differs from vLLM's at `path` in its pages alone.
+    """Path of a backend that differs from vLLM's at `path` in its pages, and in planning no steps.
 
     A pool has one page order, and these layers' pages lie beside those of served ones. vLLM's CPU
     backend does not offer that order, but its kernels take pages by their strides.
@@ -58,6 +58,11 @@ def _builder(base: Any) -> Any:
             super().__init__(kv_cache_spec, *args, **kwargs)
             # The window is the layers' own; `rswa_window` is our way to prompt lengths.
             self.rswa_window = None
+            # FlashAttention plans a step by its longest request, but a graph is captured with the
+            # longest that there may be. A step whose requests all fit into the window is planned
+            # as if there were none, and the graph takes that plan for another one. vLLM drops it
+            # as well where it sees full attention beside sliding layers.
+            self.aot_schedule = False
             self._leank_window = kv_cache_spec.sliding_window
             if self.device.type == "cpu":
                 zero_sliding_blocks()
