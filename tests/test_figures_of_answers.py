@@ -6,12 +6,13 @@ import re
 from functools import cache
 
 import pytest
-from figures import RESULTS, line, load, text_of
+from figures import REPO, RESULTS, line, load, text_of
 from real.kl_picture import FLOOR, draw, drawn, joined
 from real.learn_picture import draw as draw_losses
 from real.study_table import lost, mean_points, merged, points, shared_cells, some
 
 from vllm_leank.errors import UserError
+from vllm_leank.mask.file import load_mask
 
 DENSE, FOUR, TWO = "vLLM, dense", "leank, 4 bits", "leank, 2 bits"
 OTHERS = (
@@ -161,49 +162,70 @@ def study_rows():
             yield line(name, *lost_cells(variants, some(cells, value)))
 
 
-def small_study_rows():
-    """The same of a smaller model: of all questions, and by length."""
-    variants = {one["variant"]: one for one in merged(RESULTS / "study_qwen_0.5b")["variants"]}
-    cells = shared_cells(list(variants.values()))
-    sizes = {name: one["token_bytes"] for name, one in variants.items()}
-    ratios = {name: sizes["dense"] / size for name, size in sizes.items()}
-    yield line(
-        "bytes of a far token",
-        f"{sizes['dense']:,.0f}",
-        *(
-            cell
-            for name in ("bits_4", "bits_2")
-            for cell in (f"{sizes[name]:,.0f} ({ratios[name]:.1f}x)", "")
-        ),
-    )
-    yield line(f"all {sum(cells.values())} questions", *lost_cells(variants, cells))
-    for length in sorted({length for _, length in cells}):
-        yield line(f"{length:,} tokens", *lost_cells(variants, some(cells, length)))
-
-
-def turboquant_rows():
-    """TurboQuant and 2 bits by length, on the questions that all were asked."""
-    names = "dense", "vllm_turboquant_4bit_nc", "bits_2"
-    dense, *others = (other_study()[name] for name in names)
+def lost_by_length(dense, *others):
+    """Points of dense attention, and of others with what they lose: in all, and by length."""
     cells = shared_cells([dense, *others])
-    for length in sorted({length for _, length in cells}):
-        part = some(cells, length)
-        found = [f"{mean_points(dense, part):.1f}"]
-        for one in others:
-            found += [f"{mean_points(one, part):.1f}", interval(lost(one, dense, part))]
-        yield line(f"{length:,} tokens, {sum(part.values())} questions", *found)
-
-
-def smallest_study_rows():
-    """SmolLM2's points, with 4 bits."""
-    found = {one["variant"]: one for one in merged(RESULTS / "study_smollm2")["variants"]}
-    dense, coded = found["dense"], found["smollm2_4bit"]
-    cells = shared_cells([dense, coded])
     parts = {f"all {sum(cells.values())} questions": cells}
     parts |= {f"{n:,} tokens": some(cells, n) for n in sorted({length for _, length in cells})}
     for title, part in parts.items():
-        gap = interval(lost(coded, dense, part))
-        yield line(title, f"{mean_points(dense, part):.1f}", f"{mean_points(coded, part):.1f}", gap)
+        found = [f"{mean_points(dense, part):.1f}"]
+        for one in others:
+            found += [f"{mean_points(one, part):.1f}", interval(lost(one, dense, part))]
+        yield line(title, *found)
+
+
+def turboquant_rows():
+    found = other_study()
+    return lost_by_length(*(found[n] for n in ("dense", "vllm_turboquant_4bit_nc", "bits_2")))
+
+
+def small_study():
+    """Variants by name that the 0.5B was served with."""
+    return {one["variant"]: one for one in merged(RESULTS / "study_qwen_0.5b")["variants"]}
+
+
+def small_study_rows():
+    found = small_study()
+    return lost_by_length(*(found[name] for name in ("dense", "bits_4", "bits_2")))
+
+
+def smallest_study():
+    """Variants by name that SmolLM2 was served with."""
+    known = {"smollm2_70pruned": "pruned_70", "smollm2_4bit": "bits_4", "smollm2_2bit": "bits_2"}
+    found = merged(RESULTS / "study_smollm2")["variants"]
+    return {known.get(one["variant"], one["variant"]): one for one in found}
+
+
+def smallest_study_rows():
+    found = smallest_study()
+    return lost_by_length(*(found[name] for name in ("dense", "bits_4", "bits_2")))
+
+
+SHIPPED = {
+    "4 bits": ("bits_4", "4bit"),
+    "2 bits": ("bits_2", "2bit"),
+    "70% pruned": ("pruned_70", "70pruned"),
+}
+"""Masks for each model: in the study, and as files end."""
+
+
+def shipped_rows():
+    """All masks for real models: what `leank verify` said, and points that they lose."""
+    learned = {name: other_study()[name] for name in ("dense", "pruned_70")}
+    for path, known in (
+        ("Qwen/Qwen2.5-Coder-1.5B-Instruct", study()[0]),
+        ("Qwen/Qwen2.5-Coder-0.5B-Instruct", small_study()),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", smallest_study()),
+    ):
+        model = path.partition("/")[2]
+        for title, (name, end) in SHIPPED.items():
+            mask = load_mask(REPO / f"masks/{path}-{end}.yaml")
+            verdict = mask.evaluation["verify"].partition(":")[0]
+            variants = learned if known is study()[0] and name == "pruned_70" else known
+            cells = shared_cells([variants["dense"], variants[name]])
+            gap = interval(lost(variants[name], variants["dense"], cells))
+            dense = f"{mean_points(variants['dense'], cells):.1f}"
+            yield line(model, title, verdict, f"{gap}, of {dense}")
 
 
 def selected_study_rows():
@@ -317,16 +339,19 @@ def streaming_points_rows():
         ("README.md", opening),
         ("docs/accuracy.md", lambda: kl_rows(False)),
         ("docs/accuracy.md", study_rows),
+        ("docs/accuracy.md", lambda: compared_rows(small_study())),
         ("docs/accuracy.md", small_study_rows),
         ("docs/accuracy.md", cache_rows),
         ("docs/accuracy.md", other_cache_rows),
         ("docs/accuracy.md", turboquant_rows),
+        ("docs/accuracy.md", lambda: compared_rows(smallest_study())),
         ("docs/accuracy.md", smallest_study_rows),
         ("docs/accuracy.md", long_rows),
         ("docs/accuracy.md", learned_rows),
         ("docs/accuracy.md", streaming_rows),
         ("docs/accuracy.md", streaming_points_rows),
         ("benchmarks/real/README.md", lambda: kl_rows(True)),
+        ("masks/README.md", shipped_rows),
         ("docs/performance.md", selected_study_rows),
         ("docs/performance.md", selection_rows),
     ],
