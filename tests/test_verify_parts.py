@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.offline.divergence import Divergence
+from vllm_leank.offline.divergence import ROWS, Divergence, divergence
 from vllm_leank.offline.intervals import ratio_estimate, share_estimate
 from vllm_leank.offline.prompts import Sample
 from vllm_leank.offline.verify.asking import ask_until
@@ -25,8 +26,20 @@ WINDOW = Window(64, 256)
 
 def comparison(kl, agree, right=(None, None), unit=0):
     tops = np.arange(len(kl))
-    found = Divergence(np.array(kl), tops, np.where(tops < agree, tops, -1))
+    found = Divergence(np.array(kl), np.zeros(len(kl)), tops, np.where(tops < agree, tops, -1))
     return Comparison("a", unit, 100, [], list(range(len(kl))), found, *right)
+
+
+def test_divergence_is_that_of_the_distributions():
+    """In more rows than are compared at once."""
+    generator = torch.Generator().manual_seed(0)
+    dense, other = 2 * torch.randn(2, ROWS + 6, 30, generator=generator)
+    found = divergence(dense, other)
+    p, q = dense.double().softmax(-1), other.double().softmax(-1)
+    assert found.kl == pytest.approx((p * (p / q).log()).sum(-1).numpy(), rel=1e-5)
+    assert found.variation == pytest.approx(((p - q).clamp(min=0)).sum(-1).numpy(), rel=1e-5)
+    assert found.agree == int((p.argmax(-1) == q.argmax(-1)).sum())
+    assert divergence(dense, dense).total == divergence(dense, dense).variation.max() == 0
 
 
 def test_bootstrap_finds_the_mean_as_often_as_it_says():

@@ -239,8 +239,8 @@ def study(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
             args.masks.mkdir(parents=True, exist_ok=True)
             save_mask(found, args.masks / f"trained_{rate:g}.yaml", overwrite=True)
     for name, samples in judged.items():
-        for variant, sums in judge(model, window, samples, variants).items():
-            found_here = {kind: one.means() for kind, one in sums.items()}
+        for variant, judged_here in judge(model, window, samples, variants).items():
+            found_here = {kind: one.means() for kind, one in judged_here.items()}
             results["kl"].setdefault(variant, {})[name] = found_here
         results["seconds"] = round(time.monotonic() - start, 1)
         write(results)

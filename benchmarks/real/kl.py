@@ -39,35 +39,48 @@ from vllm_leank.mask.checkpoint import DTYPES, Checkpoint
 from vllm_leank.offline.builtin_prompts import Named
 from vllm_leank.offline.calibration_prompts import calibration_prompts, longest_prompt
 from vllm_leank.offline.context import Context, logits_after, read_prompt
-from vllm_leank.offline.divergence import divergence
+from vllm_leank.offline.divergence import Divergence, divergence
+from vllm_leank.offline.intervals import ratio_estimate
 from vllm_leank.offline.simulate import SimulatedArchive
 
 CONSOLE = Console(stderr=True, highlight=False)
 
 
 @dataclass
-class Sum:
-    """Sums over tokens: KL in nats, equal most likely tokens, and how many tokens there were."""
+class Found:
+    """What was found in texts of a kind, a text after the other: sums over its tokens of KL in
+    nats and of total variation distance, equal most likely tokens, and how many tokens there were.
+    """
 
-    kl: float = 0.0
-    agree: int = 0
-    tokens: int = 0
+    kl: list[float] = field(default_factory=list)
+    variation: list[float] = field(default_factory=list)
+    agree: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
 
-    def add(self, kl: float, agree: int, tokens: int) -> None:
-        """Add the tokens of a sample."""
-        self.kl, self.agree, self.tokens = self.kl + kl, self.agree + agree, self.tokens + tokens
+    def add(self, found: Divergence) -> None:
+        """Add a text."""
+        self.kl.append(found.total)
+        self.variation.append(float(found.variation.sum()))
+        self.agree.append(found.agree)
+        self.tokens.append(len(found.kl))
 
-    def means(self) -> dict[str, float]:
-        """Per token."""
+    def means(self) -> dict[str, Any]:
+        """Per token; with two texts or more, KL has an interval at 95%."""
+        tokens = sum(self.tokens)
+        kl = ratio_estimate(self.kl, self.tokens)
+        interval = {} if kl.low is None else {"low": round(kl.low, 7), "high": round(kl.high, 7)}
         return {
-            "kl": round(self.kl / self.tokens, 7),
-            "top1": round(self.agree / self.tokens, 4),
-            "tokens": self.tokens,
+            "kl": round(kl.value, 7),
+            **interval,
+            "variation": round(sum(self.variation) / tokens, 6),
+            "top1": round(sum(self.agree) / tokens, 4),
+            "tokens": tokens,
+            "texts": len(self.tokens),
         }
 
 
-Judged = dict[str, dict[str, Sum]]
-"""Sums by variant, and by kind of text or group of kinds."""
+Judged = dict[str, dict[str, Found]]
+"""What was found by variant, and by kind of text or group of kinds."""
 
 
 @torch.inference_mode()
@@ -79,7 +92,7 @@ def judge(
 ) -> Judged:
     """What each variant does to samples, which come with the groups of their kinds."""
     context = Context(Geometry.from_hf_config(model.config))
-    sums: Judged = defaultdict(lambda: defaultdict(Sum))
+    judged: Judged = defaultdict(lambda: defaultdict(Found))
     dense = SimulatedArchive(window)
     for group, (kind, sample) in track(samples, "judging", console=CONSOLE):
         read_prompt(model, context, sample.prompt, 4096)
@@ -87,8 +100,8 @@ def judge(
         for one in variants:
             found = divergence(expected, logits_after(model, context, sample.answer, one.hook))
             for name in (group, kind):
-                sums[one.name][name].add(found.total, found.agree, len(sample.answer))
-    return sums
+                judged[one.name][name].add(found)
+    return judged
 
 
 @dataclass
@@ -158,21 +171,21 @@ class Study:
             for line in left_out:
                 CONSOLE.print(line)
             self.results["skipped"] += left_out
-            sums = judge(model, window, samples, variants)
+            judged = judge(model, window, samples, variants)
             self.results["lengths"].append(length)
             for row, one in zip(self.results["archives"], variants, strict=True):
-                row["lengths"][str(length)] = row_of(one, sums[one.name], dense, length)
+                row["lengths"][str(length)] = row_of(one, judged[one.name], dense, length)
             self.results["seconds"] = round(time.monotonic() - start, 1)
             write(self.results)
 
 
-def row_of(variant: Variant, sums: dict[str, Sum], dense: int, length: int) -> dict[str, Any]:
+def row_of(variant: Variant, found: dict[str, Found], dense: int, length: int) -> dict[str, Any]:
     """What is told of a variant at one length."""
     exact = min(variant.exact_tokens, length)
     request = exact * dense + (length - exact) * variant.token_bytes
     row: dict[str, Any] = {"x_of_request": round(dense * length / request, 2)}
-    row |= {name: one.means() for name, one in sums.items()}
-    if UNSEEN in sums and row[SEEN]["kl"] > 0:
+    row |= {name: one.means() for name, one in found.items()}
+    if UNSEEN in found and row[SEEN]["kl"] > 0:
         row["unseen_by_seen"] = round(row[UNSEEN]["kl"] / row[SEEN]["kl"], 2)
     return row
 

@@ -249,9 +249,9 @@ class Study:
                 CONSOLE.print(line)
             results["skipped"][str(length)] = left_out
             variants = [served_mask(name, load_mask(masks[name]), self.window) for name in missing]
-            sums = judge(self.model, self.window, samples, variants)
+            judged = judge(self.model, self.window, samples, variants)
             for one in variants:
-                row = row_of(one, sums[one.name], dense, length)
+                row = row_of(one, judged[one.name], dense, length)
                 results["masks"][one.name]["kl"][str(length)] = row
             results["seconds"] = round(results["seconds"] + time.monotonic() - start, 1)
             start = time.monotonic()
