@@ -191,7 +191,7 @@ What counts is a model's config, which may differ from others of its architectur
 Against plain vLLM with a mask that keeps all, and against the definition with one that does not:
 engines of tiny models with random weights on CPU, real models on GPUs. Of models with sliding
 layers, or with layers that keep states, those with full attention are served. Tiny ones of Gemma 3,
-gpt-oss, Granite 4 H, LFM2, Qwen3-Next and Nemotron H run on a GPU as well
+gpt-oss, Granite 4 H, LFM2, Qwen3-Next, Qwen 3.5 and Nemotron H run on a GPU as well
 (`tests/test_gpu_mixed.py`), the others on CPU alone. Some layers of Cohere2, EXAONE 4 and SmolLM3
 have no RoPE; masks know which these are.
 
