@@ -32,7 +32,7 @@ from vllm_leank.bench.machine import require_gpu
 from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.results import describe_mask, header, save_results
 from vllm_leank.bench.timing import release
-from vllm_leank.core.plan import plan_cache
+from vllm_leank.core.page_sizes import plan_cache
 from vllm_leank.core.window import Window, whole_granules
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import load_mask

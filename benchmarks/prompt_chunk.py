@@ -36,8 +36,9 @@ from vllm_leank.bench.correctness import check_output
 from vllm_leank.bench.machine import head_commit, machine, require_gpu
 from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.results import describe_mask
+from vllm_leank.core.page_sizes import plan_cache
 from vllm_leank.core.pages import WINDOW_BLOCK, pages
-from vllm_leank.core.plan import CachePlan, plan_cache
+from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.window import Window, whole_granules
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import load_mask

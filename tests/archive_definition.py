@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vllm_leank.core.formats import NATIVE, ArchiveFormat
 from vllm_leank.core.formats.packed import FORMAT as PACKED
-from vllm_leank.core.plan import CachePlan, plan_cache
+from vllm_leank.core.page_sizes import plan_cache
+from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.profile import Profile, Profiles, whole_heads
 from vllm_leank.mask.mask import Mask
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity
 from vllm_leank.core.formats import known_formats
-from vllm_leank.core.plan import ARCHIVE_WASTE, plan_cache, rank_heads
+from vllm_leank.core.page_sizes import ARCHIVE_WASTE, plan_cache
+from vllm_leank.core.plan import rank_heads
 from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import Window
 

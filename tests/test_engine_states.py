@@ -68,6 +68,18 @@ def test_delta_nets_in_bf16(tmp_path):
 
 
 @pytest.mark.parametrize("mask_of", [pytest.param(kept_mask, marks=long), coded_mask])
+def test_archive_pages_that_fill_blocks_of_large_states(tmp_path, mask_of):
+    """Of more tokens than where requests share prefixes."""
+    model = save_state("granitemoehybrid", tmp_path, mamba_d_state=512)
+    mask = mask_of(model)
+    with engine(model, mask, max_num_batched_tokens=100, **LIMITS) as leank:
+        plan = leank.plan
+        assert plan.archive_block > plan.archive_format.blocks[-1]
+        assert plan.archive_page_bytes > 0.95 * plan.block_bytes
+        assert_as_defined(model, mask, leank, PROMPTS, leank.generate(PROMPTS, 40), 1e-4)
+
+
+@pytest.mark.parametrize("mask_of", [pytest.param(kept_mask, marks=long), coded_mask])
 def test_a_tight_pool_full_of_nan(granite, mask_of):
     """Chunks and preemption, where memory that nobody may read is NaN."""
     mask, prompts = mask_of(granite), prompts_of([150, 128, 9, 30, 31, 32])

@@ -89,6 +89,7 @@ def tma(request, monkeypatch):
                 ((256, 144), 256, 2, Window(32, 64), 32, (FP32, NATIVE)),
                 ((0, 0), 64, 16, Window(32, 64), 64, (FP16, NATIVE)),
                 (CODED[128][:1], 128, 4, Window(0, 32), 256, (CODED_FP16, PACKED)),
+                (CODED[64][1:2], 64, 2, Window(32, 64), 2432, (CODED_FP16, PACKED)),
             )
         ),
         *(

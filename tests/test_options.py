@@ -8,7 +8,7 @@ from mask_samples import statistics_of
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.options import OptionError, Options, given_options, parse_options, read_options
-from vllm_leank.core.plan import plan_cache
+from vllm_leank.core.page_sizes import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.mask.file import Mask
 from vllm_leank.mask.settings import Settings, _window, plan_settings

@@ -18,9 +18,11 @@ from tiny_models import skip_without_torchvision
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity
+from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.layers import state_layers
-from vllm_leank.core.plan import CachePlan, filled, plan_cache
+from vllm_leank.core.page_sizes import filled, plan_cache
+from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.profile import Profile
 from vllm_leank.core.states import StateLayers
 from vllm_leank.core.window import Window
@@ -129,6 +131,7 @@ SHAPES = {
     "Qwen 3.5 27B": (Shape(16, 4, 256, 48, 3_207_168), 96, 768),
     "Granite 4 H Small": (Shape(4, 8, 128, 36, 2_147_840), 128, 1024),
     "Falcon-H1 34B": (Shape(72, 4, 128, 72, 2_127_872), 32, 256),
+    "Nemotron 3 Nano": (Shape(6, 2, 128, 23, 2_134_016), 352, 2432),
     "LFM2 2.6B": (Shape(8, 8, 64, 22, 8_192), 32, 256),
 }
 """Of real models, and tokens of their window and archive pages at 2 bits."""
@@ -151,11 +154,23 @@ def test_pages_of_both_groups_fill_a_block_beside_states(name):
         assert prompt < 1.1 * (length * token + archive) + 1.2 * states + 4 * plan.block_bytes
 
 
+def test_pages_of_whole_channels_fill_a_block_beside_states_too():
+    """With 70% of K pruned, where 256 tokens would leave half of it empty."""
+    shape = SHAPES["Nemotron 3 Nano"][0]
+    heads = ((Profile(k16=32, v16=128), Profile(k16=48, v16=128)),) * shape.layers
+    states = StateLayers(shape.states, shape.state_bytes)
+    plan = plan_cache(heads, shape.head_dim, 2, archive_format=NATIVE, states=states)
+    assert plan.archive_block > 256
+    assert plan.archive_page_bytes > 0.95 * plan.block_bytes
+    alone = plan_cache(heads, shape.head_dim, 2, archive_format=NATIVE)
+    assert alone.archive_block <= NATIVE.blocks[-1]
+
+
 def on_paper(shape: Shape) -> str:
     """A shape's figures in the table of docs/architecture.md."""
     window, pool, length = Window(64, 256), 1 << 40, 32768
     plan = shape.plan()
-    short = filled(replace(plan, window_block=32), PACKED.blocks)
+    short = filled(replace(plan, window_block=32), PACKED.blocks + PACKED.longer_blocks)
     dense = dense_capacity(plan, pool, length)
 
     def lost(one: CachePlan, tokens: int) -> float:
@@ -180,7 +195,7 @@ def on_paper(shape: Shape) -> str:
 
 def test_the_documented_table():
     rows = re.findall(r"^\| (.*) \(\d+ of \d+.*?\) \| (.*) \|$", ARCHITECTURE.read_text(), re.M)
-    assert len(rows) == 4
+    assert len(rows) == 5
     for name, cells in rows:
         assert cells == on_paper(SHAPES[name][0])
 

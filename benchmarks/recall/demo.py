@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from recall.tasks import make_sample
 from vllm_leank.core.geometry import Geometry
-from vllm_leank.core.plan import plan_cache
+from vllm_leank.core.page_sizes import plan_cache
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.lookup import resolve_mask

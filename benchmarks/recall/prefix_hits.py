@@ -34,7 +34,7 @@ from recall.engine import Engine, engine
 from recall.evaluate import head_commit, machine
 from recall.evaluate_engine import ENGINES, MODEL
 from recall.vocab import BOS, WORDS
-from vllm_leank.core.plan import plan_cache
+from vllm_leank.core.page_sizes import plan_cache
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.lookup import find_masks
 from vllm_leank.serving.vllm.versions import vllm_version

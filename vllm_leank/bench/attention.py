@@ -21,7 +21,8 @@ from vllm_leank.bench.correctness import check_output
 from vllm_leank.bench.flash import FLASH, FLASH_EIGHT_BIT, FlashDecode
 from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.timing import copies_needed, eager_ms, graph_ms, read_limit, release
-from vllm_leank.core.plan import CachePlan, plan_cache
+from vllm_leank.core.page_sizes import plan_cache
+from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.selection import Selection, unparted
 from vllm_leank.errors import UserError
 from vllm_leank.kernels import reference

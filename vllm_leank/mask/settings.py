@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from vllm_leank.core.formats import ArchiveFormat, formats_for
 from vllm_leank.core.layers import SlidingLayers
 from vllm_leank.core.options import OptionError, Options
-from vllm_leank.core.plan import CachePlan, plan_cache
+from vllm_leank.core.page_sizes import plan_cache
+from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.selection import Selection, selection_of, unparted
 from vllm_leank.core.states import StateLayers
 from vllm_leank.core.window import Window, whole_granules

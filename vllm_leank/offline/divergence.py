@@ -53,5 +53,6 @@ def divergence(dense: torch.Tensor, other: torch.Tensor) -> Divergence:
         variation.append((p.exp() - q.exp()).abs().sum(-1, dtype=torch.float64) / 2)
         tops.append(torch.stack([p.argmax(-1), q.argmax(-1)]))
     dense_top, other_top = torch.cat(tops, dim=1).cpu().numpy()
-    apart = (torch.cat(one).cpu().numpy() for one in (kl, variation))
-    return Divergence(*apart, dense_top, other_top)
+    return Divergence(
+        torch.cat(kl).cpu().numpy(), torch.cat(variation).cpu().numpy(), dense_top, other_top
+    )

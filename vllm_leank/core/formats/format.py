@@ -22,6 +22,8 @@ class ArchiveFormat(ABC):
         codec: `module:class` of its `kernels.codec.Codec`, imported where it is used, since plans
             are made without torch.
         blocks: numbers of tokens that an archive page may have, ascending.
+        longer_blocks: more of them for models with states: they share no prefixes, which end with
+            whole pages, and it may take many tokens to fill a block that is as large as a state.
         side_bytes: bytes beside K and V for each head that stores anything and each granule; a
             multiple of 4.
         together: granules whose tokens alternate in each row of V: with 2, token 0 of the first,
@@ -32,6 +34,7 @@ class ArchiveFormat(ABC):
     archive: ClassVar[str]
     codec: ClassVar[str]
     blocks: ClassVar[tuple[int, ...]] = tuple(range(GRANULE, 257, GRANULE))
+    longer_blocks: ClassVar[tuple[int, ...]] = tuple(range(256 + GRANULE, 1025, GRANULE))
     side_bytes: ClassVar[int] = 0
     together: ClassVar[int] = 1
 

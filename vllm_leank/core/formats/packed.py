@@ -59,6 +59,7 @@ class Packed(ArchiveFormat):
     archive: ClassVar[str] = "packed archive"
     codec: ClassVar[str] = "vllm_leank.kernels.codecs.packed:PackedCodec"
     blocks: ClassVar[tuple[int, ...]] = tuple(range(TILE_TOKENS, 1025, TILE_TOKENS))
+    longer_blocks: ClassVar[tuple[int, ...]] = tuple(range(1024 + TILE_TOKENS, 4097, TILE_TOKENS))
     side_bytes: ClassVar[int] = 2 * GRANULE
     together: ClassVar[int] = 2
 
