@@ -3,10 +3,7 @@
 import torch
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
-from vllm_leank.kernels.decode import decode
-
-EACH_AT_ONCE = 256
-"""Queries of `decode_each` in a launch: its programs leave results for each."""
+from vllm_leank.kernels.decode import SELECTING_AT_ONCE, decode
 
 
 def decode_each(
@@ -23,8 +20,8 @@ def decode_each(
         scale: factor of the QK product.
     """
     start, end = int(batch.query_start_loc_cpu[0]), int(batch.query_start_loc_cpu[-1])
-    for first in range(start, end, EACH_AT_ONCE):
-        rows = slice(first, min(first + EACH_AT_ONCE, end))
+    for first in range(start, end, SELECTING_AT_ONCE):
+        rows = slice(first, min(first + SELECTING_AT_ONCE, end))
         # Nobody keeps the part: with what decode prepares for it, those of a long answer would take
         # more memory than there is where contexts are long.
         part = batch.queries(rows.start - start, rows.stop - start)

@@ -16,11 +16,11 @@ import pytest
 import torch
 from cache_builder import relative_rms, rounding
 from shapes.bits_mask import random_bits
-from vllm_leank.kernels import decode_each, gpu, reference, select
+from vllm_leank.kernels import gpu, reference, select
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.channels import layer_channels
-from vllm_leank.kernels.decode import decode
+from vllm_leank.kernels.decode import SELECTING_AT_ONCE, decode
 from vllm_leank.kernels.scratch import Scratch
 
 from vllm_leank.core.options import Options
@@ -302,7 +302,7 @@ def test_a_chunk_of_a_prompt_reads_a_million_tokens(million):
 def test_answers_that_are_computed_again_take_little_memory(million):
     """Of each query the tables of a million tokens, and scores of all segments."""
     cache = replace(million.cache, selection=SELECTION)
-    count = 8 * decode_each.EACH_AT_ONCE
+    count = 8 * SELECTING_AT_ONCE
     before = TOKENS - count - 16
     prompt, after = before + 8, before + count
     step = million.batch(before, after, prompt=prompt)
@@ -313,7 +313,7 @@ def test_answers_that_are_computed_again_take_little_memory(million):
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     gpu.decode_each(query, output, cache, step, million.scale)
-    most = decode_each.EACH_AT_ONCE * million.window_table.shape[1] * 4
+    most = SELECTING_AT_ONCE * million.window_table.shape[1] * 4
     assert torch.cuda.max_memory_allocated() - held < 8 * most
     assert torch.cuda.memory_allocated() - held < most
     assert output[:8].isnan().all()

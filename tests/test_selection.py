@@ -9,7 +9,7 @@ import torch
 from archive_definition import CODED, PACKED
 from cache_builder import CacheBuilder, relative_rms
 from test_reference import FP32_ERROR, serve
-from vllm_leank.kernels import gpu, reference
+from vllm_leank.kernels import decode, gpu, reference
 from vllm_leank.kernels.reference_selection import select
 
 from vllm_leank.core.formats import NATIVE
@@ -163,6 +163,27 @@ KERNELS = SimpleNamespace(store=gpu.store, compact=gpu.compact, attend=attend)
 def test_kernels_read_the_best_segments(head_dim, group, window):
     heads = CODED[head_dim] if DEVICE == "cuda" else CODED[head_dim][:2]
     check_kernels(selecting(heads, head_dim, group, window, dtype=torch.float16, device=DEVICE))
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_many_requests_select_a_part_at_a_time(monkeypatch):
+    """Each takes memory for scores of all segments. Here a part is one request, the last padding."""
+    seen, chosen = [], decode.select
+    monkeypatch.setattr(decode, "SELECTING_AT_ONCE", 1)
+    monkeypatch.setattr(decode, "select", lambda *a: seen.append(len(a[0])) or chosen(*a))
+    heads = CODED[64][:1]
+    builder = selecting(heads, 64, 2, Window(32, 64), dtype=torch.float16, device=DEVICE)
+    requests = builder.add(300, 302), builder.add(20, 250)
+    step = builder.step([(one, len(one) - 1) for one in requests])
+    reference.store(step.key, step.value, builder.cache, step.batch)
+    reference.compact(builder.cache, step.batch)
+    step = builder.step([(one, 1) for one in requests], padded_rows=1, padded_tokens=1)
+    output = torch.full_like(step.query, float("nan"))
+    gpu.update(step.key, step.value, builder.cache, step.batch)
+    gpu.decode(step.query, output, builder.cache, step.batch, builder.scale)
+    assert seen == [1, 1, 1]
+    assert relative_rms(output[:2], step.expected) < 6e-4
+    assert (output[2] == 0).all()
 
 
 @pytest.mark.long
