@@ -32,9 +32,8 @@ class PagesMetadata(AttentionMetadata):
         common: vLLM's description of the step, for this group.
         exact_until: `[num_reqs]`; zeros where prompts are read pruned, and where vLLM's V2 runner
             tells no lengths of prompts: for a draft model, which reads its window alone, and in
-            dummy runs. Beside sliding layers and states, which exclude drafts, the latter must
-            archive nothing, as their tables name the null block, which sliding layers take for
-            zeros: then it lies behind all tokens.
+            dummy runs. Beside sliding layers and states, which exclude drafts, the latter archive
+            nothing: then it lies behind all tokens.
         in_prompt: `[num_reqs]` or shorter, on the host; see `Batch`.
     """
 

@@ -3,8 +3,8 @@ have.
 
 vLLM's kernels load whole tiles, and give keys that a query may not read a weight of 0. That is no
 help against a NaN, and codes of an archive may look like one. So these layers must find numbers in
-every slot of their pages: new blocks come zeroed (`specs.archive_spec`), and what lies before a
-window is read from the pool's null block.
+every slot of their pages: new blocks come zeroed (`specs.archive_spec`), and for what lies before a
+window they read the window's first page, as the pages that were there may be others' by now.
 """
 
 from functools import cache
@@ -17,9 +17,6 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_leank.core.pages import WINDOW_BLOCK
 from vllm_leank.serving.vllm.zeroed_blocks import zero_sliding_blocks
-
-NULL_BLOCK = 0
-"""Of vLLM's pool: never given to anyone, and full of zeros."""
 
 
 @cache
@@ -80,13 +77,15 @@ def _builder(base: Any) -> Any:
 
 
 def hide_left_pages(common: CommonAttentionMetadata, window: int) -> None:
-    """Have a step's block table name the null block for pages that lie before every window.
+    """Have a step's block table name the first page of each request's window for all before it.
 
     In place, as CUDA graphs hold the table's address. vLLM writes the table anew for each step, or
     keeps what is written here, which the request's later steps do not read either.
     """
     table = common.block_table_tensor  # [num_reqs, pages]
     starts = common.query_start_loc[: len(table) + 1]
-    first = common.seq_lens[: len(table)] - starts.diff() - (window - 1)
+    tokens = common.seq_lens[: len(table)] - starts.diff() - (window - 1)
+    first = (tokens // WINDOW_BLOCK).clamp(0, table.shape[1] - 1)[:, None]
+    own = table.gather(1, first.long())
     page = torch.arange(table.shape[1], dtype=torch.int32, device=table.device)
-    table.masked_fill_(page < (first // WINDOW_BLOCK)[:, None], NULL_BLOCK)
+    table.copy_(torch.where(page < first, own, table))
