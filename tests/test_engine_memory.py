@@ -1,6 +1,8 @@
 """What the engine holds in memory, and that it reads nothing else."""
 
+import gc
 import math
+import weakref
 
 import pytest
 from engines import CACHE_BYTES, engine
@@ -13,6 +15,8 @@ from test_engine_answers import (
     tolerance_of,
 )
 from vllm import SamplingParams
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.worker.utils import clear_layer_kv_caches
 
 from vllm_leank.core.options import Options
 from vllm_leank.mask.settings import plan_settings
@@ -40,6 +44,20 @@ def test_memory_that_nobody_wrote_is_never_read(tiny_llama_dir, mask_of):
         assert_same(leank.generate(prompts, 100), expected)
         assert len(freed) > 60
         assert leank.memory[0].isnan().all(), "block 0 is nobody's, but was written"
+
+
+def test_pages_go_when_vllm_drops_them(tiny_llama_dir):
+    """As it does with the pool that it tries CUDA graphs with, whose memory it takes for free."""
+    with engine(tiny_llama_dir, coded_mask(tiny_llama_dir), max_model_len=1024) as leank:
+        leank.generate(prompts_of([300]), 4)
+        context = leank.llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        layers = [layer for layer in context.values() if isinstance(layer, Attention)]
+        held = [weakref.ref(layer.impl._layer_cache(layer)) for layer in layers]
+        assert all(one() for one in held)
+        leank.core.model_executor.driver_worker.model_runner.kv_caches.clear()
+        clear_layer_kv_caches(context.values())
+        gc.collect()
+        assert not any(one() for one in held)
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,9 @@ def test_kernels_read_the_best_segments(head_dim, group, window):
 
 @pytest.mark.usefixtures("few_programs")
 def test_many_requests_select_a_part_at_a_time(monkeypatch):
-    """Each takes memory for scores of all segments. Here a part is one request, the last padding."""
+    """As each takes memory for scores of all segments. Here a part is one request, the last one is
+    padding.
+    """
     seen, chosen = [], decode.select
     monkeypatch.setattr(decode, "SELECTING_AT_ONCE", 1)
     monkeypatch.setattr(decode, "select", lambda *a: seen.append(len(a[0])) or chosen(*a))

@@ -30,6 +30,8 @@ from vllm_leank.serving.vllm.states import is_state
 
 logger = init_logger("vllm.leank.impl")
 
+_CACHE = "_leank_cache"
+
 
 class LeanKImpl(AttentionImpl[PagesMetadata]):
     """Attention of one layer over its window and archive pages.
@@ -75,8 +77,6 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         self._sink_scores = sinks
         self._vllm_config = get_current_vllm_config()
         self._context = self._vllm_config.compilation_config.static_forward_context
-        self._cache: LayerCache | None = None
-        self._bound: tuple[Any, ...] = (None, None)
         self._archive = self._take_archive()
         self._scratch: Scratch | None = None
         self._selection: Selection | None = None
@@ -124,10 +124,11 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         all.
         """
         channels = channels.to(self._vllm_config.device_config.device)
+        if not hasattr(layer, "leank_channels"):  # as it has where weights are loaded again
+            layer.attn_backend = window_backend(layer.attn_backend, self._vllm_config)
         # Buffers, so that they move, sleep and wake with the layer.
         layer.register_buffer("leank_channels", channels.order, persistent=False)
         layer.register_buffer("leank_statistics", channels.numbers, persistent=False)
-        layer.attn_backend = window_backend(layer.attn_backend, self._vllm_config)
         if channels.order.is_cuda:
             self._compile_kernels(like, channels.order.device)
 
@@ -187,18 +188,18 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         return metadata
 
     def _layer_cache(self, layer: Any) -> LayerCache:
-        """The layer's pages as kernels take them. vLLM allocates them more than once: a small pool
-        to try CUDA graphs with, and the real one.
+        """The layer's pages as kernels take them. Kept with the window pages, to go with them: vLLM
+        first allocates a small pool to try CUDA graphs with, drops it, and counts on its memory.
         """
-        archive = None if self._archive is None else self._archive.kv_cache
-        if self._bound[0] is not layer.kv_cache or self._bound[1] is not archive:
-            self._bound = layer.kv_cache, archive
+        pages = layer.kv_cache
+        found: LayerCache | None = pages.__dict__.get(_CACHE)
+        if found is None:
             channels = LayerChannels(
                 self._layout.profiles, layer.leank_channels, layer.leank_statistics
             )
-            self._cache = LayerCache(
-                window_pages=layer.kv_cache,
-                archive_pages=self._archive_pages(layer.kv_cache.dtype),
+            found = pages.__dict__[_CACHE] = LayerCache(
+                window_pages=pages.detach(),  # or the pages would keep themselves
+                archive_pages=self._archive_pages(pages.dtype),
                 layout=self._layout,
                 heads=channels.heads,
                 window=self._window,
@@ -206,8 +207,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
                 scratch=self._scratch if any(self._layout.heads) else None,
                 selection=self._selection,
             )
-        assert self._cache is not None
-        return self._cache
+        return found
 
     def _archive_pages(self, dtype: torch.dtype) -> torch.Tensor:
         """The layer's part of the archive pages, for a model of this dtype."""
