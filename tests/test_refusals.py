@@ -144,6 +144,11 @@ def test_a_drafter_that_reads_text(tiny_llama_dir, mask_file, monkeypatch, metho
 DRAFTS = {
     "another backend": ({}, {"attention_backend": "FLASH_ATTN"}, "remove attention_backend and kv"),
     "another cache dtype": ({}, {"kv_cache_dtype": "fp8"}, "remove attention_backend and kv"),
+    "drafts cut on the device": (
+        {},
+        {"enable_adaptive_verification": True},
+        "remove enable_adaptive_verification",
+    ),
     "sliding window": (
         SLIDING_WINDOW,
         {},

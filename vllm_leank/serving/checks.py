@@ -238,6 +238,11 @@ def _speculation(config: "VllmConfig") -> Iterator[str]:
             "a draft model's pages lie beside the served model's: remove attention_backend and "
             "kv_cache_dtype from --speculative-config"
         )
+    if getattr(speculation, "enable_adaptive_verification", False):
+        yield (
+            "how many drafts are checked must be known on the host: remove "
+            "enable_adaptive_verification from --speculative-config"
+        )
 
 
 def _drafts(config: "VllmConfig", recent: int) -> Iterator[str]:

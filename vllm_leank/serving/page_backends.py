@@ -30,6 +30,11 @@ class PagesBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
         return [MultipleOf(GRANULE)]
 
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """No: which kernel takes a request is decided on the host, by how many queries it has."""
+        return False
+
     @staticmethod
     def get_builder_cls() -> "type[AttentionMetadataBuilder]":
         from vllm_leank.serving.metadata import PagesMetadataBuilder
