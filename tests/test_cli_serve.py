@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import pytest
 from mask_samples import coded_mask
-from state_models import save_state
 
 from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.offline.progress import about
@@ -85,26 +84,6 @@ def test_a_cpu_is_told_how_much_its_cache_takes(serve, with_tokenizer, own, monk
         code, out, err = serve(with_tokenizer, *more, "--dry-run")
         assert code == 0, err
         assert (shlex.split(out)[-2:] == flag) == (not told)
-
-
-def test_models_with_states_are_served_without_a_prefix_cache(serve, tmp_path):
-    """As they would be refused with one, vLLM's default; who asks for it hears why not."""
-    model = save_state("granitemoehybrid", tmp_path)
-    save_mask(coded_mask(model), model / "mask.yaml")
-    options = ["--additional-config", json.dumps({"leank": {"mask": str(model / "mask.yaml")}})]
-    args = [model, "--skip-tokenizer-init", "--max-model-len", 1024, *options]
-    flag = "--no-enable-prefix-caching"
-    code, out, err = serve(*args, "--dry-run")
-    assert code == 0, err
-    assert shlex.split(out).count(flag) == 1
-    assert f"adding {flag}: the model has layers that keep states" in err
-    code, out, err = serve(*args, flag, "--dry-run")
-    assert code == 0, err
-    assert shlex.split(out).count(flag) == 1
-    assert "adding" not in err
-    code, _, err = serve(*args, "--enable-prefix-caching", "--dry-run")
-    assert code
-    assert "prefix caching is for models without layers that keep states" in err
 
 
 @pytest.mark.parametrize(

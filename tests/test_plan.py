@@ -11,10 +11,8 @@ import torch
 import typer
 from archive_definition import plan_of
 from mask_samples import random_mask
-from mixed_models import save_mixed
 from recall.demo import MODEL
 from rich.console import Console
-from state_models import save_state
 
 from vllm_leank.cli.capacity_table import capacity_table
 from vllm_leank.cli.sizes import parse_size, readable
@@ -405,21 +403,3 @@ def test_plan_without_a_mask_suggests_bits(leank, tiny_llama_dir):
     assert code == 2
     assert f"leank mask calibrate {tiny_llama_dir} --bits 2" in err
     assert "or plan without a mask: --bits 2" in err
-
-
-@pytest.mark.parametrize(
-    ("save", "model_type", "kind"),
-    [
-        (save_state, "granitemoehybrid", "layers that keep states"),
-        (save_mixed, "gemma3_text", "sliding layers"),
-    ],
-)
-def test_pruned_prompts_are_planned_where_they_are_served(leank, tmp_path, save, model_type, kind):
-    args = ["--model", save(model_type, tmp_path), "--bits", 2, "--kv-cache-memory", "1GiB"]
-    args += ["--max-model-len", 1024]
-    code, _, err = leank("plan", *args, "--prefill", "pruned")
-    assert code
-    assert f"--prefill pruned is for models without {kind}: leave it out" in err
-    code, out, err = leank("plan", *args, "--json")
-    assert code == 0, err
-    assert json.loads(out)["serve"].startswith("leank serve ")

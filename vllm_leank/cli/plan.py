@@ -18,7 +18,7 @@ from vllm_leank.core.capacity import (
     estimate_pool,
     pruned_prefill,
 )
-from vllm_leank.core.layers import beside_full, sliding_layers, state_layers
+from vllm_leank.core.layers import sliding_layers, state_layers
 from vllm_leank.errors import UserError
 
 if TYPE_CHECKING:
@@ -235,8 +235,6 @@ def _settings(
         raise UserError(f"--tp is {tp}, which neither divides {heads} KV heads nor is a multiple")
     if checkpoint is not None:
         config = checkpoint.plain or checkpoint.config
-        if options.prefill == "pruned" and (kind := beside_full(config)):
-            raise UserError(f"--prefill pruned is for models without {kind}: leave it out")
         sliding, states = sliding_layers(config), state_layers(config, _ITEMSIZE, tp)
         return plan_settings(mask, options, _ITEMSIZE, tp, sliding=sliding, states=states)
     if mask.geometry.served_layers is not None:

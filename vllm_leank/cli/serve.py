@@ -68,21 +68,19 @@ def serve(
     environment = dict(os.environ)  # vLLM's; what is imported here adds to ours
     quiet_vllm()
     from vllm_leank.serving.environment import problems
-    from vllm_leank.serving.line import cpu_cache, no_prefix_cache, read_line
+    from vllm_leank.serving.line import cpu_cache, read_line
 
     if found := problems():
         raise UserError("; ".join(found))
     asked = read_line(line)
-    more = [*cpu_cache(asked), *(uncached := no_prefix_cache(asked))]
-    if uncached:
-        say(f"adding {uncached[0]}: the model has layers that keep states")
+    space = cpu_cache(asked)
     if bits is None:
-        words = [*asked.with_leank(), *more]
+        words = [*asked.with_leank(), *space]
     else:
         wanted = _wanted(asked, bits)
-        words = [*asked.with_leank(mask=str(wanted.path)), *more]
+        words = [*asked.with_leank(mask=str(wanted.path)), *space]
         if wanted.request is not None:
-            _judge_before(asked, more, wanted.request)
+            _judge_before(asked, wanted.request)
             if dry_run:
                 say(f"{wanted.why}: one would be calibrated first")
                 print(_shown(words))
@@ -177,9 +175,8 @@ def _new_path(model_id: str, bits: float) -> Path:
     return next(one for one in itertools.chain([path], more) if not os.path.lexists(one))
 
 
-def _judge_before(asked: "Line", more: list[str], request: "BitsRequest") -> None:
-    """Judge the line, and `more` flags, before there is a mask, with one of as many bits, alike in
-    all heads.
+def _judge_before(asked: "Line", request: "BitsRequest") -> None:
+    """Judge the line before there is a mask, with one of as many bits, alike in all heads.
 
     Raises:
         UserError: leank would not serve it.
@@ -190,7 +187,7 @@ def _judge_before(asked: "Line", more: list[str], request: "BitsRequest") -> Non
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mask.yaml"
         save_mask(even_mask(request.checkpoint.id, request.checkpoint.geometry, request.bits), path)
-        _judge([*asked.with_leank(mask=str(path)), *more])
+        _judge(asked.with_leank(mask=str(path)))
 
 
 def _judge(words: list[str]) -> None:

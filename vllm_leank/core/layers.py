@@ -20,9 +20,6 @@ SLIDING = "sliding_attention"
 HYBRID = "hybrid"
 """Full attention and a state in one layer."""
 
-WITH_STATES = "layers that keep states"
-"""Such, in words."""
-
 
 _ROPE_IN_SLIDING_LAYERS = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")
 """Model types that turn keys in sliding layers alone, where they have such layers."""
@@ -87,13 +84,6 @@ def state_layers(config: Any, itemsize: int, tp_size: int) -> StateLayers | None
     """
     count = count_state_layers(config)
     return StateLayers(count, state_bytes(config, itemsize, tp_size)) if count else None
-
-
-def beside_full(config: Any) -> str | None:
-    """What layers a decoder has beside, or behind, full attention, in words; None: no others."""
-    if count_state_layers(config):
-        return WITH_STATES
-    return None if sliding_layers(config) is None else "sliding layers"
 
 
 def full_layers(kinds: Sequence[str]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import vllm.envs as envs
 
 from vllm_leank.core.capacity import EIGHT_BIT_CACHE
-from vllm_leank.core.layers import WITH_STATES, beside_full
+from vllm_leank.core.layers import count_state_layers, sliding_layers
 from vllm_leank.core.options import (
     KEY,
     OptionError,
@@ -38,6 +38,8 @@ LEAST_CAPABILITY = (8, 0)
 
 LAYOUT = "BLHNC"
 """How vLLM lays out the cache: blocks outermost."""
+
+STATES = "layers that keep states"
 
 DRAFTERS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 """Speculative methods that take their drafts from text, or from a model of its own."""
@@ -135,7 +137,7 @@ def _models(vllm_config: "VllmConfig") -> Iterator[str]:
         draft = vllm_config.speculative_config.draft_model_config
         other = "use another draft model in --speculative-config"
         reasons = list(_attention(draft).refusals(other))
-        if not reasons and (kind := beside_full(draft.hf_text_config)):
+        if not reasons and (kind := _other_layers(draft)):
             reasons = [f"a draft model with {kind} is not supported; {other}"]
         yield from reasons
 
@@ -176,7 +178,7 @@ def _mixed(config: "VllmConfig", options: Options) -> Iterator[str]:
     """What does not go together with sliding layers, or such that keep states, beside served
     ones.
     """
-    if (kind := beside_full(config.model_config.hf_text_config)) is None:
+    if (kind := _other_layers(config.model_config)) is None:
         return
     if options.prefill == "pruned":
         yield (
@@ -187,15 +189,23 @@ def _mixed(config: "VllmConfig", options: Options) -> Iterator[str]:
         yield (
             f"pipeline parallelism is for models without {kind}: remove --pipeline-parallel-size"
         )
-    if kind == WITH_STATES and config.speculative_config is not None:
+    if kind == STATES and config.speculative_config is not None:
         yield f"speculative decoding is for models without {kind}: remove --speculative-config"
     elif has_draft(config):
         yield (
             f"a draft model is for models without {kind}: use another method in "
             "--speculative-config"
         )
-    if kind == WITH_STATES and config.cache_config.enable_prefix_caching:
+    if kind == STATES and config.cache_config.enable_prefix_caching:
         yield f"prefix caching is for models without {kind}: add --no-enable-prefix-caching"
+
+
+def _other_layers(model: "ModelConfig") -> str | None:
+    """What other layers than those with full attention a model has, in words."""
+    text = model.hf_text_config
+    if count_state_layers(text):
+        return STATES
+    return None if sliding_layers(text) is None else "sliding layers"
 
 
 def _flags(config: "VllmConfig") -> Iterator[str]:

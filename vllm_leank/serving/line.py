@@ -11,7 +11,6 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING
 
-from vllm_leank.core.layers import WITH_STATES, beside_full
 from vllm_leank.core.options import KEY, Options, parse_options
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint, is_path
@@ -108,16 +107,6 @@ def cpu_cache(line: Line) -> list[str]:
     told = envs.VLLM_CPU_KVCACHE_SPACE or line.parsed.kv_cache_memory_bytes
     told = told or any(word.startswith("--gpu-memory-utilization") for word in line.words)
     return [] if told or not current_platform.is_cpu() else ["--kv-cache-memory-bytes", CPU_CACHE]
-
-
-def no_prefix_cache(line: Line) -> list[str]:
-    """The flag without which a model with layers that keep states is refused, where the line says
-    nothing of the prefix cache.
-    """
-    told = line.parsed.enable_prefix_caching is not None
-    if told or beside_full(line.model.hf_text_config) != WITH_STATES:
-        return []
-    return ["--no-enable-prefix-caching"]
 
 
 def read_line(arguments: Sequence[str]) -> Line:
