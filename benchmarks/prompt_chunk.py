@@ -36,7 +36,7 @@ from vllm_leank.bench.correctness import check_output
 from vllm_leank.bench.machine import head_commit, machine, require_gpu
 from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.results import describe_mask
-from vllm_leank.core.pages import WINDOW_BLOCK, pages
+from vllm_leank.core.pages import LEAST_BLOCK, pages
 from vllm_leank.core.plan import CachePlan, plan_cache
 from vllm_leank.core.window import Window, whole_granules
 from vllm_leank.errors import UserError
@@ -51,7 +51,7 @@ CHECKED_QUERIES = 64
 
 def last_chunk(prompt: int, chunk: int, archive_block: int) -> Tables:
     """Tables of one request that computes the last `chunk` tokens of its prompt."""
-    widths = pages(prompt, WINDOW_BLOCK), pages(prompt, archive_block)
+    widths = pages(prompt, LEAST_BLOCK), pages(prompt, archive_block)
     window, archive = (1 + torch.randperm(n, device="cuda").int()[None] for n in widths)
     starts = torch.tensor([0, chunk], dtype=torch.int32)
     batch = Batch(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_leank.bench.cases import Case
-from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout, pages
+from vllm_leank.core.pages import LEAST_BLOCK, CacheLayout, pages
 from vllm_leank.core.window import GRANULE
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
@@ -49,10 +49,10 @@ class Tables:
         """Tables in which every page is used once, in random order."""
         window, rows = case.window, copies * case.batch
         boundary = max(window.boundary(case.length), window.sink)
-        window_width = pages(case.length, WINDOW_BLOCK)
+        window_width = pages(case.length, LEAST_BLOCK)
         archive_width = pages(boundary, archive_block)
         is_dense = torch.ones(window_width, dtype=torch.bool, device=device)
-        is_dense[window.sink // WINDOW_BLOCK : boundary // WINDOW_BLOCK] = False
+        is_dense[window.sink // LEAST_BLOCK : boundary // LEAST_BLOCK] = False
         is_archive = torch.arange(archive_width, device=device) >= window.sink // archive_block
         if boundary == window.sink:
             is_archive[:] = False
@@ -76,7 +76,7 @@ def layer_cache(
 ) -> LayerCache:
     """A layer's pages, random where a table points and NaN in page 0."""
     device = tables.batches[0].seq_lens.device
-    window_shape = (tables.window_pages, len(layout.profiles), WINDOW_BLOCK, 2 * layout.head_dim)
+    window_shape = (tables.window_pages, len(layout.profiles), LEAST_BLOCK, 2 * layout.head_dim)
     archive_shape = (tables.archive_pages, layout.archive_page_bytes // layout.archive_itemsize)
     codec = codec_of(layout.archive_format)
     cache = LayerCache(

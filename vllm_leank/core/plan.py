@@ -13,8 +13,8 @@ from itertools import accumulate
 from vllm_leank.core.formats import NATIVE, ArchiveFormat
 from vllm_leank.core.layers import SlidingLayers
 from vllm_leank.core.pages import (
+    LEAST_BLOCK,
     TOKEN_BYTES_UNIT,
-    WINDOW_BLOCK,
     CacheLayout,
     archive_token_bytes,
     pages,
@@ -27,7 +27,7 @@ from vllm_leank.core.window import GRANULE, Window
 ARCHIVE_WASTE = 0.05
 """Share of a pool block that an archive page may leave empty."""
 
-WINDOW_BLOCKS = tuple(range(WINDOW_BLOCK, 16 * WINDOW_BLOCK + 1, WINDOW_BLOCK))
+WINDOW_BLOCKS = tuple(range(LEAST_BLOCK, 16 * LEAST_BLOCK + 1, LEAST_BLOCK))
 """Tokens of a window page, to choose from beside states."""
 
 NOMINAL_WINDOW, NOMINAL_LENGTHS = Window(64, 256), range(8192, 9216, GRANULE)
@@ -72,7 +72,7 @@ class CachePlan:
     tp_size: int
     stages: tuple[int, ...]
     archive_block: int
-    window_block: int = WINDOW_BLOCK
+    window_block: int = LEAST_BLOCK
     draft_items: int = 0
     sliding: SlidingLayers | None = None
     states: StateLayers | None = None
@@ -212,7 +212,7 @@ class CachePlan:
         """Blocks of other layers: vLLM puts as many layers into a block as fit."""
         blocks = 0
         if self.sliding is not None:
-            in_block = self._stage_block_bytes // (self._window_bytes * WINDOW_BLOCK)
+            in_block = self._stage_block_bytes // (self._window_bytes * LEAST_BLOCK)
             groups = pages(self.sliding.count, in_block)
             blocks += groups * self.sliding.pages(length, in_flight)
         if self.states is not None:

@@ -15,7 +15,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_leank.core.pages import WINDOW_BLOCK
+from vllm_leank.core.pages import LEAST_BLOCK
 from vllm_leank.serving.vllm.zeroed_blocks import zero_sliding_blocks
 
 NULL_BLOCK = 0
@@ -38,7 +38,7 @@ def sliding_backend(path: str) -> str:
 
         @staticmethod
         def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-            return [WINDOW_BLOCK]
+            return [LEAST_BLOCK]
 
         @staticmethod
         def get_builder_cls() -> Any:
@@ -84,4 +84,4 @@ def hide_left_pages(common: CommonAttentionMetadata, window: int) -> None:
     starts = common.query_start_loc[: len(table) + 1]
     first = common.seq_lens[: len(table)] - starts.diff() - (window - 1)
     page = torch.arange(table.shape[1], dtype=torch.int32, device=table.device)
-    table.masked_fill_(page < (first // WINDOW_BLOCK)[:, None], NULL_BLOCK)
+    table.masked_fill_(page < (first // LEAST_BLOCK)[:, None], NULL_BLOCK)
