@@ -62,7 +62,7 @@ def our_layers(
     plan = plan_cache(
         mask.profiles, geometry.head_dim, DTYPE.itemsize, archive_format=archive_format
     )
-    tables = Tables.shuffled(case, plan.archive_block, 1, torch.device("cuda"))
+    tables = Tables.shuffled(case, plan.layer(0), 1, torch.device("cuda"))
     (step,) = tables.batches
     query = tokens(batch, query_heads, geometry.head_dim)
     key, value = (tokens(batch, geometry.num_kv_heads, geometry.head_dim) for _ in "kv")

@@ -37,7 +37,7 @@ from vllm_leank.bench.machine import head_commit, machine, require_gpu
 from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.results import describe_mask
 from vllm_leank.core.page_sizes import plan_cache
-from vllm_leank.core.pages import WINDOW_BLOCK, pages
+from vllm_leank.core.pages import CacheLayout, pages
 from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.window import Window, whole_granules
 from vllm_leank.errors import UserError
@@ -50,9 +50,9 @@ CHECKED_QUERIES = 64
 """Queries at the end whose outputs are compared with the reference."""
 
 
-def last_chunk(prompt: int, chunk: int, archive_block: int) -> Tables:
+def last_chunk(prompt: int, chunk: int, layout: CacheLayout) -> Tables:
     """Tables of one request that computes the last `chunk` tokens of its prompt."""
-    widths = pages(prompt, WINDOW_BLOCK), pages(prompt, archive_block)
+    widths = pages(prompt, layout.window_block), pages(prompt, layout.archive_block)
     window, archive = (1 + torch.randperm(n, device="cuda").int()[None] for n in widths)
     starts = torch.tensor([0, chunk], dtype=torch.int32)
     batch = Batch(
@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
 
     def cache_of(plan: CachePlan, layer: int) -> tuple[LayerCache, Batch]:
         layout = plan.layer(layer)
-        tables = last_chunk(args.prompt, args.chunk, layout.archive_block)
+        tables = last_chunk(args.prompt, args.chunk, layout)
         channels = layer_channels(*mask.layer(layer, range(geometry.num_kv_heads)))
         cache = layer_cache(layout, channels, case, tables, query.dtype)
         if not args.extend_alone and needs_scratch(layout, window, args.prompt):

@@ -231,7 +231,8 @@ in Triton alone, so that no test here could run them. Zamba2 runs one attention 
 so that its layers' names in vLLM have two numbers. Qwen 4's code in vLLM is for GPUs alone. The
 others are in no version of transformers.
 
-Prefix caching of models with states, and what a large state costs, is in
+Models with states need `--no-enable-prefix-caching`; `leank serve` adds it, and says so, unless
+the line has something about prefix caching. Why, and what a large state costs, is in
 [architecture.md](architecture.md#models-in-which-only-some-layers-have-full-attention).
 
 Soft caps and heads of 512 channels would be served if the kernels did it at half of their usual

@@ -21,7 +21,7 @@ from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.kernels.codecs.codec import Stored
 
 from vllm_leank.core.formats import NATIVE, ArchiveFormat
-from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
+from vllm_leank.core.pages import LEAST_BLOCK, CacheLayout
 from vllm_leank.core.profile import CLASSES, Profile
 from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import GRANULE, Window
@@ -106,7 +106,7 @@ class CacheBuilder:
         spare_bytes: int = 64,
         sinks: bool = False,
         means: bool = False,
-        window_block: int = WINDOW_BLOCK,
+        window_block: int = LEAST_BLOCK,
         selection: Selection | None = None,
         seed: int = 0,
         device: str = "cpu",

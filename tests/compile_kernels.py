@@ -1,8 +1,9 @@
 """Compiles the attention kernels for GPUs that are not here, as they would be launched there.
 
-    python tests/compile_kernels.py CAPABILITY-HEAD_DIM-ARCHIVE_FORMAT[+pages]...
+    python tests/compile_kernels.py CAPABILITY-HEAD_DIM-ARCHIVE_FORMAT[+pages|+states]...
 
-`+pages`: of queries that select what they read.
+`+pages`: of queries that select what they read. `+states`: of a model with states, whose window
+pages are longer.
 
 Prints a line of JSON for each: case, kernel, bytes of shared memory, bytes of stack, into which
 registers spill (null where nothing can tell), and whether their number is capped. What the
@@ -197,13 +198,23 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
             attend(step.query, output, builder.cache, step.batch, builder.scale)
 
 
-def compile_selecting(capability: int, head_dim: int, archive_format: ArchiveFormat) -> None:
-    """Compile a step whose queries select what they read."""
-    tell = partial(tell_of, f"{capability}-{head_dim}-{archive_format.name}+pages")
+DECODE: dict[str, dict[str, Any]] = {
+    "pages": {"selection": Selection(share=1 << 13, least=4)},
+    "states": {"window_block": 128},
+}
+"""What makes decode steps of a kind different."""
+
+
+def compile_decode(
+    capability: int, head_dim: int, archive_format: ArchiveFormat, kind: str
+) -> None:
+    """Compile a decode step of a kind, and what is stored in it. Beside states there are no other
+    steps: their prompts are read exactly.
+    """
+    tell = partial(tell_of, f"{capability}-{head_dim}-{archive_format.name}+{kind}")
     builder = CacheBuilder(
         MIXED[head_dim] if archive_format == PACKED else KEPT[head_dim],
-        head_dim, 4, Window(64, 256), 128, torch.bfloat16, archive_format,
-        selection=Selection(share=1 << 13, least=4),
+        head_dim, 4, Window(64, 256), 128, torch.bfloat16, archive_format, **DECODE[kind],
     )  # fmt: skip
     request = builder.add(1000, 1001)
     builder.step([(request, 1000)])
@@ -211,8 +222,9 @@ def compile_selecting(capability: int, head_dim: int, archive_format: ArchiveFor
     with compiled_for(capability, tell):
         store.update(step.key, step.value, builder.cache, step.batch)
         output = torch.empty_like(step.query)
-        for attend in decode.decode, decode_each.decode_each:
-            attend(step.query, output, builder.cache, step.batch, builder.scale)
+        decode.decode(step.query, output, builder.cache, step.batch, builder.scale)
+        if kind == "pages":
+            decode_each.decode_each(step.query, output, builder.cache, step.batch, builder.scale)
 
 
 def extend_unpacked(
@@ -232,9 +244,9 @@ if __name__ == "__main__":
     by_name = {one.name: one for one in known_formats()}
     for case in sys.argv[1:]:
         capability, head_dim, kind = case.split("-")
-        name, _, pages = kind.partition("+")
-        archive_format = by_name[name]
-        if pages:
-            compile_selecting(int(capability), int(head_dim), archive_format)
+        name, _, step = kind.partition("+")
+        given = int(capability), int(head_dim), by_name[name]
+        if step:
+            compile_decode(*given, step)
         else:
-            compile_all(int(capability), int(head_dim), archive_format)
+            compile_all(*given)

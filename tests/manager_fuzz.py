@@ -19,7 +19,7 @@ import numpy as np
 from format_samples import format_of
 from test_managers import ARCHIVE, WINDOW, Server
 
-from vllm_leank.core.pages import WINDOW_BLOCK
+from vllm_leank.core.pages import LEAST_BLOCK
 from vllm_leank.core.window import GRANULE, Window
 
 WINDOWS = (Window(0, 32), Window(32, 64), Window(64, 100))
@@ -78,7 +78,7 @@ class History:
             self.window = replace(self.window, exact=False)
         # Beside states window pages may be longer. Nothing is cached there, and nothing pruned.
         beside_states = self.window.exact and self.random.random() < 0.4
-        self.window_block = self.random.choice((64, 96, 128)) if beside_states else WINDOW_BLOCK
+        self.window_block = self.random.choice((64, 96, 128)) if beside_states else LEAST_BLOCK
         self.lag = self.random.choice((0, 1))
         self.drafts = DRAFTS if self.lag == 0 and seed % 3 else 0
         # Few blocks, so that requests are preempted.

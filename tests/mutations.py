@@ -228,8 +228,8 @@ MUTATIONS = (
     Mutation(
         "a prefix is taken up without the end of its window",
         "serving/scheduler/pruned_managers.py",
-        "length) // WINDOW_BLOCK, length // WINDOW_BLOCK)",
-        "length) // WINDOW_BLOCK, length // WINDOW_BLOCK - 1)",
+        "length) // LEAST_BLOCK, length // LEAST_BLOCK)",
+        "length) // LEAST_BLOCK, length // LEAST_BLOCK - 1)",
         "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
     ),
     Mutation(

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -84,12 +85,16 @@ def test_cases_of_the_command_line():
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window_block", [32, 96])
 @pytest.mark.parametrize("length", [1, 96, 127, 128, 500])
-def test_pages_hold_what_a_query_reads_and_no_page_is_shared(mask, tiny_llama_dir, packed, length):
+def test_pages_hold_what_a_query_reads_and_no_page_is_shared(
+    mask, tiny_llama_dir, packed, window_block, length
+):
     case = Case(3, length, WINDOW)
     mask = coded_mask(tiny_llama_dir) if packed else mask
-    pages = plan_settings(mask, Options(), 2).plan.layer(1)
-    tables = pools.Tables.shuffled(case, pages.archive_block, 2, torch.device("cpu"))
+    plan = replace(plan_settings(mask, Options(), 2).plan, window_block=window_block)
+    pages = plan.layer(1)
+    tables = pools.Tables.shuffled(case, pages, 2, torch.device("cpu"))
     channels = layer_channels(*mask.layer(1, range(2)))
     cache = pools.layer_cache(pages, channels, case, tables, torch.bfloat16)
     for name, count in (
@@ -105,9 +110,9 @@ def test_pages_hold_what_a_query_reads_and_no_page_is_shared(mask, tiny_llama_di
         output = torch.full_like(query, float("nan"))
         reference.attend(query, output, cache, batch, 0.125)
         assert output.isfinite().all()
-        archived = max(int(WINDOW.boundary(length)) - WINDOW.sink, 0)
-        window_pages = int((batch.window_table[0] > 0).sum())
-        assert window_pages == -(-(length - archived) // 32)
+        archived = range(WINDOW.sink, int(WINDOW.boundary(length)))
+        dense = {token // window_block for token in range(length) if token not in archived}
+        assert batch.window_table[0].nonzero().flatten().tolist() == sorted(dense)
 
 
 def fake_flash(q, k, v, out, block_table, seqused_k, softmax_scale, k_descale=None, **_):

@@ -20,7 +20,7 @@ MOST_SPILLED = 512
 Of others nothing may spill."""
 
 
-COMPILED = ("90-128-packed",)
+COMPILED = ("90-128-packed", "90-256-packed+states")
 OTHERS = (
     *("80-128-auto", "90-128-auto", "100-64-auto", "120-256-auto"),
     *("80-128-packed", "100-64-packed", "120-256-packed", "80-128-auto+pages"),
@@ -39,8 +39,11 @@ KERNELS = {
     "packed": ATTENTION | {"_merge_kernel", "_unpack_kernel"},
     "packed+pages": SELECTING,
     "auto+pages": SELECTING,
+    "packed+states": {"_update_kernel", "_decode_kernel", "combine_kernel"},
 }
-"""What is launched for an archive: codes are unpacked, and tokens selected."""
+"""What is launched for an archive: codes are unpacked, tokens selected, and beside states prompts
+read by FlashAttention.
+"""
 
 
 def test_every_format_is_compiled():

@@ -17,7 +17,7 @@ from vllm_planning import get_kv_cache_groups
 
 from vllm_leank.core.formats import known_formats
 from vllm_leank.core.layers import SlidingLayers
-from vllm_leank.core.pages import WINDOW_BLOCK
+from vllm_leank.core.pages import LEAST_BLOCK
 from vllm_leank.core.states import StateLayers
 from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import ArchiveSpec, WindowSpec
@@ -236,7 +236,7 @@ def test_the_scheduler_sees_one_spec_per_group():
     assert isinstance(archive, ArchiveSpec)
     assert archive.block_size == plan.archive_block
     assert isinstance(window, WindowSpec)
-    assert window.block_size == WINDOW_BLOCK
+    assert window.block_size == LEAST_BLOCK
     assert archive.window == window.window == WINDOW
 
 

@@ -17,7 +17,7 @@ from vllm.v1.request import Request
 from vllm_cache import cache_configs, vllm_config
 
 from vllm_leank.core.formats import NATIVE
-from vllm_leank.core.pages import WINDOW_BLOCK
+from vllm_leank.core.pages import LEAST_BLOCK
 from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import WindowSpec
 
@@ -37,7 +37,7 @@ class Server:
 
     def __init__(
         self, window, block=64, num_blocks=2048, caching=True, max_length=MAX_LENGTH,
-        archive_format=NATIVE, window_block=WINDOW_BLOCK,
+        archive_format=NATIVE, window_block=LEAST_BLOCK,
     ):  # fmt: skip
         self.window, self.block = window, block
         plan = plan_of([[64, 0], [64, 32]], 128, 2, archive_format=archive_format)

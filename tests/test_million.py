@@ -24,7 +24,7 @@ from vllm_leank.kernels.decode import SELECTING_AT_ONCE, decode
 from vllm_leank.kernels.scratch import Scratch
 
 from vllm_leank.core.options import Options
-from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout, pages
+from vllm_leank.core.pages import LEAST_BLOCK, CacheLayout, pages
 from vllm_leank.core.selection import SEGMENT, Selection
 from vllm_leank.core.window import GRANULE, Window
 from vllm_leank.mask.checkpoint import Checkpoint
@@ -68,7 +68,7 @@ class Million:
         """A step that computes the tokens from `before` to `after`."""
         starts = torch.tensor([0, after - before], dtype=torch.int32)
         token = torch.arange(before, after, device=DEVICE)
-        page = self.window_table[0, token // WINDOW_BLOCK].long()
+        page = self.window_table[0, token // LEAST_BLOCK].long()
 
         def int32(number: int) -> torch.Tensor:
             return torch.tensor([number], dtype=torch.int32, device=DEVICE)
@@ -80,7 +80,7 @@ class Million:
             exact_until=int32(prompt),
             window_table=self.window_table,
             archive_table=self.archive_table,
-            slots=page * WINDOW_BLOCK + token % WINDOW_BLOCK,
+            slots=page * LEAST_BLOCK + token % LEAST_BLOCK,
             in_prompt=torch.tensor([before < prompt]),
             max_query_len=after - before,
             max_seq_len=after,
@@ -116,7 +116,7 @@ def million() -> Iterator[Million]:
     plan = settings.plan
     # Kernels for the profiles of this layer alone: fewer to compile.
     layout = replace(plan.layer(LAYER, RANK), variants=())
-    counts = pages(TOKENS, WINDOW_BLOCK), pages(TOKENS, layout.archive_block)
+    counts = pages(TOKENS, LEAST_BLOCK), pages(TOKENS, layout.archive_block)
     blocks = sum(counts) + 1
     # All bits set are NaN in every dtype; block 0 is nobody's.
     pool = torch.full((blocks, plan.block_bytes), 0xFF, dtype=torch.uint8, device=DEVICE)
@@ -142,7 +142,7 @@ def cache_of(
     """Of window pages `[blocks, items]` and archive pages."""
     heads = settings.plan.rank_heads(RANK)
     return LayerCache(
-        window_pages=window.unflatten(1, (len(heads), WINDOW_BLOCK, 2 * layout.head_dim)),
+        window_pages=window.unflatten(1, (len(heads), LEAST_BLOCK, 2 * layout.head_dim)),
         archive_pages=archive,
         layout=layout,
         heads=layer_channels(*settings.mask.layer(LAYER, heads)).to(torch.device(DEVICE)).heads,
@@ -152,8 +152,8 @@ def cache_of(
 
 def whole_pages_of(tokens: torch.Tensor) -> torch.Tensor:
     """`[tokens, num_kv_heads, head_dim]` as `[pages, num_kv_heads, 32, head_dim]`."""
-    whole = tokens[: len(tokens) // WINDOW_BLOCK * WINDOW_BLOCK]
-    return whole.unflatten(0, (-1, WINDOW_BLOCK)).transpose(1, 2)
+    whole = tokens[: len(tokens) // LEAST_BLOCK * LEAST_BLOCK]
+    return whole.unflatten(0, (-1, LEAST_BLOCK)).transpose(1, 2)
 
 
 def test_every_token_is_stored_in_its_place(million):

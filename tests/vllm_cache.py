@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm_planning import MODEL_CONFIG, get_kv_cache_configs
 
-from vllm_leank.core.pages import WINDOW_BLOCK
+from vllm_leank.core.pages import LEAST_BLOCK
 from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.specs import archive_spec, window_spec
@@ -54,7 +54,7 @@ def cache_specs(
     specs: dict[str, KVCacheSpec] = {}
     if plan.sliding is not None:
         sliding = SlidingWindowSpec(
-            block_size=WINDOW_BLOCK,
+            block_size=LEAST_BLOCK,
             num_kv_heads=base.num_kv_heads,
             head_size=base.head_size,
             dtype=base.dtype,

@@ -189,7 +189,7 @@ def _time_layer(shape: Shape, case: Case, query: torch.Tensor, layer: int) -> di
     layout = shape.plan.layer(layer)
     read = case.read_bytes(layout, shape.selection)
     device = query.device
-    tables = Tables.shuffled(case, layout.archive_block, copies_needed(read, device), device)
+    tables = Tables.shuffled(case, layout, copies_needed(read, device), device)
     channels = layer_channels(*shape.mask.layer(layer, range(shape.kv_heads)))
     cache = layer_cache(layout, channels, case, tables, shape.dtype)
     cache = replace(cache, selection=shape.selection)

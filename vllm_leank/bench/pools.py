@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_leank.bench.cases import Case
-from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout, pages
+from vllm_leank.core.pages import CacheLayout, pages
 from vllm_leank.core.window import GRANULE
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
@@ -44,16 +44,19 @@ class Tables:
 
     @classmethod
     def shuffled(
-        cls, case: Case, archive_block: int, copies: int, device: torch.device
+        cls, case: Case, layout: CacheLayout, copies: int, device: torch.device
     ) -> "Tables":
-        """Tables in which every page is used once, in random order."""
+        """Tables in which every page is used once, in random order; pages as long as in `layout`,
+        which may be any layer's.
+        """
         window, rows = case.window, copies * case.batch
         boundary = max(window.boundary(case.length), window.sink)
-        window_width = pages(case.length, WINDOW_BLOCK)
-        archive_width = pages(boundary, archive_block)
+        window_width = pages(case.length, layout.window_block)
+        archive_width = pages(boundary, layout.archive_block)
         is_dense = torch.ones(window_width, dtype=torch.bool, device=device)
-        is_dense[window.sink // WINDOW_BLOCK : boundary // WINDOW_BLOCK] = False
-        is_archive = torch.arange(archive_width, device=device) >= window.sink // archive_block
+        is_dense[list(window.free_pages(case.length, 0, layout.window_block))] = False
+        is_archive = torch.arange(archive_width, device=device)
+        is_archive = is_archive >= window.sink // layout.archive_block
         if boundary == window.sink:
             is_archive[:] = False
         window_tables, num_window = _tables(rows, is_dense)
@@ -76,7 +79,8 @@ def layer_cache(
 ) -> LayerCache:
     """A layer's pages, random where a table points and NaN in page 0."""
     device = tables.batches[0].seq_lens.device
-    window_shape = (tables.window_pages, len(layout.profiles), WINDOW_BLOCK, 2 * layout.head_dim)
+    heads, columns = len(layout.profiles), 2 * layout.head_dim
+    window_shape = (tables.window_pages, heads, layout.window_block, columns)
     archive_shape = (tables.archive_pages, layout.archive_page_bytes // layout.archive_itemsize)
     codec = codec_of(layout.archive_format)
     cache = LayerCache(

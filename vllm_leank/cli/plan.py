@@ -1,12 +1,12 @@
 """`leank plan`: how many requests would fit, before anything is started."""
 
 import json
-import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vllm_leank.cli.options import Overrides, Pages, RecentOfMask, SinkOfMask
+from vllm_leank.cli.plan_line import serve_line
 from vllm_leank.cli.sizes import parse_size, readable
 from vllm_leank.core.capacity import (
     BATCHED_TOKENS,
@@ -19,6 +19,7 @@ from vllm_leank.core.capacity import (
     pruned_prefill,
 )
 from vllm_leank.core.layers import sliding_layers, state_layers
+from vllm_leank.core.other_layers import other_layers, refused_prefill
 from vllm_leank.errors import UserError
 
 if TYPE_CHECKING:
@@ -134,6 +135,9 @@ def plan(
     options = parse_options(
         {KEY: {"sink": sink, "recent": recent, "prefill": prefill, "pages": read}}
     )
+    kind = None if checkpoint is None else other_layers(checkpoint.plain or checkpoint.config)
+    if reason := refused_prefill(kind, prefill):
+        raise UserError(reason)
     if bits is not None and mask is not None:
         raise UserError("--bits and --mask exclude each other: give one")
     if bits is None:
@@ -151,6 +155,7 @@ def plan(
         "bits": found.bits,
         "window": {"sink": settings.window.sink, "recent": settings.window.recent},
         "prefill": prefill,
+        "other_layers": kind,
         "hf_overrides": hf_overrides,
         "bits_asked": bits,
         "options": {
@@ -186,28 +191,6 @@ def plan(
     line = serve_line(facts, mask, gpu_memory_utilization)
     _print(capacities, facts | {"pool_bytes": pool, "serve": line}, as_json)
     raise typer.Exit(0 if capacities["leank"].in_prefill >= 1 else 1)
-
-
-def serve_line(facts: dict[str, Any], mask: str | None, utilization: float = UTILIZATION) -> str:
-    """The line that serves what was planned, to copy."""
-    words = ["leank", "serve", facts["model"]]
-    if facts["mask"] is None:
-        words += ["--bits", f"{facts['bits_asked']:g}"]
-    words += ["--max-model-len", str(facts["max_model_len"])]
-    if facts["hf_overrides"]:
-        words += ["--hf-overrides", json.dumps(facts["hf_overrides"])]
-    if facts["tensor_parallel_size"] > 1:
-        words += ["--tensor-parallel-size", str(facts["tensor_parallel_size"])]
-    if utilization != UTILIZATION:
-        words += ["--gpu-memory-utilization", f"{utilization:g}"]
-    if facts["max_num_batched_tokens"] != BATCHED_TOKENS:
-        words += ["--max-num-batched-tokens", str(facts["max_num_batched_tokens"])]
-    options = {"mask": mask} | facts["options"]
-    if facts["kv_bytes_given"]:
-        words += ["--kv-cache-memory-bytes", str(facts["kv_bytes_given"])]
-    if given := {name: value for name, value in options.items() if value is not None}:
-        words += ["--additional-config", json.dumps({"leank": given})]
-    return shlex.join(words)
 
 
 def _mask(checkpoint: "Checkpoint | None", mask: str | None) -> "Mask":

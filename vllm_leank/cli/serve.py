@@ -13,6 +13,7 @@ import typer
 
 from vllm_leank.cli.options import RECENT, SINK
 from vllm_leank.cli.outputs import check_new, place_name, quiet_vllm, report_mask, say
+from vllm_leank.core.other_layers import STATES
 from vllm_leank.errors import UserError
 from vllm_leank.mask.folders import make_user_folder, user_folder
 from vllm_leank.mask.names import file_name
@@ -68,19 +69,22 @@ def serve(
     environment = dict(os.environ)  # vLLM's; what is imported here adds to ours
     quiet_vllm()
     from vllm_leank.serving.environment import problems
-    from vllm_leank.serving.line import cpu_cache, read_line
+    from vllm_leank.serving.line import cpu_cache, no_prefix_cache, read_line
 
     if found := problems():
         raise UserError("; ".join(found))
     asked = read_line(line)
-    space = cpu_cache(asked)
+    added = cpu_cache(asked)
+    if uncached := no_prefix_cache(asked):
+        say(f"leank has no prefix caching for models with {STATES}: adding {uncached[0]}")
+        added += uncached
     if bits is None:
-        words = [*asked.with_leank(), *space]
+        words = [*asked.with_leank(), *added]
     else:
         wanted = _wanted(asked, bits)
-        words = [*asked.with_leank(mask=str(wanted.path)), *space]
+        words = [*asked.with_leank(mask=str(wanted.path)), *added]
         if wanted.request is not None:
-            _judge_before(asked, wanted.request)
+            _judge_before(asked, wanted.request, added)
             if dry_run:
                 say(f"{wanted.why}: one would be calibrated first")
                 print(_shown(words))
@@ -175,8 +179,9 @@ def _new_path(model_id: str, bits: float) -> Path:
     return next(one for one in itertools.chain([path], more) if not os.path.lexists(one))
 
 
-def _judge_before(asked: "Line", request: "BitsRequest") -> None:
-    """Judge the line before there is a mask, with one of as many bits, alike in all heads.
+def _judge_before(asked: "Line", request: "BitsRequest", added: list[str]) -> None:
+    """Judge the line and what is added to it before there is a mask, with one of as many bits,
+    alike in all heads.
 
     Raises:
         UserError: leank would not serve it.
@@ -187,7 +192,7 @@ def _judge_before(asked: "Line", request: "BitsRequest") -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mask.yaml"
         save_mask(even_mask(request.checkpoint.id, request.checkpoint.geometry, request.bits), path)
-        _judge(asked.with_leank(mask=str(path)))
+        _judge([*asked.with_leank(mask=str(path)), *added])
 
 
 def _judge(words: list[str]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_leank.core.hf_config import Get, fields_of, required
-from vllm_leank.core.pages import WINDOW_BLOCK, pages
+from vllm_leank.core.pages import LEAST_BLOCK, pages
 from vllm_leank.core.states import STATES, StateLayers, count_states, keeps_states, state_bytes
 from vllm_leank.errors import UserError
 
@@ -39,7 +39,7 @@ class SlidingLayers:
         """Pages of a layer that a request of `length` tokens holds at most, as vLLM counts them,
         while `in_flight` tokens are computed at once.
         """
-        return pages(min(self.window - 1 + in_flight, length), WINDOW_BLOCK) + 1
+        return pages(min(self.window - 1 + in_flight, length), LEAST_BLOCK) + 1
 
 
 def layer_kinds(config: Any) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vllm_leank.core.formats import NATIVE, ArchiveFormat
 from vllm_leank.core.layers import SlidingLayers
-from vllm_leank.core.pages import WINDOW_BLOCK
+from vllm_leank.core.pages import LEAST_BLOCK
 from vllm_leank.core.plan import CachePlan
 from vllm_leank.core.profile import Profile
 from vllm_leank.core.states import StateLayers
@@ -16,7 +16,7 @@ from vllm_leank.core.window import GRANULE, Window
 ARCHIVE_WASTE = 0.05
 """Share of a pool block that an archive page may leave empty."""
 
-WINDOW_BLOCKS = tuple(range(WINDOW_BLOCK, 16 * WINDOW_BLOCK + 1, WINDOW_BLOCK))
+WINDOW_BLOCKS = tuple(range(LEAST_BLOCK, 16 * LEAST_BLOCK + 1, LEAST_BLOCK))
 """Tokens of a window page, to choose from beside states."""
 
 NOMINAL_WINDOW, NOMINAL_LENGTHS = Window(64, 256), range(8192, 9216, GRANULE)

@@ -22,8 +22,9 @@ from vllm_leank.core.head_part import HeadPart
 from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import GRANULE
 
-WINDOW_BLOCK = GRANULE
-"""Tokens of a window page, where the plan has no longer ones, and of sliding layers' pages."""
+LEAST_BLOCK = GRANULE
+"""Tokens of the shortest page: a window page's, where the plan has no longer ones, and those of
+sliding layers."""
 
 MAX_HEAD_DIM = CHUNK_WIDTHS[0]
 """Most channels of a head: more than the widest chunk has no layout."""
@@ -59,7 +60,7 @@ class CacheLayout:
     archive_block: int
     archive_format: ArchiveFormat = NATIVE
     variants: tuple[Profile, ...] = ()
-    window_block: int = WINDOW_BLOCK
+    window_block: int = LEAST_BLOCK
 
     def __post_init__(self) -> None:
         if self.head_dim > MAX_HEAD_DIM:

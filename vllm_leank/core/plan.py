@@ -12,8 +12,8 @@ from itertools import accumulate
 from vllm_leank.core.formats import ArchiveFormat
 from vllm_leank.core.layers import SlidingLayers
 from vllm_leank.core.pages import (
+    LEAST_BLOCK,
     TOKEN_BYTES_UNIT,
-    WINDOW_BLOCK,
     CacheLayout,
     archive_token_bytes,
     pages,
@@ -62,7 +62,7 @@ class CachePlan:
     tp_size: int
     stages: tuple[int, ...]
     archive_block: int
-    window_block: int = WINDOW_BLOCK
+    window_block: int = LEAST_BLOCK
     draft_items: int = 0
     sliding: SlidingLayers | None = None
     states: StateLayers | None = None
@@ -202,7 +202,7 @@ class CachePlan:
         """Blocks of other layers: vLLM puts as many layers into a block as fit."""
         blocks = 0
         if self.sliding is not None:
-            in_block = self._stage_block_bytes // (self._window_bytes * WINDOW_BLOCK)
+            in_block = self._stage_block_bytes // (self._window_bytes * LEAST_BLOCK)
             groups = pages(self.sliding.count, in_block)
             blocks += groups * self.sliding.pages(length, in_flight)
         if self.states is not None:

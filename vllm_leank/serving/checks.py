@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import vllm.envs as envs
 
 from vllm_leank.core.capacity import EIGHT_BIT_CACHE
-from vllm_leank.core.layers import count_state_layers, sliding_layers
 from vllm_leank.core.options import (
     KEY,
     OptionError,
@@ -14,6 +13,12 @@ from vllm_leank.core.options import (
     given_options,
     misplaced,
     read_options,
+)
+from vllm_leank.core.other_layers import (
+    NO_PREFIX_CACHING,
+    STATES,
+    other_layers,
+    refused_prefill,
 )
 from vllm_leank.core.served_models import Attention, is_latent, unshown
 from vllm_leank.core.states import keeps_states
@@ -38,8 +43,6 @@ LEAST_CAPABILITY = (8, 0)
 
 LAYOUT = "BLHNC"
 """How vLLM lays out the cache: blocks outermost."""
-
-STATES = "layers that keep states"
 
 DRAFTERS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 """Speculative methods that take their drafts from text, or from a model of its own."""
@@ -137,7 +140,7 @@ def _models(vllm_config: "VllmConfig") -> Iterator[str]:
         draft = vllm_config.speculative_config.draft_model_config
         other = "use another draft model in --speculative-config"
         reasons = list(_attention(draft).refusals(other))
-        if not reasons and (kind := _other_layers(draft)):
+        if not reasons and (kind := other_layers(draft.hf_text_config)):
             reasons = [f"a draft model with {kind} is not supported; {other}"]
         yield from reasons
 
@@ -178,13 +181,10 @@ def _mixed(config: "VllmConfig", options: Options) -> Iterator[str]:
     """What does not go together with sliding layers, or such that keep states, beside served
     ones.
     """
-    if (kind := _other_layers(config.model_config)) is None:
+    if (kind := other_layers(config.model_config.hf_text_config)) is None:
         return
-    if options.prefill == "pruned":
-        yield (
-            f'the option prefill "pruned" is for models without {kind}: remove it from '
-            "--additional-config"
-        )
+    if reason := refused_prefill(kind, options.prefill):
+        yield reason
     if config.parallel_config.pipeline_parallel_size > 1:
         yield (
             f"pipeline parallelism is for models without {kind}: remove --pipeline-parallel-size"
@@ -197,15 +197,7 @@ def _mixed(config: "VllmConfig", options: Options) -> Iterator[str]:
             "--speculative-config"
         )
     if kind == STATES and config.cache_config.enable_prefix_caching:
-        yield f"prefix caching is for models without {kind}: add --no-enable-prefix-caching"
-
-
-def _other_layers(model: "ModelConfig") -> str | None:
-    """What other layers than those with full attention a model has, in words."""
-    text = model.hf_text_config
-    if count_state_layers(text):
-        return STATES
-    return None if sliding_layers(text) is None else "sliding layers"
+        yield f"prefix caching is for models without {kind}: add {NO_PREFIX_CACHING}"
 
 
 def _flags(config: "VllmConfig") -> Iterator[str]:

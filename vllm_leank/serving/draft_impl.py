@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from vllm_leank.core.pages import WINDOW_BLOCK, CacheLayout
+from vllm_leank.core.pages import LEAST_BLOCK, CacheLayout
 from vllm_leank.core.profile import Profile
 from vllm_leank.kernels.channels import first_channels
 from vllm_leank.serving.impl import LeanKImpl
@@ -35,7 +35,7 @@ class DraftImpl(LeanKImpl):
             profiles=(Profile(),) * layer.num_kv_heads,
             head_dim=layer.head_size,
             itemsize=self._vllm_config.model_config.dtype.itemsize,
-            archive_block=WINDOW_BLOCK,
+            archive_block=LEAST_BLOCK,
         )
         self._take_pages(layer, first_channels(self._layout), self._layout)
 
@@ -45,4 +45,4 @@ class DraftImpl(LeanKImpl):
     def _archive_pages(self, dtype: torch.dtype) -> torch.Tensor:
         """One page that nobody reads: kernels take one whatever the heads keep."""
         device = self._vllm_config.device_config.device
-        return torch.zeros((1, 256 * WINDOW_BLOCK), dtype=dtype, device=device)
+        return torch.zeros((1, 256 * LEAST_BLOCK), dtype=dtype, device=device)

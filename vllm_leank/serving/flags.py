@@ -95,7 +95,8 @@ SOME_VALUES = {
     "--attention-config": "all but `backend_per_kind`: leank serves all layers or none",
     "--convert": "`auto` and `none`: leank serves text generation",
     "--disable-sliding-window": "for models without sliding layers",
-    "--enable-prefix-caching": "off, for models with layers that keep states",
+    "--enable-prefix-caching": "off, for models with layers that keep states; `leank serve` turns "
+    "it off",
     "--pipeline-parallel-size": "1, for models with sliding layers or states",
     "--dtype": "on a GPU 16 bits",
     "--kv-cache-dtype": "the model's own: far tokens are made small by a mask of bits",

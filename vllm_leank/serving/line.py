@@ -12,6 +12,7 @@ from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 from vllm_leank.core.options import KEY, Options, parse_options
+from vllm_leank.core.other_layers import NO_PREFIX_CACHING, STATES, other_layers
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint, is_path
 from vllm_leank.serving.vllm.backend_name import BACKEND
@@ -107,6 +108,15 @@ def cpu_cache(line: Line) -> list[str]:
     told = envs.VLLM_CPU_KVCACHE_SPACE or line.parsed.kv_cache_memory_bytes
     told = told or any(word.startswith("--gpu-memory-utilization") for word in line.words)
     return [] if told or not current_platform.is_cpu() else ["--kv-cache-memory-bytes", CPU_CACHE]
+
+
+def no_prefix_cache(line: Line) -> list[str]:
+    """The flag that a model needs whose layers keep states, where nothing says whether there is a
+    prefix cache: vLLM would have one, which leank refuses.
+    """
+    if line.parsed.enable_prefix_caching is not None:
+        return []
+    return [NO_PREFIX_CACHING] if other_layers(line.model.hf_text_config) == STATES else []
 
 
 def read_line(arguments: Sequence[str]) -> Line:

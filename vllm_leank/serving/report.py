@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity, pruned_prefill
-from vllm_leank.core.pages import WINDOW_BLOCK
+from vllm_leank.core.pages import LEAST_BLOCK
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.settings import Settings
 from vllm_leank.serving.environment import installed_at
@@ -78,7 +78,7 @@ def describe(settings: Settings) -> list[str]:
         made_for = f" (the mask was made for {mask.sink} and {mask.recent})"
     kind = plan.archive_format.archive
     archive, full = plan.archive_token_bytes, plan.dense_token_bytes
-    longer = f", window pages of {plan.window_block}" if plan.window_block > WINDOW_BLOCK else ""
+    longer = f", window pages of {plan.window_block}" if plan.window_block > LEAST_BLOCK else ""
     return [
         *_layers(settings),
         f"leank mask: {mask.model}, {mask.provenance['method']}, sha256 {mask.sha256[:12]}, "

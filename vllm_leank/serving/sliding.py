@@ -15,7 +15,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_leank.core.pages import WINDOW_BLOCK
+from vllm_leank.core.pages import LEAST_BLOCK
 from vllm_leank.serving.vllm.zeroed_blocks import zero_sliding_blocks
 
 
@@ -35,7 +35,7 @@ def sliding_backend(path: str) -> str:
 
         @staticmethod
         def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-            return [WINDOW_BLOCK]
+            return [LEAST_BLOCK]
 
         @staticmethod
         def get_builder_cls() -> Any:
@@ -85,7 +85,7 @@ def hide_left_pages(common: CommonAttentionMetadata, window: int) -> None:
     table = common.block_table_tensor  # [num_reqs, pages]
     starts = common.query_start_loc[: len(table) + 1]
     tokens = common.seq_lens[: len(table)] - starts.diff() - (window - 1)
-    first = (tokens // WINDOW_BLOCK).clamp(0, table.shape[1] - 1)[:, None]
+    first = (tokens // LEAST_BLOCK).clamp(0, table.shape[1] - 1)[:, None]
     own = table.gather(1, first.long())
     page = torch.arange(table.shape[1], dtype=torch.int32, device=table.device)
     table.copy_(torch.where(page < first, own, table))

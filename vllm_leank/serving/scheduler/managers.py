@@ -12,7 +12,7 @@ from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vllm_leank.core.pages import WINDOW_BLOCK
+from vllm_leank.core.pages import LEAST_BLOCK
 from vllm_leank.serving.scheduler.specs import LeanKSpec
 from vllm_leank.serving.scheduler.usage import Usage
 from vllm_leank.serving.vllm.prompt_pages import share_prompts_only
@@ -181,7 +181,7 @@ class WindowManager(LeanKManager):
         """FlashAttention 3 loads longer pages by whole tiles, and a weight of 0 is no help against
         a NaN in V where no token is yet. vLLM zeroes blocks beside states, which come with them.
         """
-        return self.block_size > WINDOW_BLOCK
+        return self.block_size > LEAST_BLOCK
 
     def remove_skipped_blocks(
         self,

@@ -14,7 +14,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
 from vllm.v1.request import Request
 
-from vllm_leank.core.pages import WINDOW_BLOCK
+from vllm_leank.core.pages import LEAST_BLOCK
 from vllm_leank.core.window import GRANULE, Window
 from vllm_leank.serving.scheduler.managers import ArchiveManager, WindowManager
 from vllm_leank.serving.scheduler.specs import LeanKSpec, PrunedWindowSpec
@@ -123,22 +123,22 @@ class PrunedWindowManager(WindowManager):
         null blocks stand for what is archived.
         """
         window = kv_cache_spec.window
-        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, WINDOW_BLOCK)
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, LEAST_BLOCK)
 
         @cache
         def find(page: int) -> list[KVCacheBlock] | None:
             return block_pool.get_cached_block(hashes[page], kv_cache_group_ids)
 
-        length = min(max_length, len(hashes) * WINDOW_BLOCK)
+        length = min(max_length, len(hashes) * LEAST_BLOCK)
         while length := window.prefix(length, kv_cache_spec.archive_block):
             dense = _dense_pages(window, length)
             missing = next((page for page in dense if find(page) is None), None)
             if missing is None:
                 break
             # Shorter prefixes need that page, too, unless they end before it.
-            length = missing * WINDOW_BLOCK
+            length = missing * LEAST_BLOCK
         blocks = tuple(
-            [block_pool.null_block] * (length // WINDOW_BLOCK) for _ in kv_cache_group_ids
+            [block_pool.null_block] * (length // LEAST_BLOCK) for _ in kv_cache_group_ids
         )
         for page in _dense_pages(window, length):
             for table, block in zip(blocks, find(page) or (), strict=True):
@@ -148,5 +148,5 @@ class PrunedWindowManager(WindowManager):
 
 def _dense_pages(window: Window, length: int) -> list[int]:
     """Window pages that are read behind a prefix of whole pages: its last ones, and its sink."""
-    last = range(min(window.boundary(length), length) // WINDOW_BLOCK, length // WINDOW_BLOCK)
-    return [*reversed(last), *range(min(window.sink, length) // WINDOW_BLOCK)]
+    last = range(min(window.boundary(length), length) // LEAST_BLOCK, length // LEAST_BLOCK)
+    return [*reversed(last), *range(min(window.sink, length) // LEAST_BLOCK)]
