@@ -229,6 +229,38 @@ def test_states_lie_in_the_same_blocks(make):
             assert max(end for _, end, _ in group) <= plan.block_bytes
 
 
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
+def test_ranks_have_pages_of_one_length_beside_states(tp_size):
+    """Block tables are the same on all ranks, whatever the mask keeps of their heads: as long as
+    kernels read them there, and with room for all that they store.
+    """
+    rng = random.Random(tp_size)
+    for size in (20_480, 300_032, 4_194_304):
+        mask = random_mask(rng, 6, 4)
+        made = {"archive_format": rng.choice(known_formats()), "states": StateLayers(20, size)}
+        plan = plan_of(mask, HEAD_DIM, 2, tp_size, **made)
+        configs = cache_configs(plan, WINDOW, 1000 * plan.block_bytes, LENGTH)
+        assert len(configs) == tp_size
+        for rank, config in enumerate(configs):
+            assert config.num_blocks == 1000
+            archive, window = (
+                next(
+                    spec
+                    for group in config.kv_cache_groups
+                    if isinstance(spec := layer_specs(group)[0], kind)
+                )
+                for kind in (ArchiveSpec, WindowSpec)
+            )
+            layers = [plan.layer(index, rank) for index in range(len(mask))]
+            for layer in layers:
+                assert layer.archive_block == archive.block_size == plan.archive_block
+                assert layer.window_block == window.block_size == plan.window_block
+                assert layer.window_page_bytes == window.page_size_bytes
+            stored = sum(layer.archive_page_bytes for layer in layers)
+            assert stored <= archive.page_size_bytes <= plan.block_bytes
+    assert plan.window_block > LEAST_BLOCK
+
+
 def test_the_scheduler_sees_one_spec_per_group():
     plan = plan_of(random_mask(random.Random(2), 6, 4), HEAD_DIM, 2)
     config = generate_scheduler_kv_cache_config(cache_configs(plan, WINDOW, 10**9, LENGTH))

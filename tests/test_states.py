@@ -200,14 +200,6 @@ def test_the_documented_table():
         assert cells == on_paper(SHAPES[name][0])
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
-def test_all_ranks_have_window_pages_of_one_length(tp_size):
-    shape = Shape(12, 2, 256, 36, 1_097_728)
-    plan = shape._replace(state_bytes=shape.state_bytes // tp_size).plan(tp_size)
-    blocks = {plan.layer(layer, rank).window_block for layer in (0, 11) for rank in range(tp_size)}
-    assert blocks == {plan.window_block}
-
-
 def test_granite_without_positions_has_no_rope(granite, tmp_path):
     assert geometry_of(granite).rope_theta is None
     config = json.loads((granite / "config.json").read_text())
