@@ -21,10 +21,6 @@ from vllm_leank.kernels.shares import share
 
 from vllm_leank.core.selection import Selection
 
-SELECTING_AT_ONCE = 256
-"""Requests at most whose queries select at once what they read: each has scores of all segments
-that the longest request may have, which no profile of memory counts."""
-
 
 @triton.jit(
     do_not_specialize=[
@@ -176,26 +172,6 @@ def decode(
         scale: factor of the QK product.
         after_prompt: whether queries of prompts are left out, and their outputs as they are.
     """
-    num_reqs = min(len(query), batch.num_reqs)
-    if cache.selection is None or num_reqs <= SELECTING_AT_ONCE:
-        _decode(query, output, cache, batch, scale, after_prompt)
-        return
-    for first in range(0, num_reqs, SELECTING_AT_ONCE):
-        rows = slice(first, min(first + SELECTING_AT_ONCE, num_reqs))
-        # Nobody keeps the part, so the next one takes its memory.
-        part = batch.part(rows.start, rows.stop, 1)
-        _decode(query[rows], output[rows], cache, part, scale, after_prompt)
-
-
-def _decode(
-    query: torch.Tensor,
-    output: torch.Tensor,
-    cache: LayerCache,
-    batch: Batch,
-    scale: float,
-    after_prompt: bool,
-) -> None:
-    """The same of few enough requests."""
     rows, *heads = query.shape
     num_reqs = min(rows, batch.num_reqs)
     shape = cache.prepared(_shape, num_reqs)

@@ -1,9 +1,28 @@
-"""Decode of many queries per request where each selects what it reads."""
+"""Decode of many queries that select what they read, a part of them at a time."""
 
 import torch
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
-from vllm_leank.kernels.decode import SELECTING_AT_ONCE, decode
+from vllm_leank.kernels.decode import decode
+
+SELECTING_AT_ONCE = 256
+"""Queries at most that select at once what they read: each has scores of all segments that the
+longest request may have, which no profile of memory counts."""
+
+
+def decode_requests(
+    query: torch.Tensor, output: torch.Tensor, cache: LayerCache, batch: Batch, scale: float
+) -> None:
+    """`decode` of any number of requests."""
+    num_reqs = min(len(query), batch.num_reqs)
+    if cache.selection is None or num_reqs <= SELECTING_AT_ONCE:
+        decode(query, output, cache, batch, scale)
+        return
+    for first in range(0, num_reqs, SELECTING_AT_ONCE):
+        rows = slice(first, min(first + SELECTING_AT_ONCE, num_reqs))
+        # Nobody keeps the part, so the next one takes its memory.
+        part = batch.part(rows.start, rows.stop, 1)
+        decode(query[rows], output[rows], cache, part, scale)
 
 
 def decode_each(

@@ -20,7 +20,8 @@ from vllm_leank.kernels import gpu, reference, select
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.channels import layer_channels
-from vllm_leank.kernels.decode import SELECTING_AT_ONCE, decode
+from vllm_leank.kernels.decode import decode
+from vllm_leank.kernels.decode_each import SELECTING_AT_ONCE
 from vllm_leank.kernels.scratch import Scratch
 
 from vllm_leank.core.options import Options

@@ -9,7 +9,7 @@ import torch
 from archive_definition import CODED, PACKED
 from cache_builder import CacheBuilder, relative_rms
 from test_reference import FP32_ERROR, serve
-from vllm_leank.kernels import decode, gpu, reference
+from vllm_leank.kernels import decode, decode_each, gpu, reference
 from vllm_leank.kernels.reference_selection import select
 
 from vllm_leank.core.formats import NATIVE
@@ -148,7 +148,7 @@ def attend(query, output, cache, batch, scale):
         if batch.extends.replayed:
             gpu.decode_each(query, output, cache, batch.extends, scale)
     if batch.decodes.num_reqs:
-        gpu.decode(query, output, cache, batch.decodes, scale)
+        gpu.decode_requests(query, output, cache, batch.decodes, scale)
 
 
 KERNELS = SimpleNamespace(store=gpu.store, compact=gpu.compact, attend=attend)
@@ -171,7 +171,7 @@ def test_many_requests_select_a_part_at_a_time(monkeypatch):
     padding.
     """
     seen, chosen = [], decode.select
-    monkeypatch.setattr(decode, "SELECTING_AT_ONCE", 1)
+    monkeypatch.setattr(decode_each, "SELECTING_AT_ONCE", 1)
     monkeypatch.setattr(decode, "select", lambda *a: seen.append(len(a[0])) or chosen(*a))
     heads = CODED[64][:1]
     builder = selecting(heads, 64, 2, Window(32, 64), dtype=torch.float16, device=DEVICE)
@@ -182,7 +182,7 @@ def test_many_requests_select_a_part_at_a_time(monkeypatch):
     step = builder.step([(one, 1) for one in requests], padded_rows=1, padded_tokens=1)
     output = torch.full_like(step.query, float("nan"))
     gpu.update(step.key, step.value, builder.cache, step.batch)
-    gpu.decode(step.query, output, builder.cache, step.batch, builder.scale)
+    gpu.decode_requests(step.query, output, builder.cache, step.batch, builder.scale)
     assert seen == [1, 1, 1]
     assert relative_rms(output[:2], step.expected) < 6e-4
     assert (output[2] == 0).all()

@@ -51,7 +51,7 @@ def _attend_gpu(
     kernels, decodes = _kernels(), batch.decodes
     if batch.max_query_len <= 1:
         kernels.update(key, value, cache, batch)
-        kernels.decode(query, output, cache, batch, scale)
+        kernels.decode_requests(query, output, cache, batch, scale)
         return
     kernels.store(key, value, cache, batch)
     kernels.compact(cache, batch)
@@ -65,7 +65,7 @@ def _attend_gpu(
         elif batch.extends.replayed:
             kernels.decode_each(query, output, cache, batch.extends, scale)
     if decodes.num_reqs:
-        kernels.decode(query, output, cache, decodes, scale)
+        kernels.decode_requests(query, output, cache, decodes, scale)
 
 
 @memo
