@@ -322,7 +322,7 @@ def test_doctor_of_a_good_line(doctor, line):
     assert code == 0
     found = json.loads(out)
     assert found["ok"]
-    assert found["serve"]["plan"]["archive_dtype"] == "auto"
+    assert found["serve"]["plan"]["archive_format"] == "auto"
     assert len(found["serve"]["engines"]) == 3
     code, out, _ = doctor("--", *line(*flags))
     assert code == 0

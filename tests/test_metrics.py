@@ -66,7 +66,7 @@ def test_gauges_of_a_server(publish):
         "v_kept": "0.5000",
         "sink": "64",
         "recent": "256",
-        "archive_dtype": "auto",
+        "archive_format": "auto",
         "prefill": "exact",
     }
     assert value("cache_bytes", engine="0") == 1000 * plan.block_bytes

@@ -133,7 +133,7 @@ def test_an_engine_serves_it(toy, tiny_llama_dir, prefill):
 
     assert settings.plan.archive_format == toy
     assert any("toy archive pages of" in line for line in report(settings, 1000, 8192))
-    assert labels["archive_dtype"] == "toy"
+    assert labels["archive_format"] == "toy"
 
     def error(archive_format):
         oracle = Oracle(

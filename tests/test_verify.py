@@ -48,6 +48,7 @@ def test_texts_and_needles_come_with_the_command(leank, with_tokenizer):
         assert group["kl"] == {"value": 0, "low": 0, "high": 0}
         assert group["top1"] == {"value": 1, "low": 1, "high": 1}
     assert report["window"] == {"sink": 32, "recent": 64}
+    assert report["archive_format"] == "auto"
     assert report["answers"]["dense_right"] == 0
     assert report["checks"][-1]["ok"] is None
     texts = [one for one in report["each"] if one["dense_right"] is None]

@@ -71,7 +71,7 @@ def _describe(serving: "Serving") -> dict[str, Any]:
         "prefill": "exact" if window.exact else "pruned",
         "segments": None if selection is None else asdict(selection),
         "plan": {
-            "archive_dtype": plan.archive_format.name,
+            "archive_format": plan.archive_format.name,
             "far_token_bytes": plan.archive_token_bytes,
             "dense_token_bytes": plan.dense_token_bytes,
             "archive_block": plan.archive_block,

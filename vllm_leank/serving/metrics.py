@@ -124,7 +124,7 @@ def _info(settings: Settings) -> dict[str, str]:
         "v_kept": f"{mask.v_kept:.4f}",
         "sink": str(window.sink),
         "recent": str(window.recent),
-        "archive_dtype": settings.plan.archive_format.name,
+        "archive_format": settings.plan.archive_format.name,
         "prefill": "exact" if window.exact else "pruned",
     }
 

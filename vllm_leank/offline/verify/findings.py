@@ -150,7 +150,7 @@ class Findings:
             "window": {"sink": window.sink, "recent": window.recent},
             "prefill": "exact" if window.exact else "pruned",
             "segments": None if selection is None else asdict(selection),
-            "archive_dtype": setting.served.plan.archive_format.name,
+            "archive_format": setting.served.plan.archive_format.name,
             "dtype": setting.dtype,
             "device": setting.device,
             "groups": [asdict(group) for group in self.groups],
