@@ -1,5 +1,5 @@
-"""`leank plan` and `leank serve` with models of which leank serves some layers alone: they say what
-servers say, and the lines that they make work.
+"""`leank plan`, `verify` and `serve` with models of which leank serves some layers alone: they say
+what servers say, and the lines that they make work.
 """
 
 import json
@@ -36,7 +36,7 @@ def completed(model):
 
 
 @pytest.mark.parametrize("model", ["states", "sliding"])
-def test_plan_refuses_pruned_prompts_as_servers_do(leank, model, request):
+def test_commands_refuse_pruned_prompts_as_servers_do(leank, model, request):
     model = request.getfixturevalue(model)
     options = {"mask": str(model / "mask.yaml"), "prefill": "pruned"}
     given = ["--attention-backend", "leank", "--additional-config", json.dumps({"leank": options})]
@@ -46,6 +46,9 @@ def test_plan_refuses_pruned_prompts_as_servers_do(leank, model, request):
     assert code == 2
     assert reason in " ".join(err.split())
     assert leank("plan", *asked)[0] == 0
+    code, _, err = leank("verify", model, "--mask", options["mask"], "--prefill", "pruned")
+    assert code == 2
+    assert reason in " ".join(err.split())
 
 
 @pytest.mark.parametrize(("model", "told"), [("states", True), ("sliding", False)])

@@ -109,6 +109,7 @@ def verify(
     """
     from vllm_leank.cli.verify_table import print_findings
     from vllm_leank.core.options import KEY, parse_options
+    from vllm_leank.core.other_layers import other_layers, refused_prefill
     from vllm_leank.core.selection import whole_or_share
     from vllm_leank.mask.checkpoint import Checkpoint
     from vllm_leank.mask.lookup import resolve_mask
@@ -122,6 +123,9 @@ def verify(
         _check_report(report, overwrite)
     thresholds = Thresholds(min_top1, max_kl, min_answers)
     checkpoint = Checkpoint.open(model, overrides=hf_overrides)
+    kind = other_layers(checkpoint.plain or checkpoint.config)
+    if reason := refused_prefill(kind, prefill):
+        raise UserError(reason)
     device = checkpoint.place(device, dtype)
     found = resolve_mask(mask, model, checkpoint.geometry, overrides=hf_overrides)
     # As served; the window does not depend on the bytes of a number.
