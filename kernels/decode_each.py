@@ -1,5 +1,7 @@
 """Decode of many queries that select what they read, a part of them at a time."""
 
+from collections.abc import Iterator
+
 import torch
 from vllm_leank.kernels.batch import Batch
 from vllm_leank.kernels.cache import LayerCache
@@ -10,17 +12,23 @@ SELECTING_AT_ONCE = 256
 longest request may have, which no profile of memory counts."""
 
 
+def _parts(count: int) -> Iterator[slice]:
+    """Of so many queries those of each part. Nobody keeps what is made of one: the next one takes
+    its memory, as all of a long answer, with what decode prepares, may be more than there is.
+    """
+    for first in range(0, count, SELECTING_AT_ONCE):
+        yield slice(first, min(first + SELECTING_AT_ONCE, count))
+
+
 def decode_requests(
     query: torch.Tensor, output: torch.Tensor, cache: LayerCache, batch: Batch, scale: float
 ) -> None:
-    """`decode` of any number of requests."""
+    """`decode` of any number of requests; see there for what it takes."""
     num_reqs = min(len(query), batch.num_reqs)
     if cache.selection is None or num_reqs <= SELECTING_AT_ONCE:
         decode(query, output, cache, batch, scale)
         return
-    for first in range(0, num_reqs, SELECTING_AT_ONCE):
-        rows = slice(first, min(first + SELECTING_AT_ONCE, num_reqs))
-        # Nobody keeps the part, so the next one takes its memory.
+    for rows in _parts(num_reqs):
         part = batch.part(rows.start, rows.stop, 1)
         decode(query[rows], output[rows], cache, part, scale)
 
@@ -39,9 +47,7 @@ def decode_each(
         scale: factor of the QK product.
     """
     start, end = int(batch.query_start_loc_cpu[0]), int(batch.query_start_loc_cpu[-1])
-    for first in range(start, end, SELECTING_AT_ONCE):
-        rows = slice(first, min(first + SELECTING_AT_ONCE, end))
-        # Nobody keeps the part: with what decode prepares for it, those of a long answer would take
-        # more memory than there is where contexts are long.
-        part = batch.queries(rows.start - start, rows.stop - start)
+    query, output = query[start:end], output[start:end]
+    for rows in _parts(end - start):
+        part = batch.queries(rows.start, rows.stop)
         decode(query[rows], output[rows], cache, part, scale, after_prompt=True)

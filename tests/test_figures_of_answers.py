@@ -144,11 +144,10 @@ def long_rows():
         yield line(named(f"leank {name}" if "_" in name else name), *found)
 
 
-def lost_cells(variants, part):
-    """Points of dense attention, and of masks of 4 and 2 bits with what they lose against it."""
-    dense = variants["dense"]
+def lost_cells(part, dense, *others):
+    """Points of dense attention, and of others with what they lose against it."""
     yield f"{mean_points(dense, part):.1f}"
-    for one in (variants["bits_4"], variants["bits_2"]):
+    for one in others:
         yield f"{mean_points(one, part):.1f}"
         yield interval(lost(one, dense, part))
 
@@ -159,7 +158,8 @@ def study_rows():
     for place in (1, 0):
         for value in sorted({cell[place] for cell in cells}):
             name = f"{value:,} tokens" if place else f"`{value}`"
-            yield line(name, *lost_cells(variants, some(cells, value)))
+            asked = (variants[one] for one in ASKED_MOST)
+            yield line(name, *lost_cells(some(cells, value), *asked))
 
 
 def lost_by_length(dense, *others):
@@ -168,10 +168,7 @@ def lost_by_length(dense, *others):
     parts = {f"all {sum(cells.values())} questions": cells}
     parts |= {f"{n:,} tokens": some(cells, n) for n in sorted({length for _, length in cells})}
     for title, part in parts.items():
-        found = [f"{mean_points(dense, part):.1f}"]
-        for one in others:
-            found += [f"{mean_points(one, part):.1f}", interval(lost(one, dense, part))]
-        yield line(title, *found)
+        yield line(title, *lost_cells(part, dense, *others))
 
 
 def turboquant_rows():

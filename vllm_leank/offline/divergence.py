@@ -48,9 +48,10 @@ def divergence(dense: torch.Tensor, other: torch.Tensor) -> Divergence:
         p, q = left.float().log_softmax(-1), right.float().log_softmax(-1)
         if not (p.isfinite().all() and q.isfinite().all()):
             raise UserError("the model's logits are not finite; try another --dtype")
+        share = p.exp()
         # Rounding may take it below 0, which it is not.
-        kl.append((p.exp() * (p - q)).sum(-1, dtype=torch.float64).clamp(min=0))
-        variation.append((p.exp() - q.exp()).abs().sum(-1, dtype=torch.float64) / 2)
+        kl.append((share * (p - q)).sum(-1, dtype=torch.float64).clamp(min=0))
+        variation.append((share - q.exp()).abs().sum(-1, dtype=torch.float64) / 2)
         tops.append(torch.stack([p.argmax(-1), q.argmax(-1)]))
     dense_top, other_top = torch.cat(tops, dim=1).cpu().numpy()
     return Divergence(

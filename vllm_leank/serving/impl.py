@@ -31,6 +31,7 @@ from vllm_leank.serving.vllm.states import is_state
 logger = init_logger("vllm.leank.impl")
 
 _CACHE = "_leank_cache"
+"""Attribute of a layer's window pages that holds its pages as kernels take them."""
 
 
 class LeanKImpl(AttentionImpl[PagesMetadata]):
