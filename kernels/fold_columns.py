@@ -75,14 +75,15 @@ def fold_archive(
     stride_page, stride_side, p_scratch,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Take archive tiles `first` to `last` of a head that keeps `KEPT` channels into the running
     softmax of `N` columns of queries, which see the tokens from `SINK` to `boundary`.
 
     m, l: `[N]`; acc: `[D_PAD, N]`; q: `[D_PAD, N]`; p_q, m_q: `[N]`, the queries and which exist;
     p_scratch: the program's own memory, not used here. SELECTED: `p_table` has the tiles that are
-    read, as `tile_place` says; `first` and `last` count among these.
+    read, as `tile_place` says; `first` and `last` count among these. ALIKE: columns of each query,
+    one here; `p_q` and `m_q` are `[N / ALIKE]`.
     """
     p_channels = order_ptr + head * D
     k_offset = tl.load(p_head + 2)

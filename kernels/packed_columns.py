@@ -16,15 +16,29 @@ from vllm_leank.kernels.codes import (
     lanes,
     load_field,
     power,
+    product_powers,
     read_codes,
     row_bytes,
     shift,
     stored_values,
+    swap_bytes,
 )
 from vllm_leank.kernels.pages import scale_tile, tile_place
 
 SUM_ROWS = tl.constexpr(16)
 """Rows of partial sums: those of one matrix instruction."""
+
+
+@triton.jit
+def _place_of_byte(byte, W: tl.constexpr, LANES: tl.constexpr):
+    """Where in the program's memory queries have what a byte of K's row is multiplied by. So the
+    numbers that a thread of a matrix product takes lie next to each other, four of each 16.
+    """
+    if LANES == 1:
+        return swap_bytes(byte)
+    half = byte // 2 % (W // 2)
+    thread = half % 8 // 2 * 2 + byte % 2
+    return byte // W * W + thread * (W // 8) + half // 16 * 4 + half % 16 // 8 * 2 + half % 2
 
 
 @triton.jit
@@ -46,7 +60,16 @@ def _write_query(
     # The largest is 256, so that all fit into fp16, and with the codes' shifts keep their digits.
     unit = tl.maximum(tl.max(tl.abs(q), 0), 1e-30) / 256
     q = (q * (1 / unit)[None, :]).to(tl.float16)
-    p_scratch += o_d[:, None] + tl.arange(0, N)[None, :] * D
+    place = o_d
+    for c in tl.static_range(3):
+        if row_bytes(VARIANT, c) > 0:
+            byte = o_d - first_channel(VARIANT, c)
+            turned = first_channel(VARIANT, c) + _place_of_byte(
+                byte, row_bytes(VARIANT, c), lanes(VARIANT, c)
+            )
+            is_here = (byte >= 0) & (byte < row_bytes(VARIANT, c) << c)
+            place = tl.where(is_here, turned, place)
+    p_scratch += place[:, None] + tl.arange(0, N)[None, :] * D
     tl.store(p_scratch, q, mask=m_d[:, None] & m_q[None, :])
     # Half of the largest code of each class stands for 0.
     half = tl.where(o_d < first_channel(VARIANT, 2), 7.5, 1.5)
@@ -55,23 +78,48 @@ def _write_query(
 
 
 @triton.jit
-def _read_query(p_scratch, m_q, D: tl.constexpr, VARIANT: tl.constexpr):
+def _places_of_lane(o_w, EACH: tl.constexpr, LANE: tl.constexpr):
+    """Places of the bytes of a lane, of each thread's `EACH`."""
+    return o_w // EACH * (2 * EACH) + LANE * EACH + o_w % EACH
+
+
+@triton.jit
+def _turn_product(q):
+    """Rows `[K, N]` in the order of halves of words, of those in the order of memory."""
+    K: tl.constexpr = q.shape[0]
+    N: tl.constexpr = q.shape[1]
+    q = tl.permute(tl.reshape(q, (4, K // 16, 2, 2, N)), (1, 2, 0, 3, 4))
+    return tl.reshape(q, (K, N))
+
+
+@triton.jit
+def _read_query(
+    p_scratch, m_q, D: tl.constexpr, VARIANT: tl.constexpr, ALIKE: tl.constexpr
+):  # fmt: skip
     """What the parts of bytes of each K field are multiplied by, or with two lanes every other byte
-    of them: fp16 `[bytes / lanes, N]`, a tuple.
+    of them: fp16 `[bytes / lanes, N * ALIKE]`, a tuple.
     """
-    N: tl.constexpr = m_q.shape[0]
+    o_n = tl.arange(0, m_q.shape[0] * ALIKE) // ALIKE
+    m_n = _all_alike(m_q[None, :], ALIKE)
     parts = ()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, c) > 0:
             for i in tl.static_range(1 << c):
                 for lane in tl.static_range(lanes(VARIANT, c)):
                     o_w = tl.arange(0, row_bytes(VARIANT, c) // lanes(VARIANT, c))
-                    o_w = o_w * lanes(VARIANT, c) + lane
+                    if lanes(VARIANT, c) == 2:
+                        o_w = _places_of_lane(o_w, row_bytes(VARIANT, c) // 8, lane)
                     o_w += first_channel(VARIANT, c) + i * row_bytes(VARIANT, c)
-                    p_part = p_scratch + o_w[:, None] + tl.arange(0, N)[None, :] * D
-                    q = tl.load(p_part, mask=m_q[None, :], other=0.0)
+                    p_part = p_scratch + o_w[:, None] + o_n[None, :] * D
+                    q = tl.load(p_part, mask=m_n, other=0.0)
                     # Codes are read as they lie in their bytes.
-                    parts = parts + (q * power(-shift(8 >> c, i, lane)),)  # noqa: RUF005
+                    powers = product_powers(
+                        row_bytes(VARIANT, c), 8 >> c, i, lane, lanes(VARIANT, c)
+                    )
+                    q *= (1 / powers)[:, None].to(tl.float16)
+                    if lanes(VARIANT, c) == 2:
+                        q = _turn_product(q)
+                    parts = parts + (q,)  # noqa: RUF005
     return parts
 
 
@@ -80,11 +128,28 @@ def _add_scores(
     s, x, parts, FIRST: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ASM: tl.constexpr
 ):  # fmt: skip
     """Add to scores `[TILE, N]` what a tile `x` of one K field gives."""
-    for i in tl.static_range(1 << C):
-        for lane in tl.static_range(LANES):
-            codes = read_codes(x, 8 >> C, i, lane, ASM)
-            s = tl.dot(codes, parts[FIRST + LANES * i + lane], acc=s)
+    for i in tl.static_range(LANES << C):
+        codes = read_codes(x, 8 >> C, i // LANES, i % LANES, ASM)
+        s = tl.dot(codes, parts[FIRST + i], acc=s)
     return s
+
+
+@triton.jit
+def _one_of_each(x, ALIKE: tl.constexpr):
+    """Of columns `[M, N]` of which so many next to each other are alike, one each."""
+    if ALIKE == 2:
+        x, _ = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return x
+
+
+@triton.jit
+def _all_alike(x, ALIKE: tl.constexpr):
+    """Columns `[M, N * ALIKE]` that are alike, of one of each, `[M, N]`."""
+    if ALIKE == 2:
+        M: tl.constexpr = x.shape[0]
+        N: tl.constexpr = x.shape[1]
+        x = tl.reshape(tl.broadcast_to(x[:, :, None], (M, N, 2)), (M, 2 * N))
+    return x
 
 
 @triton.jit
@@ -112,7 +177,7 @@ def fold_archive(
     stride_page, stride_side, p_scratch,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     VARIANT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """As `fold_columns.fold_archive`, for a head whose fields `VARIANT` describes. It comes first:
     `m`, `l` and `acc` have taken nothing in yet. SELECTED: as there.
@@ -123,7 +188,8 @@ def fold_archive(
     """
     ASM: tl.constexpr = TILES.ASM
     N: tl.constexpr = m.shape[0]
-    offset = tl.load(p_head + 2)
+    U: tl.constexpr = m_q.shape[0]
+    offset = tl.multiple_of(tl.load(p_head + 2), 16)
     side_offset = tl.load(p_head + 4)
     p_query = p_scratch.to(tl.pointer_type(tl.float16))
     unit, added = _write_query(
@@ -131,7 +197,7 @@ def fold_archive(
         numbers_ptr + (H + head) * D, D, D_PAD, VARIANT,
     )  # fmt: skip
     tl.debug_barrier()
-    parts = _read_query(p_query, m_q, D, VARIANT)
+    parts = _read_query(p_query, m_q, D, VARIANT, ALIKE)
     unit *= CODE_UNIT * scale_log2
     added *= scale_log2
     sums = ()
@@ -139,7 +205,9 @@ def fold_archive(
         if row_bytes(VARIANT, 3 + c) > 0:
             for _ in tl.static_range(1 << c):
                 sums = sums + (tl.zeros([row_bytes(VARIANT, 3 + c), N], tl.float32),)  # noqa: RUF005
-    l_rows = tl.zeros([SUM_ROWS, N], tl.float32)
+    unit, added = unit[None, :], added[None, :]
+    m = tl.full([1, U], float("-inf"), tl.float32)
+    l_rows = tl.zeros([SUM_ROWS, U], tl.float32)
     # Sums of weights times scales, as products see them: in each row the same.
     scaled_rows = tl.zeros([SUM_ROWS, N], tl.float32)
     ones = tl.full([SUM_ROWS, TILE // 2], 1.0, tl.float16)
@@ -157,22 +225,30 @@ def fold_archive(
                     TMA,
                 )  # fmt: skip
                 s = _add_scores(s, x, parts, first_product(VARIANT, c), c, lanes(VARIANT, c), ASM)
+        s = _one_of_each(s, ALIKE)
         o_token = token + tl.arange(0, TILE)
-        seen = (o_token >= SINK) & (o_token < boundary)
+        seen = o_token < boundary
+        if SINK % TILE != 0:
+            seen &= o_token >= SINK
         v_scale = scale_tile(
-            descs[10], side_ptr, this, side_offset, slot, stride_side, TILE, BLOCK, TMA
+            descs[5], side_ptr, this, side_offset, slot, stride_side, TILE, BLOCK, TMA
         ).to(tl.float32)
         # Scales of slots that hold no token may hold anything.
         v_scale = tl.where(seen, v_scale, 0.0)
-        s = tl.where(seen[:, None], s * unit[None, :] + added[None, :], float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 0))
+        s = tl.where(seen[:, None], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 0)[None, :] * unit + added)
         alpha = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[None, :])
+        p = tl.exp2(s * unit + (added - m_new))
         m = m_new
-        l_rows = l_rows * alpha[None, :] + _sum_rows(p)
+        l_rows = l_rows * alpha + _sum_rows(p)
+        alpha = _all_alike(alpha, ALIKE)
         even, odd = _split_granules(p * v_scale[:, None])
-        weights = even.to(tl.float16), (odd * power(-shift(0, 0, 1))).to(tl.float16)
-        scaled_rows *= alpha[None, :]
+        odd *= power(-shift(0, 0, 1))
+        weights = (
+            _all_alike(even.to(tl.float16), ALIKE),
+            _all_alike(odd.to(tl.float16), ALIKE),
+        )
+        scaled_rows *= alpha
         for lane in tl.static_range(2):
             scaled_rows = tl.dot(ones * power(shift(0, 0, lane)), weights[lane], acc=scaled_rows)
         new_sums = ()
@@ -183,35 +259,38 @@ def fold_archive(
                     BLOCK, TMA,
                 )  # fmt: skip
                 for part in tl.static_range(1 << c):
-                    total = sums[first_part(VARIANT, 3 + c) + part] * alpha[None, :]
+                    total = sums[first_part(VARIANT, 3 + c) + part] * alpha
                     for lane in tl.static_range(2):
                         codes = read_codes(x, 8 >> c, part, lane, ASM)
                         total = tl.dot(codes, weights[lane], acc=total)
                     new_sums = new_sums + (total,)  # noqa: RUF005
         sums = new_sums
 
-    far, scaled = tl.sum(l_rows, 0), tl.sum(scaled_rows, 0) / SUM_ROWS
+    far = tl.sum(l_rows, 0)[None, :]
+    far = tl.reshape(_all_alike(far, ALIKE), (N,))
+    m = tl.reshape(_all_alike(m, ALIKE), (N,))
+    scaled = tl.sum(_one_of_each(scaled_rows, ALIKE), 0) / SUM_ROWS
     # What was read of the queries, others may still read.
     tl.debug_barrier()
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
-    o_n = tl.arange(0, N)
+    p_columns = p_scratch + tl.arange(0, U)[None, :] * D
     p_order = order_ptr + (H + head) * D
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
             for part in tl.static_range(1 << c):
                 o_r = first_channel(VARIANT, 3 + c) + part * row_bytes(VARIANT, 3 + c)
                 o_r += tl.arange(0, row_bytes(VARIANT, 3 + c))
-                y = sums[first_part(VARIANT, 3 + c) + part] * power(24 - (8 >> c) * part)
-                y -= scaled[None, :] * ((power(8 >> c) - 1) / 2)
+                y = _one_of_each(sums[first_part(VARIANT, 3 + c) + part], ALIKE)
+                y = y * power(24 - (8 >> c) * part) - scaled[None, :] * ((power(8 >> c) - 1) / 2)
                 y *= tl.load(numbers_ptr + (3 * H + head) * D + o_r)[:, None]
-                p_y = p_scratch + tl.load(p_order + o_r)[:, None] + o_n[None, :] * D
-                tl.store(p_y, y, mask=m_q[None, :])
+                tl.store(p_columns + tl.load(p_order + o_r)[:, None], y, mask=m_q[None, :])
     tl.debug_barrier()
     places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
     stored = places < stored_values(VARIANT)
     acc += tl.load(
-        p_scratch + o_d[:, None] + o_n[None, :] * D, mask=stored[:, None] & m_q[None, :], other=0.0
-    )
+        p_scratch + o_d[:, None] + (tl.arange(0, N) // ALIKE)[None, :] * D,
+        mask=stored[:, None] & _all_alike(m_q[None, :], ALIKE), other=0.0,
+    )  # fmt: skip
     mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
     return m, l + far, acc + mean[:, None] * far[None, :]

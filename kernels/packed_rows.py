@@ -12,6 +12,8 @@ from vllm_leank.kernels.codes import (
     lanes,
     load_field,
     power,
+    product_bytes,
+    product_powers,
     read_codes,
     row_bytes,
     shift,
@@ -26,13 +28,13 @@ def _query_part(
     PART: tl.constexpr, LANE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """As in `packed_columns`, `[M, W / LANES]` and `[M]`."""
-    SHIFT: tl.constexpr = shift(BITS, PART, LANE)
-    o_w = first + PART * W + tl.arange(0, W // LANES) * LANES + LANE
+    o_w = first + PART * W + product_bytes(W, LANE, LANES)
+    powers = product_powers(W, BITS, PART, LANE, LANES)
     channel = tl.load(p_order + o_w)
     q = tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None], other=0.0).to(tl.float32)
     q = q * tl.load(p_factor + o_w)[None, :] / unit[:, None]
-    q = (q * power(-SHIFT)).to(tl.float16)
-    half = tl.sum(q.to(tl.float32), 1) * (power(SHIFT) * (power(BITS) - 1) / 2)
+    q = (q / powers[None, :]).to(tl.float16)
+    half = tl.sum(q.to(tl.float32) * powers[None, :], 1) * ((power(BITS) - 1) / 2)
     return q, half
 
 
@@ -88,7 +90,7 @@ def fold_archive(
     """
     ASM: tl.constexpr = TILES.ASM
     M: tl.constexpr = m.shape[0]
-    offset = tl.load(p_head + 2)
+    offset = tl.multiple_of(tl.load(p_head + 2), 16)
     side_offset = tl.load(p_head + 4)
     parts, unit, added = _query(
         p_q, m_q, order_ptr + head * D, numbers_ptr + head * D, numbers_ptr + (H + head) * D,
@@ -126,7 +128,7 @@ def fold_archive(
         # Scales of slots that hold no token may hold anything.
         stored = (o_token >= begin) & (o_token < stop)
         v_scale = scale_tile(
-            descs[10], side_ptr, page, side_offset, slot, stride_side, TILE, BLOCK, TMA
+            descs[5], side_ptr, page, side_offset, slot, stride_side, TILE, BLOCK, TMA
         ).to(tl.float32)
         v_scale = tl.where(stored, v_scale, 0.0)
         s = tl.where(seen, s * unit[:, None] + added[:, None], float("-inf"))
