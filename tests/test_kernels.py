@@ -18,6 +18,7 @@ from vllm_leank.kernels import decode, extend, launch, reference, store
 from vllm_leank.kernels.cache import LayerCache
 
 from vllm_leank.core.formats import NATIVE
+from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import Window
 from vllm_leank.serving.step import attend_layer
 
@@ -373,12 +374,15 @@ def test_a_request_split_over_many_programs_reads_the_same(monkeypatch, tma):
         outputs.append(output)
 
 
+TWO = Profile(k4=32, k2=64, v2=128)
+
+
 @pytest.mark.parametrize("group", [2, 7])
 def test_many_requests_take_longer_tiles_and_read_the_same(monkeypatch, tma, group):
     monkeypatch.setattr(launch, "FEW_HEADS", 0)
     launch.choose_decode.cache_clear()
     builder = CacheBuilder(
-        CODED[128][:2], 128, group, Window(64, 96), 256, torch.float16, archive_format=PACKED,
+        (CODED[128][1], TWO), 128, group, Window(64, 96), 256, torch.float16, archive_format=PACKED,
         device=DEVICE,
     )  # fmt: skip
     lengths = [700, 390, 288, 161]

@@ -53,6 +53,26 @@ def test_codes_of_a_few_bits_take_long_tiles_where_all_heads_have_them(heads, lo
     assert (shape.tile, shape.registers) == ((128, None) if long else (64, 128))
 
 
+@pytest.mark.parametrize(
+    ("heads", "long"),
+    [
+        ([(64, 64, 64), (32, 64, 128)], True),
+        ([(0, 128, 128)], True),
+        ([(0, 64, 64)], False),  # 1 bit
+        ([(64, 64, 64), (0, 64, 64)], False),
+        ([(64, 64, 64), (128, 0, 128)], False),  # 3 bits
+    ],
+)
+def test_many_requests_of_two_bits_take_long_tiles(heads, long):
+    """K of 4 and 2 bits, and V of 2. Units of work are those of a short tile all the same."""
+    profiles = tuple(Profile(k4=k4, k2=k2, v2=v2) for k4, k2, v2 in heads)
+    packed = CacheLayout(profiles, 128, 2, 256, PACKED)
+    few, many = choose_decode(1, packed, HOPPER), choose_decode(256, packed, HOPPER)
+    assert (few.tile, few.registers) == (64, 128)
+    assert (many.tile, many.registers) == ((128, 184) if long else (64, 128))
+    assert tile_tokens(packed) == 64
+
+
 @pytest.mark.parametrize("heads", [1, 2, 4, 8, 32, 96])
 def test_every_batch_has_a_table_that_was_made_at_startup(heads):
     made = decode_programs_of_all(heads)

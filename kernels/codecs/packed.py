@@ -24,8 +24,9 @@ FEW_BITS = DecodeShape(
 )
 """For few requests of few bits: short tiles, and few registers, so that many programs run."""
 
-FEW_BITS_MANY = replace(FEW_BITS, tile=128, registers=184)
-"""For many requests: long tiles, with fewer instructions and longer rows of V to load."""
+TWO_BITS = replace(FEW_BITS, tile=128, registers=184)
+"""For many requests, where all heads have about 2 bits: V has longer rows in long tiles, and these
+have fewer instructions. Heads of more bits would leave room for few programs."""
 
 MANY_BITS = replace(FEW_BITS, tile=128, registers=None, wave=512)
 """Bytes are the limit: long tiles."""
@@ -61,9 +62,11 @@ class PackedCodec(Codec):
         )
 
     def decode_shape(self, layout: CacheLayout, few_requests: bool = True) -> DecodeShape:
-        if _many_bits(layout):
+        if _all_heads_have(3, 5, layout):
             return MANY_BITS
-        return FEW_BITS if few_requests else FEW_BITS_MANY
+        if not few_requests and _all_heads_have(1.5, 2.5, layout):
+            return TWO_BITS
+        return FEW_BITS
 
     @property
     def empty_side(self) -> torch.Tensor:
@@ -90,14 +93,15 @@ class PackedCodec(Codec):
         )
 
 
-def _many_bits(layout: CacheLayout) -> bool:
-    """Whether all heads that store anything have 3 to 5 bits per number. With fewer, instructions
-    are the limit; with more, long tiles leave room for few programs; and the sums over V of heads
-    of more than 128 channels leave them no registers.
+def _all_heads_have(least: float, most: float, layout: CacheLayout) -> bool:
+    """Whether heads that store anything have so many bits per number, and so few channels that sums
+    over V leave registers for long tiles.
     """
-    least, most = (bits * 2 * layout.head_dim // 8 for bits in (3, 5))
+    per_bit = 2 * layout.head_dim / 8
     sizes = [layout.archive_format.token_bytes(one, layout.itemsize) for one in layout.variants]
-    return layout.head_dim <= 128 and bool(sizes) and least <= min(sizes) and max(sizes) <= most
+    if layout.head_dim > 128 or not sizes:
+        return False
+    return least * per_bit <= min(sizes) and max(sizes) <= most * per_bit
 
 
 def _steps(values: torch.Tensor, channels: Channels) -> Iterator[tuple[int, torch.Tensor]]:
