@@ -44,7 +44,7 @@ def _decode_kernel(
     AFTER_PROMPT: tl.constexpr,
     TILES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
     STAGES: tl.constexpr, WINDOW_STAGES: tl.constexpr, WINDOW_TILE: tl.constexpr,
-    WINDOW_BLOCK: tl.constexpr,
+    WINDOW_BLOCK: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -67,7 +67,9 @@ def _decode_kernel(
     if split < splits:
         i_partial = (i_req * tl.num_programs(1) + i_work).to(tl.int64)
         p_partial = partial_ptr + i_partial * (G * D)
-        o_g = tl.arange(0, G_PAD)
+        o_n = tl.arange(0, G_PAD)
+        o_g = o_n // ALIKE
+        m_g = o_g < G
         o_d = tl.arange(0, D_PAD)
         p_q = q_ptr + i_req.to(tl.int64) * stride_q_token + (head * G + o_g) * stride_q_head
         m = tl.full([G_PAD], float("-inf"), tl.float32)
@@ -79,7 +81,7 @@ def _decode_kernel(
             # this one began. That one may have written what is read from here on: pages, and q.
             tl.extra.cuda.gdc_wait()
         q = tl.load(
-            p_q[None, :] + o_d[:, None], mask=(o_g[None, :] < G) & (o_d[:, None] < D), other=0.0
+            p_q[None, :] + o_d[:, None], mask=m_g[None, :] & (o_d[:, None] < D), other=0.0
         )  # [D_PAD, G_PAD]
         if n_archive > 0:
             first = n_archive * split // splits
@@ -94,11 +96,11 @@ def _decode_kernel(
             for c in tl.static_range(len(VARIANTS)):
                 if variant == VARIANTS[c]:
                     m, l, acc = TILES.fold_columns(
-                        m, l, acc, first, last, boundary, q, p_q, o_g < G, scale_log2,
+                        m, l, acc, first, last, boundary, q, p_q, m_g, scale_log2,
                         head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr,
                         side_ptr, stride_archive_page, stride_side, p_partial,
                         SINK, H, D, D_PAD, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,
-                        SELECTION is not None,
+                        SELECTION is not None, ALIKE,
                     )  # fmt: skip
 
         PARTS: tl.constexpr = 32 // WINDOW_TILE
@@ -137,20 +139,20 @@ def _decode_kernel(
         l = tl.sum(l_rows, 0)
         if splits == 1:
             if sink_scores_ptr is not None:
-                l += tl.exp2(load_sink_scores(sink_scores_ptr, head * G + o_g, o_g < G) - m)
+                l += tl.exp2(load_sink_scores(sink_scores_ptr, head * G + o_g, m_g) - m)
             p_output = output_ptr + i_req.to(tl.int64) * stride_o_token + head * G * stride_o_head
             tl.store(
                 p_output + o_g[None, :] * stride_o_head + o_d[:, None],
                 (acc / l[None, :]).to(output_ptr.dtype.element_ty),
-                mask=(o_g[None, :] < G) & (o_d[:, None] < D),
+                mask=m_g[None, :] & (o_d[:, None] < D),
             )  # fmt: skip
         else:
             tl.store(
                 p_partial + o_g[None, :] * D + o_d[:, None],
                 acc / l[None, :],
-                mask=(o_g[None, :] < G) & (o_d[:, None] < D),
+                mask=m_g[None, :] & (o_d[:, None] < D),
             )  # fmt: skip
-            tl.store(lse_ptr + i_partial * G + o_g, m + tl.log2(l), mask=o_g < G)
+            tl.store(lse_ptr + i_partial * G + o_g, m + tl.log2(l), mask=m_g)
 
 
 def decode(
@@ -278,6 +280,7 @@ def _launches(
         stride_selected=far_strides[1],
         VARIANTS=tables.variants,
         G_PAD=max(triton.next_power_of_2(group), 8),
+        ALIKE=2 if group <= 4 else 1,
         BLOCK=layout.archive_block,
         TILES=cache.codec.tiles,
         TMA=shape.tma,

@@ -75,7 +75,7 @@ def fold_archive(
     stride_page, stride_side, p_scratch,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Take archive tiles `first` to `last` of a head that keeps `KEPT` channels into the running
     softmax of `N` columns of queries, which see the tokens from `SINK` to `boundary`.

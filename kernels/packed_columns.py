@@ -88,6 +88,24 @@ def _add_scores(
 
 
 @triton.jit
+def _one_of_each(x, ALIKE: tl.constexpr):
+    """Of columns `[M, N]` of which so many next to each other are alike, one each."""
+    if ALIKE == 2:
+        x, _ = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return x
+
+
+@triton.jit
+def _all_alike(x, ALIKE: tl.constexpr):
+    """Columns `[M, N * ALIKE]` that are alike, of one of each, `[M, N]`."""
+    if ALIKE == 2:
+        M: tl.constexpr = x.shape[0]
+        N: tl.constexpr = x.shape[1]
+        x = tl.reshape(tl.broadcast_to(x[:, :, None], (M, N, 2)), (M, 2 * N))
+    return x
+
+
+@triton.jit
 def _sum_rows(x):
     """Sums over rows of `x` `[M, N]` as `[SUM_ROWS, N]`, for which each thread has what it needs: a
     sum over all rows would make threads wait for each other.
@@ -112,7 +130,7 @@ def fold_archive(
     stride_page, stride_side, p_scratch,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     VARIANT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """As `fold_columns.fold_archive`, for a head whose fields `VARIANT` describes. It comes first:
     `m`, `l` and `acc` have taken nothing in yet. SELECTED: as there.
@@ -139,7 +157,9 @@ def fold_archive(
         if row_bytes(VARIANT, 3 + c) > 0:
             for _ in tl.static_range(1 << c):
                 sums = sums + (tl.zeros([row_bytes(VARIANT, 3 + c), N], tl.float32),)  # noqa: RUF005
-    l_rows = tl.zeros([SUM_ROWS, N], tl.float32)
+    unit, added = _one_of_each(unit[None, :], ALIKE), _one_of_each(added[None, :], ALIKE)
+    m = _one_of_each(m[None, :], ALIKE)
+    l_rows = tl.zeros([SUM_ROWS, N // ALIKE], tl.float32)
     # Sums of weights times scales, as products see them: in each row the same.
     scaled_rows = tl.zeros([SUM_ROWS, N], tl.float32)
     ones = tl.full([SUM_ROWS, TILE // 2], 1.0, tl.float16)
@@ -157,22 +177,30 @@ def fold_archive(
                     TMA,
                 )  # fmt: skip
                 s = _add_scores(s, x, parts, first_product(VARIANT, c), c, lanes(VARIANT, c), ASM)
+        s = _one_of_each(s, ALIKE)
         o_token = token + tl.arange(0, TILE)
-        seen = (o_token >= SINK) & (o_token < boundary)
+        seen = o_token < boundary
+        if SINK % TILE != 0:
+            seen &= o_token >= SINK
         v_scale = scale_tile(
             descs[10], side_ptr, this, side_offset, slot, stride_side, TILE, BLOCK, TMA
         ).to(tl.float32)
         # Scales of slots that hold no token may hold anything.
         v_scale = tl.where(seen, v_scale, 0.0)
-        s = tl.where(seen[:, None], s * unit[None, :] + added[None, :], float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 0))
+        s = tl.where(seen[:, None], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 0)[None, :] * unit + added)
         alpha = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[None, :])
+        p = tl.exp2(s * unit + (added - m_new))
         m = m_new
-        l_rows = l_rows * alpha[None, :] + _sum_rows(p)
+        l_rows = l_rows * alpha + _sum_rows(p)
+        alpha = _all_alike(alpha, ALIKE)
         even, odd = _split_granules(p * v_scale[:, None])
-        weights = even.to(tl.float16), (odd * power(-shift(0, 0, 1))).to(tl.float16)
-        scaled_rows *= alpha[None, :]
+        odd *= power(-shift(0, 0, 1))
+        weights = (
+            _all_alike(even.to(tl.float16), ALIKE),
+            _all_alike(odd.to(tl.float16), ALIKE),
+        )
+        scaled_rows *= alpha
         for lane in tl.static_range(2):
             scaled_rows = tl.dot(ones * power(shift(0, 0, lane)), weights[lane], acc=scaled_rows)
         new_sums = ()
@@ -183,14 +211,17 @@ def fold_archive(
                     BLOCK, TMA,
                 )  # fmt: skip
                 for part in tl.static_range(1 << c):
-                    total = sums[first_part(VARIANT, 3 + c) + part] * alpha[None, :]
+                    total = sums[first_part(VARIANT, 3 + c) + part] * alpha
                     for lane in tl.static_range(2):
                         codes = read_codes(x, 8 >> c, part, lane, ASM)
                         total = tl.dot(codes, weights[lane], acc=total)
                     new_sums = new_sums + (total,)  # noqa: RUF005
         sums = new_sums
 
-    far, scaled = tl.sum(l_rows, 0), tl.sum(scaled_rows, 0) / SUM_ROWS
+    far = tl.sum(l_rows, 0)[None, :]
+    far = tl.reshape(_all_alike(far, ALIKE), (N,))
+    m = tl.reshape(_all_alike(m, ALIKE), (N,))
+    scaled = tl.sum(scaled_rows, 0) / SUM_ROWS
     # What was read of the queries, others may still read.
     tl.debug_barrier()
     o_d = tl.arange(0, D_PAD)
