@@ -28,6 +28,13 @@ SUM_ROWS = tl.constexpr(16)
 
 
 @triton.jit
+def _place_of_byte(byte):
+    """Where the channel of a byte stands."""
+    half = byte // 2
+    return byte // 32 * 32 + half % 8 // 2 * 8 + byte % 2 * 4 + half % 16 // 8 * 2 + half % 2
+
+
+@triton.jit
 def _write_query(
     p_scratch, p_q, m_q, p_order, p_mean, p_factor, D: tl.constexpr, D_PAD: tl.constexpr,
     VARIANT: tl.constexpr,
@@ -46,7 +53,13 @@ def _write_query(
     # The largest is 256, so that all fit into fp16, and with the codes' shifts keep their digits.
     unit = tl.maximum(tl.max(tl.abs(q), 0), 1e-30) / 256
     q = (q * (1 / unit)[None, :]).to(tl.float16)
-    p_scratch += o_d[:, None] + tl.arange(0, N)[None, :] * D
+    place = o_d
+    for c in tl.static_range(3):
+        if lanes(VARIANT, c) == 2:
+            byte = o_d - first_channel(VARIANT, c)
+            is_here = (byte >= 0) & (o_d < first_channel(VARIANT, c) + (row_bytes(VARIANT, c) << c))
+            place = tl.where(is_here, first_channel(VARIANT, c) + _place_of_byte(byte), place)
+    p_scratch += place[:, None] + tl.arange(0, N)[None, :] * D
     tl.store(p_scratch, q, mask=m_d[:, None] & m_q[None, :])
     # Half of the largest code of each class stands for 0.
     half = tl.where(o_d < first_channel(VARIANT, 2), 7.5, 1.5)
@@ -66,10 +79,14 @@ def _read_query(p_scratch, m_q, D: tl.constexpr, VARIANT: tl.constexpr):
             for i in tl.static_range(1 << c):
                 for lane in tl.static_range(lanes(VARIANT, c)):
                     o_w = tl.arange(0, row_bytes(VARIANT, c) // lanes(VARIANT, c))
-                    o_w = o_w * lanes(VARIANT, c) + lane
+                    if lanes(VARIANT, c) == 2:
+                        o_w = o_w // 4 * 8 + lane * 4 + o_w % 4
                     o_w += first_channel(VARIANT, c) + i * row_bytes(VARIANT, c)
                     p_part = p_scratch + o_w[:, None] + tl.arange(0, N)[None, :] * D
                     q = tl.load(p_part, mask=m_q[None, :], other=0.0)
+                    if lanes(VARIANT, c) == 2:
+                        q = tl.permute(tl.reshape(q, (row_bytes(VARIANT, c) // 32, 4, 2, 2, N)), (0, 2, 1, 3, 4))
+                        q = tl.reshape(q, (row_bytes(VARIANT, c) // 2, N))
                     # Codes are read as they lie in their bytes.
                     parts = parts + (q * power(-shift(8 >> c, i, lane)),)  # noqa: RUF005
     return parts
