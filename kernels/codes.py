@@ -71,8 +71,8 @@ def power(exponent):
 
 @triton.constexpr_function
 def lanes(variant, field):
-    """Bytes of a row that are read together: two, as halves of a word, or one of a row of K that
-    is too short for that. Rows of V are as long as a page.
+    """Products that a row's bytes are dealt to: those of even and of odd number in halves of words;
+    or one, of a row of K that is too short for two. Rows of V are as long as a page.
     """
     return 1 if field < 3 and row_bytes(variant, field) < 32 else 2
 
@@ -92,13 +92,12 @@ def code_mask(bits, part, lane):
 
 
 @triton.constexpr_function
-def bytes_asm(mask):
-    """PTX that makes four fp16 numbers of four bytes, each of which `mask` cuts a code out of."""
-    if mask == 0xFF:
-        return "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;"
+def bytes_asm(bits, part):
+    """PTX that makes four fp16 numbers of four bytes: of the first, third, second and fourth."""
+    lower, upper = (f"0x{code_mask(bits, part, lane) * 0x00010001:08x}" for lane in range(2))
     return (
-        f"{{ .reg .b32 t; and.b32 t, $2, 0x{mask * 0x01010101:08x};"
-        " prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }"
+        f"{{ .reg .b32 t; and.b32 $0, $2, {lower};"
+        f" shr.u32 t, $2, 6; and.b32 $1, t, {upper}; }}"
     )
 
 
@@ -112,22 +111,56 @@ def halves_asm(mask, lane):
 
 
 @triton.jit
+def product_bytes(W: tl.constexpr, LANE: tl.constexpr, LANES: tl.constexpr):
+    """Which bytes of a row of `W` the products of a lane take in turn, `[W / LANES]`."""
+    o_w = tl.arange(0, W // LANES)
+    if LANES == 2:
+        return 2 * o_w + LANE
+    return swap_bytes(o_w)
+
+
+@triton.jit
+def swap_bytes(o_w):
+    """Of four bytes the second for the third, and the third for the second."""
+    return o_w // 4 * 4 + o_w % 2 * 2 + o_w % 4 // 2
+
+
+@triton.jit
+def product_powers(
+    W: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr, LANE: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """What codes are multiplied by as they are read, a power of two for each of `product_bytes`."""
+    o_w = tl.arange(0, W // LANES)
+    if LANES == 2:
+        return tl.full(o_w.shape, power(shift(BITS, PART, LANE)), tl.float32)
+    return tl.where(o_w % 4 < 2, power(shift(BITS, PART, 0)), power(shift(BITS, PART, 1)))
+
+
+@triton.jit
 def read_codes(x, BITS: tl.constexpr, PART: tl.constexpr, LANE: tl.constexpr, ASM: tl.constexpr):
-    """Part `PART` of bytes `x` of `8 / BITS` codes each, or of bytes `LANE` of halves of words `x`,
-    as fp16 numbers: the code times `2^(shift - 24)`.
+    """Part `PART` of bytes `x` of `8 / BITS` codes each, in the order of `product_bytes`, or of
+    bytes `LANE` of halves of words `x`, as fp16 numbers: the code times `2^(shift - 24)`.
     """
     MASK: tl.constexpr = code_mask(BITS, PART, LANE)
-    if not ASM:
-        y = ((x >> (6 * LANE)) & MASK).to(tl.float32) * (2.0**-24)
-        y = y.to(tl.float16)
-    elif x.dtype == tl.uint8:
-        y = tl.inline_asm_elementwise(
-            bytes_asm(MASK), "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4
-        )
-    else:
+    if x.dtype == tl.uint8:
+        if ASM:
+            y = tl.inline_asm_elementwise(
+                bytes_asm(BITS, PART), "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4
+            )
+        else:
+            W: tl.constexpr = x.shape[1]
+            x = tl.permute(tl.reshape(x, (x.shape[0], W // 4, 2, 2)), (0, 1, 3, 2))
+            y = (tl.reshape(x, (x.shape[0], W)) & MASK).to(tl.float32) * (2.0**-24)
+            y *= product_powers(W, BITS, PART, 0, 1)[None, :] / power(shift(BITS, PART, 0))
+            y = y.to(tl.float16)
+    elif ASM:
         y = tl.inline_asm_elementwise(
             halves_asm(MASK, LANE), "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2
         )
+    else:
+        y = ((x >> (6 * LANE)) & MASK).to(tl.float32) * (2.0**-24)
+        y = y.to(tl.float16)
     return y
 
 

@@ -16,10 +16,12 @@ from vllm_leank.kernels.codes import (
     lanes,
     load_field,
     power,
+    product_powers,
     read_codes,
     row_bytes,
     shift,
     stored_values,
+    swap_bytes,
 )
 from vllm_leank.kernels.pages import scale_tile, tile_place
 
@@ -28,8 +30,12 @@ SUM_ROWS = tl.constexpr(16)
 
 
 @triton.jit
-def _place_of_byte(byte):
-    """Where the channel of a byte stands."""
+def _place_of_byte(byte, LANES: tl.constexpr):
+    """Where in the program's memory the queries have what a byte of K's row is multiplied by. So the
+    four numbers that a thread of a matrix product takes lie next to each other.
+    """
+    if LANES == 1:
+        return swap_bytes(byte)
     half = byte // 2
     return byte // 32 * 32 + half % 8 // 2 * 8 + byte % 2 * 4 + half % 16 // 8 * 2 + half % 2
 
@@ -55,16 +61,26 @@ def _write_query(
     q = (q * (1 / unit)[None, :]).to(tl.float16)
     place = o_d
     for c in tl.static_range(3):
-        if lanes(VARIANT, c) == 2:
+        if row_bytes(VARIANT, c) > 0:
             byte = o_d - first_channel(VARIANT, c)
-            is_here = (byte >= 0) & (o_d < first_channel(VARIANT, c) + (row_bytes(VARIANT, c) << c))
-            place = tl.where(is_here, first_channel(VARIANT, c) + _place_of_byte(byte), place)
+            turned = first_channel(VARIANT, c) + _place_of_byte(byte, lanes(VARIANT, c))
+            is_here = (byte >= 0) & (byte < row_bytes(VARIANT, c) << c)
+            place = tl.where(is_here, turned, place)
     p_scratch += place[:, None] + tl.arange(0, N)[None, :] * D
     tl.store(p_scratch, q, mask=m_d[:, None] & m_q[None, :])
     # Half of the largest code of each class stands for 0.
     half = tl.where(o_d < first_channel(VARIANT, 2), 7.5, 1.5)
     half = tl.where(o_d < first_channel(VARIANT, 1), 127.5, half)
     return unit, added - tl.sum(q.to(tl.float32) * half[:, None], 0) * unit
+
+
+@triton.jit
+def _turn_product(q):
+    """Rows `[K, N]` in the order of halves of words, of those in the order of memory."""
+    K: tl.constexpr = q.shape[0]
+    N: tl.constexpr = q.shape[1]
+    q = tl.permute(tl.reshape(q, (K // 16, 4, 2, 2, N)), (0, 2, 1, 3, 4))
+    return tl.reshape(q, (K, N))
 
 
 @triton.jit
@@ -84,11 +100,14 @@ def _read_query(p_scratch, m_q, D: tl.constexpr, VARIANT: tl.constexpr):
                     o_w += first_channel(VARIANT, c) + i * row_bytes(VARIANT, c)
                     p_part = p_scratch + o_w[:, None] + tl.arange(0, N)[None, :] * D
                     q = tl.load(p_part, mask=m_q[None, :], other=0.0)
-                    if lanes(VARIANT, c) == 2:
-                        q = tl.permute(tl.reshape(q, (row_bytes(VARIANT, c) // 32, 4, 2, 2, N)), (0, 2, 1, 3, 4))
-                        q = tl.reshape(q, (row_bytes(VARIANT, c) // 2, N))
                     # Codes are read as they lie in their bytes.
-                    parts = parts + (q * power(-shift(8 >> c, i, lane)),)  # noqa: RUF005
+                    powers = product_powers(
+                        row_bytes(VARIANT, c), 8 >> c, i, lane, lanes(VARIANT, c)
+                    )
+                    q *= (1 / powers)[:, None].to(tl.float16)
+                    if lanes(VARIANT, c) == 2:
+                        q = _turn_product(q)
+                    parts = parts + (q,)  # noqa: RUF005
     return parts
 
 

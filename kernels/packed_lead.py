@@ -6,10 +6,10 @@ from vllm_leank.kernels.codes import (
     CODE_UNIT,
     lanes,
     lead_field,
-    power,
+    product_bytes,
+    product_powers,
     read_codes,
     row_bytes,
-    shift,
 )
 
 
@@ -26,7 +26,7 @@ def lead_query(p_q, m_q, p_order, p_factor, VARIANT: tl.constexpr):
     largest = tl.full(m_q.shape, 1e-30, tl.float32)
     exact = ()
     for i in tl.static_range(LANES << LEAD):
-        o_w = i // LANES * W + tl.arange(0, W // LANES) * LANES + i % LANES
+        o_w = i // LANES * W + product_bytes(W, i % LANES, LANES)
         channel = tl.load(p_order + o_w)
         q = tl.load(p_q[None, :] + channel[:, None], mask=m_q[None, :], other=0.0).to(tl.float32)
         q *= tl.load(p_factor + o_w)[:, None]
@@ -36,7 +36,8 @@ def lead_query(p_q, m_q, p_order, p_factor, VARIANT: tl.constexpr):
     unit = largest / 256
     parts, rests = (), ()
     for i in tl.static_range(LANES << LEAD):
-        q = exact[i] * (1 / unit)[None, :] * power(-shift(8 >> LEAD, i // LANES, i % LANES))
+        powers = product_powers(W, 8 >> LEAD, i // LANES, i % LANES, LANES)
+        q = exact[i] * (1 / unit)[None, :] / powers[:, None]
         parts = parts + (q.to(tl.float16),)  # noqa: RUF005
         rests = rests + ((q - parts[i].to(tl.float32)).to(tl.float16),)  # noqa: RUF005
     return parts, rests, unit * CODE_UNIT

@@ -12,6 +12,8 @@ from vllm_leank.kernels.codes import (
     lanes,
     load_field,
     power,
+    product_bytes,
+    product_powers,
     read_codes,
     row_bytes,
     shift,
@@ -26,13 +28,13 @@ def _query_part(
     PART: tl.constexpr, LANE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """As in `packed_columns`, `[M, W / LANES]` and `[M]`."""
-    SHIFT: tl.constexpr = shift(BITS, PART, LANE)
-    o_w = first + PART * W + tl.arange(0, W // LANES) * LANES + LANE
+    o_w = first + PART * W + product_bytes(W, LANE, LANES)
+    powers = product_powers(W, BITS, PART, LANE, LANES)
     channel = tl.load(p_order + o_w)
     q = tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None], other=0.0).to(tl.float32)
     q = q * tl.load(p_factor + o_w)[None, :] / unit[:, None]
-    q = (q * power(-SHIFT)).to(tl.float16)
-    half = tl.sum(q.to(tl.float32), 1) * (power(SHIFT) * (power(BITS) - 1) / 2)
+    q = (q / powers[None, :]).to(tl.float16)
+    half = tl.sum(q.to(tl.float32) * powers[None, :], 1) * ((power(BITS) - 1) / 2)
     return q, half
 
 
