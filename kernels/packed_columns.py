@@ -31,7 +31,7 @@ SUM_ROWS = tl.constexpr(16)
 
 @triton.jit
 def _place_of_byte(byte, LANES: tl.constexpr):
-    """Where in the program's memory the queries have what a byte of K's row is multiplied by. So the
+    """Where in the program's memory queries have what a byte of K's row is multiplied by. So the
     four numbers that a thread of a matrix product takes lie next to each other.
     """
     if LANES == 1:
@@ -115,12 +115,17 @@ def _read_query(p_scratch, m_q, D: tl.constexpr, VARIANT: tl.constexpr):
 def _add_scores(
     s, x, parts, FIRST: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, ASM: tl.constexpr
 ):  # fmt: skip
-    """Add to scores `[TILE, N]` what a tile `x` of one K field gives."""
-    for i in tl.static_range(1 << C):
-        for lane in tl.static_range(LANES):
-            codes = read_codes(x, 8 >> C, i, lane, ASM)
-            s = tl.dot(codes, parts[FIRST + LANES * i + lane], acc=s)
-    return s
+    """Add to scores `[TILE, N]` what a tile `x` of one K field gives: to two sums in turn, so that
+    products wait for each other less.
+    """
+    even, odd = s
+    for i in tl.static_range(LANES << C):
+        codes = read_codes(x, 8 >> C, i // LANES, i % LANES, ASM)
+        if i % 2 == 0:
+            even = tl.dot(codes, parts[FIRST + i], acc=even)
+        else:
+            odd = tl.dot(codes, parts[FIRST + i], acc=odd)
+    return even, odd
 
 
 @triton.jit
@@ -205,7 +210,7 @@ def fold_archive(
         token, slot = tile * TILE, tile * TILE % BLOCK
         this = page
         page, tile = tile_place(p_table, tl.minimum(i + 1, last - 1), True, TILE, BLOCK, SELECTED)
-        s = tl.zeros([TILE, N], tl.float32)
+        s = tl.zeros([TILE, N], tl.float32), tl.zeros([TILE, N], tl.float32)
         for c in tl.static_range(3):
             if row_bytes(VARIANT, c) > 0:
                 x = load_field(
@@ -213,7 +218,7 @@ def fold_archive(
                     TMA,
                 )  # fmt: skip
                 s = _add_scores(s, x, parts, first_product(VARIANT, c), c, lanes(VARIANT, c), ASM)
-        s = _one_of_each(s, ALIKE)
+        s = _one_of_each(s[0], ALIKE) + _one_of_each(s[1], ALIKE)
         o_token = token + tl.arange(0, TILE)
         seen = o_token < boundary
         if SINK % TILE != 0:
