@@ -95,10 +95,7 @@ def code_mask(bits, part, lane):
 def bytes_asm(bits, part):
     """PTX that makes four fp16 numbers of four bytes: of the first, third, second and fourth."""
     lower, upper = (f"0x{code_mask(bits, part, lane) * 0x00010001:08x}" for lane in range(2))
-    return (
-        f"{{ .reg .b32 t; and.b32 $0, $2, {lower};"
-        f" shr.u32 t, $2, 6; and.b32 $1, t, {upper}; }}"
-    )
+    return f"{{ .reg .b32 t; and.b32 $0, $2, {lower}; shr.u32 t, $2, 6; and.b32 $1, t, {upper}; }}"
 
 
 @triton.constexpr_function
