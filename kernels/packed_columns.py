@@ -43,7 +43,7 @@ def _place_of_byte(byte, LANES: tl.constexpr):
 @triton.jit
 def _write_query(
     p_scratch, p_q, m_q, p_order, p_mean, p_factor, D: tl.constexpr, D_PAD: tl.constexpr,
-    VARIANT: tl.constexpr,
+    VARIANT: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Write the queries in the order of stored channels, in units of `unit`, fp16, to
     `[N, D]` at `p_scratch`. Returns `unit`, and what has to be added to each query's scores.
@@ -66,7 +66,7 @@ def _write_query(
             turned = first_channel(VARIANT, c) + _place_of_byte(byte, lanes(VARIANT, c))
             is_here = (byte >= 0) & (byte < row_bytes(VARIANT, c) << c)
             place = tl.where(is_here, turned, place)
-    p_scratch += place[:, None] + tl.arange(0, N)[None, :] * D
+    p_scratch += place[:, None] + tl.arange(0, N)[None, :] // ALIKE * D
     tl.store(p_scratch, q, mask=m_d[:, None] & m_q[None, :])
     # Half of the largest code of each class stands for 0.
     half = tl.where(o_d < first_channel(VARIANT, 2), 7.5, 1.5)
@@ -84,7 +84,9 @@ def _turn_product(q):
 
 
 @triton.jit
-def _read_query(p_scratch, m_q, D: tl.constexpr, VARIANT: tl.constexpr):
+def _read_query(
+    p_scratch, m_q, D: tl.constexpr, VARIANT: tl.constexpr, ALIKE: tl.constexpr
+):  # fmt: skip
     """What the parts of bytes of each K field are multiplied by, or with two lanes every other byte
     of them: fp16 `[bytes / lanes, N]`, a tuple.
     """
@@ -98,7 +100,7 @@ def _read_query(p_scratch, m_q, D: tl.constexpr, VARIANT: tl.constexpr):
                     if lanes(VARIANT, c) == 2:
                         o_w = o_w // 4 * 8 + lane * 4 + o_w % 4
                     o_w += first_channel(VARIANT, c) + i * row_bytes(VARIANT, c)
-                    p_part = p_scratch + o_w[:, None] + tl.arange(0, N)[None, :] * D
+                    p_part = p_scratch + o_w[:, None] + tl.arange(0, N)[None, :] // ALIKE * D
                     q = tl.load(p_part, mask=m_q[None, :], other=0.0)
                     # Codes are read as they lie in their bytes.
                     powers = product_powers(
@@ -187,10 +189,10 @@ def fold_archive(
     p_query = p_scratch.to(tl.pointer_type(tl.float16))
     unit, added = _write_query(
         p_query, p_q, m_q, order_ptr + head * D, numbers_ptr + head * D,
-        numbers_ptr + (H + head) * D, D, D_PAD, VARIANT,
+        numbers_ptr + (H + head) * D, D, D_PAD, VARIANT, ALIKE,
     )  # fmt: skip
     tl.debug_barrier()
-    parts = _read_query(p_query, m_q, D, VARIANT)
+    parts = _read_query(p_query, m_q, D, VARIANT, ALIKE)
     unit *= CODE_UNIT * scale_log2
     added *= scale_log2
     sums = ()
@@ -267,7 +269,7 @@ def fold_archive(
     tl.debug_barrier()
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
-    o_n = tl.arange(0, N)
+    o_n = tl.arange(0, N) // ALIKE
     p_order = order_ptr + (H + head) * D
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:

@@ -373,6 +373,40 @@ def test_a_request_split_over_many_programs_reads_the_same(monkeypatch, tma):
         outputs.append(output)
 
 
+@pytest.mark.skipif(GPU, reason="other tests show it there, where programs run at once")
+@pytest.mark.parametrize("group", [1, 4, 5])
+def test_programs_keep_to_their_own_memory(monkeypatch, tma, group):
+    """One that writes too far spoils another's work, which the interpreter, in which programs run
+    in turn, would not show.
+    """
+    heads = 8 * CODED[64][:2]
+    builder = CacheBuilder(
+        heads, 64, group, Window(32, 64), 64, torch.float16, archive_format=PACKED, device=DEVICE
+    )
+    request = builder.add(10, 400)
+    builder.run(builder.step([(request, len(request) - 1)]), reference)
+    step = builder.step([(request, 1)])
+    store.update(step.key, step.value, builder.cache, step.batch)
+    made = []
+
+    def scratch(batch, num_reqs, programs, group, head_dim):
+        # So the last one works as well.
+        assert programs == len(heads)
+        shape = num_reqs, programs, group, head_dim
+        size = num_reqs * programs * group * head_dim
+        made.append(torch.full([3 * size], 7.0, device=DEVICE))
+        partial = made[0][size : 2 * size].view(shape)
+        return partial, torch.empty_like(partial[..., 0])
+
+    monkeypatch.setattr(decode, "_scratch", scratch)
+    output = torch.full_like(step.query, float("nan"))
+    decode.decode(step.query, output, builder.cache, step.batch, builder.scale)
+    assert relative_rms(output, step.expected) < CODED_FP16[1]
+    before, _, after = made[0].chunk(3)
+    assert (before == 7).all()
+    assert (after == 7).all()
+
+
 @pytest.mark.parametrize("queries", [1, 3])
 def test_what_a_step_prepared_goes_with_it(queries):
     """It is memory of a GPU, and Python looks for circles seldom; while graphs are made, never."""
