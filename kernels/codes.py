@@ -173,11 +173,13 @@ def load_field(
     LANES: tl.constexpr = lanes(VARIANT, FIELD)
     first = (offset + field_offset(VARIANT, FIELD, BLOCK)) // LANES
     if LANES == 2:
+        first = tl.multiple_of(first, 8)
+    if LANES == 2:
         ptr = ptr.to(tl.pointer_type(tl.uint16))
     if FIELD < 3:
         tile = load_tile(
             descs[width_index(W)], ptr, page, first, slot, 0, stride_page // LANES, W // LANES,
-            TILE, W // LANES, TILE, W // LANES, TMA,
+            TILE, W // LANES, TILE, W // LANES, False,
         )  # fmt: skip
     else:
         tile = load_tile(

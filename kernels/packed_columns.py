@@ -184,7 +184,7 @@ def fold_archive(
     """
     ASM: tl.constexpr = TILES.ASM
     N: tl.constexpr = m.shape[0]
-    offset = tl.load(p_head + 2)
+    offset = tl.multiple_of(tl.load(p_head + 2), 16)
     side_offset = tl.load(p_head + 4)
     p_query = p_scratch.to(tl.pointer_type(tl.float16))
     unit, added = _write_query(
