@@ -182,9 +182,10 @@ def load_field(
             TILE, W // LANES, TILE, W // LANES, False,
         )  # fmt: skip
     else:
+        column = tl.multiple_of(slot // LANES, TILE // LANES)
         tile = load_tile(
-            descs[5 + width_index(W)], ptr, page, first, 0, slot // LANES, stride_page // LANES,
-            BLOCK // LANES, W, TILE // LANES, W, TILE // LANES, TMA,
+            descs[5 + width_index(W)], ptr, page, first, 0, column, stride_page // LANES,
+            BLOCK // LANES, W, TILE // LANES, W, TILE // LANES, False,
         )  # fmt: skip
     return tile
 

@@ -30,14 +30,15 @@ SUM_ROWS = tl.constexpr(16)
 
 
 @triton.jit
-def _place_of_byte(byte, LANES: tl.constexpr):
+def _place_of_byte(byte, W: tl.constexpr, LANES: tl.constexpr):
     """Where in the program's memory queries have what a byte of K's row is multiplied by. So the
-    four numbers that a thread of a matrix product takes lie next to each other.
+    numbers that a thread of a matrix product takes lie next to each other, four of each 16.
     """
     if LANES == 1:
         return swap_bytes(byte)
-    half = byte // 2
-    return byte // 32 * 32 + half % 8 // 2 * 8 + byte % 2 * 4 + half % 16 // 8 * 2 + half % 2
+    half = byte // 2 % (W // 2)
+    thread = half % 8 // 2 * 2 + byte % 2
+    return byte // W * W + thread * (W // 8) + half // 16 * 4 + half % 16 // 8 * 2 + half % 2
 
 
 @triton.jit
@@ -63,7 +64,9 @@ def _write_query(
     for c in tl.static_range(3):
         if row_bytes(VARIANT, c) > 0:
             byte = o_d - first_channel(VARIANT, c)
-            turned = first_channel(VARIANT, c) + _place_of_byte(byte, lanes(VARIANT, c))
+            turned = first_channel(VARIANT, c) + _place_of_byte(
+                byte, row_bytes(VARIANT, c), lanes(VARIANT, c)
+            )
             is_here = (byte >= 0) & (byte < row_bytes(VARIANT, c) << c)
             place = tl.where(is_here, turned, place)
     p_scratch += place[:, None] + tl.arange(0, N)[None, :] // ALIKE * D
@@ -75,11 +78,17 @@ def _write_query(
 
 
 @triton.jit
+def _places_of_lane(o_w, EACH: tl.constexpr, LANE: tl.constexpr):
+    """Places of the bytes of a lane, of each thread's `EACH`."""
+    return o_w // EACH * (2 * EACH) + LANE * EACH + o_w % EACH
+
+
+@triton.jit
 def _turn_product(q):
     """Rows `[K, N]` in the order of halves of words, of those in the order of memory."""
     K: tl.constexpr = q.shape[0]
     N: tl.constexpr = q.shape[1]
-    q = tl.permute(tl.reshape(q, (K // 16, 4, 2, 2, N)), (0, 2, 1, 3, 4))
+    q = tl.permute(tl.reshape(q, (4, K // 16, 2, 2, N)), (1, 2, 0, 3, 4))
     return tl.reshape(q, (K, N))
 
 
@@ -98,7 +107,7 @@ def _read_query(
                 for lane in tl.static_range(lanes(VARIANT, c)):
                     o_w = tl.arange(0, row_bytes(VARIANT, c) // lanes(VARIANT, c))
                     if lanes(VARIANT, c) == 2:
-                        o_w = o_w // 4 * 8 + lane * 4 + o_w % 4
+                        o_w = _places_of_lane(o_w, row_bytes(VARIANT, c) // 8, lane)
                     o_w += first_channel(VARIANT, c) + i * row_bytes(VARIANT, c)
                     p_part = p_scratch + o_w[:, None] + tl.arange(0, N)[None, :] // ALIKE * D
                     q = tl.load(p_part, mask=m_q[None, :], other=0.0)
