@@ -185,7 +185,7 @@ def load_field(
         column = tl.multiple_of(slot // LANES, TILE // LANES)
         tile = load_tile(
             descs[5 + width_index(W)], ptr, page, first, 0, column, stride_page // LANES,
-            BLOCK // LANES, W, TILE // LANES, W, TILE // LANES, False,
+            BLOCK // LANES, W, TILE // LANES, W, TILE // LANES, TMA,
         )  # fmt: skip
     return tile
 
