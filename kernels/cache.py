@@ -87,7 +87,7 @@ class LayerCache(Prepares):
 
     def descriptor_arguments(self, tile: int, window_tile: int, tma: bool) -> dict[str, Any]:
         """What kernels take as tensor descriptors of the pages, for archive tiles of `tile` tokens
-        and window tiles of `window_tile`: `window_desc` of window pages, and `d0` to `d10` of the
+        and window tiles of `window_tile`: `window_desc` of window pages, and `d0` to `d5` of the
         archive's. Without `tma`, where they load through pointers, stand-ins.
         """
         return self.prepared(_descriptor_arguments, tile, window_tile, tma)

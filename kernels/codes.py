@@ -168,23 +168,25 @@ def load_field(
 ):  # fmt: skip
     """A tile of one field of a head that begins `offset` bytes into the page: of K `[TILE, bytes]`,
     of V `[bytes, TILE]`, or with two `lanes` half as many columns, of halves of words.
+
+    Rows of K are short and follow each other, so threads load them together; the tensor memory
+    accelerator would take one row at a time, and programs would wait for it.
     """
     W: tl.constexpr = row_bytes(VARIANT, FIELD)
     LANES: tl.constexpr = lanes(VARIANT, FIELD)
     first = (offset + field_offset(VARIANT, FIELD, BLOCK)) // LANES
     if LANES == 2:
-        first = tl.multiple_of(first, 8)
-    if LANES == 2:
         ptr = ptr.to(tl.pointer_type(tl.uint16))
+        first = tl.multiple_of(first, 8)
     if FIELD < 3:
         tile = load_tile(
-            descs[width_index(W)], ptr, page, first, slot, 0, stride_page // LANES, W // LANES,
+            None, ptr, page, first, slot, 0, stride_page // LANES, W // LANES,
             TILE, W // LANES, TILE, W // LANES, False,
         )  # fmt: skip
     else:
         column = tl.multiple_of(slot // LANES, TILE // LANES)
         tile = load_tile(
-            descs[5 + width_index(W)], ptr, page, first, 0, column, stride_page // LANES,
+            descs[width_index(W)], ptr, page, first, 0, column, stride_page // LANES,
             BLOCK // LANES, W, TILE // LANES, W, TILE // LANES, TMA,
         )  # fmt: skip
     return tile

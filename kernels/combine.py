@@ -14,8 +14,8 @@ def combine_kernel(
     output_ptr, partial_ptr, lse_ptr, sink_scores_ptr, seq_lens_ptr, exact_until_ptr, heads_ptr,
     programs, archive_units, split_units, stride_o_token, stride_o_head,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
-    ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
+    WINDOW_BYTES: tl.constexpr, ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
     AFTER_PROMPT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The output of one query head of a request, unless one program has written it already."""
@@ -26,7 +26,7 @@ def combine_kernel(
     head_units = tl.load(heads_ptr + 3 * head + 2)
     _, _, _, _, splits = share(
         seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-        SINK, RECENT, H, D, TILE, WINDOW_BYTES, ROWS, ONE_WAVE, SELECTION,
+        SINK, RECENT, H, D, TILE, UNIT_TILE, WINDOW_BYTES, ROWS, ONE_WAVE, SELECTION,
     )  # fmt: skip
     if AFTER_PROMPT:
         splits = tl.where(after_prompt(seq_lens_ptr, exact_until_ptr, i_req), splits, 1)

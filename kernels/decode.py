@@ -31,7 +31,7 @@ from vllm_leank.core.selection import Selection
 )  # fmt: skip
 def _decode_kernel(
     q_ptr, output_ptr, partial_ptr, lse_ptr, sink_scores_ptr, window_ptr, archive_ptr, side_ptr,
-    window_desc, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10,
+    window_desc, d0, d1, d2, d3, d4, d5,
     window_table_ptr, archive_table_ptr, seq_lens_ptr, exact_until_ptr,
     work_ptr, order_ptr, numbers_ptr, scale_log2, archive_units, split_units,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
@@ -39,7 +39,7 @@ def _decode_kernel(
     stride_window_table, stride_archive_table, stride_selected,
     VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
     ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
     AFTER_PROMPT: tl.constexpr,
     TILES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
@@ -59,7 +59,7 @@ def _decode_kernel(
     head_units = tl.load(p_head + 3)
     length, boundary, n_dense, n_archive, splits = share(
         seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-        SINK, RECENT, H, D, TILE, WINDOW_BYTES, ROWS, ONE_WAVE, SELECTION,
+        SINK, RECENT, H, D, TILE, UNIT_TILE, WINDOW_BYTES, ROWS, ONE_WAVE, SELECTION,
     )  # fmt: skip
     if AFTER_PROMPT:
         # Others are not for this launch.
@@ -67,11 +67,12 @@ def _decode_kernel(
     if split < splits:
         i_partial = (i_req * tl.num_programs(1) + i_work).to(tl.int64)
         p_partial = partial_ptr + i_partial * (G * D)
-        o_n = tl.arange(0, G_PAD)
-        o_g = o_n // ALIKE
+        # Columns of products, and the queries that they are of: each has `ALIKE` of them.
+        o_g = tl.arange(0, G_PAD) // ALIKE
         m_g = o_g < G
+        o_query = tl.arange(0, G_PAD // ALIKE)
         o_d = tl.arange(0, D_PAD)
-        p_q = q_ptr + i_req.to(tl.int64) * stride_q_token + (head * G + o_g) * stride_q_head
+        p_first = q_ptr + i_req.to(tl.int64) * stride_q_token + head * G * stride_q_head
         m = tl.full([G_PAD], float("-inf"), tl.float32)
         l = tl.zeros([G_PAD], tl.float32)
         acc = tl.zeros([D_PAD, G_PAD], tl.float32)
@@ -81,8 +82,9 @@ def _decode_kernel(
             # this one began. That one may have written what is read from here on: pages, and q.
             tl.extra.cuda.gdc_wait()
         q = tl.load(
-            p_q[None, :] + o_d[:, None], mask=m_g[None, :] & (o_d[:, None] < D), other=0.0
-        )  # [D_PAD, G_PAD]
+            p_first + o_g[None, :] * stride_q_head + o_d[:, None],
+            mask=m_g[None, :] & (o_d[:, None] < D), other=0.0,
+        )  # [D_PAD, G_PAD]  # fmt: skip
         if n_archive > 0:
             first = n_archive * split // splits
             last = n_archive * (split + 1) // splits
@@ -92,13 +94,14 @@ def _decode_kernel(
                 last += SINK // TILE
             else:
                 p_table += head * stride_selected
-            descs = (d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10)
+            descs = (d0, d1, d2, d3, d4, d5)
             for c in tl.static_range(len(VARIANTS)):
                 if variant == VARIANTS[c]:
                     m, l, acc = TILES.fold_columns(
-                        m, l, acc, first, last, boundary, q, p_q, m_g, scale_log2,
-                        head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr,
-                        side_ptr, stride_archive_page, stride_side, p_partial,
+                        m, l, acc, first, last, boundary, q,
+                        p_first + o_query * stride_q_head, o_query < G, scale_log2, head,
+                        p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
+                        stride_archive_page, stride_side, p_partial,
                         SINK, H, D, D_PAD, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,
                         SELECTION is not None, ALIKE,
                     )  # fmt: skip
@@ -236,6 +239,7 @@ def _launches(
     layout, window, tables = cache.layout, cache.window, cache.tables
     num_kv_heads = len(layout.profiles)
     group = num_heads // num_kv_heads
+    columns = max(triton.next_power_of_2(group), 8)
     work = tables.work(shape.programs)
     archive, side = cache.archive_pages, cache.side
     # A launch that may have nothing to do waits for nothing, so nobody may wait for it alone.
@@ -253,6 +257,7 @@ def _launches(
         "D": head_dim,
         "D_PAD": triton.next_power_of_2(head_dim),
         "TILE": shape.tile,
+        "UNIT_TILE": tables.tile,
         "WINDOW_BYTES": layout.itemsize,
         "ROWS": shape.rows,
         "ONE_WAVE": shape.wave,
@@ -279,8 +284,8 @@ def _launches(
         stride_window_table=window_stride, stride_archive_table=far_strides[0],
         stride_selected=far_strides[1],
         VARIANTS=tables.variants,
-        G_PAD=max(triton.next_power_of_2(group), 8),
-        ALIKE=2 if group <= 4 else 1,
+        G_PAD=columns,
+        ALIKE=2 if 2 * group <= columns and not cache.codec.whole_channels else 1,
         BLOCK=layout.archive_block,
         TILES=cache.codec.tiles,
         TMA=shape.tma,

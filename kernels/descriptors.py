@@ -9,11 +9,11 @@ from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.core.formats.whole import CHUNK_WIDTHS
 from vllm_leank.core.pages import CacheLayout
 
-PARTS = 11
+PARTS = 6
 """Descriptors of archive pages that kernels take."""
 
 ROW_WIDTHS = (16, 32, 64, 128, 256)
-"""Of the fields of packed pages, in bytes of a token."""
+"""Of the fields of V in packed pages, in bytes of a token."""
 
 
 def describe_pages(
@@ -60,25 +60,20 @@ def _whole(pages: torch.Tensor, layout: CacheLayout, tile: int) -> list[Any]:
 
 
 def _packed(pages: torch.Tensor, layout: CacheLayout, tile: int) -> list[Any]:
-    """For each of `ROW_WIDTHS` bytes, rows of one K field, tiles `[1, tile, width]`; then for as
-    many rows of one V field, each a dimension's tokens, tiles `[1, width, tile]`; then scales of V,
-    tiles `[1, 1, tile]`. Of halves of words, if they have `lanes`.
+    """For each of `ROW_WIDTHS` bytes as many rows of one V field, each a dimension's tokens, in
+    halves of words, tiles `[1, width, tile / 2]`; then scales of V, tiles `[1, 1, tile]`. Threads
+    load K themselves.
     """
-    keys, values = set(), set()
-    for profile in layout.variants:
-        part = layout.archive_format.head_part(profile, tile, 1, 0)
-        keys |= {chunk.width for chunk in part.k_chunks}
-        values |= {chunk.width for chunk in part.v_chunks}
-    block = layout.archive_block
-    halves = pages.view(torch.uint16)
-    parts: list[Any] = [None] * (2 * len(ROW_WIDTHS))
-    for i, width in enumerate(ROW_WIDTHS):
-        if width in keys and width < 32:
-            parts[i] = _describe(pages, width, [1, tile, width])
-        elif width in keys:
-            parts[i] = _describe(halves, width // 2, [1, tile, width // 2])
-        if width in values:
-            parts[len(ROW_WIDTHS) + i] = _describe(halves, block // 2, [1, width, tile // 2])
+    widths = {
+        chunk.width
+        for profile in layout.variants
+        for chunk in layout.archive_format.head_part(profile, tile, 1, 0).v_chunks
+    }
+    block, halves = layout.archive_block, pages.view(torch.uint16)
+    parts: list[Any] = [
+        _describe(halves, block // 2, [1, width, tile // 2]) if width in widths else None
+        for width in ROW_WIDTHS
+    ]
     return [*parts, _describe(pages.view(torch.float16), block, [1, 1, tile])]
 
 

@@ -36,7 +36,7 @@ from vllm_leank.core.window import GRANULE
 )
 def _extend_kernel(
     q_ptr, output_ptr, lse_ptr, sink_scores_ptr, window_ptr, archive_ptr, side_ptr,
-    window_desc, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10,
+    window_desc, d0, d1, d2, d3, d4, d5,
     window_table_ptr, archive_table_ptr, query_start_ptr, seq_lens_ptr, exact_until_ptr,
     heads_ptr, order_ptr, numbers_ptr, scale_log2,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
@@ -85,7 +85,7 @@ def _extend_kernel(
             begin = boundary_of(piece + 1, SINK, RECENT)
         if (variant > 0) & (stop > begin):
             p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table
-            descs = (d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10)
+            descs = (d0, d1, d2, d3, d4, d5)
             for c in tl.static_range(len(VARIANTS)):
                 if variant == VARIANTS[c]:
                     m, l, acc = TILES.fold_rows(

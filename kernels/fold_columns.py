@@ -82,7 +82,8 @@ def fold_archive(
 
     m, l: `[N]`; acc: `[D_PAD, N]`; q: `[D_PAD, N]`; p_q, m_q: `[N]`, the queries and which exist;
     p_scratch: the program's own memory, not used here. SELECTED: `p_table` has the tiles that are
-    read, as `tile_place` says; `first` and `last` count among these.
+    read, as `tile_place` says; `first` and `last` count among these. ALIKE: columns of each query,
+    one here; `p_q` and `m_q` are `[N / ALIKE]`.
     """
     p_channels = order_ptr + head * D
     k_offset = tl.load(p_head + 2)

@@ -127,13 +127,13 @@ class ExtendLaunch:
         return -(-PIECE_QUERIES // queries) * queries
 
 
-def tile_tokens(layout: CacheLayout, selects: bool = False) -> int:
+def tile_tokens(layout: CacheLayout, selects: bool = False, few_requests: bool = True) -> int:
     """Tokens of an archive tile: a power of two that divides the page, and where queries select
     what they read, a segment.
     """
     block = layout.archive_block
     most = SEGMENT if selects else block & -block
-    return min(most, codec_of(layout.archive_format).decode_shape(layout).tile)
+    return min(most, codec_of(layout.archive_format).decode_shape(layout, few_requests).tile)
 
 
 def decode_programs(num_reqs: int, num_kv_heads: int, wave: int = ONE_WAVE) -> int:
@@ -168,11 +168,11 @@ def choose_decode(
     """
     few, many = SPLIT_BYTES
     is_few = num_reqs * len(layout.profiles) <= FEW_HEADS
-    shape = codec_of(layout.archive_format).decode_shape(layout)
+    shape = codec_of(layout.archive_format).decode_shape(layout, is_few)
     programs = decode_programs(num_reqs, len(layout.profiles), shape.wave)
     return DecodeLaunch(
         programs=programs,
-        tile=tile_tokens(layout, selects),
+        tile=tile_tokens(layout, selects, is_few),
         tma=device.tma,
         split_bytes=few if is_few else many,
         rows=FEW_HEADS if is_few else 0,

@@ -44,7 +44,7 @@ def _place_of_byte(byte, W: tl.constexpr, LANES: tl.constexpr):
 @triton.jit
 def _write_query(
     p_scratch, p_q, m_q, p_order, p_mean, p_factor, D: tl.constexpr, D_PAD: tl.constexpr,
-    VARIANT: tl.constexpr, ALIKE: tl.constexpr,
+    VARIANT: tl.constexpr,
 ):  # fmt: skip
     """Write the queries in the order of stored channels, in units of `unit`, fp16, to
     `[N, D]` at `p_scratch`. Returns `unit`, and what has to be added to each query's scores.
@@ -69,7 +69,7 @@ def _write_query(
             )
             is_here = (byte >= 0) & (byte < row_bytes(VARIANT, c) << c)
             place = tl.where(is_here, turned, place)
-    p_scratch += place[:, None] + tl.arange(0, N)[None, :] // ALIKE * D
+    p_scratch += place[:, None] + tl.arange(0, N)[None, :] * D
     tl.store(p_scratch, q, mask=m_d[:, None] & m_q[None, :])
     # Half of the largest code of each class stands for 0.
     half = tl.where(o_d < first_channel(VARIANT, 2), 7.5, 1.5)
@@ -97,9 +97,10 @@ def _read_query(
     p_scratch, m_q, D: tl.constexpr, VARIANT: tl.constexpr, ALIKE: tl.constexpr
 ):  # fmt: skip
     """What the parts of bytes of each K field are multiplied by, or with two lanes every other byte
-    of them: fp16 `[bytes / lanes, N]`, a tuple.
+    of them: fp16 `[bytes / lanes, N * ALIKE]`, a tuple.
     """
-    N: tl.constexpr = m_q.shape[0]
+    o_n = tl.arange(0, m_q.shape[0] * ALIKE) // ALIKE
+    m_n = _all_alike(m_q[None, :], ALIKE)
     parts = ()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, c) > 0:
@@ -109,8 +110,8 @@ def _read_query(
                     if lanes(VARIANT, c) == 2:
                         o_w = _places_of_lane(o_w, row_bytes(VARIANT, c) // 8, lane)
                     o_w += first_channel(VARIANT, c) + i * row_bytes(VARIANT, c)
-                    p_part = p_scratch + o_w[:, None] + tl.arange(0, N)[None, :] // ALIKE * D
-                    q = tl.load(p_part, mask=m_q[None, :], other=0.0)
+                    p_part = p_scratch + o_w[:, None] + o_n[None, :] * D
+                    q = tl.load(p_part, mask=m_n, other=0.0)
                     # Codes are read as they lie in their bytes.
                     powers = product_powers(
                         row_bytes(VARIANT, c), 8 >> c, i, lane, lanes(VARIANT, c)
@@ -193,12 +194,13 @@ def fold_archive(
     """
     ASM: tl.constexpr = TILES.ASM
     N: tl.constexpr = m.shape[0]
+    U: tl.constexpr = m_q.shape[0]
     offset = tl.multiple_of(tl.load(p_head + 2), 16)
     side_offset = tl.load(p_head + 4)
     p_query = p_scratch.to(tl.pointer_type(tl.float16))
     unit, added = _write_query(
         p_query, p_q, m_q, order_ptr + head * D, numbers_ptr + head * D,
-        numbers_ptr + (H + head) * D, D, D_PAD, VARIANT, ALIKE,
+        numbers_ptr + (H + head) * D, D, D_PAD, VARIANT,
     )  # fmt: skip
     tl.debug_barrier()
     parts = _read_query(p_query, m_q, D, VARIANT, ALIKE)
@@ -209,9 +211,9 @@ def fold_archive(
         if row_bytes(VARIANT, 3 + c) > 0:
             for _ in tl.static_range(1 << c):
                 sums = sums + (tl.zeros([row_bytes(VARIANT, 3 + c), N], tl.float32),)  # noqa: RUF005
-    unit, added = _one_of_each(unit[None, :], ALIKE), _one_of_each(added[None, :], ALIKE)
-    m = _one_of_each(m[None, :], ALIKE)
-    l_rows = tl.zeros([SUM_ROWS, N // ALIKE], tl.float32)
+    unit, added = unit[None, :], added[None, :]
+    m = tl.full([1, U], float("-inf"), tl.float32)
+    l_rows = tl.zeros([SUM_ROWS, U], tl.float32)
     # Sums of weights times scales, as products see them: in each row the same.
     scaled_rows = tl.zeros([SUM_ROWS, N], tl.float32)
     ones = tl.full([SUM_ROWS, TILE // 2], 1.0, tl.float16)
@@ -235,7 +237,7 @@ def fold_archive(
         if SINK % TILE != 0:
             seen &= o_token >= SINK
         v_scale = scale_tile(
-            descs[10], side_ptr, this, side_offset, slot, stride_side, TILE, BLOCK, TMA
+            descs[5], side_ptr, this, side_offset, slot, stride_side, TILE, BLOCK, TMA
         ).to(tl.float32)
         # Scales of slots that hold no token may hold anything.
         v_scale = tl.where(seen, v_scale, 0.0)
@@ -273,28 +275,28 @@ def fold_archive(
     far = tl.sum(l_rows, 0)[None, :]
     far = tl.reshape(_all_alike(far, ALIKE), (N,))
     m = tl.reshape(_all_alike(m, ALIKE), (N,))
-    scaled = tl.sum(scaled_rows, 0) / SUM_ROWS
+    scaled = tl.sum(_one_of_each(scaled_rows, ALIKE), 0) / SUM_ROWS
     # What was read of the queries, others may still read.
     tl.debug_barrier()
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
-    o_n = tl.arange(0, N) // ALIKE
+    p_columns = p_scratch + tl.arange(0, U)[None, :] * D
     p_order = order_ptr + (H + head) * D
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
             for part in tl.static_range(1 << c):
                 o_r = first_channel(VARIANT, 3 + c) + part * row_bytes(VARIANT, 3 + c)
                 o_r += tl.arange(0, row_bytes(VARIANT, 3 + c))
-                y = sums[first_part(VARIANT, 3 + c) + part] * power(24 - (8 >> c) * part)
-                y -= scaled[None, :] * ((power(8 >> c) - 1) / 2)
+                y = _one_of_each(sums[first_part(VARIANT, 3 + c) + part], ALIKE)
+                y = y * power(24 - (8 >> c) * part) - scaled[None, :] * ((power(8 >> c) - 1) / 2)
                 y *= tl.load(numbers_ptr + (3 * H + head) * D + o_r)[:, None]
-                p_y = p_scratch + tl.load(p_order + o_r)[:, None] + o_n[None, :] * D
-                tl.store(p_y, y, mask=m_q[None, :])
+                tl.store(p_columns + tl.load(p_order + o_r)[:, None], y, mask=m_q[None, :])
     tl.debug_barrier()
     places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
     stored = places < stored_values(VARIANT)
     acc += tl.load(
-        p_scratch + o_d[:, None] + o_n[None, :] * D, mask=stored[:, None] & m_q[None, :], other=0.0
-    )
+        p_scratch + o_d[:, None] + (tl.arange(0, N) // ALIKE)[None, :] * D,
+        mask=stored[:, None] & _all_alike(m_q[None, :], ALIKE), other=0.0,
+    )  # fmt: skip
     mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
     return m, l + far, acc + mean[:, None] * far[None, :]

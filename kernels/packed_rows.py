@@ -90,7 +90,7 @@ def fold_archive(
     """
     ASM: tl.constexpr = TILES.ASM
     M: tl.constexpr = m.shape[0]
-    offset = tl.load(p_head + 2)
+    offset = tl.multiple_of(tl.load(p_head + 2), 16)
     side_offset = tl.load(p_head + 4)
     parts, unit, added = _query(
         p_q, m_q, order_ptr + head * D, numbers_ptr + head * D, numbers_ptr + (H + head) * D,
@@ -128,7 +128,7 @@ def fold_archive(
         # Scales of slots that hold no token may hold anything.
         stored = (o_token >= begin) & (o_token < stop)
         v_scale = scale_tile(
-            descs[10], side_ptr, page, side_offset, slot, stride_side, TILE, BLOCK, TMA
+            descs[5], side_ptr, page, side_offset, slot, stride_side, TILE, BLOCK, TMA
         ).to(tl.float32)
         v_scale = tl.where(stored, v_scale, 0.0)
         s = tl.where(seen, s * unit[:, None] + added[:, None], float("-inf"))

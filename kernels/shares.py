@@ -38,15 +38,17 @@ def _span(
 def share(
     seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr, ROWS: tl.constexpr,
-    ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
+    TILE: tl.constexpr, UNIT_TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
+    ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
 ):  # fmt: skip
     """What one KV head of a request reads, and over how many of its programs: no more than give
     each `split_units` to read, and, in a batch of at most `ROWS` requests, together one wave.
 
-    Units are 256 bytes; `head_units` are those of one tile of the head, `archive_units` of all
-    heads.
+    Units are 256 bytes; `head_units` are those of `UNIT_TILE` tokens of the head, `archive_units`
+    of all heads.
     """
+    head_units *= TILE // UNIT_TILE
+    archive_units *= TILE // UNIT_TILE
     DENSE_UNITS: tl.constexpr = 32 * 2 * D * WINDOW_BYTES // 256
     if ROWS > 0:
         o_row = tl.arange(0, ROWS)

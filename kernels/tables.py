@@ -64,6 +64,7 @@ class Tables:
         columns: int32 `[stored K channels, 3]`, for formats of whole channels: K channel, the
             element of an archive page where its column begins, and the elements from one token to
             the next.
+        tile: tokens of the tiles that units are of.
         archive_units: units of 256 bytes of one archive tile of all heads.
         device: what launches depend on.
     """
@@ -77,9 +78,9 @@ class Tables:
         selects: bool = False,
     ) -> None:
         codec = codec_of(layout.archive_format)
-        tile, itemsize = tile_tokens(layout, selects), layout.itemsize
+        self.tile = tile_tokens(layout, selects)
         units = [
-            layout.archive_format.token_bytes(profile, itemsize) * tile // 256
+            layout.archive_format.token_bytes(profile, layout.itemsize) * self.tile // 256
             for profile in layout.profiles
         ]
         rows, start = [], 0

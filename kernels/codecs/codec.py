@@ -97,9 +97,10 @@ class Codec(ABC):
         reads. Only Triton kernels ask for it; on a CPU it may raise `NotImplementedError`.
         """
 
-    def decode_shape(self, layout: CacheLayout) -> DecodeShape:
+    def decode_shape(self, layout: CacheLayout, few_requests: bool = True) -> DecodeShape:
         """How decode is launched, on Hopper the fastest of those tried; the same for all layers of
-        a model, by `layout.variants`.
+        a model, by `layout.variants`. Tiles of many requests are multiples of those of few, and
+        waves are alike.
         """
         return DecodeShape()
 

@@ -7,6 +7,7 @@ own units. Mean and scale of a channel are the mask's.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -21,11 +22,12 @@ from vllm_leank.core.window import GRANULE
 FEW_BITS = DecodeShape(
     tile=64, warps=1, stages=3, window_stages=2, window_tile=16, registers=128, wave=1024
 )
-"""Instructions are the limit: few registers, so that many programs run at once."""
+"""For few requests of few bits: short tiles, and few registers, so that many programs run."""
 
-MANY_BITS = DecodeShape(
-    tile=128, warps=1, stages=3, window_stages=2, window_tile=16, registers=None, wave=512
-)
+FEW_BITS_MANY = replace(FEW_BITS, tile=128, registers=168)
+"""For many requests: long tiles, with fewer instructions and longer rows of V to load."""
+
+MANY_BITS = replace(FEW_BITS, tile=128, registers=None, wave=512)
 """Bytes are the limit: long tiles."""
 
 
@@ -58,8 +60,10 @@ class PackedCodec(Codec):
             lead=packed_lead,
         )
 
-    def decode_shape(self, layout: CacheLayout) -> DecodeShape:
-        return MANY_BITS if _many_bits(layout) else FEW_BITS
+    def decode_shape(self, layout: CacheLayout, few_requests: bool = True) -> DecodeShape:
+        if _many_bits(layout):
+            return MANY_BITS
+        return FEW_BITS if few_requests else FEW_BITS_MANY
 
     @property
     def empty_side(self) -> torch.Tensor:
