@@ -24,7 +24,7 @@ FEW_BITS = DecodeShape(
 )
 """For few requests of few bits: short tiles, and few registers, so that many programs run."""
 
-FEW_BITS_MANY = replace(FEW_BITS, tile=128, registers=168)
+FEW_BITS_MANY = replace(FEW_BITS, tile=128, registers=184)
 """For many requests: long tiles, with fewer instructions and longer rows of V to load."""
 
 MANY_BITS = replace(FEW_BITS, tile=128, registers=None, wave=512)
