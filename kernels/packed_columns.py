@@ -16,111 +16,16 @@ from vllm_leank.kernels.codes import (
     lanes,
     load_field,
     power,
-    product_powers,
     read_codes,
     row_bytes,
     shift,
     stored_values,
-    swap_bytes,
 )
+from vllm_leank.kernels.packed_query import all_alike, read_query, write_query
 from vllm_leank.kernels.pages import scale_tile, tile_place
 
 SUM_ROWS = tl.constexpr(16)
 """Rows of partial sums: those of one matrix instruction."""
-
-
-@triton.jit
-def _place_of_byte(byte, W: tl.constexpr, LANES: tl.constexpr):
-    """Where in the program's memory queries have what a byte of K's row is multiplied by. So the
-    numbers that a thread of a matrix product takes lie next to each other, four of each 16.
-    """
-    if LANES == 1:
-        return swap_bytes(byte)
-    half = byte // 2 % (W // 2)
-    thread = half % 8 // 2 * 2 + byte % 2
-    return byte // W * W + thread * (W // 8) + half // 16 * 4 + half % 16 // 8 * 2 + half % 2
-
-
-@triton.jit
-def _write_query(
-    p_scratch, p_q, m_q, p_order, p_mean, p_factor, D: tl.constexpr, D_PAD: tl.constexpr,
-    VARIANT: tl.constexpr,
-):  # fmt: skip
-    """Write the queries in the order of stored channels, in units of `unit`, fp16, to
-    `[N, D]` at `p_scratch`. Returns `unit`, and what has to be added to each query's scores.
-    """
-    N: tl.constexpr = m_q.shape[0]
-    o_d = tl.arange(0, D_PAD)
-    m_d = o_d < D
-    channel = tl.load(p_order + o_d, mask=m_d, other=0)
-    q = tl.load(p_q[None, :] + channel[:, None], mask=m_d[:, None] & m_q[None, :], other=0.0)
-    q = q.to(tl.float32)
-    added = tl.sum(q * tl.load(p_mean + o_d, mask=m_d, other=0.0)[:, None], 0)
-    q *= tl.load(p_factor + o_d, mask=m_d, other=0.0)[:, None]
-    # The largest is 256, so that all fit into fp16, and with the codes' shifts keep their digits.
-    unit = tl.maximum(tl.max(tl.abs(q), 0), 1e-30) / 256
-    q = (q * (1 / unit)[None, :]).to(tl.float16)
-    place = o_d
-    for c in tl.static_range(3):
-        if row_bytes(VARIANT, c) > 0:
-            byte = o_d - first_channel(VARIANT, c)
-            turned = first_channel(VARIANT, c) + _place_of_byte(
-                byte, row_bytes(VARIANT, c), lanes(VARIANT, c)
-            )
-            is_here = (byte >= 0) & (byte < row_bytes(VARIANT, c) << c)
-            place = tl.where(is_here, turned, place)
-    p_scratch += place[:, None] + tl.arange(0, N)[None, :] * D
-    tl.store(p_scratch, q, mask=m_d[:, None] & m_q[None, :])
-    # Half of the largest code of each class stands for 0.
-    half = tl.where(o_d < first_channel(VARIANT, 2), 7.5, 1.5)
-    half = tl.where(o_d < first_channel(VARIANT, 1), 127.5, half)
-    return unit, added - tl.sum(q.to(tl.float32) * half[:, None], 0) * unit
-
-
-@triton.jit
-def _places_of_lane(o_w, EACH: tl.constexpr, LANE: tl.constexpr):
-    """Places of the bytes of a lane, of each thread's `EACH`."""
-    return o_w // EACH * (2 * EACH) + LANE * EACH + o_w % EACH
-
-
-@triton.jit
-def _turn_product(q):
-    """Rows `[K, N]` in the order of halves of words, of those in the order of memory."""
-    K: tl.constexpr = q.shape[0]
-    N: tl.constexpr = q.shape[1]
-    q = tl.permute(tl.reshape(q, (4, K // 16, 2, 2, N)), (1, 2, 0, 3, 4))
-    return tl.reshape(q, (K, N))
-
-
-@triton.jit
-def _read_query(
-    p_scratch, m_q, D: tl.constexpr, VARIANT: tl.constexpr, ALIKE: tl.constexpr
-):  # fmt: skip
-    """What the parts of bytes of each K field are multiplied by, or with two lanes every other byte
-    of them: fp16 `[bytes / lanes, N * ALIKE]`, a tuple.
-    """
-    o_n = tl.arange(0, m_q.shape[0] * ALIKE) // ALIKE
-    m_n = _all_alike(m_q[None, :], ALIKE)
-    parts = ()
-    for c in tl.static_range(3):
-        if row_bytes(VARIANT, c) > 0:
-            for i in tl.static_range(1 << c):
-                for lane in tl.static_range(lanes(VARIANT, c)):
-                    o_w = tl.arange(0, row_bytes(VARIANT, c) // lanes(VARIANT, c))
-                    if lanes(VARIANT, c) == 2:
-                        o_w = _places_of_lane(o_w, row_bytes(VARIANT, c) // 8, lane)
-                    o_w += first_channel(VARIANT, c) + i * row_bytes(VARIANT, c)
-                    p_part = p_scratch + o_w[:, None] + o_n[None, :] * D
-                    q = tl.load(p_part, mask=m_n, other=0.0)
-                    # Codes are read as they lie in their bytes.
-                    powers = product_powers(
-                        row_bytes(VARIANT, c), 8 >> c, i, lane, lanes(VARIANT, c)
-                    )
-                    q *= (1 / powers)[:, None].to(tl.float16)
-                    if lanes(VARIANT, c) == 2:
-                        q = _turn_product(q)
-                    parts = parts + (q,)  # noqa: RUF005
-    return parts
 
 
 @triton.jit
@@ -139,16 +44,6 @@ def _one_of_each(x, ALIKE: tl.constexpr):
     """Of columns `[M, N]` of which so many next to each other are alike, one each."""
     if ALIKE == 2:
         x, _ = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-    return x
-
-
-@triton.jit
-def _all_alike(x, ALIKE: tl.constexpr):
-    """Columns `[M, N * ALIKE]` that are alike, of one of each, `[M, N]`."""
-    if ALIKE == 2:
-        M: tl.constexpr = x.shape[0]
-        N: tl.constexpr = x.shape[1]
-        x = tl.reshape(tl.broadcast_to(x[:, :, None], (M, N, 2)), (M, 2 * N))
     return x
 
 
@@ -192,12 +87,12 @@ def fold_archive(
     offset = tl.multiple_of(tl.load(p_head + 2), 16)
     side_offset = tl.load(p_head + 4)
     p_query = p_scratch.to(tl.pointer_type(tl.float16))
-    unit, added = _write_query(
+    unit, added = write_query(
         p_query, p_q, m_q, order_ptr + head * D, numbers_ptr + head * D,
         numbers_ptr + (H + head) * D, D, D_PAD, VARIANT,
     )  # fmt: skip
     tl.debug_barrier()
-    parts = _read_query(p_query, m_q, D, VARIANT, ALIKE)
+    parts = read_query(p_query, m_q, D, VARIANT, ALIKE)
     unit *= CODE_UNIT * scale_log2
     added *= scale_log2
     sums = ()
@@ -241,12 +136,12 @@ def fold_archive(
         p = tl.exp2(s * unit + (added - m_new))
         m = m_new
         l_rows = l_rows * alpha + _sum_rows(p)
-        alpha = _all_alike(alpha, ALIKE)
+        alpha = all_alike(alpha, ALIKE)
         even, odd = _split_granules(p * v_scale[:, None])
         odd *= power(-shift(0, 0, 1))
         weights = (
-            _all_alike(even.to(tl.float16), ALIKE),
-            _all_alike(odd.to(tl.float16), ALIKE),
+            all_alike(even.to(tl.float16), ALIKE),
+            all_alike(odd.to(tl.float16), ALIKE),
         )
         scaled_rows *= alpha
         for lane in tl.static_range(2):
@@ -267,8 +162,8 @@ def fold_archive(
         sums = new_sums
 
     far = tl.sum(l_rows, 0)[None, :]
-    far = tl.reshape(_all_alike(far, ALIKE), (N,))
-    m = tl.reshape(_all_alike(m, ALIKE), (N,))
+    far = tl.reshape(all_alike(far, ALIKE), (N,))
+    m = tl.reshape(all_alike(m, ALIKE), (N,))
     scaled = tl.sum(_one_of_each(scaled_rows, ALIKE), 0) / SUM_ROWS
     # What was read of the queries, others may still read.
     tl.debug_barrier()
@@ -290,7 +185,7 @@ def fold_archive(
     stored = places < stored_values(VARIANT)
     acc += tl.load(
         p_scratch + o_d[:, None] + (tl.arange(0, N) // ALIKE)[None, :] * D,
-        mask=stored[:, None] & _all_alike(m_q[None, :], ALIKE), other=0.0,
+        mask=stored[:, None] & all_alike(m_q[None, :], ALIKE), other=0.0,
     )  # fmt: skip
     mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
     return m, l + far, acc + mean[:, None] * far[None, :]

@@ -16,7 +16,7 @@ from vllm_leank.kernels.codes import (
 @triton.jit
 def lead_query(p_q, m_q, p_order, p_factor, VARIANT: tl.constexpr):
     """What a head's lead is multiplied by, of queries at `p_q` `[N]` of which `m_q` exist: for each
-    part of bytes fp16 `[bytes / lanes, N]`, as in `packed_columns._read_query`, and what rounding
+    part of bytes fp16 `[bytes / lanes, N]`, as in `packed_query.read_query`, and what rounding
     takes from it, two tuples; and the unit of what comes out, `[N]`. With both, segments that are
     nearly alike come in the order of the definition.
     """
@@ -32,7 +32,7 @@ def lead_query(p_q, m_q, p_order, p_factor, VARIANT: tl.constexpr):
         q *= tl.load(p_factor + o_w)[:, None]
         largest = tl.maximum(largest, tl.max(tl.abs(q), 0))
         exact = exact + (q,)  # noqa: RUF005
-    # As in `packed_columns._write_query`.
+    # As in `packed_query.write_query`.
     unit = largest / 256
     parts, rests = (), ()
     for i in tl.static_range(LANES << LEAD):

@@ -27,7 +27,7 @@ def _query_part(
     p_q, m_q, p_order, p_factor, unit, first, W: tl.constexpr, BITS: tl.constexpr,
     PART: tl.constexpr, LANE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """As in `packed_columns`, `[M, W / LANES]` and `[M]`."""
+    """As in `packed_query`, `[M, W / LANES]` and `[M]`."""
     o_w = first + PART * W + product_bytes(W, LANE, LANES)
     powers = product_powers(W, BITS, PART, LANE, LANES)
     channel = tl.load(p_order + o_w)
@@ -43,7 +43,7 @@ def _query(
     p_q, m_q, p_order, p_mean, p_factor, D: tl.constexpr, D_PAD: tl.constexpr,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """As in `packed_columns`."""
+    """As in `packed_query`."""
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
     channel = tl.load(p_order + o_d, mask=m_d, other=0)

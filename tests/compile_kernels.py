@@ -147,7 +147,7 @@ def stack_bytes(cubin: bytes) -> int | None:
 
 
 KERNELS = (
-    (decode, "_decode_kernel"),
+    (decode, "decode_kernel"),
     (decode, "combine_kernel"),
     (extend, "_extend_kernel"),
     (merge, "_merge_kernel"),

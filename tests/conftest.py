@@ -1,5 +1,6 @@
 """Fixtures and the environment that all tests share."""
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -173,3 +174,18 @@ def few_programs() -> Iterator[None]:
         patch.setattr(launch, "COMPACT_PROGRAMS", (12, 12))
         yield
     launch.choose_decode.cache_clear()
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.gpu)], ids=["pointers", "tma"])
+def tma(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways to load tiles."""
+    from vllm_leank.kernels import launch
+
+    if GPU:
+        find = launch.Device.of
+
+        def of(device: object) -> object:
+            return dataclasses.replace(find(device), tma=request.param)
+
+        monkeypatch.setattr(launch.Device, "of", of)
+    return request.param

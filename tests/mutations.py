@@ -68,10 +68,17 @@ MUTATIONS = (
     ),
     Mutation(
         "a head that one program decodes has no attention sink",
-        "kernels/decode.py",
+        "kernels/decode_kernel.py",
         "l += tl.exp2(load_sink_scores(",
         "l += 0 * tl.exp2(load_sink_scores(",
         SINKS,
+    ),
+    Mutation(
+        "a program writes queries that do not exist into its neighbour's memory",
+        "kernels/decode_kernel.py",
+        "p_first + o_query * stride_q_head, o_query < G, scale_log2",
+        "p_first + o_query * stride_q_head, o_query < G_PAD, scale_log2",
+        "test_kernel_launches.py::test_programs_keep_to_their_own_memory",
     ),
     Mutation(
         "a head that several programs decode has no attention sink",
@@ -331,7 +338,7 @@ MUTATIONS = (
         "kernels/pages.py",
         "p_tile = ptr + page.to(tl.int64) * stride_page",
         "p_tile = ptr + page * stride_page",
-        "test_kernels.py::test_addresses_beyond_two_to_the_31_elements",
+        "test_kernel_launches.py::test_addresses_beyond_two_to_the_31_elements",
         gpu=True,
     ),
     Mutation(

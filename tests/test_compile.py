@@ -30,16 +30,16 @@ OTHERS = (
 minute of work each, so none is compiled where it would come out as elsewhere: 8.9 differs from 8.0
 in the memory that there is alone, which what was compiled for 8.0 must fit as well."""
 
-ATTENTION = {"_decode_kernel", "combine_kernel", "_extend_kernel"}
+ATTENTION = {"decode_kernel", "combine_kernel", "_extend_kernel"}
 SELECTING = {
-    "_update_kernel", "_score_kernel", "_pick_kernel", "_decode_kernel", "combine_kernel"
+    "_update_kernel", "_score_kernel", "_pick_kernel", "decode_kernel", "combine_kernel"
 }  # fmt: skip
 KERNELS = {
     "auto": ATTENTION,
     "packed": ATTENTION | {"_merge_kernel", "_unpack_kernel"},
     "packed+pages": SELECTING,
     "auto+pages": SELECTING,
-    "packed+states": {"_update_kernel", "_decode_kernel", "combine_kernel"},
+    "packed+states": {"_update_kernel", "decode_kernel", "combine_kernel"},
 }
 """What is launched for an archive: codes are unpacked, tokens selected, and beside states prompts
 read by FlashAttention.

@@ -78,7 +78,7 @@ def launches():
         extend.extend(step.query, output, cache, step.batch, build.scale, lse)
     names = [launch._kernel.fn.__name__ for launch, _ in found]
     assert names == [
-        *["_update_kernel"] * 2, "_extend_kernel", "_update_kernel", "_decode_kernel",
+        *["_update_kernel"] * 2, "_extend_kernel", "_update_kernel", "decode_kernel",
         "combine_kernel", "_unpack_kernel", "_merge_kernel", "_extend_kernel",
     ]  # fmt: skip
     return found
