@@ -357,7 +357,10 @@ def test_plan_needs_no_model_where_there_is_its_mask(leank):
     assert code == 0
     planned = json.loads(out)
     assert planned["model"] == "leank/recall"
+    assert not planned["model_read"]
     assert [one["far_token_bytes"] for one in planned["engines"]] == [6144, 3072, 2432]
+    _, out, _ = leank("plan", "--mask", BUNDLED.path, *asked[:-1])
+    assert "states that layers keep beside attention" in out
     code, _, err = leank("plan", *asked)
     assert code == 2
     assert "name a model by --model, or its mask by --mask" in err

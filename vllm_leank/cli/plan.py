@@ -151,6 +151,7 @@ def plan(
     settings = _settings(checkpoint, found, options, tp)
     facts: dict[str, Any] = {
         "model": model,
+        "model_read": checkpoint is not None,
         "mask": {"path": str(found.path), "sha256": found.sha256} if bits is None else None,
         "bits": found.bits,
         "window": {"sink": settings.window.sink, "recent": settings.window.recent},
@@ -247,6 +248,12 @@ def _print(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: bool
 
     console = Console(highlight=False)
     console.print(_sentence(facts), markup=False, soft_wrap=True)
+    if not facts["model_read"]:
+        console.print(
+            "without --model: states that layers keep beside attention, as Falcon-H1's do, are not "
+            "counted",
+            soft_wrap=True,
+        )
     console.print(capacity_table(capacities, facts["max_model_len"]))
     weights = facts.get("weight_bytes", 0) // facts["tensor_parallel_size"]
     console.print(what_a_step_reads(capacities, weights), soft_wrap=True)
