@@ -1,10 +1,11 @@
 """Device functions that read codes of 8, 4 or 2 bits out of bytes.
 
-A code becomes an fp16 number without any arithmetic: its bits are those of the number. Codes are
+A code becomes an fp16 number without conversion: its bits are those of the number. Codes are
 below 1,024, so these numbers are subnormal, `code * 2^-24`, and exact; a code that lies `s` bits up
 is read as it lies, as `code * 2^(s - 24)`. The powers of two go into what the codes are multiplied
 by. So one AND reads a code from each half of a word, in the lower byte; for the upper bytes, all
-parts of them share one shift. A byte alone takes permutations as well.
+parts of them share one shift. Rows of 16 bytes are read four bytes at a time: the first and third,
+then the second and fourth.
 """
 
 import triton
@@ -41,7 +42,7 @@ def lead_field(variant):
 
 @triton.constexpr_function
 def first_part(variant, field):
-    """Parts of bytes, one code of each, in the fields of K, or of V, before this one."""
+    """Parts of bytes, one code of each, in the fields of V before this one."""
     return sum(1 << (f % 3) for f in range(field // 3 * 3, field) if row_bytes(variant, f))
 
 
@@ -71,8 +72,8 @@ def power(exponent):
 
 @triton.constexpr_function
 def lanes(variant, field):
-    """Products that a row's bytes are dealt to: those of even and of odd number in halves of words;
-    or one, of a row of K that is too short for two. Rows of V are as long as a page.
+    """Into how many products a row's bytes go: two, of even and of odd bytes, or one where a row of
+    K is too short. Rows of V are as long as a page.
     """
     return 1 if field < 3 and row_bytes(variant, field) < 32 else 2
 
@@ -109,7 +110,7 @@ def halves_asm(mask, lane):
 
 @triton.jit
 def product_bytes(W: tl.constexpr, LANE: tl.constexpr, LANES: tl.constexpr):
-    """Which bytes of a row of `W` the products of a lane take in turn, `[W / LANES]`."""
+    """The bytes of a row of `W` that a lane's products take, in order, `[W / LANES]`."""
     o_w = tl.arange(0, W // LANES)
     if LANES == 2:
         return 2 * o_w + LANE
@@ -138,6 +139,9 @@ def product_powers(
 def read_codes(x, BITS: tl.constexpr, PART: tl.constexpr, LANE: tl.constexpr, ASM: tl.constexpr):
     """Part `PART` of bytes `x` of `8 / BITS` codes each, in the order of `product_bytes`, or of
     bytes `LANE` of halves of words `x`, as fp16 numbers: the code times `2^(shift - 24)`.
+
+    Of bytes, threads must hold four neighbours of a row together, as operands of products do: the
+    compiler takes what is done to them for elementwise, though two of them change places.
     """
     MASK: tl.constexpr = code_mask(BITS, PART, LANE)
     if x.dtype == tl.uint8:

@@ -58,7 +58,7 @@ def decode_kernel(
     if split < splits:
         i_partial = (i_req * tl.num_programs(1) + i_work).to(tl.int64)
         p_partial = partial_ptr + i_partial * (G * D)
-        # Columns of products, and the queries that they are of: each has `ALIKE` of them.
+        # Columns of products: each query has `ALIKE` of them, side by side.
         o_g = tl.arange(0, G_PAD) // ALIKE
         m_g = o_g < G
         o_query = tl.arange(0, G_PAD // ALIKE)

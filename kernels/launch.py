@@ -49,7 +49,7 @@ PIECE_QUERIES = 256
 left that some of them see and others do not; with fewer, FlashAttention has less to share."""
 
 TMA_CAPABILITIES = 9, 10
-"""Major compute capabilities whose tiles are loaded through tensor descriptors."""
+"""Major compute capabilities whose tiles, but K of codes, are loaded through descriptors."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ def choose_decode(
     """
     few, many = SPLIT_BYTES
     is_few = num_reqs * len(layout.profiles) <= FEW_HEADS
-    shape = codec_of(layout.archive_format).decode_shape(layout, is_few)
+    # A segment is as long as the tiles of few requests.
+    shape = codec_of(layout.archive_format).decode_shape(layout, is_few or selects)
     programs = decode_programs(num_reqs, len(layout.profiles), shape.wave)
     return DecodeLaunch(
         programs=programs,

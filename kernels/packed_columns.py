@@ -165,7 +165,7 @@ def fold_archive(
     far = tl.reshape(all_alike(far, ALIKE), (N,))
     m = tl.reshape(all_alike(m, ALIKE), (N,))
     scaled = tl.sum(_one_of_each(scaled_rows, ALIKE), 0) / SUM_ROWS
-    # What was read of the queries, others may still read.
+    # Other threads may still be reading the queries.
     tl.debug_barrier()
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D

@@ -15,7 +15,8 @@ from vllm_leank.kernels.codes import (
 
 @triton.jit
 def all_alike(x, ALIKE: tl.constexpr):
-    """Columns `[M, N * ALIKE]` that are alike, of one of each, `[M, N]`."""
+    """Columns `[M, N]`, each `ALIKE` times side by side, `[M, N * ALIKE]`."""
+    tl.static_assert(ALIKE <= 2)
     if ALIKE == 2:
         M: tl.constexpr = x.shape[0]
         N: tl.constexpr = x.shape[1]
@@ -25,8 +26,8 @@ def all_alike(x, ALIKE: tl.constexpr):
 
 @triton.jit
 def _place_of_byte(byte, W: tl.constexpr, LANES: tl.constexpr):
-    """Where in the program's memory queries have what a byte of K's row is multiplied by. So the
-    numbers that a thread of a matrix product takes lie next to each other, four of each 16.
+    """Where the query's number for a byte of K is stored. So each thread finds the numbers that it
+    multiplies side by side, four of each 16.
     """
     if LANES == 1:
         return swap_bytes(byte)
@@ -73,13 +74,13 @@ def write_query(
 
 @triton.jit
 def _places_of_lane(o_w, EACH: tl.constexpr, LANE: tl.constexpr):
-    """Places of the bytes of a lane, of each thread's `EACH`."""
+    """Where the numbers of one lane are stored, of each thread's `EACH`."""
     return o_w // EACH * (2 * EACH) + LANE * EACH + o_w % EACH
 
 
 @triton.jit
 def _turn_product(q):
-    """Rows `[K, N]` in the order of halves of words, of those in the order of memory."""
+    """Rows `[K, N]`, from the order of memory to that of halves of words."""
     K: tl.constexpr = q.shape[0]
     N: tl.constexpr = q.shape[1]
     q = tl.permute(tl.reshape(q, (4, K // 16, 2, 2, N)), (1, 2, 0, 3, 4))

@@ -47,6 +47,7 @@ def share(
     Units are 256 bytes; `head_units` are those of `UNIT_TILE` tokens of the head, `archive_units`
     of all heads.
     """
+    tl.static_assert(TILE % UNIT_TILE == 0)
     head_units *= TILE // UNIT_TILE
     archive_units *= TILE // UNIT_TILE
     DENSE_UNITS: tl.constexpr = 32 * 2 * D * WINDOW_BYTES // 256

@@ -1,9 +1,9 @@
 """Compiles the attention kernels for GPUs that are not here, as they would be launched there.
 
-    python tests/compile_kernels.py CAPABILITY-HEAD_DIM-ARCHIVE_FORMAT[+pages|+states]...
+    python tests/compile_kernels.py CAPABILITY-HEAD_DIM-ARCHIVE_FORMAT[+pages|+states|+many]...
 
 `+pages`: of queries that select what they read. `+states`: of a model with states, whose window
-pages are longer.
+pages are longer. `+many`: of many requests whose heads have about 2 bits, which take long tiles.
 
 Prints a line of JSON for each: case, kernel, bytes of shared memory, bytes of stack, into which
 registers spill (null where nothing can tell), and whether their number is capped. What the
@@ -38,6 +38,7 @@ from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.scratch import Scratch, needs_scratch
 
 from vllm_leank.core.formats import ArchiveFormat, known_formats
+from vllm_leank.core.profile import Profile
 from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import Window
 
@@ -47,6 +48,9 @@ KEPT = {64: (0, 48), 128: (0, 96), 256: (0, 240)}
 MIXED = {64: CODED[64][0:2], 128: CODED[128][0:3:2], 256: CODED[256][1:2]}
 """Heads of a packed archive, by head size: those of 128 have many bits, others few; some have
 channels of every class."""
+
+TWO_BITS = CODED[128][1], Profile(k4=64, k2=64, v2=64)
+"""Heads of 128 channels."""
 
 OPTIONS = ("num_warps", "launch_pdl", "maxnreg", "enable_fp_fusion")
 TYPES = {
@@ -201,6 +205,7 @@ def compile_all(capability: int, head_dim: int, archive_format: ArchiveFormat) -
 DECODE: dict[str, dict[str, Any]] = {
     "pages": {"selection": Selection(share=1 << 13, least=4)},
     "states": {"window_block": 128},
+    "many": {},
 }
 """What makes decode steps of a kind different."""
 
@@ -212,10 +217,13 @@ def compile_decode(
     steps: their prompts are read exactly.
     """
     tell = partial(tell_of, f"{capability}-{head_dim}-{archive_format.name}+{kind}")
+    heads = MIXED[head_dim] if archive_format == PACKED else KEPT[head_dim]
+    if kind == "many":
+        heads = TWO_BITS
+        launch.FEW_HEADS = 0
     builder = CacheBuilder(
-        MIXED[head_dim] if archive_format == PACKED else KEPT[head_dim],
-        head_dim, 4, Window(64, 256), 128, torch.bfloat16, archive_format, **DECODE[kind],
-    )  # fmt: skip
+        heads, head_dim, 4, Window(64, 256), 128, torch.bfloat16, archive_format, **DECODE[kind]
+    )
     request = builder.add(1000, 1001)
     builder.step([(request, 1000)])
     step = builder.step([(request, 1)])

@@ -178,7 +178,7 @@ def few_programs() -> Iterator[None]:
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.gpu)], ids=["pointers", "tma"])
 def tma(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both ways to load tiles."""
+    """Both ways to load tiles, other than K of codes."""
     from vllm_leank.kernels import launch
 
     if GPU:

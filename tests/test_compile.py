@@ -20,10 +20,11 @@ MOST_SPILLED = 512
 Of others nothing may spill."""
 
 
-COMPILED = ("90-128-packed", "90-256-packed+states")
+COMPILED = ("90-128-packed", "90-256-packed+states", "90-128-packed+many")
 OTHERS = (
     *("80-128-auto", "90-128-auto", "100-64-auto", "120-256-auto"),
     *("80-128-packed", "100-64-packed", "120-256-packed", "80-128-auto+pages"),
+    *("80-128-packed+many", "100-128-packed+many", "120-128-packed+many"),
     *("80-128-packed+pages", "90-128-packed+pages", "100-64-packed+pages", "120-256-packed+pages"),
 )
 """Compute capabilities, head sizes and archive formats: some, and the others. Up to a
@@ -40,6 +41,7 @@ KERNELS = {
     "packed+pages": SELECTING,
     "auto+pages": SELECTING,
     "packed+states": {"_update_kernel", "decode_kernel", "combine_kernel"},
+    "packed+many": {"_update_kernel", "decode_kernel", "combine_kernel"},
 }
 """What is launched for an archive: codes are unpacked, tokens selected, and beside states prompts
 read by FlashAttention.

@@ -117,8 +117,8 @@ def test_architectures(runner, model_type, tmp_path):
     dense = Oracle(model, np.ones_like(mask.keep), SINK, RECENT)
     packed = Oracle(model, mask, SINK, RECENT, archive_format=PACKED)
     noise = mean_error(flash, PROMPTS, dense)
-    # Two that are as near the model may be twice as far from each other. Where states carry on what
-    # was rounded, that is more than a tie: two chunkings of plain vLLM differ by 0.13.
+    # Two engines may each be as near the model, and twice as far from each other. Where states
+    # carry on what was rounded, that is more than a tie: plain vLLM's chunkings differ by 0.13.
     tie = max(TIE, 2 * errors(flash, PROMPTS, dense).max().item())
     assert all(mean_error(given, SHORT, dense) < 2 * noise for given in short)
     for given in answers[:half]:

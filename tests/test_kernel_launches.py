@@ -58,7 +58,8 @@ TWO = Profile(k4=32, k2=64, v2=128)
 @pytest.mark.parametrize("group", [2, 7])
 def test_many_requests_take_longer_tiles_and_read_the_same(monkeypatch, tma, group):
     monkeypatch.setattr(launch, "FEW_HEADS", 0)
-    launch.choose_decode.cache_clear()
+    monkeypatch.setattr(launch, "choose_decode", launch.choose_decode.__wrapped__)
+    monkeypatch.setattr(decode, "choose_decode", launch.choose_decode)
     builder = CacheBuilder(
         (CODED[128][1], TWO), 128, group, Window(64, 96), 256, torch.float16, archive_format=PACKED,
         device=DEVICE,
@@ -74,14 +75,13 @@ def test_many_requests_take_longer_tiles_and_read_the_same(monkeypatch, tma, gro
     output = torch.full_like(step.query, float("nan"))
     decode.decode(step.query, output, cache, step.batch, builder.scale)
     assert relative_rms(output, step.expected) < CODED_FP16[1]
-    launch.choose_decode.cache_clear()
 
 
 @pytest.mark.skipif(GPU, reason="other tests show it there, where programs run at once")
 @pytest.mark.parametrize("group", [1, 4, 5])
 def test_programs_keep_to_their_own_memory(monkeypatch, tma, group):
-    """One that writes too far spoils another's work, which the interpreter, in which programs run
-    in turn, would not show.
+    """Their memory has guards at both ends here. In the interpreter, where programs run in turn,
+    one that writes into its neighbour's spoils nothing, but the last one writes into a guard.
     """
     heads = 8 * CODED[64][:2]
     builder = CacheBuilder(

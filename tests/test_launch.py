@@ -71,6 +71,8 @@ def test_many_requests_of_two_bits_take_long_tiles(heads, long):
     assert (few.tile, few.registers) == (64, 128)
     assert (many.tile, many.registers) == ((128, 184) if long else (64, 128))
     assert tile_tokens(packed) == 64
+    selects = choose_decode(256, packed, HOPPER, selects=True)
+    assert (selects.tile, selects.registers) == (64, 128)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8, 32, 96])

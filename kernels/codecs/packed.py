@@ -25,8 +25,8 @@ FEW_BITS = DecodeShape(
 """For few requests of few bits: short tiles, and few registers, so that many programs run."""
 
 TWO_BITS = replace(FEW_BITS, tile=128, registers=184)
-"""For many requests, where all heads have about 2 bits: V has longer rows in long tiles, and these
-have fewer instructions. Heads of more bits would leave room for few programs."""
+"""For many requests, where all heads have about 2 bits: long tiles take fewer instructions per
+token, and load V in longer rows. Heads of more bits would leave room for few programs."""
 
 MANY_BITS = replace(FEW_BITS, tile=128, registers=None, wave=512)
 """Bytes are the limit: long tiles."""
@@ -94,8 +94,8 @@ class PackedCodec(Codec):
 
 
 def _all_heads_have(least: float, most: float, layout: CacheLayout) -> bool:
-    """Whether heads that store anything have so many bits per number, and so few channels that sums
-    over V leave registers for long tiles.
+    """Whether heads that store anything have so many bits per number, scales of V included, and so
+    few channels that sums over V leave registers for long tiles.
     """
     per_bit = 2 * layout.head_dim / 8
     sizes = [layout.archive_format.token_bytes(one, layout.itemsize) for one in layout.variants]
