@@ -220,14 +220,14 @@ def compile_decode(
     heads = MIXED[head_dim] if archive_format == PACKED else KEPT[head_dim]
     if kind == "many":
         heads = TWO_BITS
-        launch.FEW_HEADS = 0
+    few_heads = 0 if kind == "many" else launch.FEW_HEADS
     builder = CacheBuilder(
         heads, head_dim, 4, Window(64, 256), 128, torch.bfloat16, archive_format, **DECODE[kind]
     )
     request = builder.add(1000, 1001)
     builder.step([(request, 1000)])
     step = builder.step([(request, 1)])
-    with compiled_for(capability, tell):
+    with mock.patch.object(launch, "FEW_HEADS", few_heads), compiled_for(capability, tell):
         store.update(step.key, step.value, builder.cache, step.batch)
         output = torch.empty_like(step.query)
         decode.decode(step.query, output, builder.cache, step.batch, builder.scale)

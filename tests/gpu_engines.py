@@ -33,24 +33,19 @@ def runners(*cases):
     ]
 
 
-def assert_same_up_to_ties(*answers, tie=TIE):
+def assert_same_up_to_ties(*answers):
     for (some, some_logprobs), (others, others_logprobs) in zip(*answers, strict=True):
         first = next((i for i in range(len(some)) if some[i] != others[i]), None)
         # From a tie on, the two go different ways.
         compared = slice(0, None if first is None else first + 1)
-        assert some_logprobs[compared] == pytest.approx(others_logprobs[compared], abs=tie)
+        assert some_logprobs[compared] == pytest.approx(others_logprobs[compared], abs=TIE)
 
 
-def errors(answers, prompts, oracle, exact_until=None):
+def mean_error(answers, prompts, oracle, exact_until=None):
     """Of the log-probabilities that an engine gave its own tokens, against the oracle's in fp32."""
-    found = []
+    errors = []
     for prompt, (tokens, logprobs) in zip(prompts, answers, strict=True):
         first = len(prompt) if exact_until is None else exact_until
         expected = oracle.position_logprobs(prompt + tokens, first)[-len(tokens) :]
-        found.append(torch.tensor(logprobs) - expected)
-    return torch.cat(found).abs()
-
-
-def mean_error(*args, **kwargs):
-    """The mean of `errors`."""
-    return errors(*args, **kwargs).mean().item()
+        errors.append(torch.tensor(logprobs) - expected)
+    return torch.cat(errors).abs().mean().item()
