@@ -14,26 +14,28 @@ def combine_kernel(
     output_ptr, partial_ptr, lse_ptr, sink_scores_ptr, seq_lens_ptr, exact_until_ptr, heads_ptr,
     programs, archive_units, split_units, stride_o_token, stride_o_head,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
-    WINDOW_BYTES: tl.constexpr, ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
+    D: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
+    DENSE_UNITS: tl.constexpr, ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
     AFTER_PROMPT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The output of one query head of a request, unless one program has written it already."""
+    """Programs `[requests, query heads, parts of PART channels]`: outputs that no program of the
+    first launch has written already.
+    """
     i_req, i_head = tl.program_id(0), tl.program_id(1)
     head, g = i_head // G, i_head % G
     first = tl.load(heads_ptr + 3 * head)
     splits = tl.load(heads_ptr + 3 * head + 1)
     head_units = tl.load(heads_ptr + 3 * head + 2)
-    _, _, _, _, splits = share(
+    _, _, _, _, _, splits = share(
         seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-        SINK, RECENT, H, D, TILE, UNIT_TILE, WINDOW_BYTES, ROWS, ONE_WAVE, SELECTION,
+        SINK, RECENT, H, DENSE_UNITS, TILE, UNIT_TILE, ROWS, ONE_WAVE, SELECTION,
     )  # fmt: skip
     if AFTER_PROMPT:
         splits = tl.where(after_prompt(seq_lens_ptr, exact_until_ptr, i_req), splits, 1)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if splits != 1:
-        o_d = tl.arange(0, D_PAD)
+        o_d = tl.program_id(2) * PART + tl.arange(0, PART)
         m_d = o_d < D
         if sink_scores_ptr is None:
             m = -float("inf")
@@ -41,7 +43,7 @@ def combine_kernel(
         else:  # one more partial result, of a token without V
             m = load_sink_scores(sink_scores_ptr, i_head, True)
             l = 1.0
-        acc = tl.zeros([D_PAD], tl.float32)
+        acc = tl.zeros([PART], tl.float32)
         for start in range(0, splits, SPLITS):
             o_split = start + tl.arange(0, SPLITS)
             m_split = o_split < splits
@@ -50,7 +52,7 @@ def combine_kernel(
             partial = tl.load(
                 partial_ptr + o_row[:, None] * D + o_d[None, :],
                 mask=m_split[:, None] & m_d[None, :], other=0.0,
-            )  # [SPLITS, D_PAD]  # fmt: skip
+            )  # [SPLITS, PART]  # fmt: skip
             m_new = tl.maximum(m, tl.max(lse, 0))
             alpha = tl.exp2(m - m_new)
             weight = tl.exp2(lse - m_new)

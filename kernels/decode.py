@@ -56,7 +56,7 @@ def decode(
     attend_to = query, output, partial, lse, batch.window_table, far
     lengths = batch.seq_lens, batch.exact_until
     launches.attend((num_reqs, shape.programs, 1), *attend_to, *lengths)
-    launches.combine((num_reqs, heads[0], 1), output, partial, lse, *lengths)
+    launches.combine((num_reqs, heads[0], shape.parts), output, partial, lse, *lengths)
 
 
 def _shape(cache: LayerCache, num_reqs: int) -> DecodeLaunch:
@@ -100,6 +100,7 @@ def _launches(
     num_kv_heads = len(layout.profiles)
     group = num_heads // num_kv_heads
     columns = max(triton.next_power_of_2(group), 8)
+    padded_dim = triton.next_power_of_2(head_dim)
     work = tables.work(shape.programs)
     archive, side = cache.archive_pages, cache.side
     # A launch that may have nothing to do waits for nothing, so nobody may wait for it alone.
@@ -115,10 +116,9 @@ def _launches(
         "H": num_kv_heads,
         "G": group,
         "D": head_dim,
-        "D_PAD": triton.next_power_of_2(head_dim),
         "TILE": shape.tile,
         "UNIT_TILE": tables.tile,
-        "WINDOW_BYTES": layout.itemsize,
+        "DENSE_UNITS": 32 * 2 * head_dim * layout.itemsize // 256,
         "ROWS": shape.rows,
         "ONE_WAVE": shape.wave,
         "SELECTION": None if selection is None else (selection.share, selection.least),
@@ -144,6 +144,7 @@ def _launches(
         stride_window_table=window_stride, stride_archive_table=far_strides[0],
         stride_selected=far_strides[1],
         VARIANTS=tables.variants,
+        D_PAD=padded_dim,
         G_PAD=columns,
         ALIKE=2 if 2 * group <= columns and not cache.codec.whole_channels else 1,
         BLOCK=layout.archive_block,
@@ -163,6 +164,6 @@ def _launches(
         heads_ptr=work.heads,
         programs=shape.programs,
         SPLITS=shape.combined,
-        num_warps=8 if shape.combined > 32 else 4,
+        PART=padded_dim // shape.parts,
     )
     return _Launches(attend, combine, (shape.programs, group, head_dim))

@@ -69,24 +69,15 @@ def _add_scores(
 
 
 @triton.jit
-def fold_archive(
-    m, l, acc, first, last, boundary, q, p_q, m_q, scale_log2,
-    head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
-    stride_page, stride_side, p_scratch,
-    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
+def _fold_head(
+    m, l, acc, first, last, boundary, p_q, m_q, scale_log2, head, k_offset, order_ptr, numbers_ptr,
+    p_table, descs, archive_ptr, stride_page,
+    SINK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, KEPT: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    SELECTED: tl.constexpr,
 ):  # fmt: skip
-    """Take archive tiles `first` to `last` of a head that keeps `KEPT` channels into the running
-    softmax of `N` columns of queries, which see the tokens from `SINK` to `boundary`.
-
-    m, l: `[N]`; acc: `[D_PAD, N]`; q: `[D_PAD, N]`; p_q, m_q: `[N]`, the queries and which exist;
-    p_scratch: the program's own memory, not used here. SELECTED: `p_table` has the tiles that are
-    read, as `tile_place` says; `first` and `last` count among these. ALIKE: columns of each query,
-    one here; `p_q` and `m_q` are `[N / ALIKE]`.
-    """
+    """`fold_archive` of a head that keeps `KEPT` channels of K."""
     p_channels = order_ptr + head * D
-    k_offset = tl.load(p_head + 2)
     v_offset = k_offset + KEPT * BLOCK
     added = mean_scores(p_q, m_q, p_channels, numbers_ptr + head * D, D, D_PAD) * scale_log2
     # Chunks have the widths of KEPT's binary digits, widest first: `CHUNK_WIDTHS`.
@@ -113,13 +104,44 @@ def fold_archive(
                 s = _add_scores(s, queries[c], descs[1 + c], archive_ptr, page, k_offset, slot,
                                 stride_page, KEPT, 256 >> c, TILE, BLOCK, TMA)  # fmt: skip
         v = value_tile(descs[0], archive_ptr, page, v_offset, slot, stride_page, D, D_PAD, TILE,
-                       BLOCK, TMA).to(q.dtype)  # fmt: skip
+                       BLOCK, TMA).to(p_q.dtype.element_ty)  # fmt: skip
         o_token = token + tl.arange(0, TILE)
         seen = (o_token >= SINK) & (o_token < boundary)
         s = s * scale_log2 + added[None, :]
         m, alpha, p = _rescale(tl.where(seen[:, None], s, float("-inf")), m)
         l *= alpha
         l_rows = l_rows * alpha[None, :] + p
-        acc = tl.dot(v, p.to(q.dtype), acc=acc * alpha[None, :])
+        acc = tl.dot(v, p.to(p_q.dtype.element_ty), acc=acc * alpha[None, :])
     l += tl.sum(l_rows, 0)
+    return m, l, acc
+
+
+@triton.jit
+def fold_archive(
+    m_g, first, last, boundary, p_q, m_q, scale_log2,
+    head, p_head, variant, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
+    stride_page, stride_side, p_scratch,
+    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    VARIANTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
+):  # fmt: skip
+    """A running softmax of `N` columns of queries over archive tiles `first` to `last`, of tokens
+    from `SINK` to `boundary`: maxima and sums of weights `[N]`, and sums over V `[D_PAD, N]`.
+
+    m_g: which columns there are, `[N]`; p_q, m_q: `[N / ALIKE]`, the queries, and which exist; each
+    has `ALIKE` columns, here one; variant: of the head, one of `VARIANTS`; p_scratch: the program's
+    own memory, not used here. SELECTED: `p_table` has the tiles that are read, as `tile_place`
+    says; `first` and `last` count among these.
+    """
+    m = tl.full(m_g.shape, float("-inf"), tl.float32)
+    l = tl.zeros(m_g.shape, tl.float32)
+    acc = tl.zeros([D_PAD, m_g.shape[0]], tl.float32)
+    k_offset = tl.load(p_head + 2)
+    for c in tl.static_range(len(VARIANTS)):
+        if variant == VARIANTS[c]:
+            m, l, acc = _fold_head(
+                m, l, acc, first, last, boundary, p_q, m_q, scale_log2, head, k_offset, order_ptr,
+                numbers_ptr, p_table, descs, archive_ptr, stride_page, SINK, D, D_PAD, VARIANTS[c],
+                TILE, BLOCK, TMA, STAGES, SELECTED,
+            )  # fmt: skip
     return m, l, acc

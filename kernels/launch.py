@@ -36,6 +36,10 @@ COMBINED = 16, 32, 128
 """Splits of a head that are combined at once: for few programs of a request, for more, and, where
 requests are so few that heads have more splits each, all of them at most."""
 
+COMBINE_PARTS = 4
+"""Parts of a head's channels that are combined apart where heads have many splits: there are few
+heads then, and one multiprocessor each would take longer."""
+
 SPLIT_BYTES = 1 << 15, 1 << 17
 """Bytes that a program should read at least, for few and for many requests."""
 
@@ -60,9 +64,11 @@ class Device:
         tma: whether tiles are loaded by the tensor memory accelerator of Hopper and of large
             Blackwell GPUs, through tensor descriptors, or through plain pointers. Capability 12 has
             it as well, but too little shared memory for the pipelines of decode.
+        multiprocessors: how many there are.
     """
 
     tma: bool
+    multiprocessors: int = 1
 
     @classmethod
     def of(cls, device: torch.device) -> "Device":
@@ -70,8 +76,11 @@ class Device:
         if device.type != "cuda":
             return cls(tma=False)
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        major, _ = torch.cuda.get_device_capability(device)
-        return cls(tma=major in TMA_CAPABILITIES and not interpreted)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(
+            tma=properties.major in TMA_CAPABILITIES and not interpreted,
+            multiprocessors=properties.multi_processor_count,
+        )
 
 
 class DecodeLaunch(NamedTuple):
@@ -85,6 +94,7 @@ class DecodeLaunch(NamedTuple):
         rows: power of two up to which a batch's requests are counted, to cut the launch into one
             wave; 0 if it is not.
         combined: splits of a head that are combined at once; a power of two.
+        parts: of a head's channels, which are combined apart; a power of two.
         wave: programs that run at the same time.
         warps, stages, window_stages, window_tile, registers: see `DecodeShape`.
     """
@@ -95,6 +105,7 @@ class DecodeLaunch(NamedTuple):
     split_bytes: int
     rows: int
     combined: int
+    parts: int
     wave: int
     warps: int
     stages: int
@@ -171,13 +182,15 @@ def choose_decode(
     # A segment is as long as the tiles of few requests.
     shape = codec_of(layout.archive_format).decode_shape(layout, is_few or selects)
     programs = decode_programs(num_reqs, len(layout.profiles), shape.wave)
+    combined = combined_splits(programs, len(layout.profiles))
     return DecodeLaunch(
         programs=programs,
         tile=tile_tokens(layout, selects, is_few),
         tma=device.tma,
         split_bytes=few if is_few else many,
         rows=FEW_HEADS if is_few else 0,
-        combined=combined_splits(programs, len(layout.profiles)),
+        combined=combined,
+        parts=COMBINE_PARTS if combined > COMBINED[1] else 1,
         wave=shape.wave,
         # The sums over V of a larger head are more than a warp can hold.
         warps=max(shape.warps, layout.head_dim // 128),

@@ -19,8 +19,10 @@ from vllm_leank.kernels.codes import (
     read_codes,
     row_bytes,
     shift,
-    stored_values,
+    token_bytes,
+    values_of,
 )
+from vllm_leank.kernels.common import prefetch
 from vllm_leank.kernels.packed_query import all_alike, read_query, write_query
 from vllm_leank.kernels.pages import scale_tile, tile_place
 
@@ -66,48 +68,32 @@ def _split_granules(x):
 
 
 @triton.jit
-def fold_archive(
-    m, l, acc, first, last, boundary, q, p_q, m_q, scale_log2,
-    head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
-    stride_page, stride_side, p_scratch,
-    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    VARIANT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
+def _fold_head(
+    page, tile, first, last, boundary, unit, added, m_q, head, offset, side_offset, order_ptr,
+    numbers_ptr, p_table, descs, archive_ptr, side_ptr, stride_page, stride_side, p_scratch,
+    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, VARIANT: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """As `fold_columns.fold_archive`, for a head whose fields `VARIANT` describes. It comes first:
-    `m`, `l` and `acc` have taken nothing in yet. SELECTED: as there.
-
-    Channels change their order in memory of the program's own, fp32 `[N, D]` at `p_scratch`: in
-    registers that takes thousands of instructions, and where programs are short, it is fetching
-    instructions that they wait for.
+    """Of a head whose fields `VARIANT` describes, for queries that `write_query` left at
+    `p_scratch`: maxima of scores and sums of weights `[N]`. It leaves sums over V's stored
+    channels, without their means, fp32 `[N, D]` at `p_scratch`, in the order of channels.
     """
     ASM: tl.constexpr = TILES.ASM
-    N: tl.constexpr = m.shape[0]
     U: tl.constexpr = m_q.shape[0]
-    offset = tl.multiple_of(tl.load(p_head + 2), 16)
-    side_offset = tl.load(p_head + 4)
-    p_query = p_scratch.to(tl.pointer_type(tl.float16))
-    unit, added = write_query(
-        p_query, p_q, m_q, order_ptr + head * D, numbers_ptr + head * D,
-        numbers_ptr + (H + head) * D, D, D_PAD, VARIANT,
-    )  # fmt: skip
-    tl.debug_barrier()
-    parts = read_query(p_query, m_q, D, VARIANT, ALIKE)
-    unit *= CODE_UNIT * scale_log2
-    added *= scale_log2
+    N: tl.constexpr = U * ALIKE
+    parts = read_query(p_scratch.to(tl.pointer_type(tl.float16)), m_q, D, VARIANT, ALIKE)
     sums = ()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
             for _ in tl.static_range(1 << c):
                 sums = sums + (tl.zeros([row_bytes(VARIANT, 3 + c), N], tl.float32),)  # noqa: RUF005
-    unit, added = unit[None, :], added[None, :]
     m = tl.full([1, U], float("-inf"), tl.float32)
     l_rows = tl.zeros([SUM_ROWS, U], tl.float32)
     # Sums of weights times scales, as products see them: in each row the same.
     scaled_rows = tl.zeros([SUM_ROWS, N], tl.float32)
     ones = tl.full([SUM_ROWS, TILE // 2], 1.0, tl.float16)
     # One tile ahead, so that the pipeline of tiles does not wait for the block table.
-    page, tile = tile_place(p_table, first, first < last, TILE, BLOCK, SELECTED)
     for i in tl.range(first, last, num_stages=STAGES):
         token, slot = tile * TILE, tile * TILE % BLOCK
         this = page
@@ -161,14 +147,10 @@ def fold_archive(
                     new_sums = new_sums + (total,)  # noqa: RUF005
         sums = new_sums
 
-    far = tl.sum(l_rows, 0)[None, :]
-    far = tl.reshape(all_alike(far, ALIKE), (N,))
-    m = tl.reshape(all_alike(m, ALIKE), (N,))
+    m = tl.reshape(m, (U,))
     scaled = tl.sum(_one_of_each(scaled_rows, ALIKE), 0) / SUM_ROWS
     # Other threads may still be reading the queries.
     tl.debug_barrier()
-    o_d = tl.arange(0, D_PAD)
-    m_d = o_d < D
     p_columns = p_scratch + tl.arange(0, U)[None, :] * D
     p_order = order_ptr + (H + head) * D
     for c in tl.static_range(3):
@@ -180,12 +162,61 @@ def fold_archive(
                 y = y * power(24 - (8 >> c) * part) - scaled[None, :] * ((power(8 >> c) - 1) / 2)
                 y *= tl.load(numbers_ptr + (3 * H + head) * D + o_r)[:, None]
                 tl.store(p_columns + tl.load(p_order + o_r)[:, None], y, mask=m_q[None, :])
+    return m, tl.sum(l_rows, 0)
+
+
+@triton.jit
+def fold_archive(
+    m_g, first, last, boundary, p_q, m_q, scale_log2,
+    head, p_head, variant, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
+    stride_page, stride_side, p_scratch,
+    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    VARIANTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
+):  # fmt: skip
+    """As `fold_columns.fold_archive`, for heads with fields as `VARIANTS` describe them.
+
+    Channels change their order in memory of the program's own, fp32 `[N, D]` at `p_scratch`: in
+    registers that takes thousands of instructions, and where programs are short, it is fetching
+    instructions that they wait for. So what is the same for all variants is there once.
+    """
+    U: tl.constexpr = m_q.shape[0]
+    offset = tl.multiple_of(tl.load(p_head + 2), 16)
+    side_offset = tl.load(p_head + 4)
+    o_d = tl.arange(0, D_PAD)
+    m_d = o_d < D
+    page, tile = tile_place(p_table, first, True, TILE, BLOCK, SELECTED)
+    channel = tl.load(order_ptr + head * D + o_d, mask=m_d, other=0)
+    if TILES.ASM:
+        # What is read first comes while queries are written.
+        o_line = tl.minimum(tl.arange(0, 128) * 128, BLOCK * token_bytes(variant) - 1)
+        prefetch(archive_ptr + page.to(tl.int64) * stride_page + offset + o_line)
+    unit, added = write_query(
+        p_scratch.to(tl.pointer_type(tl.float16)), p_q, m_q, channel,
+        order_ptr + (4 * H + head) * D, numbers_ptr + head * D, numbers_ptr + (H + head) * D,
+        numbers_ptr + (6 * H + head) * D, D, D_PAD,
+    )  # fmt: skip
+    unit = (unit * (CODE_UNIT * scale_log2))[None, :]
+    added = (added * scale_log2)[None, :]
+    tl.debug_barrier()
+    m = tl.full([U], float("-inf"), tl.float32)
+    l = tl.zeros([U], tl.float32)
+    for c in tl.static_range(len(VARIANTS)):
+        if variant == VARIANTS[c]:
+            m, l = _fold_head(
+                page, tile, first, last, boundary, unit, added, m_q, head, offset, side_offset,
+                order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr, stride_page,
+                stride_side, p_scratch, SINK, H, D, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,
+                SELECTED, ALIKE,
+            )  # fmt: skip
     tl.debug_barrier()
     places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
-    stored = places < stored_values(VARIANT)
-    acc += tl.load(
-        p_scratch + o_d[:, None] + (tl.arange(0, N) // ALIKE)[None, :] * D,
-        mask=stored[:, None] & all_alike(m_q[None, :], ALIKE), other=0.0,
+    stored = places < values_of(variant)
+    acc = tl.load(
+        p_scratch + o_d[:, None] + (tl.arange(0, U * ALIKE) // ALIKE)[None, :] * D,
+        mask=stored[:, None] & m_g[None, :], other=0.0,
     )  # fmt: skip
     mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
-    return m, l + far, acc + mean[:, None] * far[None, :]
+    m = tl.reshape(all_alike(m[None, :], ALIKE), (U * ALIKE,))
+    l = tl.reshape(all_alike(l[None, :], ALIKE), (U * ALIKE,))
+    return m, l, acc + mean[:, None] * l[None, :]

@@ -9,7 +9,6 @@ from vllm_leank.kernels.codes import (
     lanes,
     product_powers,
     row_bytes,
-    swap_bytes,
 )
 
 
@@ -24,30 +23,31 @@ def all_alike(x, ALIKE: tl.constexpr):
     return x
 
 
-@triton.jit
-def _place_of_byte(byte, W: tl.constexpr, LANES: tl.constexpr):
-    """Where the query's number for a byte of K is stored. So each thread finds the numbers that it
-    multiplies side by side, four of each 16.
+def place_of_byte(byte: int, width: int) -> int:
+    """Where the query's number for a byte of K is stored, of a field whose rows have `width` bytes.
+    So each thread finds the numbers that it multiplies side by side, four of each 16.
     """
-    if LANES == 1:
-        return swap_bytes(byte)
-    half = byte // 2 % (W // 2)
+    if width < 32:  # one lane
+        return byte // 4 * 4 + byte % 2 * 2 + byte % 4 // 2
+    half = byte // 2 % (width // 2)
     thread = half % 8 // 2 * 2 + byte % 2
-    return byte // W * W + thread * (W // 8) + half // 16 * 4 + half % 16 // 8 * 2 + half % 2
+    first = byte // width * width
+    return first + thread * (width // 8) + half // 16 * 4 + half % 16 // 8 * 2 + half % 2
 
 
 @triton.jit
 def write_query(
-    p_scratch, p_q, m_q, p_order, p_mean, p_factor, D: tl.constexpr, D_PAD: tl.constexpr,
-    VARIANT: tl.constexpr,
+    p_scratch, p_q, m_q, channel, p_places, p_mean, p_factor, p_half,
+    D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Write the queries in the order of stored channels, in units of `unit`, fp16, to
-    `[N, D]` at `p_scratch`. Returns `unit`, and what has to be added to each query's scores.
+    """Write the queries, in units of `unit`, fp16, to `[N, D]` at `p_scratch`, the number for each
+    stored channel at its place of `Tables.order`. Returns `unit`, and what has to be added to each
+    query's scores.
     """
     N: tl.constexpr = m_q.shape[0]
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
-    channel = tl.load(p_order + o_d, mask=m_d, other=0)
+    place = tl.load(p_places + o_d, mask=m_d, other=0)
     q = tl.load(p_q[None, :] + channel[:, None], mask=m_d[:, None] & m_q[None, :], other=0.0)
     q = q.to(tl.float32)
     added = tl.sum(q * tl.load(p_mean + o_d, mask=m_d, other=0.0)[:, None], 0)
@@ -55,20 +55,9 @@ def write_query(
     # The largest is 256, so that all fit into fp16, and with the codes' shifts keep their digits.
     unit = tl.maximum(tl.max(tl.abs(q), 0), 1e-30) / 256
     q = (q * (1 / unit)[None, :]).to(tl.float16)
-    place = o_d
-    for c in tl.static_range(3):
-        if row_bytes(VARIANT, c) > 0:
-            byte = o_d - first_channel(VARIANT, c)
-            turned = first_channel(VARIANT, c) + _place_of_byte(
-                byte, row_bytes(VARIANT, c), lanes(VARIANT, c)
-            )
-            is_here = (byte >= 0) & (byte < row_bytes(VARIANT, c) << c)
-            place = tl.where(is_here, turned, place)
     p_scratch += place[:, None] + tl.arange(0, N)[None, :] * D
     tl.store(p_scratch, q, mask=m_d[:, None] & m_q[None, :])
-    # Half of the largest code of each class stands for 0.
-    half = tl.where(o_d < first_channel(VARIANT, 2), 7.5, 1.5)
-    half = tl.where(o_d < first_channel(VARIANT, 1), 127.5, half)
+    half = tl.load(p_half + o_d, mask=m_d, other=0.0)
     return unit, added - tl.sum(q.to(tl.float32) * half[:, None], 0) * unit
 
 

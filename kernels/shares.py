@@ -37,20 +37,21 @@ def _span(
 @triton.jit
 def share(
     seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-    SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    TILE: tl.constexpr, UNIT_TILE: tl.constexpr, WINDOW_BYTES: tl.constexpr,
+    SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, DENSE_UNITS: tl.constexpr,
+    TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
     ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
 ):  # fmt: skip
     """What one KV head of a request reads, and over how many of its programs: no more than give
     each `split_units` to read, and, in a batch of at most `ROWS` requests, together one wave.
 
     Units are 256 bytes; `head_units` are those of `UNIT_TILE` tokens of the head, `archive_units`
-    of all heads.
+    of all heads, and `DENSE_UNITS` those of a dense granule of one. Returns the length, the
+    boundary, the numbers of archive tiles and of dense granules, the units of one of these tiles,
+    and the programs.
     """
     tl.static_assert(TILE % UNIT_TILE == 0)
     head_units *= TILE // UNIT_TILE
     archive_units *= TILE // UNIT_TILE
-    DENSE_UNITS: tl.constexpr = 32 * 2 * D * WINDOW_BYTES // 256
     if ROWS > 0:
         o_row = tl.arange(0, ROWS)
         m_row = o_row < tl.num_programs(0)
@@ -58,16 +59,38 @@ def share(
         prompts = tl.load(exact_until_ptr + o_row, mask=m_row, other=0)
         _, n_dense, n_archive = _span(lengths, prompts, SINK, RECENT, TILE, SELECTION)
         total = tl.sum(n_dense * (H * DENSE_UNITS) + n_archive * archive_units, 0)
-        split_units = tl.maximum(split_units, tl.cdiv(total, ONE_WAVE))
+        split_units = tl.maximum(split_units, total // ONE_WAVE)
     length = tl.load(seq_lens_ptr + i_req)
     exact_until = tl.load(exact_until_ptr + i_req)
     boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE, SELECTION)
     n_archive = tl.where(head_units > 0, n_archive, 0)
-    units = n_dense * DENSE_UNITS + n_archive * head_units
-    splits = tl.minimum(splits, tl.cdiv(units, split_units))
-    # Each split has a tile; a padded row has no split.
-    splits = tl.minimum(splits, tl.maximum(n_dense, n_archive))
-    return length, boundary, n_dense, n_archive, splits
+    # In any part as long as a tile and a granule one of them begins.
+    split_units = tl.maximum(split_units, tl.maximum(head_units, DENSE_UNITS))
+    units = n_archive * head_units + n_dense * DENSE_UNITS
+    # A padded row has no part.
+    splits = tl.minimum(splits, tl.minimum(tl.maximum(units // split_units, 1), units))
+    # And where parts have some of both, each has a tile or a granule.
+    if ROWS == 0:
+        splits = tl.minimum(splits, tl.maximum(n_archive, n_dense))
+    return length, boundary, n_archive, n_dense, head_units, splits
+
+
+@triton.jit
+def cut(
+    split, splits, n_archive, n_dense, head_units, DENSE_UNITS: tl.constexpr, APART: tl.constexpr
+):  # fmt: skip
+    """The first archive tile and the first dense granule of one of `splits` parts of what a head
+    reads. APART: its far tokens come first, then its window; parts have as many units, and what
+    begins in them, so few have some of both. Else each part has as many tiles and granules.
+    """
+    if not APART:
+        return n_archive * split // splits, n_dense * split // splits
+    far = n_archive * head_units
+    units = far + n_dense * DENSE_UNITS
+    each = units // splits
+    start = split * each + tl.minimum(split, units - splits * each)
+    tile = tl.minimum(tl.cdiv(start, tl.maximum(head_units, 1)), n_archive)
+    return tile, tl.cdiv(tl.maximum(start - far, 0), DENSE_UNITS)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from vllm_leank.kernels.channels import HeadChannels
@@ -13,6 +14,7 @@ from vllm_leank.kernels.launch import (
     tile_tokens,
 )
 
+from vllm_leank.core.formats.packed import CODE_CLASSES
 from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.window import Window
 
@@ -25,8 +27,8 @@ class Work:
     """Shares of a request's programs.
 
     Attributes:
-        programs: int32 `[programs, 8]`: KV head, which of its splits, number of its splits, and the
-            head's row of `Tables.heads`.
+        programs: int32 `[programs, 9]`: KV head, which of its splits, number of its splits, where
+            its results lie among those of a request, and the head's row of `Tables.heads`.
         heads: int32 `[num_kv_heads, 3]`: first program, number of programs, units of 256
             bytes of one tile.
         largest: most programs that a head has.
@@ -56,11 +58,12 @@ class Tables:
             within the layer's part of an archive page (in elements), units of 256 bytes of one
             tile of it, and where its side data begins (in numbers of the codec's dtype).
         variants: numbers that stand for the profiles that kernels are compiled for.
-        order: int32 `[4, num_kv_heads, head_dim]`: channels of K and of V as they are stored, and
-            where each channel of V, and of K, stands in stored order.
-        numbers: fp32 `[6, num_kv_heads, head_dim]`: 0 means of K that scores are made with, in
+        order: int32 `[5, num_kv_heads, head_dim]`: channels of K and of V as they are stored, where
+            each channel of V, and of K, stands in stored order, and `Codec.query_places`.
+        numbers: fp32 `[7, num_kv_heads, head_dim]`: 0 means of K that scores are made with, in
             stored order; 1 factors of K, in stored order; 2 means of V by channel; 3 factors of V,
-            in stored order; 4 and 5 means of K and of V in stored order, which codes are made with.
+            in stored order; 4 and 5 means of K and of V in stored order, which codes are made with;
+            6 which code of K, in stored order, would stand for the mean.
         columns: int32 `[stored K channels, 3]`, for formats of whole channels: K channel, the
             element of an archive page where its column begins, and the elements from one token to
             the next.
@@ -97,7 +100,9 @@ class Tables:
         self.variants = tuple(map(layout.archive_format.variant, layout.variants))
         orders = [[one.k.order for one in channels], [one.v.order for one in channels]]
         orders += [[one.argsort() for one in orders[kind]] for kind in (1, 0)]
-        self.order = torch.stack([torch.stack(kind) for kind in orders]).to(device, torch.int32)
+        orders.append([codec.query_places(one.profile, layout.head_dim) for one in channels])
+        order = [torch.stack(kind).to(device, torch.int32) for kind in orders]
+        self.order = torch.stack(order)
         self.numbers = torch.stack([_numbers(one) for one in channels], dim=1).to(device)
         columns = [
             (chunk.offset + i, chunk.width)
@@ -125,7 +130,7 @@ class Tables:
         # All of them now: while a CUDA graph is captured no tensor may come from the host.
         wave = codec.decode_shape(layout).wave
         self._work = {
-            programs: _share_work(heads, costs, programs).to(device)
+            programs: _share_work(heads, costs, programs, self.device.multiprocessors).to(device)
             for programs in decode_programs_of_all(len(layout.profiles), wave)
         }
 
@@ -134,7 +139,9 @@ class Tables:
         return self._work[programs]
 
 
-def _share_work(heads: torch.Tensor, costs: Sequence[float], programs: int) -> Work:
+def _share_work(
+    heads: torch.Tensor, costs: Sequence[float], programs: int, multiprocessors: int
+) -> Work:
     """Share programs out over heads of unequal cost."""
     counts = share_programs(costs, programs)
     # Heads that read most begin first. Those of a profile follow each other, so that programs that
@@ -144,7 +151,11 @@ def _share_work(heads: torch.Tensor, costs: Sequence[float], programs: int) -> W
     firsts = [0] * len(costs)
     for head in order:
         firsts[head] = len(rows)
-        rows += [(head, i, counts[head], *heads[head].tolist()) for i in range(counts[head])]
+        for split in range(counts[head]):
+            rows.append((head, split, counts[head], len(rows), *heads[head].tolist()))
+    # Of fewer programs each has a multiprocessor of its own.
+    if programs > multiprocessors > 1:
+        rows = [rows[i] for i in deal([row[4] for row in rows], multiprocessors)]
     of_heads = list(zip(firsts, counts, heads[:, 3].tolist(), strict=True))
     return Work(
         programs=torch.tensor(rows, dtype=torch.int32),
@@ -153,11 +164,40 @@ def _share_work(heads: torch.Tensor, costs: Sequence[float], programs: int) -> W
     )
 
 
+def deal(variants: Sequence[int], multiprocessors: int) -> list[int]:
+    """An order of a request's programs in which each multiprocessor gets those of one profile, as
+    far as that goes: programs whose places differ by the number of multiprocessors run on the same.
+
+    Args:
+        variants: of each program, the profile of its head; 0 where its head stores nothing.
+        multiprocessors: how many there are.
+    """
+    storing = [i for i, variant in enumerate(variants) if variant]
+    runs = []
+    for _, run in groupby(storing, key=lambda i: variants[i]):
+        of_profile = list(run)
+        # A head's last programs may have nothing to do, so they are spread out.
+        columns = max(1, round(len(of_profile) * multiprocessors / len(storing)))
+        runs += [i for first in range(columns) for i in of_profile[first::columns]]
+    dealt, taken = [0] * len(runs), 0
+    for column in range(min(multiprocessors, len(runs))):
+        places = range(column, len(runs), multiprocessors)
+        dealt[places.start :: multiprocessors] = runs[taken : taken + len(places)]
+        taken += len(places)
+    return dealt + [i for i, variant in enumerate(variants) if not variant]
+
+
 def _numbers(head: HeadChannels) -> torch.Tensor:
-    """One head's part of `Tables.numbers`, fp32 `[6, head_dim]`."""
+    """One head's part of `Tables.numbers`, fp32 `[7, head_dim]`."""
     k_mean = head.k.mean.clone()
     # What is stored as it is has no use for its mean.
     k_mean[: head.k.counts[0]] = 0
     v_mean = torch.empty_like(head.v.mean)
     v_mean[head.v.order] = head.v.mean
-    return torch.stack((k_mean, head.k.factor, v_mean, head.v.factor, head.k.mean, head.v.mean))
+    middle = torch.zeros_like(head.k.mean)
+    first = head.k.counts[0]
+    for bits, count in zip(CODE_CLASSES, head.k.counts[1:], strict=True):
+        middle[first : first + count] = (2**bits - 1) / 2
+        first += count
+    means = head.k.mean, head.v.mean
+    return torch.stack((k_mean, head.k.factor, v_mean, head.v.factor, *means, middle))

@@ -37,8 +37,13 @@ def test_a_request_split_over_many_programs_reads_the_same(monkeypatch, tma):
     builder.run(builder.step([(request, len(request) - 1)]), reference)
     step = builder.step([(request, 1)])
     outputs = []
-    for split_bytes, combined in (256, 128), (4096, 16), (1 << 20, 16):
-        changes = {"split_bytes": split_bytes, "combined": combined}
+    for split_bytes, combined, parts in (
+        (256, 128, 4),
+        (256, 16, 1),
+        (4096, 16, 2),
+        (1 << 20, 16, 1),
+    ):
+        changes = {"split_bytes": split_bytes, "combined": combined, "parts": parts}
         monkeypatch.setattr(
             decode,
             "choose_decode",

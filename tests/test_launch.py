@@ -19,7 +19,7 @@ from vllm_leank.kernels.launch import (
     share_programs,
     tile_tokens,
 )
-from vllm_leank.kernels.tables import Tables
+from vllm_leank.kernels.tables import Tables, deal
 
 from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.core.pages import CacheLayout
@@ -156,17 +156,22 @@ def test_programs_go_to_the_heads_with_most_work(costs, programs):
             assert cost / (count - 1) >= max(loads) or load == max(loads)
 
 
-def test_work_tables_name_every_split_once():
+@pytest.mark.parametrize("multiprocessors", [1, 24])
+def test_work_tables_name_every_split_once(monkeypatch, multiprocessors):
+    monkeypatch.setattr(Device, "of", lambda device: Device(False, multiprocessors))
     kept = (32, 64, 0, 96)
     heads = first_channels(layout(kept)).heads
     tables = Tables(layout(kept), heads, Window(128, 768), torch.device("cpu"))
     for programs in decode_programs_of_all(len(kept)):
         work = tables.work(programs)
         assert len(work.programs) == programs
+        placed = sorted(work.programs.tolist(), key=lambda row: row[3])
+        assert [row[3] for row in placed] == list(range(programs))
+        assert multiprocessors > 1 or placed == work.programs.tolist()
         for head, (first, count, units) in enumerate(work.heads.tolist()):
-            rows = work.programs[first : first + count].tolist()
+            rows = placed[first : first + count]
             assert [row[:3] for row in rows] == [[head, i, count] for i in range(count)]
-            assert all(row[3:] == tables.heads[head].tolist() for row in rows)
+            assert all(row[4:] == tables.heads[head].tolist() for row in rows)
             # Units of 256 bytes: 64 tokens of K and V in 16 bits.
             assert units == (kept[head] and (kept[head] + 128) * 64 * 2 // 256)
         assert work.largest == work.heads[:, 1].max()
@@ -174,6 +179,19 @@ def test_work_tables_name_every_split_once():
         assert work.heads[:, 1].argmin() == 2
     assert tables.variants == (32, 64, 96)
     assert tables.columns[:, 0].tolist() == [*range(32), *range(64), *range(96)]
+
+
+def test_a_multiprocessor_has_programs_of_one_profile():
+    """As far as their numbers allow: of 8 in turn, at most one multiprocessor has two profiles
+    where one ends and the next begins.
+    """
+    variants = [7] * 300 + [5] * 200 + [9] * 156 + [0] * 16
+    order = deal(variants, 132)
+    assert sorted(order) == list(range(len(variants)))
+    storing = order[: 300 + 200 + 156]
+    assert all(variants[i] for i in storing)
+    kinds = [{variants[i] for i in storing[first::132]} for first in range(132)]
+    assert sum(len(one) > 1 for one in kinds) <= 2
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 1024])

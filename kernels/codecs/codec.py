@@ -8,6 +8,7 @@ import torch
 from vllm_leank.kernels.channels import HeadChannels
 
 from vllm_leank.core.pages import CacheLayout
+from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import GRANULE
 
 
@@ -103,6 +104,12 @@ class Codec(ABC):
         waves are alike.
         """
         return DecodeShape()
+
+    def query_places(self, profile: Profile, head_dim: int) -> torch.Tensor:
+        """Where decode keeps a query's number for each stored channel of K of a head, int64
+        `[head_dim]`.
+        """
+        return torch.arange(head_dim)
 
     @property
     def empty_side(self) -> torch.Tensor:

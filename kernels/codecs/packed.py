@@ -17,12 +17,16 @@ from vllm_leank.kernels.codecs.tiles import Tiles
 
 from vllm_leank.core.formats.packed import CODE_CLASSES, LARGEST_SCALE, LEAST_SCALE, STEPS
 from vllm_leank.core.pages import CacheLayout
+from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import GRANULE
 
 FEW_BITS = DecodeShape(
     tile=64, warps=1, stages=3, window_stages=2, window_tile=16, registers=128, wave=1024
 )
-"""For few requests of few bits: short tiles, and few registers, so that many programs run."""
+"""Of few bits: short tiles, and few registers, so that many programs run."""
+
+FEW_REQUESTS = replace(FEW_BITS, window_tile=32, registers=192)
+"""For few requests of few bits: a wave leaves half of a multiprocessor free."""
 
 TWO_BITS = replace(FEW_BITS, tile=128, registers=184)
 """For many requests, where all heads have about 2 bits: long tiles take fewer instructions per
@@ -63,10 +67,23 @@ class PackedCodec(Codec):
 
     def decode_shape(self, layout: CacheLayout, few_requests: bool = True) -> DecodeShape:
         if _all_heads_have(3, 5, layout):
-            return MANY_BITS
-        if not few_requests and _all_heads_have(1.5, 2.5, layout):
+            return replace(MANY_BITS, window_tile=32) if few_requests else MANY_BITS
+        if few_requests:
+            return FEW_REQUESTS
+        if _all_heads_have(1.5, 2.5, layout):
             return TWO_BITS
         return FEW_BITS
+
+    def query_places(self, profile: Profile, head_dim: int) -> torch.Tensor:
+        from vllm_leank.kernels.packed_query import place_of_byte
+
+        places, first = list(range(head_dim)), 0
+        for bits, count in zip(CODE_CLASSES, profile.k[1:], strict=True):
+            width = count * bits // 8
+            for byte in range(count):
+                places[first + byte] = first + place_of_byte(byte, width)
+            first += count
+        return torch.tensor(places)
 
     @property
     def empty_side(self) -> torch.Tensor:
