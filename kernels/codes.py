@@ -109,15 +109,6 @@ def halves_asm(mask, lane):
 
 
 @triton.jit
-def token_bytes(variant):
-    """Bytes of all fields of a token, by a variant that only the device knows."""
-    fields = 0
-    for field in tl.static_range(6):
-        fields += variant >> (5 * field) & 31
-    return fields * 16
-
-
-@triton.jit
 def values_of(variant):
     """`stored_values` of a variant that only the device knows."""
     return (variant >> 15 & 31) * 16 + (variant >> 20 & 31) * 32 + (variant >> 25 & 31) * 64

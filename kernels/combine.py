@@ -15,7 +15,8 @@ def combine_kernel(
     programs, archive_units, split_units, stride_o_token, stride_o_head,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
-    DENSE_UNITS: tl.constexpr, ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
+    DENSE_UNITS: tl.constexpr, WINDOW_COST: tl.constexpr, ROWS: tl.constexpr,
+    ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
     AFTER_PROMPT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs `[requests, query heads, parts of PART channels]`: outputs that no program of the
@@ -28,7 +29,7 @@ def combine_kernel(
     head_units = tl.load(heads_ptr + 3 * head + 2)
     _, _, _, _, _, splits = share(
         seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-        SINK, RECENT, H, DENSE_UNITS, TILE, UNIT_TILE, ROWS, ONE_WAVE, SELECTION,
+        SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, ONE_WAVE, SELECTION,
     )  # fmt: skip
     if AFTER_PROMPT:
         splits = tl.where(after_prompt(seq_lens_ptr, exact_until_ptr, i_req), splits, 1)

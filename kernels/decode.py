@@ -119,6 +119,7 @@ def _launches(
         "TILE": shape.tile,
         "UNIT_TILE": tables.tile,
         "DENSE_UNITS": 32 * 2 * head_dim * layout.itemsize // 256,
+        "WINDOW_COST": shape.window_cost,
         "ROWS": shape.rows,
         "ONE_WAVE": shape.wave,
         "SELECTION": None if selection is None else (selection.share, selection.least),

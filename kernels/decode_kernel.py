@@ -35,7 +35,7 @@ def decode_kernel(
     VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr, DENSE_UNITS: tl.constexpr,
-    ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
+    WINDOW_COST: tl.constexpr, ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
     AFTER_PROMPT: tl.constexpr,
     TILES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
     STAGES: tl.constexpr, WINDOW_STAGES: tl.constexpr, WINDOW_TILE: tl.constexpr,
@@ -63,7 +63,7 @@ def decode_kernel(
         prefetch_rows(numbers_ptr, head, H, D, NUMBER_ROWS)
     length, boundary, n_archive, n_dense, head_units, splits = share(
         seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-        SINK, RECENT, H, DENSE_UNITS, TILE, UNIT_TILE, ROWS, ONE_WAVE, SELECTION,
+        SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, ONE_WAVE, SELECTION,
     )  # fmt: skip
     if AFTER_PROMPT:
         # Others are not for this launch.
@@ -89,10 +89,10 @@ def decode_kernel(
         # waits for instructions and pages. Where many waves follow each other nobody waits for it.
         apart: tl.constexpr = ROWS > 0
         first, first_dense = cut(
-            split, splits, n_archive, n_dense, head_units, DENSE_UNITS, apart
+            split, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, apart
         )  # fmt: skip
         last, last_dense = cut(
-            split + 1, splits, n_archive, n_dense, head_units, DENSE_UNITS, apart
+            split + 1, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, apart
         )  # fmt: skip
         if first < last:
             p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table
@@ -106,6 +106,7 @@ def decode_kernel(
                 m_g, first, last, boundary, p_first + o_query * stride_q_head, o_query < G,
                 scale_log2, head, p_head, variant, order_ptr, numbers_ptr, p_table, descs,
                 archive_ptr, side_ptr, stride_archive_page, stride_side, p_partial,
+                lse_ptr + i_partial * G,
                 SINK, H, D, D_PAD, VARIANTS, TILE, BLOCK, TILES, TMA, STAGES,
                 SELECTION is not None, ALIKE,
             )  # fmt: skip

@@ -120,7 +120,7 @@ def _fold_head(
 def fold_archive(
     m_g, first, last, boundary, p_q, m_q, scale_log2,
     head, p_head, variant, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
-    stride_page, stride_side, p_scratch,
+    stride_page, stride_side, p_scratch, p_lse,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     VARIANTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
@@ -129,9 +129,9 @@ def fold_archive(
     from `SINK` to `boundary`: maxima and sums of weights `[N]`, and sums over V `[D_PAD, N]`.
 
     m_g: which columns there are, `[N]`; p_q, m_q: `[N / ALIKE]`, the queries, and which exist; each
-    has `ALIKE` columns, here one; variant: of the head, one of `VARIANTS`; p_scratch: the program's
-    own memory, not used here. SELECTED: `p_table` has the tiles that are read, as `tile_place`
-    says; `first` and `last` count among these.
+    has `ALIKE` columns, here one; variant: of the head, one of `VARIANTS`; p_scratch, p_lse: where
+    the program's results go, its own memory until then, not used here. SELECTED: `p_table` has the
+    tiles that are read, as `tile_place` says; `first` and `last` count among these.
     """
     m = tl.full(m_g.shape, float("-inf"), tl.float32)
     l = tl.zeros(m_g.shape, tl.float32)

@@ -96,7 +96,7 @@ class DecodeLaunch(NamedTuple):
         combined: splits of a head that are combined at once; a power of two.
         parts: of a head's channels, which are combined apart; a power of two.
         wave: programs that run at the same time.
-        warps, stages, window_stages, window_tile, registers: see `DecodeShape`.
+        warps, stages, window_stages, window_tile, registers, window_cost: see `DecodeShape`.
     """
 
     programs: int
@@ -112,6 +112,7 @@ class DecodeLaunch(NamedTuple):
     window_stages: int
     window_tile: int
     registers: int | None
+    window_cost: int
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def choose_decode(
     few, many = SPLIT_BYTES
     is_few = num_reqs * len(layout.profiles) <= FEW_HEADS
     # A segment is as long as the tiles of few requests.
-    shape = codec_of(layout.archive_format).decode_shape(layout, is_few or selects)
+    shape = codec_of(layout.archive_format).decode_shape(layout, is_few, short_tiles=selects)
     programs = decode_programs(num_reqs, len(layout.profiles), shape.wave)
     combined = combined_splits(programs, len(layout.profiles))
     return DecodeLaunch(
@@ -198,6 +199,7 @@ def choose_decode(
         window_stages=shape.window_stages,
         window_tile=shape.window_tile,
         registers=shape.registers,
+        window_cost=shape.window_cost,
     )
 
 

@@ -19,10 +19,8 @@ from vllm_leank.kernels.codes import (
     read_codes,
     row_bytes,
     shift,
-    token_bytes,
     values_of,
 )
-from vllm_leank.kernels.common import prefetch
 from vllm_leank.kernels.packed_query import all_alike, read_query, write_query
 from vllm_leank.kernels.pages import scale_tile, tile_place
 
@@ -69,20 +67,23 @@ def _split_granules(x):
 
 @triton.jit
 def _fold_head(
-    page, tile, first, last, boundary, unit, added, m_q, head, offset, side_offset, order_ptr,
-    numbers_ptr, p_table, descs, archive_ptr, side_ptr, stride_page, stride_side, p_scratch,
+    page, tile, first, last, boundary, m_q, head, offset, side_offset, order_ptr, numbers_ptr,
+    p_table, descs, archive_ptr, side_ptr, stride_page, stride_side, p_scratch, p_lse,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, VARIANT: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr,
     STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Of a head whose fields `VARIANT` describes, for queries that `write_query` left at
-    `p_scratch`: maxima of scores and sums of weights `[N]`. It leaves sums over V's stored
-    channels, without their means, fp32 `[N, D]` at `p_scratch`, in the order of channels.
+    `p_scratch`, with what a product of theirs is worth at `p_lse`: outputs without V's means, fp32
+    `[N, D]` in the order of channels, those of channels that are not stored left as they were, and
+    logarithms, base 2, of sums of weights take their place.
     """
     ASM: tl.constexpr = TILES.ASM
     U: tl.constexpr = m_q.shape[0]
     N: tl.constexpr = U * ALIKE
+    o_q = tl.arange(0, U)
     parts = read_query(p_scratch.to(tl.pointer_type(tl.float16)), m_q, D, VARIANT, ALIKE)
+    unit = tl.load(p_lse + o_q, mask=m_q, other=0.0)[None, :]
     sums = ()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
@@ -117,9 +118,9 @@ def _fold_head(
         # Scales of slots that hold no token may hold anything.
         v_scale = tl.where(seen, v_scale, 0.0)
         s = tl.where(seen[:, None], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 0)[None, :] * unit + added)
+        m_new = tl.maximum(m, tl.max(s, 0)[None, :] * unit)
         alpha = tl.exp2(m - m_new)
-        p = tl.exp2(s * unit + (added - m_new))
+        p = tl.exp2(s * unit - m_new)
         m = m_new
         l_rows = l_rows * alpha + _sum_rows(p)
         alpha = all_alike(alpha, ALIKE)
@@ -147,11 +148,13 @@ def _fold_head(
                     new_sums = new_sums + (total,)  # noqa: RUF005
         sums = new_sums
 
-    m = tl.reshape(m, (U,))
+    l = tl.sum(l_rows, 0)
+    tl.store(p_lse + o_q, tl.reshape(m, (U,)) + tl.log2(l), mask=m_q)
+    inverse = (1 / l)[None, :]
     scaled = tl.sum(_one_of_each(scaled_rows, ALIKE), 0) / SUM_ROWS
     # Other threads may still be reading the queries.
     tl.debug_barrier()
-    p_columns = p_scratch + tl.arange(0, U)[None, :] * D
+    p_columns = p_scratch + o_q[None, :] * D
     p_order = order_ptr + (H + head) * D
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
@@ -160,16 +163,15 @@ def _fold_head(
                 o_r += tl.arange(0, row_bytes(VARIANT, 3 + c))
                 y = _one_of_each(sums[first_part(VARIANT, 3 + c) + part], ALIKE)
                 y = y * power(24 - (8 >> c) * part) - scaled[None, :] * ((power(8 >> c) - 1) / 2)
-                y *= tl.load(numbers_ptr + (3 * H + head) * D + o_r)[:, None]
+                y *= tl.load(numbers_ptr + (3 * H + head) * D + o_r)[:, None] * inverse
                 tl.store(p_columns + tl.load(p_order + o_r)[:, None], y, mask=m_q[None, :])
-    return m, tl.sum(l_rows, 0)
 
 
 @triton.jit
 def fold_archive(
     m_g, first, last, boundary, p_q, m_q, scale_log2,
     head, p_head, variant, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
-    stride_page, stride_side, p_scratch,
+    stride_page, stride_side, p_scratch, p_lse,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     VARIANTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
@@ -178,7 +180,9 @@ def fold_archive(
 
     Channels change their order in memory of the program's own, fp32 `[N, D]` at `p_scratch`: in
     registers that takes thousands of instructions, and where programs are short, it is fetching
-    instructions that they wait for. So what is the same for all variants is there once.
+    instructions that they wait for. So what is the same for all variants is there once, and what a
+    variant's branch takes and gives goes through memory as well: Triton's compiler has failed at
+    values that many branches share.
     """
     U: tl.constexpr = m_q.shape[0]
     offset = tl.multiple_of(tl.load(p_head + 2), 16)
@@ -187,36 +191,31 @@ def fold_archive(
     m_d = o_d < D
     page, tile = tile_place(p_table, first, True, TILE, BLOCK, SELECTED)
     channel = tl.load(order_ptr + head * D + o_d, mask=m_d, other=0)
-    if TILES.ASM:
-        # What is read first comes while queries are written.
-        o_line = tl.minimum(tl.arange(0, 128) * 128, BLOCK * token_bytes(variant) - 1)
-        prefetch(archive_ptr + page.to(tl.int64) * stride_page + offset + o_line)
     unit, added = write_query(
         p_scratch.to(tl.pointer_type(tl.float16)), p_q, m_q, channel,
         order_ptr + (4 * H + head) * D, numbers_ptr + head * D, numbers_ptr + (H + head) * D,
         numbers_ptr + (6 * H + head) * D, D, D_PAD,
     )  # fmt: skip
-    unit = (unit * (CODE_UNIT * scale_log2))[None, :]
-    added = (added * scale_log2)[None, :]
+    o_q = tl.arange(0, U)
+    tl.store(p_lse + o_q, unit * (CODE_UNIT * scale_log2), mask=m_q)
     tl.debug_barrier()
-    m = tl.full([U], float("-inf"), tl.float32)
-    l = tl.zeros([U], tl.float32)
     for c in tl.static_range(len(VARIANTS)):
         if variant == VARIANTS[c]:
-            m, l = _fold_head(
-                page, tile, first, last, boundary, unit, added, m_q, head, offset, side_offset,
-                order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr, stride_page,
-                stride_side, p_scratch, SINK, H, D, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,
-                SELECTED, ALIKE,
+            _fold_head(
+                page, tile, first, last, boundary, m_q, head, offset, side_offset, order_ptr,
+                numbers_ptr, p_table, descs, archive_ptr, side_ptr, stride_page,
+                stride_side, p_scratch, p_lse, SINK, H, D, VARIANTS[c], TILE, BLOCK, TILES, TMA,
+                STAGES, SELECTED, ALIKE,
             )  # fmt: skip
     tl.debug_barrier()
+    o_query = tl.arange(0, U * ALIKE) // ALIKE
     places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
     stored = places < values_of(variant)
     acc = tl.load(
-        p_scratch + o_d[:, None] + (tl.arange(0, U * ALIKE) // ALIKE)[None, :] * D,
+        p_scratch + o_d[:, None] + o_query[None, :] * D,
         mask=stored[:, None] & m_g[None, :], other=0.0,
     )  # fmt: skip
     mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
+    m = tl.load(p_lse + o_q, mask=m_q, other=0.0) + added * scale_log2
     m = tl.reshape(all_alike(m[None, :], ALIKE), (U * ALIKE,))
-    l = tl.reshape(all_alike(l[None, :], ALIKE), (U * ALIKE,))
-    return m, l, acc + mean[:, None] * l[None, :]
+    return m, tl.full(m.shape, 1.0, tl.float32), acc + mean[:, None]

@@ -38,7 +38,7 @@ def _span(
 def share(
     seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, DENSE_UNITS: tl.constexpr,
-    TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
+    WINDOW_COST: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
     ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
 ):  # fmt: skip
     """What one KV head of a request reads, and over how many of its programs: no more than give
@@ -65,7 +65,7 @@ def share(
     boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE, SELECTION)
     n_archive = tl.where(head_units > 0, n_archive, 0)
     # In any part as long as a tile and a granule one of them begins.
-    split_units = tl.maximum(split_units, tl.maximum(head_units, DENSE_UNITS))
+    split_units = tl.maximum(split_units, tl.maximum(head_units, DENSE_UNITS * WINDOW_COST))
     units = n_archive * head_units + n_dense * DENSE_UNITS
     # A padded row has no part.
     splits = tl.minimum(splits, tl.minimum(tl.maximum(units // split_units, 1), units))
@@ -77,20 +77,22 @@ def share(
 
 @triton.jit
 def cut(
-    split, splits, n_archive, n_dense, head_units, DENSE_UNITS: tl.constexpr, APART: tl.constexpr
+    split, splits, n_archive, n_dense, head_units, GRANULE_UNITS: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """The first archive tile and the first dense granule of one of `splits` parts of what a head
-    reads. APART: its far tokens come first, then its window; parts have as many units, and what
-    begins in them, so few have some of both. Else each part has as many tiles and granules.
+    reads. APART: its far tokens come first, then its window, of which a granule takes as long as
+    `GRANULE_UNITS` of them; parts take as long, and have what begins in them, so few have some of
+    both. Else each part has as many tiles and granules.
     """
     if not APART:
         return n_archive * split // splits, n_dense * split // splits
     far = n_archive * head_units
-    units = far + n_dense * DENSE_UNITS
+    units = far + n_dense * GRANULE_UNITS
     each = units // splits
     start = split * each + tl.minimum(split, units - splits * each)
     tile = tl.minimum(tl.cdiv(start, tl.maximum(head_units, 1)), n_archive)
-    return tile, tl.cdiv(tl.maximum(start - far, 0), DENSE_UNITS)
+    return tile, tl.cdiv(tl.maximum(start - far, 0), GRANULE_UNITS)
 
 
 @triton.jit

@@ -52,6 +52,20 @@ channels of every class."""
 TWO_BITS = CODED[128][1], Profile(k4=64, k2=64, v2=64)
 """Heads of 128 channels."""
 
+EIGHT = (
+    Profile(k8=16, k4=32, k2=64, v2=128),
+    Profile(k8=16, k4=32, k2=64, v8=32, v4=32, v2=64),
+    Profile(k8=16, k4=32, v2=128),
+    Profile(k8=16, k2=64, v2=128),
+    Profile(k4=32, k2=64, v2=128),
+    Profile(k4=32),
+    Profile(k4=32, v2=64),
+    Profile(k8=32, k4=32, k2=64, v4=64, v2=64),
+)
+"""As many profiles as a mask may have, heads of 128 channels: Triton 3.6 has failed at a kernel
+that compiled for each of them alone.
+"""
+
 OPTIONS = ("num_warps", "launch_pdl", "maxnreg", "enable_fp_fusion")
 TYPES = {
     torch.int32: "i32",
@@ -206,6 +220,7 @@ DECODE: dict[str, dict[str, Any]] = {
     "pages": {"selection": Selection(share=1 << 13, least=4)},
     "states": {"window_block": 128},
     "many": {},
+    "profiles": {},
 }
 """What makes decode steps of a kind different."""
 
@@ -218,11 +233,17 @@ def compile_decode(
     """
     tell = partial(tell_of, f"{capability}-{head_dim}-{archive_format.name}+{kind}")
     heads = MIXED[head_dim] if archive_format == PACKED else KEPT[head_dim]
-    if kind == "many":
-        heads = TWO_BITS
+    heads = {"many": TWO_BITS, "profiles": EIGHT}.get(kind, heads)
     few_heads = 0 if kind == "many" else launch.FEW_HEADS
     builder = CacheBuilder(
-        heads, head_dim, 4, Window(64, 256), 128, torch.bfloat16, archive_format, **DECODE[kind]
+        heads,
+        head_dim,
+        6 if kind == "profiles" else 4,
+        Window(64, 256),
+        128,
+        torch.bfloat16,
+        archive_format,
+        **DECODE[kind],
     )
     request = builder.add(1000, 1001)
     builder.step([(request, 1000)])

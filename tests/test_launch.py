@@ -49,8 +49,12 @@ def test_codes_of_a_few_bits_take_long_tiles_where_all_heads_have_them(heads, lo
     """K of 8, 4 and 2 bits, and V of 4."""
     profiles = tuple(Profile(k8=k8, k4=k4, k2=k2, v4=v4) for k8, k4, k2, v4 in heads)
     packed = CacheLayout(profiles, 128, 2, 128, PACKED)
-    shape = choose_decode(64, packed, HOPPER)
+    shape = choose_decode(256, packed, HOPPER)
     assert (shape.tile, shape.registers) == ((128, None) if long else (64, 128))
+    few = choose_decode(1, packed, HOPPER)
+    assert (few.tile, few.registers) == ((128, None) if long else (64, 192))
+    # Longer ones, as their windows wait.
+    assert few.window_tile == 32 == 2 * shape.window_tile
 
 
 @pytest.mark.parametrize(
@@ -68,11 +72,15 @@ def test_many_requests_of_two_bits_take_long_tiles(heads, long):
     profiles = tuple(Profile(k4=k4, k2=k2, v2=v2) for k4, k2, v2 in heads)
     packed = CacheLayout(profiles, 128, 2, 256, PACKED)
     few, many = choose_decode(1, packed, HOPPER), choose_decode(256, packed, HOPPER)
-    assert (few.tile, few.registers) == (64, 128)
+    assert (few.tile, few.registers) == (64, 192)
     assert (many.tile, many.registers) == ((128, 184) if long else (64, 128))
     assert tile_tokens(packed) == 64
     selects = choose_decode(256, packed, HOPPER, selects=True)
     assert (selects.tile, selects.registers) == (64, 128)
+    # Heads of 256 channels take two warps, so a wave fills multiprocessors.
+    wide = replace(packed, head_dim=256)
+    assert choose_decode(1, wide, HOPPER)[1:] == choose_decode(1, wide, HOPPER, selects=True)[1:]
+    assert choose_decode(1, wide, HOPPER).registers == 128
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8, 32, 96])

@@ -24,12 +24,12 @@ def _cuts(
 def _share(
     out_ptr, lengths_ptr, prompts_ptr, splits, head_units, archive_units, split_units,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, DENSE_UNITS: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, WAVE: tl.constexpr,
+    WINDOW_COST: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, WAVE: tl.constexpr,
 ):  # fmt: skip
     i_req = tl.program_id(0)
     _, _, n_archive, n_dense, _, found = share(
         lengths_ptr, prompts_ptr, i_req, splits, head_units, archive_units, split_units,
-        SINK, RECENT, H, DENSE_UNITS, TILE, TILE, ROWS, WAVE, None,
+        SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, TILE, ROWS, WAVE, None,
     )  # fmt: skip
     tl.store(out_ptr + 3 * i_req, found)
     tl.store(out_ptr + 3 * i_req + 1, n_archive)
@@ -72,7 +72,7 @@ def test_a_batch_is_cut_into_one_wave():
     for rows, split_units in ((128, 1), (0, 100)):
         _share[(4,)](
             found, lengths, lengths - 1, 64, head_units, HEADS * head_units, split_units,
-            SINK, RECENT, HEADS, dense_units, TILE, rows, wave,
+            SINK, RECENT, HEADS, dense_units, 1, TILE, rows, wave,
         )  # fmt: skip
         splits, n_archive, n_dense = found.cpu().unbind(1)
         units = n_archive * head_units + n_dense * dense_units

@@ -40,6 +40,8 @@ class DecodeShape:
         registers: most registers of a thread; None leaves it to the compiler. Fewer of them let
             more programs run at once, where instructions and not bytes are the limit.
         wave: programs that run at the same time.
+        window_cost: how many times as long as archive tiles of as many bytes a granule of the
+            window takes, where one wave is cut into equal programs.
     """
 
     tile: int = 64
@@ -49,6 +51,7 @@ class DecodeShape:
     window_tile: int = 32
     registers: int | None = None
     wave: int = 256
+    window_cost: int = 1
 
 
 class Codec(ABC):
@@ -98,10 +101,12 @@ class Codec(ABC):
         reads. Only Triton kernels ask for it; on a CPU it may raise `NotImplementedError`.
         """
 
-    def decode_shape(self, layout: CacheLayout, few_requests: bool = True) -> DecodeShape:
+    def decode_shape(
+        self, layout: CacheLayout, few_requests: bool = True, short_tiles: bool = False
+    ) -> DecodeShape:
         """How decode is launched, on Hopper the fastest of those tried; the same for all layers of
-        a model, by `layout.variants`. Tiles of many requests are multiples of those of few, and
-        waves are alike.
+        a model, by `layout.variants`. Tiles of many requests are multiples of those of few, or with
+        `short_tiles` as long as these, and waves are alike.
         """
         return DecodeShape()
 

@@ -26,13 +26,13 @@ FEW_BITS = DecodeShape(
 """Of few bits: short tiles, and few registers, so that many programs run."""
 
 FEW_REQUESTS = replace(FEW_BITS, window_tile=32, registers=192)
-"""For few requests of few bits: a wave leaves half of a multiprocessor free."""
+"""For few requests of few bits: a wave takes half of a multiprocessor, unless heads are larger."""
 
 TWO_BITS = replace(FEW_BITS, tile=128, registers=184)
 """For many requests, where all heads have about 2 bits: long tiles take fewer instructions per
 token, and load V in longer rows. Heads of more bits would leave room for few programs."""
 
-MANY_BITS = replace(FEW_BITS, tile=128, registers=None, wave=512)
+MANY_BITS = replace(FEW_BITS, tile=128, registers=None, wave=512, window_cost=2)
 """Bytes are the limit: long tiles."""
 
 
@@ -65,12 +65,14 @@ class PackedCodec(Codec):
             lead=packed_lead,
         )
 
-    def decode_shape(self, layout: CacheLayout, few_requests: bool = True) -> DecodeShape:
+    def decode_shape(
+        self, layout: CacheLayout, few_requests: bool = True, short_tiles: bool = False
+    ) -> DecodeShape:
         if _all_heads_have(3, 5, layout):
             return replace(MANY_BITS, window_tile=32) if few_requests else MANY_BITS
-        if few_requests:
+        if few_requests and layout.head_dim <= 128:
             return FEW_REQUESTS
-        if _all_heads_have(1.5, 2.5, layout):
+        if not (few_requests or short_tiles) and _all_heads_have(1.5, 2.5, layout):
             return TWO_BITS
         return FEW_BITS
 
