@@ -49,12 +49,11 @@ def test_codes_of_a_few_bits_take_long_tiles_where_all_heads_have_them(heads, lo
     """K of 8, 4 and 2 bits, and V of 4."""
     profiles = tuple(Profile(k8=k8, k4=k4, k2=k2, v4=v4) for k8, k4, k2, v4 in heads)
     packed = CacheLayout(profiles, 128, 2, 128, PACKED)
-    shape = choose_decode(256, packed, HOPPER)
-    assert (shape.tile, shape.registers) == ((128, None) if long else (64, 128))
-    few = choose_decode(1, packed, HOPPER)
+    few, many = choose_decode(1, packed, HOPPER), choose_decode(256, packed, HOPPER)
     assert (few.tile, few.registers) == ((128, None) if long else (64, 192))
-    # Longer ones, as their windows wait.
-    assert few.window_tile == 32 == 2 * shape.window_tile
+    assert (many.registers is None) == long
+    # With few requests each granule of a window is waited for.
+    assert few.window_tile == 32 == 2 * many.window_tile
 
 
 @pytest.mark.parametrize(
