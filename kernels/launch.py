@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from vllm_leank.kernels.batch import MAX_DECODE_QUERIES
 from vllm_leank.kernels.codecs import codec_of
+from vllm_leank.kernels.codecs.codec import Requests
 
 from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.selection import SEGMENT
@@ -139,13 +140,15 @@ class ExtendLaunch:
         return -(-PIECE_QUERIES // queries) * queries
 
 
-def tile_tokens(layout: CacheLayout, selects: bool = False, few_requests: bool = True) -> int:
+def tile_tokens(
+    layout: CacheLayout, selects: bool = False, requests: Requests = Requests.FEW
+) -> int:
     """Tokens of an archive tile: a power of two that divides the page, and where queries select
     what they read, a segment.
     """
     block = layout.archive_block
     most = SEGMENT if selects else block & -block
-    return min(most, codec_of(layout.archive_format).decode_shape(layout, few_requests).tile)
+    return min(most, codec_of(layout.archive_format).decode_shape(layout, requests).tile)
 
 
 def decode_programs(num_reqs: int, num_kv_heads: int, wave: int = ONE_WAVE) -> int:
@@ -180,13 +183,14 @@ def choose_decode(
     """
     few, many = SPLIT_BYTES
     is_few = num_reqs * len(layout.profiles) <= FEW_HEADS
+    requests = (Requests.ONE if num_reqs == 1 else Requests.FEW) if is_few else Requests.MANY
     # A segment is as long as the tiles of few requests.
-    shape = codec_of(layout.archive_format).decode_shape(layout, is_few, short_tiles=selects)
+    shape = codec_of(layout.archive_format).decode_shape(layout, requests, short_tiles=selects)
     programs = decode_programs(num_reqs, len(layout.profiles), shape.wave)
     combined = combined_splits(programs, len(layout.profiles))
     return DecodeLaunch(
         programs=programs,
-        tile=tile_tokens(layout, selects, is_few),
+        tile=tile_tokens(layout, selects, requests),
         tma=device.tma,
         split_bytes=few if is_few else many,
         rows=FEW_HEADS if is_few else 0,

@@ -130,7 +130,10 @@ class Tables:
         # All of them now: while a CUDA graph is captured no tensor may come from the host.
         wave = codec.decode_shape(layout).wave
         self._work = {
-            programs: _share_work(heads, costs, programs, self.device.multiprocessors).to(device)
+            # A wave of several requests has programs of all of them beside each other.
+            programs: _share_work(
+                heads, costs, programs, self.device.multiprocessors if programs >= wave else 1
+            ).to(device)
             for programs in decode_programs_of_all(len(layout.profiles), wave)
         }
 

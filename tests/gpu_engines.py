@@ -43,9 +43,16 @@ def assert_same_up_to_ties(*answers):
 
 def mean_error(answers, prompts, oracle, exact_until=None):
     """Of the log-probabilities that an engine gave its own tokens, against the oracle's in fp32."""
+    return errors_of(answers, prompts, oracle, exact_until).mean().item()
+
+
+def errors_of(answers, prompts, oracle, exact_until=None):
+    """Of the log-probabilities that an engine gave its own tokens, the distances from the oracle's,
+    in fp32.
+    """
     errors = []
     for prompt, (tokens, logprobs) in zip(prompts, answers, strict=True):
         first = len(prompt) if exact_until is None else exact_until
         expected = oracle.position_logprobs(prompt + tokens, first)[-len(tokens) :]
         errors.append(torch.tensor(logprobs) - expected)
-    return torch.cat(errors).abs().mean().item()
+    return torch.cat(errors).abs()

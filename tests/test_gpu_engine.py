@@ -16,6 +16,7 @@ from gpu_engines import (
     V1,
     V2,
     assert_same_up_to_ties,
+    errors_of,
     mean_error,
     runners,
 )
@@ -254,7 +255,10 @@ def test_needles_are_found_among_the_best_tokens(runner):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", ["codes", "whole channels"])
 def test_two_gpus_select_what_one_selects(kind, tiny_llama, tmp_path):
-    """Each for its own heads, in a random model that misses what is not read."""
+    """Each for its own heads, in a random model that misses what is not read. Medians are compared:
+    where rounding turns a choice, one token's error is a hundred times the others', and makes up to
+    half of the mean.
+    """
     model = AutoModelForCausalLM.from_pretrained(tiny_llama(layers=8), dtype=torch.float16)
     model.save_pretrained(tmp_path)
     mask, form = coded_mask(tmp_path), PACKED
@@ -272,8 +276,8 @@ def test_two_gpus_select_what_one_selects(kind, tiny_llama, tmp_path):
 
     def error(given, selection):
         oracle = Oracle(tmp_path, mask, SINK, RECENT, archive_format=form, selection=selection)
-        return mean_error(given, asked, oracle)
+        return errors_of(given, asked, oracle).median().item()
 
     errors = [error(given, Selection.of(256)) for given in answers]
     assert errors[1] < 1.5 * errors[0]
-    assert error(answers[1], None) > 1.5 * errors[1]
+    assert error(answers[1], None) > 5 * errors[1]

@@ -49,11 +49,12 @@ def test_codes_of_a_few_bits_take_long_tiles_where_all_heads_have_them(heads, lo
     """K of 8, 4 and 2 bits, and V of 4."""
     profiles = tuple(Profile(k8=k8, k4=k4, k2=k2, v4=v4) for k8, k4, k2, v4 in heads)
     packed = CacheLayout(profiles, 128, 2, 128, PACKED)
-    few, many = choose_decode(1, packed, HOPPER), choose_decode(256, packed, HOPPER)
-    assert (few.tile, few.registers) == ((128, None) if long else (64, 192))
+    one, few, many = (choose_decode(rows, packed, HOPPER) for rows in (1, 16, 256))
+    assert (one.tile, one.registers) == ((128, None) if long else (64, 192))
+    assert (few.tile, few.registers) == ((128, None) if long else (64, 128))
     assert (many.registers is None) == long
-    # With few requests each granule of a window is waited for.
-    assert few.window_tile == 32 == 2 * many.window_tile
+    # One request waits for each granule of its window.
+    assert one.window_tile == 32 == 2 * many.window_tile
 
 
 @pytest.mark.parametrize(
@@ -70,8 +71,9 @@ def test_many_requests_of_two_bits_take_long_tiles(heads, long):
     """K of 4 and 2 bits, and V of 2. Units of work are those of a short tile all the same."""
     profiles = tuple(Profile(k4=k4, k2=k2, v2=v2) for k4, k2, v2 in heads)
     packed = CacheLayout(profiles, 128, 2, 256, PACKED)
-    few, many = choose_decode(1, packed, HOPPER), choose_decode(256, packed, HOPPER)
-    assert (few.tile, few.registers) == (64, 192)
+    one, few, many = (choose_decode(rows, packed, HOPPER) for rows in (1, 2, 256))
+    assert (one.tile, one.registers) == (64, 192)
+    assert (few.tile, few.registers) == (64, 128)
     assert (many.tile, many.registers) == ((128, 184) if long else (64, 128))
     assert tile_tokens(packed) == 64
     selects = choose_decode(256, packed, HOPPER, selects=True)

@@ -54,7 +54,7 @@ def test_parts_are_of_equal_size_and_leave_nothing_out(n_archive, n_dense, head_
         # Each has something to do, and no more than one has some of both.
         assert (parts.sum(1) > 0).all()
         assert (parts > 0).all(1).sum() <= 1
-        sizes = parts @ torch.tensor([head_units, dense_units], dtype=torch.int32, device=DEVICE)
+        sizes = parts[:, 0] * head_units + parts[:, 1] * dense_units
         assert (sizes - units / splits).abs().max() < max(head_units, dense_units) + 1
 
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,16 @@ class Stored(NamedTuple):
     key: torch.Tensor
     value: torch.Tensor
     side: torch.Tensor
+
+
+class Requests(Enum):
+    """How many requests a decode launch has: one, whose programs run all at once; few, of which one
+    wave is made as well; or many.
+    """
+
+    ONE = "one"
+    FEW = "few"
+    MANY = "many"
 
 
 @dataclass(frozen=True)
@@ -102,11 +113,11 @@ class Codec(ABC):
         """
 
     def decode_shape(
-        self, layout: CacheLayout, few_requests: bool = True, short_tiles: bool = False
+        self, layout: CacheLayout, requests: Requests = Requests.FEW, short_tiles: bool = False
     ) -> DecodeShape:
         """How decode is launched, on Hopper the fastest of those tried; the same for all layers of
-        a model, by `layout.variants`. Tiles of many requests are multiples of those of few, or with
-        `short_tiles` as long as these, and waves are alike.
+        a model, by `layout.variants`. Tiles of one request are as long as those of few, those of
+        many multiples of these, or with `short_tiles` the same. Waves are alike.
         """
         return DecodeShape()
 

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 from vllm_leank.kernels.channels import Channels, HeadChannels
-from vllm_leank.kernels.codecs.codec import Codec, DecodeShape, Stored
+from vllm_leank.kernels.codecs.codec import Codec, DecodeShape, Requests, Stored
 from vllm_leank.kernels.codecs.tiles import Tiles
 
 from vllm_leank.core.formats.packed import CODE_CLASSES, LARGEST_SCALE, LEAST_SCALE, STEPS
@@ -25,8 +25,11 @@ FEW_BITS = DecodeShape(
 )
 """Of few bits: short tiles, and few registers, so that many programs run."""
 
-FEW_REQUESTS = replace(FEW_BITS, window_tile=32, registers=192)
-"""For few requests of few bits: a wave takes half of a multiprocessor, unless heads are larger."""
+ONE_REQUEST = replace(FEW_BITS, window_tile=32, registers=192)
+"""For one request of few bits, whose programs take half of a multiprocessor. Those of several
+requests are launched before lengths are known, more than have something to do, and all have to find
+room at once.
+"""
 
 TWO_BITS = replace(FEW_BITS, tile=128, registers=184)
 """For many requests, where all heads have about 2 bits: long tiles take fewer instructions per
@@ -66,13 +69,14 @@ class PackedCodec(Codec):
         )
 
     def decode_shape(
-        self, layout: CacheLayout, few_requests: bool = True, short_tiles: bool = False
+        self, layout: CacheLayout, requests: Requests = Requests.FEW, short_tiles: bool = False
     ) -> DecodeShape:
         if _all_heads_have(3, 5, layout):
-            return replace(MANY_BITS, window_tile=32) if few_requests else MANY_BITS
-        if few_requests and layout.head_dim <= 128:
-            return FEW_REQUESTS
-        if not (few_requests or short_tiles) and _all_heads_have(1.5, 2.5, layout):
+            return MANY_BITS if requests is Requests.MANY else replace(MANY_BITS, window_tile=32)
+        if requests is Requests.ONE and layout.head_dim <= 128:
+            return ONE_REQUEST
+        is_long = requests is Requests.MANY and not short_tiles
+        if is_long and _all_heads_have(1.5, 2.5, layout):
             return TWO_BITS
         return FEW_BITS
 
