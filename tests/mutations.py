@@ -76,9 +76,16 @@ MUTATIONS = (
     Mutation(
         "a program writes queries that do not exist into its neighbour's memory",
         "kernels/decode_kernel.py",
-        "p_first + o_query * stride_q_head, o_query < G, scale_log2",
-        "p_first + o_query * stride_q_head, o_query < G_PAD, scale_log2",
+        "p_first + o_query * stride_q_head, o_query < G,",
+        "p_first + o_query * stride_q_head, o_query < G_PAD,",
         "test_kernel_launches.py::test_programs_keep_to_their_own_memory",
+    ),
+    Mutation(
+        "the last granule is in no program's part",
+        "kernels/shares.py",
+        "split * each + tl.minimum(split, units - splits * each)",
+        "split * each",
+        "test_shares.py::test_parts_are_of_equal_size_and_leave_nothing_out",
     ),
     Mutation(
         "a head that several programs decode has no attention sink",

@@ -61,8 +61,8 @@ def study():
 def opening():
     """The README's first table."""
     variants, cells = study()
-    flash, four = load("serve_bits_4")["variants"]
-    two = load("serve_bits_2")["variants"][0]
+    flash, four = load("serve_full_4")["variants"]
+    two = load("serve_full_2")["variants"][0]
     names = FLOOR, "leank bits_4", "leank bits_2"
     for title, name, key, served in zip(
         (DENSE, FOUR, TWO), names, ASKED_MOST, (flash, four, two), strict=True

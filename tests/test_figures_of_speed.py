@@ -41,10 +41,21 @@ def chunk_rows():
 
 
 def serve_rows():
+    """Engines under load, at the memory of an H200."""
+    yield from served_rows("serve_full", TWO)
+
+
+def smaller_rows():
     """Engines under load, at the memory of an 80 GB card."""
-    flash, four = load("serve_bits_4")["variants"]
-    two, last = (load(f"serve_bits_{bits}")["variants"][0] for bits in (2, 1))
-    for name, one in (("vLLM, FlashAttention 3", flash), (FOUR, four), (TWO, two), (ONE, last)):
+    yield from served_rows("serve_bits", TWO, ONE)
+
+
+def served_rows(files, *names):
+    """Of FlashAttention, 4 bits, and fewer."""
+    flash, four = load(f"{files}_4")["variants"]
+    others = [load(f"{files}_{bits}")["variants"][0] for bits in (2, 1)[: len(names)]]
+    names = "vLLM, FlashAttention 3", FOUR, *names
+    for name, one in zip(names, (flash, four, *others), strict=True):
         decode, dense = one["decode"], flash["decode"]
         cells = str(one["concurrent"]), f"{decode['tokens_per_s']:,.0f}"
         first = f"{one['ttft_s']['median']:.2f}"
@@ -143,6 +154,7 @@ def long_attention_rows():
         ("docs/performance.md", packed_rows),
         ("docs/performance.md", chunk_rows),
         ("docs/performance.md", serve_rows),
+        ("docs/performance.md", smaller_rows),
         ("docs/performance.md", rebuilt_rows),
         ("README.md", mixed_rows),
         ("docs/reliability.md", soak_rows),
