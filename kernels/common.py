@@ -15,26 +15,6 @@ does: their addresses must not choose another compilation."""
 
 
 @triton.jit
-def prefetch(p_lines):
-    """Bring the lines of 128 bytes at `p_lines` to the L2 cache, and wait for nothing. PTX, which
-    Triton's interpreter does not know.
-    """
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p_lines], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def prefetch_rows(ptr, head, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
-    """`prefetch` of one head's rows of a table `[ROWS, H, D]` of numbers of 4 bytes."""
-    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(D, 32))
-    o_line = tl.arange(0, triton.next_power_of_2(ROWS) * LINES)
-    row, column = tl.minimum(o_line // LINES, ROWS - 1), tl.minimum(o_line % LINES * 32, D - 1)
-    prefetch(ptr + (row * H + head) * D + column)
-
-
-@triton.jit
 def boundary_of(length, SINK: tl.constexpr, RECENT: tl.constexpr):
     """`Window.boundary`, the first token after the pruned range."""
     excess = tl.maximum(length - (SINK + RECENT), 0)

@@ -2,19 +2,11 @@
 
 import triton
 import triton.language as tl
-from vllm_leank.kernels.common import (
-    BATCH_POINTERS,
-    load_sink_scores,
-    prefetch_rows,
-    skip_archived,
-)
+from vllm_leank.kernels.common import BATCH_POINTERS, load_sink_scores, skip_archived
 from vllm_leank.kernels.fold_columns import fold_window
 from vllm_leank.kernels.pages import page_of, row_of, window_tile
 from vllm_leank.kernels.shares import after_prompt as is_after_prompt
 from vllm_leank.kernels.shares import cut, share
-
-ORDER_ROWS, NUMBER_ROWS = tl.constexpr(5), tl.constexpr(7)
-"""Rows of `Tables.order` and of `Tables.numbers` for each head."""
 
 
 @triton.jit(
@@ -57,10 +49,6 @@ def decode_kernel(
     p_head = p_work + 4
     variant = tl.load(p_head)
     head_units = tl.load(p_head + 3)
-    if TILES.ASM:
-        # They were last read a step ago.
-        prefetch_rows(order_ptr, head, H, D, ORDER_ROWS)
-        prefetch_rows(numbers_ptr, head, H, D, NUMBER_ROWS)
     length, boundary, n_archive, n_dense, head_units, splits = share(
         seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
         SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, ONE_WAVE, SELECTION,

@@ -76,7 +76,7 @@ def _fold_head(
     """Of a head whose fields `VARIANT` describes, for queries that `write_query` left at
     `p_scratch`, with what a product of theirs is worth at `p_lse`: outputs without V's means, fp32
     `[N, D]` in the order of channels, those of channels that are not stored left as they were, and
-    logarithms, base 2, of sums of weights take their place.
+    logarithms, base 2, of sums of weights take their place. `page` and `tile` are those of `first`.
     """
     ASM: tl.constexpr = TILES.ASM
     U: tl.constexpr = m_q.shape[0]
@@ -94,10 +94,10 @@ def _fold_head(
     # Sums of weights times scales, as products see them: in each row the same.
     scaled_rows = tl.zeros([SUM_ROWS, N], tl.float32)
     ones = tl.full([SUM_ROWS, TILE // 2], 1.0, tl.float16)
-    # One tile ahead, so that the pipeline of tiles does not wait for the block table.
     for i in tl.range(first, last, num_stages=STAGES):
         token, slot = tile * TILE, tile * TILE % BLOCK
         this = page
+        # One tile ahead, so that the pipeline of tiles does not wait for the block table.
         page, tile = tile_place(p_table, tl.minimum(i + 1, last - 1), True, TILE, BLOCK, SELECTED)
         s = tl.zeros([TILE, N], tl.float32)
         for c in tl.static_range(3):
@@ -149,11 +149,11 @@ def _fold_head(
         sums = new_sums
 
     l = tl.sum(l_rows, 0)
-    tl.store(p_lse + o_q, tl.reshape(m, (U,)) + tl.log2(l), mask=m_q)
     inverse = (1 / l)[None, :]
     scaled = tl.sum(_one_of_each(scaled_rows, ALIKE), 0) / SUM_ROWS
     # Other threads may still be reading the queries.
     tl.debug_barrier()
+    tl.store(p_lse + o_q, tl.reshape(m, (U,)) + tl.log2(l), mask=m_q)
     p_columns = p_scratch + o_q[None, :] * D
     p_order = order_ptr + (H + head) * D
     for c in tl.static_range(3):
@@ -218,4 +218,6 @@ def fold_archive(
     mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
     m = tl.load(p_lse + o_q, mask=m_q, other=0.0) + added * scale_log2
     m = tl.reshape(all_alike(m[None, :], ALIKE), (U * ALIKE,))
+    # The program's results will take the place of these.
+    tl.debug_barrier()
     return m, tl.full(m.shape, 1.0, tl.float32), acc + mean[:, None]
