@@ -28,7 +28,8 @@ FEW_HEADS = 128
 With more, shares of one wave would be uneven, and many waves end together."""
 
 PROGRAMS = 4096
-"""Programs of a decode launch of many requests, working or not; one of few has two waves."""
+"""Programs of a decode launch of many requests, working or not; one of few has two waves, and
+of one request one."""
 
 REQUEST_PROGRAMS = 16, 64
 """Programs per request: at least; and for many requests at most. For few it is a wave at most."""

@@ -76,14 +76,15 @@ def _fold_head(
     """Of a head whose fields `VARIANT` describes, for queries that `write_query` left at
     `p_scratch`, with what a product of theirs is worth at `p_lse`: outputs without V's means, fp32
     `[N, D]` in the order of channels, those of channels that are not stored left as they were, and
-    logarithms, base 2, of sums of weights take their place. `page` and `tile` are those of `first`.
+    logarithms, base 2, of sums of weights, less what is added to all scores of a query, take the
+    place of that. `page` and `tile` are those of `first`.
     """
     ASM: tl.constexpr = TILES.ASM
     U: tl.constexpr = m_q.shape[0]
     N: tl.constexpr = U * ALIKE
     o_q = tl.arange(0, U)
     parts = read_query(p_scratch.to(tl.pointer_type(tl.float16)), m_q, D, VARIANT, ALIKE)
-    unit = tl.load(p_lse + o_q, mask=m_q, other=0.0)[None, :]
+    unit = tl.load(p_lse + o_q, mask=m_q, other=1.0)[None, :]
     sums = ()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
@@ -176,7 +177,8 @@ def fold_archive(
     VARIANTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """As `fold_columns.fold_archive`, for heads with fields as `VARIANTS` describe them.
+    """As `fold_columns.fold_archive`, for heads with fields as `VARIANTS` describe them; what comes
+    back are logarithms of sums of weights, ones for sums, and outputs.
 
     Channels change their order in memory of the program's own, fp32 `[N, D]` at `p_scratch`: in
     registers that takes thousands of instructions, and where programs are short, it is fetching

@@ -63,7 +63,7 @@ class Tables:
         numbers: fp32 `[7, num_kv_heads, head_dim]`: 0 means of K that scores are made with, in
             stored order; 1 factors of K, in stored order; 2 means of V by channel; 3 factors of V,
             in stored order; 4 and 5 means of K and of V in stored order, which codes are made with;
-            6 which code of K, in stored order, would stand for the mean.
+            6 half of the largest code of K, in stored order, which stands for the mean.
         columns: int32 `[stored K channels, 3]`, for formats of whole channels: K channel, the
             element of an archive page where its column begins, and the elements from one token to
             the next.
@@ -130,7 +130,8 @@ class Tables:
         # All of them now: while a CUDA graph is captured no tensor may come from the host.
         wave = codec.decode_shape(layout).wave
         self._work = {
-            # A wave of several requests has programs of all of them beside each other.
+            # One request, or two, have a wave each; a wave of more has programs of all of them
+            # beside each other.
             programs: _share_work(
                 heads, costs, programs, self.device.multiprocessors if programs >= wave else 1
             ).to(device)
@@ -197,10 +198,10 @@ def _numbers(head: HeadChannels) -> torch.Tensor:
     k_mean[: head.k.counts[0]] = 0
     v_mean = torch.empty_like(head.v.mean)
     v_mean[head.v.order] = head.v.mean
-    middle = torch.zeros_like(head.k.mean)
+    half = torch.zeros_like(head.k.mean)
     first = head.k.counts[0]
     for bits, count in zip(CODE_CLASSES, head.k.counts[1:], strict=True):
-        middle[first : first + count] = (2**bits - 1) / 2
+        half[first : first + count] = (2**bits - 1) / 2
         first += count
     means = head.k.mean, head.v.mean
-    return torch.stack((k_mean, head.k.factor, v_mean, head.v.factor, *means, middle))
+    return torch.stack((k_mean, head.k.factor, v_mean, head.v.factor, *means, half))

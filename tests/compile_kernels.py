@@ -221,6 +221,7 @@ DECODE: dict[str, dict[str, Any]] = {
     "states": {"window_block": 128},
     "many": {},
     "profiles": {},
+    "few": {},
 }
 """What makes decode steps of a kind different."""
 
@@ -233,21 +234,21 @@ def compile_decode(
     """
     tell = partial(tell_of, f"{capability}-{head_dim}-{archive_format.name}+{kind}")
     heads = MIXED[head_dim] if archive_format == PACKED else KEPT[head_dim]
-    heads = {"many": TWO_BITS, "profiles": EIGHT}.get(kind, heads)
+    heads = {"many": TWO_BITS, "profiles": EIGHT, "few": EIGHT}.get(kind, heads)
     few_heads = 0 if kind == "many" else launch.FEW_HEADS
     builder = CacheBuilder(
         heads,
         head_dim,
-        6 if kind == "profiles" else 4,
+        6 if heads is EIGHT else 4,
         Window(64, 256),
         128,
         torch.bfloat16,
         archive_format,
         **DECODE[kind],
     )
-    request = builder.add(1000, 1001)
-    builder.step([(request, 1000)])
-    step = builder.step([(request, 1)])
+    requests = [builder.add(1000, 1001) for _ in range(2 if kind == "few" else 1)]
+    builder.step([(request, 1000) for request in requests])
+    step = builder.step([(request, 1) for request in requests])
     with mock.patch.object(launch, "FEW_HEADS", few_heads), compiled_for(capability, tell):
         store.update(step.key, step.value, builder.cache, step.batch)
         output = torch.empty_like(step.query)

@@ -25,6 +25,7 @@ OTHERS = (
     *("80-128-auto", "90-128-auto", "100-64-auto", "120-256-auto"),
     *("80-128-packed", "100-64-packed", "120-256-packed", "80-128-auto+pages"),
     *("80-128-packed+profiles", "90-128-packed+profiles", "100-128-packed+profiles"),
+    "90-128-packed+few",
     *("80-128-packed+many", "100-128-packed+many", "120-128-packed+many"),
     *("80-128-packed+pages", "90-128-packed+pages", "100-64-packed+pages", "120-256-packed+pages"),
 )
@@ -42,6 +43,7 @@ KERNELS = {
     "packed+pages": SELECTING,
     "auto+pages": SELECTING,
     "packed+states": {"_update_kernel", "decode_kernel", "combine_kernel"},
+    "packed+few": {"_update_kernel", "decode_kernel", "combine_kernel"},
     "packed+many": {"_update_kernel", "decode_kernel", "combine_kernel"},
     "packed+profiles": {"_update_kernel", "decode_kernel", "combine_kernel"},
 }

@@ -26,7 +26,7 @@ FEW_BITS = DecodeShape(
 """Of few bits: short tiles, and few registers, so that many programs run."""
 
 ONE_REQUEST = replace(FEW_BITS, window_tile=32, registers=192)
-"""For one request of few bits, whose programs take half of a multiprocessor. Those of several
+"""For one request of few bits, which has 8 programs on a multiprocessor of 16. Those of several
 requests are launched before lengths are known, more than have something to do, and all have to find
 room at once.
 """
