@@ -2,9 +2,8 @@
 
 import triton
 import triton.language as tl
-from vllm_leank.kernels.common import BATCH_POINTERS, load_sink_scores, skip_archived
-from vllm_leank.kernels.fold_columns import fold_window
-from vllm_leank.kernels.pages import page_of, row_of, window_tile
+from vllm_leank.kernels.common import BATCH_POINTERS, load_sink_scores
+from vllm_leank.kernels.fold_columns import fold_granules
 from vllm_leank.kernels.shares import after_prompt as is_after_prompt
 from vllm_leank.kernels.shares import cut, share
 
@@ -99,42 +98,14 @@ def decode_kernel(
                 SELECTION is not None, ALIKE,
             )  # fmt: skip
 
-        PARTS: tl.constexpr = 32 // WINDOW_TILE
         if first_dense < last_dense:
-            q = tl.load(
-                p_first + o_g[None, :] * stride_q_head + o_d[:, None],
-                mask=m_g[None, :] & (o_d[:, None] < D), other=0.0,
-            )  # [D_PAD, G_PAD]  # fmt: skip
-            p_table = window_table_ptr + i_req.to(tl.int64) * stride_window_table
-            full = tl.minimum(last_dense, n_dense - 1)
-            # What the archive gave to the sum goes on in one of the rows.
-            o_row = tl.arange(0, WINDOW_TILE)[:, None]
-            l_rows = tl.where(o_row == 0, l[None, :], 0.0)
-            next_page = page_of(p_table, skip_archived(first_dense, boundary, SINK), WINDOW_BLOCK)
-            for i in tl.range(first_dense * PARTS, full * PARTS, num_stages=WINDOW_STAGES):
-                page = next_page
-                following = tl.minimum((i + 1) // PARTS, full - 1)
-                next_page = page_of(p_table, skip_archived(following, boundary, SINK), WINDOW_BLOCK)
-                first_row = row_of(skip_archived(i // PARTS, boundary, SINK), WINDOW_BLOCK)
-                k, v = window_tile(
-                    window_desc, window_ptr, page, head, first_row + i % PARTS * WINDOW_TILE,
-                    stride_window_page, D, D_PAD, WINDOW_BLOCK, WINDOW_TILE, TMA,
-                )  # fmt: skip
-                m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, 0, scale_log2, False)
-            if last_dense == n_dense:
-                # The last granule may be partly unwritten: that must not reach the product.
-                granule = skip_archived(n_dense - 1, boundary, SINK)
-                page = page_of(p_table, granule, WINDOW_BLOCK)
-                first_row = row_of(granule, WINDOW_BLOCK)
-                for row in tl.range(0, (length - 1) % 32 + 1, WINDOW_TILE, num_stages=1):
-                    k, v = window_tile(
-                        window_desc, window_ptr, page, head, first_row + row,
-                        stride_window_page, D, D_PAD, WINDOW_BLOCK, WINDOW_TILE, TMA,
-                    )  # fmt: skip
-                    written = row + o_row <= (length - 1) % 32
-                    v = tl.where(written, v, 0.0)
-                    m, l_rows, acc = fold_window(m, l_rows, acc, k, v, q, written, scale_log2, True)
-            l = tl.sum(l_rows, 0)
+            m, l, acc = fold_granules(
+                m, l, acc, first_dense, last_dense, n_dense, length, boundary,
+                p_first + o_g * stride_q_head, m_g, scale_log2, head,
+                window_table_ptr + i_req.to(tl.int64) * stride_window_table,
+                window_desc, window_ptr, stride_window_page,
+                SINK, D, D_PAD, WINDOW_BLOCK, WINDOW_TILE, WINDOW_STAGES, TMA,
+            )  # fmt: skip
 
         if splits == 1:
             if sink_scores_ptr is not None:

@@ -6,7 +6,16 @@ fewest that tensor cores have, and tiles of pages go to them as they lie.
 
 import triton
 import triton.language as tl
-from vllm_leank.kernels.pages import chunk_channels, key_tile, tile_place, value_tile
+from vllm_leank.kernels.common import skip_archived
+from vllm_leank.kernels.pages import (
+    chunk_channels,
+    key_tile,
+    page_of,
+    row_of,
+    tile_place,
+    value_tile,
+    window_tile,
+)
 
 
 @triton.jit
@@ -21,7 +30,7 @@ def _rescale(scores, m):
 
 
 @triton.jit
-def fold_window(m, l_rows, acc, k, v, q, seen, scale_log2, MASKED: tl.constexpr):
+def _fold_window(m, l_rows, acc, k, v, q, seen, scale_log2, MASKED: tl.constexpr):
     """Take K and V of a window tile `[tokens, head_dim]` into the running softmax.
 
     l_rows: the softmax's sum `[tokens, N]`, still to be summed over rows; seen: which tokens are
@@ -34,6 +43,55 @@ def fold_window(m, l_rows, acc, k, v, q, seen, scale_log2, MASKED: tl.constexpr)
     l_rows = l_rows * alpha[None, :] + p
     acc = tl.dot(tl.trans(v), p.to(v.dtype), acc=acc * alpha[None, :])
     return m, l_rows, acc
+
+
+@triton.jit
+def fold_granules(
+    m, l, acc, first, last, n_dense, length, boundary, p_q, m_g, scale_log2, head, p_table,
+    window_desc, window_ptr, stride_page,
+    SINK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Take dense granules `first` to `last` of the `n_dense` of a request of `length` tokens into
+    the running softmax of `N` columns of queries at `p_q` `[N]`, of which `m_g` exist.
+
+    m, l: `[N]`; acc: `[D_PAD, N]`; p_table: the request's window pages; TILE: tokens that are read
+    at once, a part of a granule.
+    """
+    PARTS: tl.constexpr = 32 // TILE
+    o_d = tl.arange(0, D_PAD)
+    q = tl.load(
+        p_q[None, :] + o_d[:, None], mask=m_g[None, :] & (o_d[:, None] < D), other=0.0
+    )  # [D_PAD, N]  # fmt: skip
+    full = tl.minimum(last, n_dense - 1)
+    # What was summed before goes on in one of the rows.
+    o_row = tl.arange(0, TILE)[:, None]
+    l_rows = tl.where(o_row == 0, l[None, :], 0.0)
+    next_page = page_of(p_table, skip_archived(first, boundary, SINK), WINDOW_BLOCK)
+    for i in tl.range(first * PARTS, full * PARTS, num_stages=STAGES):
+        page = next_page
+        following = tl.minimum((i + 1) // PARTS, full - 1)
+        next_page = page_of(p_table, skip_archived(following, boundary, SINK), WINDOW_BLOCK)
+        first_row = row_of(skip_archived(i // PARTS, boundary, SINK), WINDOW_BLOCK)
+        k, v = window_tile(
+            window_desc, window_ptr, page, head, first_row + i % PARTS * TILE, stride_page, D,
+            D_PAD, WINDOW_BLOCK, TILE, TMA,
+        )  # fmt: skip
+        m, l_rows, acc = _fold_window(m, l_rows, acc, k, v, q, 0, scale_log2, False)
+    if last == n_dense:
+        # The last granule may be partly unwritten: that must not reach the product.
+        granule = skip_archived(n_dense - 1, boundary, SINK)
+        page = page_of(p_table, granule, WINDOW_BLOCK)
+        first_row = row_of(granule, WINDOW_BLOCK)
+        for row in tl.range(0, (length - 1) % 32 + 1, TILE, num_stages=1):
+            k, v = window_tile(
+                window_desc, window_ptr, page, head, first_row + row, stride_page, D, D_PAD,
+                WINDOW_BLOCK, TILE, TMA,
+            )  # fmt: skip
+            written = row + o_row <= (length - 1) % 32
+            v = tl.where(written, v, 0.0)
+            m, l_rows, acc = _fold_window(m, l_rows, acc, k, v, q, written, scale_log2, True)
+    return m, tl.sum(l_rows, 0), acc
 
 
 @triton.jit

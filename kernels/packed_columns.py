@@ -189,12 +189,9 @@ def fold_archive(
     U: tl.constexpr = m_q.shape[0]
     offset = tl.multiple_of(tl.load(p_head + 2), 16)
     side_offset = tl.load(p_head + 4)
-    o_d = tl.arange(0, D_PAD)
-    m_d = o_d < D
     page, tile = tile_place(p_table, first, True, TILE, BLOCK, SELECTED)
-    channel = tl.load(order_ptr + head * D + o_d, mask=m_d, other=0)
     unit, added = write_query(
-        p_scratch.to(tl.pointer_type(tl.float16)), p_q, m_q, channel,
+        p_scratch.to(tl.pointer_type(tl.float16)), p_q, m_q, order_ptr + head * D,
         order_ptr + (4 * H + head) * D, numbers_ptr + head * D, numbers_ptr + (H + head) * D,
         numbers_ptr + (6 * H + head) * D, D, D_PAD,
     )  # fmt: skip
@@ -210,6 +207,8 @@ def fold_archive(
                 STAGES, SELECTED, ALIKE,
             )  # fmt: skip
     tl.debug_barrier()
+    o_d = tl.arange(0, D_PAD)
+    m_d = o_d < D
     o_query = tl.arange(0, U * ALIKE) // ALIKE
     places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
     stored = places < values_of(variant)

@@ -9,6 +9,7 @@ from vllm_leank.kernels.codes import (
     lanes,
     product_powers,
     row_bytes,
+    swap_bytes,
 )
 
 
@@ -23,21 +24,29 @@ def all_alike(x, ALIKE: tl.constexpr):
     return x
 
 
-def place_of_byte(byte: int, width: int) -> int:
-    """Where the query's number for a byte of K is stored, of a field whose rows have `width` bytes.
-    So each thread finds the numbers that it multiplies side by side, four of each 16.
+def query_places(variant: int, head_dim: int) -> list[int]:
+    """Where the query's number for each stored channel of K is stored, of a head whose fields
+    `variant` describes. So each thread finds the numbers that it multiplies side by side, four of
+    each 16.
     """
-    if width < 32:  # one lane
-        return byte // 4 * 4 + byte % 2 * 2 + byte % 4 // 2
-    half = byte // 2 % (width // 2)
-    thread = half % 8 // 2 * 2 + byte % 2
-    first = byte // width * width
-    return first + thread * (width // 8) + half // 16 * 4 + half % 16 // 8 * 2 + half % 2
+    places = list(range(head_dim))
+    for field in range(3):
+        first, width = first_channel(variant, field), row_bytes(variant, field)
+        for byte in range(width << field):
+            if lanes(variant, field) == 1:
+                place = swap_bytes.fn(byte)
+            else:
+                half = byte // 2 % (width // 2)
+                thread = half % 8 // 2 * 2 + byte % 2
+                place = byte // width * width + thread * (width // 8)
+                place += half // 16 * 4 + half % 16 // 8 * 2 + half % 2
+            places[first + byte] = first + place
+    return places
 
 
 @triton.jit
 def write_query(
-    p_scratch, p_q, m_q, channel, p_places, p_mean, p_factor, p_half,
+    p_scratch, p_q, m_q, p_order, p_places, p_mean, p_factor, p_half,
     D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
     """Write the queries, in units of `unit`, fp16, to `[N, D]` at `p_scratch`, the number for each
@@ -47,6 +56,7 @@ def write_query(
     N: tl.constexpr = m_q.shape[0]
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
+    channel = tl.load(p_order + o_d, mask=m_d, other=0)
     place = tl.load(p_places + o_d, mask=m_d, other=0)
     q = tl.load(p_q[None, :] + channel[:, None], mask=m_d[:, None] & m_q[None, :], other=0.0)
     q = q.to(tl.float32)

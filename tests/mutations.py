@@ -88,6 +88,13 @@ MUTATIONS = (
         "test_shares.py::test_parts_are_of_equal_size_and_leave_nothing_out",
     ),
     Mutation(
+        "all parts of a head's channels are combined from the first",
+        "kernels/combine.py",
+        "tl.program_id(2) * PART + tl.arange(0, PART)",
+        "tl.arange(0, PART)",
+        "test_kernel_launches.py::test_a_request_split_over_many_programs_reads_the_same",
+    ),
+    Mutation(
         "a head that several programs decode has no attention sink",
         "kernels/combine.py",
         "            l = 1.0\n",

@@ -42,20 +42,19 @@ def chunk_rows():
 
 def serve_rows():
     """Engines under load, at the memory of an H200."""
-    yield from served_rows("serve_full", TWO)
+    yield from served_rows("serve_full", {4: FOUR, 2: TWO})
 
 
 def smaller_rows():
     """Engines under load, at the memory of an 80 GB card."""
-    yield from served_rows("serve_bits", TWO, ONE)
+    yield from served_rows("serve_bits", {4: FOUR, 2: TWO, 1: ONE})
 
 
-def served_rows(files, *names):
-    """Of FlashAttention, 4 bits, and fewer."""
-    flash, four = load(f"{files}_4")["variants"]
-    others = [load(f"{files}_{bits}")["variants"][0] for bits in (2, 1)[: len(names)]]
-    names = "vLLM, FlashAttention 3", FOUR, *names
-    for name, one in zip(names, (flash, four, *others), strict=True):
+def served_rows(files, names):
+    """Of FlashAttention, whose figures are the first in the file of 4 bits, and of leank."""
+    flash = load(f"{files}_4")["variants"][0]
+    engines = {name: load(f"{files}_{bits}")["variants"][-1] for bits, name in names.items()}
+    for name, one in {"vLLM, FlashAttention 3": flash, **engines}.items():
         decode, dense = one["decode"], flash["decode"]
         cells = str(one["concurrent"]), f"{decode['tokens_per_s']:,.0f}"
         first = f"{one['ttft_s']['median']:.2f}"

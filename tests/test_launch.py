@@ -191,9 +191,7 @@ def test_work_tables_name_every_split_once(monkeypatch, multiprocessors):
 
 
 def test_a_multiprocessor_has_programs_of_one_profile():
-    """As far as their numbers allow: of 8 in turn, at most one multiprocessor has two profiles
-    where one ends and the next begins.
-    """
+    """One has two where one profile ends and the next begins: there are three profiles, so two."""
     variants = [7] * 300 + [5] * 200 + [9] * 156 + [0] * 16
     order = deal(variants, 132)
     assert sorted(order) == list(range(len(variants)))

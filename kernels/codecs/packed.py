@@ -15,7 +15,13 @@ from vllm_leank.kernels.channels import Channels, HeadChannels
 from vllm_leank.kernels.codecs.codec import Codec, DecodeShape, Requests, Stored
 from vllm_leank.kernels.codecs.tiles import Tiles
 
-from vllm_leank.core.formats.packed import CODE_CLASSES, LARGEST_SCALE, LEAST_SCALE, STEPS
+from vllm_leank.core.formats.packed import (
+    CODE_CLASSES,
+    FORMAT,
+    LARGEST_SCALE,
+    LEAST_SCALE,
+    STEPS,
+)
 from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import GRANULE
@@ -26,9 +32,9 @@ FEW_BITS = DecodeShape(
 """Of few bits: short tiles, and few registers, so that many programs run."""
 
 ONE_REQUEST = replace(FEW_BITS, window_tile=32, registers=192)
-"""For one request of few bits, which has 8 programs on a multiprocessor of 16. Those of several
-requests are launched before lengths are known, more than have something to do, and all have to find
-room at once.
+"""For one request of few bits: a multiprocessor has 8 of its programs, half of what fits, so each
+may have more registers. Launches of several requests have programs that find nothing to do, as
+lengths are not known before, and all of them need room at once.
 """
 
 TWO_BITS = replace(FEW_BITS, tile=128, registers=184)
@@ -81,15 +87,9 @@ class PackedCodec(Codec):
         return FEW_BITS
 
     def query_places(self, profile: Profile, head_dim: int) -> torch.Tensor:
-        from vllm_leank.kernels.packed_query import place_of_byte
+        from vllm_leank.kernels.packed_query import query_places
 
-        places, first = list(range(head_dim)), 0
-        for bits, count in zip(CODE_CLASSES, profile.k[1:], strict=True):
-            width = count * bits // 8
-            for byte in range(count):
-                places[first + byte] = first + place_of_byte(byte, width)
-            first += count
-        return torch.tensor(places)
+        return torch.tensor(query_places(FORMAT.variant(profile), head_dim))
 
     @property
     def empty_side(self) -> torch.Tensor:
