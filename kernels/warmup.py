@@ -18,7 +18,7 @@ from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.channels import first_channels
 from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.kernels.decode import decode
-from vllm_leank.kernels.decode_each import decode_each
+from vllm_leank.kernels.decode_each import SELECTING_AT_ONCE
 from vllm_leank.kernels.extend import extend
 from vllm_leank.kernels.launcher import compiling
 from vllm_leank.kernels.merge import merge
@@ -85,9 +85,8 @@ def _dry_run(attention: Attention, cache: LayerCache) -> None:
     caches = [cache]
     if attention.selection is not None:
         caches.append(replace(cache, selection=attention.selection))
-    most = max(attention.max_reqs, 1)
     width = pages(attention.longest, layout.archive_block)
-    for num_reqs in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}):
+    for num_reqs in _counts(max(attention.max_reqs, 1)):
         query, batch = tokens(num_reqs, query_heads), _batch(num_reqs, 1, device, width)
         for one in caches:
             decode(query, torch.empty_like(query), one, batch, scale=1.0)
@@ -100,13 +99,21 @@ def _dry_run(attention: Attention, cache: LayerCache) -> None:
     compact(cache, prompt)
     output = torch.empty_like(query)
     for one in caches[1:]:
-        decode_each(query, output, one, prompt, scale=1.0)
+        # Of an answer that is computed again, where it has any number of tokens.
+        for part in _counts(SELECTING_AT_ONCE):
+            rows, batch = tokens(part, query_heads), _batch(part, 1, device, width)
+            decode(rows, torch.empty_like(rows), one, batch, scale=1.0, after_prompt=True)
     extend(query, output, cache, prompt, scale=1.0)
     if cache.scratch is not None:
         unpack(cache, prompt, cache.scratch.regions(1, 1), 0)
         lse = torch.empty((query_heads, count), dtype=torch.float32, device=device)
         merge(output, lse, output, lse, cache)
         extend(query, output, cache, prompt, 1.0, lse)
+
+
+def _counts(most: int) -> list[int]:
+    """Numbers of queries that stand for all up to `most`: launches are chosen by powers of two."""
+    return sorted({min(1 << i, most) for i in range(most.bit_length() + 1)})
 
 
 def _layer_cache(attention: Attention, device: torch.device) -> LayerCache:

@@ -144,6 +144,13 @@ MUTATIONS = (
         "test_window.py",
     ),
     Mutation(
+        "Answers that are computed again find kernels compiled for one number of tokens",
+        "kernels/warmup.py",
+        "for part in _counts(SELECTING_AT_ONCE):",
+        "for part in [SELECTING_AT_ONCE]:",
+        "test_warmup.py",
+    ),
+    Mutation(
         "the boundary is off by one on the device",
         "kernels/common.py",
         "tl.maximum(length - (SINK + RECENT), 0)",

@@ -38,8 +38,8 @@ def kind(launch, values):
     arguments = launch._arguments(values)
     bind = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
     options = {name: arguments.pop(name) for name in [*arguments] if name not in kernel.arg_names}
-    _, specialisation, _ = bind(**arguments, **options)
-    return specialisation
+    _, specialisation, options = bind(**arguments, **options)
+    return specialisation, options
 
 
 def moved(value, items):
