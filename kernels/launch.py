@@ -14,24 +14,17 @@ from typing import NamedTuple
 import torch
 from vllm_leank.kernels.batch import MAX_DECODE_QUERIES
 from vllm_leank.kernels.codecs import codec_of
-from vllm_leank.kernels.codecs.codec import Requests
+from vllm_leank.kernels.codecs.codec import DecodeShape, Requests
 
 from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.selection import SEGMENT
 from vllm_leank.core.window import GRANULE
 
-ONE_WAVE = 256
-"""Programs that run at the same time: two on each multiprocessor of a large GPU."""
-
 FEW_HEADS = 128
 """Requests times KV heads up to which a decode launch is cut into about one wave of equal programs.
 With more, shares of one wave would be uneven, and many waves end together."""
 
-PROGRAMS = 4096
-"""Programs of a decode launch of many requests, working or not; one of few has two waves, and
-of one request one."""
-
-REQUEST_PROGRAMS = 16, 64
+REQUEST_PROGRAMS = 16, 72
 """Programs per request: at least; and for many requests at most. For few it is a wave at most."""
 
 COMBINED = 16, 32, 128
@@ -152,16 +145,22 @@ def tile_tokens(
     return min(most, codec_of(layout.archive_format).decode_shape(layout, requests).tile)
 
 
-def decode_programs(num_reqs: int, num_kv_heads: int, wave: int = ONE_WAVE) -> int:
-    """Programs per request; the same for batches up to the next power of two."""
+def decode_programs(num_reqs: int, num_kv_heads: int, shape: DecodeShape) -> int:
+    """Programs per request; the same for batches up to the next power of two. A launch of few
+    requests has two waves, working or not, and one of one request one.
+    """
     rows = 1 << max(num_reqs - 1, 0).bit_length()
     least, enough = REQUEST_PROGRAMS
-    return max(min(2 * wave // rows, wave), min(PROGRAMS // rows, enough), least, num_kv_heads)
+    of_few = min(2 * shape.wave // rows, shape.wave)
+    return max(of_few, min(shape.programs // rows, enough), least, num_kv_heads)
 
 
-def decode_programs_of_all(num_kv_heads: int, wave: int = ONE_WAVE) -> set[int]:
+def decode_programs_of_all(layout: CacheLayout) -> set[int]:
     """What `decode_programs` gives for any batch."""
-    return {decode_programs(1 << i, num_kv_heads, wave) for i in range(20)}
+    codec = codec_of(layout.archive_format)
+    shapes = [codec.decode_shape(layout, one, short) for one in Requests for short in (False, True)]
+    heads = len(layout.profiles)
+    return {decode_programs(1 << i, heads, shape) for shape in shapes for i in range(20)}
 
 
 def combined_splits(programs: int, num_kv_heads: int) -> int:
@@ -187,7 +186,7 @@ def choose_decode(
     requests = (Requests.ONE if num_reqs == 1 else Requests.FEW) if is_few else Requests.MANY
     # A segment is as long as the tiles of few requests.
     shape = codec_of(layout.archive_format).decode_shape(layout, requests, short_tiles=selects)
-    programs = decode_programs(num_reqs, len(layout.profiles), shape.wave)
+    programs = decode_programs(num_reqs, len(layout.profiles), shape)
     combined = combined_splits(programs, len(layout.profiles))
     return DecodeLaunch(
         programs=programs,

@@ -8,13 +8,11 @@ from archive_definition import PACKED, profiles_for
 from vllm_leank.kernels.channels import first_channels
 from vllm_leank.kernels.launch import (
     FEW_HEADS,
-    ONE_WAVE,
     Device,
     choose_decode,
     choose_extend,
     combined_splits,
     compact_programs,
-    decode_programs,
     decode_programs_of_all,
     share_programs,
     tile_tokens,
@@ -84,19 +82,35 @@ def test_many_requests_of_two_bits_take_long_tiles(heads, long):
     assert choose_decode(1, wide, HOPPER).registers == 128
 
 
+OF_HEADS = {
+    "whole": (NATIVE, Profile(k16=48, v16=128)),
+    "4 bits": (PACKED, Profile(k4=128, v4=128)),
+    "2 bits": (PACKED, Profile(k2=128, v2=128)),
+    "1 bit": (PACKED, Profile(k2=64, v2=64)),
+}
+
+
+@pytest.mark.parametrize("kind", OF_HEADS)
 @pytest.mark.parametrize("heads", [1, 2, 4, 8, 32, 96])
-def test_every_batch_has_a_table_that_was_made_at_startup(heads):
-    made = decode_programs_of_all(heads)
-    assert len(made) < 10
+def test_every_batch_has_a_table_that_was_made_at_startup(kind, heads):
+    archive_format, profile = OF_HEADS[kind]
+    alike = CacheLayout((profile,) * heads, 128, 2, 256, archive_format)
+    made = decode_programs_of_all(alike)
+    assert len(made) < 20
     for rows in [*range(1, 70), 255, 256, 257, 1000, 1024, 4096]:
-        programs = decode_programs(rows, heads)
-        assert programs in made
-        assert programs >= heads
+        for selects in (False, True):
+            programs = choose_decode(rows, alike, HOPPER, selects).programs
+            assert programs in made
+            assert programs >= heads
 
 
-def test_programs_of_a_launch_fill_the_gpu_and_do_not_flood_it():
+@pytest.mark.parametrize("kind", OF_HEADS)
+def test_programs_of_a_launch_fill_the_gpu_and_do_not_flood_it(kind):
+    archive_format, profile = OF_HEADS[kind]
+    alike = CacheLayout((profile,) * 8, 128, 2, 256, archive_format)
     for rows in range(1, 257):
-        assert ONE_WAVE <= rows * decode_programs(rows, 8) <= 8192
+        launch = choose_decode(rows, alike, HOPPER)
+        assert launch.wave <= rows * launch.programs <= 8192
 
 
 PAGES = [
@@ -171,7 +185,7 @@ def test_work_tables_name_every_split_once(monkeypatch, multiprocessors):
     kept = (32, 64, 0, 96)
     heads = first_channels(layout(kept)).heads
     tables = Tables(layout(kept), heads, Window(128, 768), torch.device("cpu"))
-    for programs in decode_programs_of_all(len(kept)):
+    for programs in decode_programs_of_all(layout(kept)):
         work = tables.work(programs)
         assert len(work.programs) == programs
         placed = sorted(work.programs.tolist(), key=lambda row: row[3])

@@ -51,6 +51,8 @@ class DecodeShape:
         registers: most registers of a thread; None leaves it to the compiler. Fewer of them let
             more programs run at once, where instructions and not bytes are the limit.
         wave: programs that run at the same time.
+        programs: of a launch of many requests, working or not: a little less than whole waves of a
+            Hopper GPU, or a last wave has it for itself.
         window_cost: how many times as long as archive tiles of as many bytes a granule of the
             window takes, where one wave is cut into equal programs.
     """
@@ -62,6 +64,7 @@ class DecodeShape:
     window_tile: int = 32
     registers: int | None = None
     wave: int = 256
+    programs: int = 4096
     window_cost: int = 1
 
 

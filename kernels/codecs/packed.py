@@ -27,8 +27,9 @@ from vllm_leank.core.profile import Profile
 from vllm_leank.core.window import GRANULE
 
 FEW_BITS = DecodeShape(
-    tile=64, warps=1, stages=3, window_stages=2, window_tile=16, registers=128, wave=1024
-)
+    tile=64, warps=1, stages=3, window_stages=2, window_tile=16, registers=128, wave=1024,
+    programs=2 * 16 * 132,
+)  # fmt: skip
 """Of few bits: short tiles, and few registers, so that many programs run."""
 
 ONE_REQUEST = replace(FEW_BITS, window_tile=32, registers=192)
@@ -37,11 +38,11 @@ may have more registers. Launches of several requests have programs that find no
 lengths are not known before, and all of them need room at once.
 """
 
-TWO_BITS = replace(FEW_BITS, tile=128, registers=184)
+TWO_BITS = replace(FEW_BITS, tile=128, registers=184, programs=3 * 11 * 132)
 """For many requests, where all heads have about 2 bits: long tiles take fewer instructions per
 token, and load V in longer rows. Heads of more bits would leave room for few programs."""
 
-MANY_BITS = replace(FEW_BITS, tile=128, registers=None, wave=512, window_cost=2)
+MANY_BITS = replace(FEW_BITS, tile=128, registers=None, wave=512, window_cost=2, programs=4096)
 """Bytes are the limit: long tiles."""
 
 
