@@ -14,18 +14,26 @@ from typing import NamedTuple
 import torch
 from vllm_leank.kernels.batch import MAX_DECODE_QUERIES
 from vllm_leank.kernels.codecs import codec_of
-from vllm_leank.kernels.codecs.codec import DecodeShape, Requests
+from vllm_leank.kernels.codecs.codec import Requests
 
 from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.selection import SEGMENT
 from vllm_leank.core.window import GRANULE
 
 FEW_HEADS = 128
-"""Requests times KV heads up to which a decode launch is cut into about one wave of equal programs.
-With more, shares of one wave would be uneven, and many waves end together."""
+"""Requests times KV heads up to which a decode launch is cut into one wave of equal programs. With
+more, shares of one wave would be uneven, and more waves end together."""
 
-REQUEST_PROGRAMS = 16, 72
-"""Programs per request: at least; and for many requests at most. For few it is a wave at most."""
+COUNTED_REQUESTS = 128
+"""Requests up to which each program of decode adds up what all of them read, so that a long one
+among short ones has more programs. With more there are enough heads that none takes long."""
+
+PROGRAMS = 4096
+"""Programs of a decode launch of many requests, working or not; twice as many where requests are
+counted, as some find nothing to do then."""
+
+LEAST_PROGRAMS = 16
+"""Programs per request at least."""
 
 COMBINED = 16, 32, 128
 """Splits of a head that are combined at once: for few programs of a request, for more, and, where
@@ -86,11 +94,12 @@ class DecodeLaunch(NamedTuple):
         tile: archived tokens of a loop iteration; divides the archive block.
         tma: see `Device`.
         split_bytes: bytes that a program should read at least.
-        rows: power of two up to which a batch's requests are counted, to cut the launch into one
-            wave; 0 if it is not.
+        rows: power of two up to which a batch's requests are counted, to cut what they read into
+            `wave` equal parts; 0 if they are not.
+        apart: see `cut`; parts of one wave are.
         combined: splits of a head that are combined at once; a power of two.
         parts: of a head's channels, which are combined apart; a power of two.
-        wave: programs that run at the same time.
+        wave: parts into which all that is read is cut; about as many programs work.
         warps, stages, window_stages, window_tile, registers, window_cost: see `DecodeShape`.
     """
 
@@ -99,6 +108,7 @@ class DecodeLaunch(NamedTuple):
     tma: bool
     split_bytes: int
     rows: int
+    apart: bool
     combined: int
     parts: int
     wave: int
@@ -145,22 +155,30 @@ def tile_tokens(
     return min(most, codec_of(layout.archive_format).decode_shape(layout, requests).tile)
 
 
-def decode_programs(num_reqs: int, num_kv_heads: int, shape: DecodeShape) -> int:
-    """Programs per request; the same for batches up to the next power of two. A launch of few
-    requests has two waves, working or not, and one of one request one.
+def decode_programs(rows: int, num_kv_heads: int, wave: int) -> int:
+    """Programs per request of a batch of up to `rows`, a power of two. Of few requests a launch has
+    two waves, working or not, and of one request one.
     """
-    rows = 1 << max(num_reqs - 1, 0).bit_length()
-    least, enough = REQUEST_PROGRAMS
-    of_few = min(2 * shape.wave // rows, shape.wave)
-    return max(of_few, min(shape.programs // rows, enough), least, num_kv_heads)
+    programs = 2 * PROGRAMS if rows <= COUNTED_REQUESTS else PROGRAMS
+    if rows * num_kv_heads <= FEW_HEADS:
+        programs = min(2, rows) * wave
+    return max(programs // rows, LEAST_PROGRAMS, num_kv_heads)
 
 
-def decode_programs_of_all(layout: CacheLayout) -> set[int]:
+def decode_programs_of_all(num_kv_heads: int, wave: int) -> set[int]:
     """What `decode_programs` gives for any batch."""
-    codec = codec_of(layout.archive_format)
-    shapes = [codec.decode_shape(layout, one, short) for one in Requests for short in (False, True)]
-    heads = len(layout.profiles)
-    return {decode_programs(1 << i, heads, shape) for shape in shapes for i in range(20)}
+    return {decode_programs(1 << i, num_kv_heads, wave) for i in range(20)}
+
+
+def whole_waves(num_heads: int, wave: int) -> int:
+    """`wave`, or where heads of all requests, which have whole numbers of programs, would leave
+    more than a tenth of it to nobody, as many of it as leave least, up to three.
+    """
+
+    def taken(most: int) -> float:
+        return most // num_heads * num_heads / most
+
+    return wave if taken(wave) > 0.9 else max((wave, 2 * wave, 3 * wave), key=taken)
 
 
 def combined_splits(programs: int, num_kv_heads: int) -> int:
@@ -182,21 +200,24 @@ def choose_decode(
     read.
     """
     few, many = SPLIT_BYTES
-    is_few = num_reqs * len(layout.profiles) <= FEW_HEADS
+    num_kv_heads, rows = len(layout.profiles), 1 << max(num_reqs - 1, 0).bit_length()
+    is_few = rows * num_kv_heads <= FEW_HEADS
     requests = (Requests.ONE if num_reqs == 1 else Requests.FEW) if is_few else Requests.MANY
     # A segment is as long as the tiles of few requests.
     shape = codec_of(layout.archive_format).decode_shape(layout, requests, short_tiles=selects)
-    programs = decode_programs(num_reqs, len(layout.profiles), shape)
-    combined = combined_splits(programs, len(layout.profiles))
+    programs = decode_programs(rows, num_kv_heads, shape.wave)
+    combined = combined_splits(programs, num_kv_heads)
+    wave = shape.wave if is_few else whole_waves(num_reqs * num_kv_heads, shape.wave)
     return DecodeLaunch(
         programs=programs,
         tile=tile_tokens(layout, selects, requests),
         tma=device.tma,
         split_bytes=few if is_few else many,
-        rows=FEW_HEADS if is_few else 0,
+        rows=COUNTED_REQUESTS if rows <= COUNTED_REQUESTS else 0,
+        apart=is_few,
         combined=combined,
         parts=COMBINE_PARTS if combined > COMBINED[1] else 1,
-        wave=shape.wave,
+        wave=wave,
         # The sums over V of a larger head are more than a warp can hold.
         warps=max(shape.warps, layout.head_dim // 128),
         stages=shape.stages,

@@ -170,7 +170,7 @@ def few_programs() -> Iterator[None]:
         return
     launch.choose_decode.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "decode_programs", lambda reqs, heads, shape: max(16, heads))
+        patch.setattr(launch, "decode_programs", lambda rows, heads, wave: max(16, heads))
         patch.setattr(launch, "COMPACT_PROGRAMS", (12, 12))
         yield
     launch.choose_decode.cache_clear()
