@@ -170,6 +170,14 @@ def decode_programs_of_all(num_kv_heads: int, wave: int) -> set[int]:
     return {decode_programs(1 << i, num_kv_heads, wave) for i in range(20)}
 
 
+def working_share(programs: int, wave: int) -> float:
+    """Which share of a request's programs has work in a batch of many equal requests, of which all
+    read is cut into `wave` parts.
+    """
+    counted = programs >= 2 * PROGRAMS // COUNTED_REQUESTS
+    return wave / (2 * PROGRAMS) if counted else 1.0
+
+
 def whole_waves(num_heads: int, wave: int) -> int:
     """`wave`, or where heads of all requests, which have whole numbers of programs, would leave
     more than a tenth of it to nobody, as many of it as leave least, up to three.

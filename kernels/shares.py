@@ -60,10 +60,11 @@ def share(
         prompts = tl.load(exact_until_ptr + o_row, mask=m_row, other=0)
         _, n_dense, n_archive = _span(lengths, prompts, SINK, RECENT, TILE, SELECTION)
         of_rows = n_dense * (H * DENSE_UNITS) + n_archive * archive_units
-        if not APART:
-            # Many requests may read the same pages, and so more than there is memory.
-            of_rows = of_rows.to(tl.int64)
-        split_units = tl.maximum(split_units, (tl.sum(of_rows, 0) // wave).to(tl.int32))
+        # Many requests may read the same pages, and so more than 32 bits can count. Sums of 64 bits
+        # would not do: that all threads have the same one is lost on the compiler.
+        high, low = tl.sum(of_rows >> 10, 0), tl.sum(of_rows & 1023, 0)
+        part = high // wave * 1024 + (high % wave * 1024 + low) // wave
+        split_units = tl.maximum(split_units, part)
     length = tl.load(seq_lens_ptr + i_req)
     exact_until = tl.load(exact_until_ptr + i_req)
     boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE, SELECTION)
