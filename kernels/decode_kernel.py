@@ -10,7 +10,7 @@ from vllm_leank.kernels.shares import cut, share
 
 @triton.jit(
     do_not_specialize=[
-        "archive_units", "split_units", "wave", "stride_window_table", "stride_archive_table",
+        "archive_units", "split_units", "stride_window_table", "stride_archive_table",
         "stride_selected",
     ],
     do_not_specialize_on_alignment=BATCH_POINTERS,
@@ -19,14 +19,14 @@ def decode_kernel(
     q_ptr, output_ptr, partial_ptr, lse_ptr, sink_scores_ptr, window_ptr, archive_ptr, side_ptr,
     window_desc, d0, d1, d2, d3, d4, d5,
     window_table_ptr, archive_table_ptr, seq_lens_ptr, exact_until_ptr,
-    work_ptr, order_ptr, numbers_ptr, scale_log2, archive_units, split_units, wave,
+    work_ptr, order_ptr, numbers_ptr, scale_log2, archive_units, split_units,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_window_page, stride_archive_page, stride_side,
     stride_window_table, stride_archive_table, stride_selected,
     VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr, DENSE_UNITS: tl.constexpr,
-    WINDOW_COST: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, SELECTION: tl.constexpr,
+    WINDOW_COST: tl.constexpr, ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
     AFTER_PROMPT: tl.constexpr,
     TILES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
     STAGES: tl.constexpr, WINDOW_STAGES: tl.constexpr, WINDOW_TILE: tl.constexpr,
@@ -50,7 +50,7 @@ def decode_kernel(
     head_units = tl.load(p_head + 3)
     length, boundary, n_archive, n_dense, head_units, splits = share(
         seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-        wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, APART, SELECTION,
+        SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, ONE_WAVE, SELECTION,
     )  # fmt: skip
     if AFTER_PROMPT:
         # Others are not for this launch.
@@ -74,11 +74,12 @@ def decode_kernel(
             tl.extra.cuda.gdc_wait()
         # In one wave no program may take longer than the others: one that has come to its window
         # waits for instructions and pages. Where many waves follow each other nobody waits for it.
+        apart: tl.constexpr = ROWS > 0
         first, first_dense = cut(
-            split, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, APART
+            split, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, apart
         )  # fmt: skip
         last, last_dense = cut(
-            split + 1, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, APART
+            split + 1, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, apart
         )  # fmt: skip
         if first < last:
             p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table

@@ -21,19 +21,17 @@ from vllm_leank.core.selection import SEGMENT
 from vllm_leank.core.window import GRANULE
 
 FEW_HEADS = 128
-"""Requests times KV heads up to which a decode launch is cut into one wave of equal programs. With
-more, shares of one wave would be uneven, and more waves end together."""
-
-COUNTED_REQUESTS = 128
-"""Requests up to which each program of decode adds up what all of them read, so that a long one
-among short ones has more programs. With more there are enough heads that none takes long."""
-
-PROGRAMS = 4096
-"""Programs of a decode launch of many requests, working or not; twice as many where requests are
-counted, as some find nothing to do then."""
+"""Requests times KV heads up to which a decode launch is cut into about one wave of equal programs.
+With more, shares of one wave would be uneven, and many waves end together."""
 
 LEAST_PROGRAMS = 16
 """Programs per request at least."""
+
+SPLITS = 6, 3, 2
+"""Programs per KV head in one, two and three waves of many requests, at least. With fewer, a
+request that is longer than others takes too long; with more waves than that needs, some programs
+find nothing to do, and others wait for them.
+"""
 
 COMBINED = 16, 32, 128
 """Splits of a head that are combined at once: for few programs of a request, for more, and, where
@@ -94,12 +92,11 @@ class DecodeLaunch(NamedTuple):
         tile: archived tokens of a loop iteration; divides the archive block.
         tma: see `Device`.
         split_bytes: bytes that a program should read at least.
-        rows: power of two up to which a batch's requests are counted, to cut what they read into
-            `wave` equal parts; 0 if they are not.
-        apart: see `cut`; parts of one wave are.
+        rows: power of two up to which a batch's requests are counted, to cut the launch into one
+            wave; 0 if it is not.
         combined: splits of a head that are combined at once; a power of two.
         parts: of a head's channels, which are combined apart; a power of two.
-        wave: parts into which all that is read is cut; about as many programs work.
+        wave: programs that run at the same time.
         warps, stages, window_stages, window_tile, registers, window_cost: see `DecodeShape`.
     """
 
@@ -108,7 +105,6 @@ class DecodeLaunch(NamedTuple):
     tma: bool
     split_bytes: int
     rows: int
-    apart: bool
     combined: int
     parts: int
     wave: int
@@ -155,38 +151,29 @@ def tile_tokens(
     return min(most, codec_of(layout.archive_format).decode_shape(layout, requests).tile)
 
 
-def decode_programs(rows: int, num_kv_heads: int, wave: int) -> int:
-    """Programs per request of a batch of up to `rows`, a power of two. Of few requests a launch has
-    two waves, working or not, and of one request one.
+def decode_programs(num_reqs: int, num_kv_heads: int, wave: int) -> int:
+    """Programs per request. A launch of few requests has two waves, working or not, and one of one
+    request one. In one of many each KV head has as many as whole waves have room for.
     """
-    programs = 2 * PROGRAMS if rows <= COUNTED_REQUESTS else PROGRAMS
-    if rows * num_kv_heads <= FEW_HEADS:
-        programs = min(2, rows) * wave
-    return max(programs // rows, LEAST_PROGRAMS, num_kv_heads)
+    rows, num_heads = 1 << max(num_reqs - 1, 0).bit_length(), num_reqs * num_kv_heads
+    if num_heads <= FEW_HEADS:
+        programs = min(2, rows) * wave // rows
+    else:
+        for waves, least in enumerate(SPLITS, start=1):
+            splits = waves * wave // num_heads
+            if splits >= least and splits * num_heads > 0.9 * waves * wave:
+                break
+        programs = splits * num_kv_heads
+    return max(programs, LEAST_PROGRAMS, num_kv_heads)
 
 
-def decode_programs_of_all(num_kv_heads: int, wave: int) -> set[int]:
+@cache
+def decode_programs_of_all(layout: CacheLayout) -> frozenset[int]:
     """What `decode_programs` gives for any batch."""
-    return {decode_programs(1 << i, num_kv_heads, wave) for i in range(20)}
-
-
-def working_share(programs: int, wave: int) -> float:
-    """Which share of a request's programs has work in a batch of many equal requests, of which all
-    read is cut into `wave` parts.
-    """
-    counted = programs >= 2 * PROGRAMS // COUNTED_REQUESTS
-    return wave / (2 * PROGRAMS) if counted else 1.0
-
-
-def whole_waves(num_heads: int, wave: int) -> int:
-    """`wave`, or where heads of all requests, which have whole numbers of programs, would leave
-    more than a tenth of it to nobody, as many of it as leave least, up to three.
-    """
-
-    def taken(most: int) -> float:
-        return most // num_heads * num_heads / most
-
-    return wave if taken(wave) > 0.9 else max((wave, 2 * wave, 3 * wave), key=taken)
+    codec, heads = codec_of(layout.archive_format), len(layout.profiles)
+    shapes = [codec.decode_shape(layout, one, short) for one in Requests for short in (False, True)]
+    waves, most = {shape.wave for shape in shapes}, 3 * max(shape.wave for shape in shapes)
+    return frozenset(decode_programs(i, heads, wave) for i in range(1, most) for wave in waves)
 
 
 def combined_splits(programs: int, num_kv_heads: int) -> int:
@@ -208,24 +195,21 @@ def choose_decode(
     read.
     """
     few, many = SPLIT_BYTES
-    num_kv_heads, rows = len(layout.profiles), 1 << max(num_reqs - 1, 0).bit_length()
-    is_few = rows * num_kv_heads <= FEW_HEADS
+    is_few = num_reqs * len(layout.profiles) <= FEW_HEADS
     requests = (Requests.ONE if num_reqs == 1 else Requests.FEW) if is_few else Requests.MANY
     # A segment is as long as the tiles of few requests.
     shape = codec_of(layout.archive_format).decode_shape(layout, requests, short_tiles=selects)
-    programs = decode_programs(rows, num_kv_heads, shape.wave)
-    combined = combined_splits(programs, num_kv_heads)
-    wave = shape.wave if is_few else whole_waves(num_reqs * num_kv_heads, shape.wave)
+    programs = decode_programs(num_reqs, len(layout.profiles), shape.wave)
+    combined = combined_splits(programs, len(layout.profiles)) if is_few else COMBINED[0]
     return DecodeLaunch(
         programs=programs,
         tile=tile_tokens(layout, selects, requests),
         tma=device.tma,
         split_bytes=few if is_few else many,
-        rows=COUNTED_REQUESTS if rows <= COUNTED_REQUESTS else 0,
-        apart=is_few,
+        rows=FEW_HEADS if is_few else 0,
         combined=combined,
         parts=COMBINE_PARTS if combined > COMBINED[1] else 1,
-        wave=wave,
+        wave=shape.wave,
         # The sums over V of a larger head are more than a warp can hold.
         warps=max(shape.warps, layout.head_dim // 128),
         stages=shape.stages,

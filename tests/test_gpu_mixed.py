@@ -62,6 +62,10 @@ FIELDS = {
 DELTA_NET_FLAGS = {"gdn_prefill_backend": "triton", "mamba_ssm_cache_dtype": "float32"}
 """FlashInfer would compile kernels first, and states in bf16 make most of the noise."""
 
+DTYPES = {"qwen3_next": "float16"}
+"""In bf16 this one's log-probabilities are 0.07 nats off in the mean, FlashAttention's as well, and
+0.13 for single tokens: two right answers may differ by more than a tie."""
+
 
 def save_in_bf16(model_type, folder):
     """Save a tiny random model whose weights a GPU holds as they are."""
@@ -99,6 +103,7 @@ def test_architectures(runner, model_type, tmp_path):
     model = save_in_bf16(model_type, tmp_path)
     mask, cached = coded_mask(model), model_type not in WITH_STATES
     arguments = ON_GPU | LIMITS | (DELTA_NET_FLAGS if model_type in DELTA_NETS else {})
+    arguments |= {"dtype": DTYPES.get(model_type, "bfloat16")}
     with engine(model, attention_backend="FLASH_ATTN", **arguments) as plain:
         flash = plain.generate(PROMPTS, TOKENS)
     arguments |= {"sink": SINK, "recent": RECENT, "enable_prefix_caching": cached}

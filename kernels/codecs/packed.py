@@ -37,17 +37,19 @@ may have more registers. Launches of several requests have programs that find no
 lengths are not known before, and all of them need room at once.
 """
 
-MANY_REQUESTS = replace(FEW_BITS, wave=2 * 16 * 132)
-"""For many requests, in two waves of 16 programs for each multiprocessor."""
+MANY_REQUESTS = replace(FEW_BITS, wave=16 * 132)
+"""For many requests. None of their programs has nothing to do, so a wave is all there is room for:
+16 on each multiprocessor of Hopper.
+"""
 
-TWO_BITS = replace(FEW_BITS, tile=128, registers=160, wave=2 * 12 * 132)
+TWO_BITS = replace(FEW_BITS, tile=128, registers=160, wave=12 * 132)
 """For many requests, where all heads have about 2 bits: long tiles take fewer instructions per
 token, and load V in longer rows. Heads of more bits would leave room for few programs."""
 
 MANY_BITS = replace(FEW_BITS, tile=128, registers=None, window_tile=32, wave=512, window_cost=2)
 """Bytes are the limit: long tiles."""
 
-MANY_BITS_MANY_REQUESTS = replace(MANY_BITS, stages=2, window_tile=16, wave=2 * 8 * 132)
+MANY_BITS_MANY_REQUESTS = replace(MANY_BITS, stages=2, window_tile=16, wave=8 * 132)
 """With a shorter pipeline a multiprocessor has room for 8 programs instead of 6."""
 
 
