@@ -20,18 +20,19 @@ from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.selection import SEGMENT
 from vllm_leank.core.window import GRANULE
 
+ONE_WAVE = 256
+"""Programs that run at the same time: two on each multiprocessor of a large GPU."""
+
 FEW_HEADS = 128
 """Requests times KV heads up to which a decode launch is cut into about one wave of equal programs.
 With more, shares of one wave would be uneven, and many waves end together."""
 
-LEAST_PROGRAMS = 16
-"""Programs per request at least."""
+PROGRAMS = 4096
+"""Programs of a decode launch of many requests, working or not; one of few has two waves, and
+of one request one."""
 
-SPLITS = 6, 3, 2
-"""Programs per KV head in one, two and three waves of many requests, at least. With fewer, a
-request that is longer than others takes too long; with more waves than that needs, some programs
-find nothing to do, and others wait for them.
-"""
+REQUEST_PROGRAMS = 16, 64
+"""Programs per request: at least; and for many requests at most. For few it is a wave at most."""
 
 COMBINED = 16, 32, 128
 """Splits of a head that are combined at once: for few programs of a request, for more, and, where
@@ -151,29 +152,16 @@ def tile_tokens(
     return min(most, codec_of(layout.archive_format).decode_shape(layout, requests).tile)
 
 
-def decode_programs(num_reqs: int, num_kv_heads: int, wave: int) -> int:
-    """Programs per request. A launch of few requests has two waves, working or not, and one of one
-    request one. In one of many each KV head has as many as whole waves have room for.
-    """
-    rows, num_heads = 1 << max(num_reqs - 1, 0).bit_length(), num_reqs * num_kv_heads
-    if num_heads <= FEW_HEADS:
-        programs = min(2, rows) * wave // rows
-    else:
-        for waves, least in enumerate(SPLITS, start=1):
-            splits = waves * wave // num_heads
-            if splits >= least and splits * num_heads > 0.9 * waves * wave:
-                break
-        programs = splits * num_kv_heads
-    return max(programs, LEAST_PROGRAMS, num_kv_heads)
+def decode_programs(num_reqs: int, num_kv_heads: int, wave: int = ONE_WAVE) -> int:
+    """Programs per request; the same for batches up to the next power of two."""
+    rows = 1 << max(num_reqs - 1, 0).bit_length()
+    least, enough = REQUEST_PROGRAMS
+    return max(min(2 * wave // rows, wave), min(PROGRAMS // rows, enough), least, num_kv_heads)
 
 
-@cache
-def decode_programs_of_all(layout: CacheLayout) -> frozenset[int]:
+def decode_programs_of_all(num_kv_heads: int, wave: int = ONE_WAVE) -> set[int]:
     """What `decode_programs` gives for any batch."""
-    codec, heads = codec_of(layout.archive_format), len(layout.profiles)
-    shapes = [codec.decode_shape(layout, one, short) for one in Requests for short in (False, True)]
-    waves, most = {shape.wave for shape in shapes}, 3 * max(shape.wave for shape in shapes)
-    return frozenset(decode_programs(i, heads, wave) for i in range(1, most) for wave in waves)
+    return {decode_programs(1 << i, num_kv_heads, wave) for i in range(20)}
 
 
 def combined_splits(programs: int, num_kv_heads: int) -> int:
@@ -200,7 +188,7 @@ def choose_decode(
     # A segment is as long as the tiles of few requests.
     shape = codec_of(layout.archive_format).decode_shape(layout, requests, short_tiles=selects)
     programs = decode_programs(num_reqs, len(layout.profiles), shape.wave)
-    combined = combined_splits(programs, len(layout.profiles)) if is_few else COMBINED[0]
+    combined = combined_splits(programs, len(layout.profiles))
     return DecodeLaunch(
         programs=programs,
         tile=tile_tokens(layout, selects, requests),

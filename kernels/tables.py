@@ -133,7 +133,7 @@ class Tables:
             programs: _share_work(
                 heads, costs, programs, self.device.multiprocessors if programs >= wave else 1
             ).to(device)
-            for programs in decode_programs_of_all(layout)
+            for programs in decode_programs_of_all(len(layout.profiles), wave)
         }
 
     def work(self, programs: int) -> Work:

@@ -169,13 +169,11 @@ def few_programs() -> Iterator[None]:
         yield
         return
     launch.choose_decode.cache_clear()
-    launch.decode_programs_of_all.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "decode_programs", lambda reqs, heads, wave: max(16, heads))
+        patch.setattr(launch, "decode_programs", lambda reqs, heads, wave=0: max(16, heads))
         patch.setattr(launch, "COMPACT_PROGRAMS", (12, 12))
         yield
     launch.choose_decode.cache_clear()
-    launch.decode_programs_of_all.cache_clear()
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.gpu)], ids=["pointers", "tma"])

@@ -119,7 +119,7 @@ class Codec(ABC):
         a model, by `layout.variants`. Tiles of one request are as long as those of few, those of
         many multiples of these, or with `short_tiles` the same. Waves are alike.
         """
-        return DecodeShape(wave=2048) if requests is Requests.MANY else DecodeShape()
+        return DecodeShape()
 
     def query_places(self, profile: Profile, head_dim: int) -> torch.Tensor:
         """Where decode keeps a query's number for each stored channel of K of a head, int64
