@@ -120,7 +120,7 @@ def soak_rows():
 
 def selected_rows():
     """Decode attention that reads the best far tokens alone."""
-    for mask, read, name in (
+    yield from rows_of_reads(
         ("70% of K pruned", "all", "attention_lead_whole"),
         ("70% of K pruned", "a tenth", "attention_lead_whole_pages"),
         ("4 bits, all heads alike", "all", "attention_even_4"),
@@ -129,8 +129,24 @@ def selected_rows():
         ("2 bits, all heads alike", "a tenth", "attention_even_2_pages"),
         ("1 bit, as a real model's first heads", "all", "attention_lead_2"),
         ("1 bit, as a real model's first heads", "a tenth", "attention_lead_2_pages"),
-    ):
-        means = {case["batch"]: case["mean"] for case in reversed(load(name)["cases"])}
+    )
+
+
+def selected_rows_h100():
+    """The same on the other card."""
+    yield from rows_of_reads(
+        ("2 bits, all heads alike", "a tenth", "attention_even_2_pages_h100"),
+        ("1 bit, as a real model's first heads", "all", "attention_lead_2_h100"),
+        ("1 bit, as a real model's first heads", "a tenth", "attention_lead_2_pages_h100"),
+    )
+
+
+def rows_of_reads(*reads):
+    """Of a mask, how many far tokens are read, and the file."""
+    for mask, read, name in reads:
+        results = load(name)
+        assert ("H100" in results["machine"]["gpu"]) == name.endswith("_h100")
+        means = {case["batch"]: case["mean"] for case in reversed(results["cases"])}
         one, eight = means[1], means[8]
         figures = (
             f"{one['ms']:.4f}", _times(one["speedup_flash"]),
@@ -158,6 +174,7 @@ def long_attention_rows():
         ("README.md", mixed_rows),
         ("docs/reliability.md", soak_rows),
         ("docs/performance.md", selected_rows),
+        ("docs/performance.md", selected_rows_h100),
         ("docs/performance.md", long_attention_rows),
         ("docs/performance.md", lambda: read_lines(load("long_context"))),
         ("docs/performance.md", lambda: fit_lines(load("long_context"))),
