@@ -18,7 +18,7 @@ from vllm_leank.kernels.cache import LayerCache
 from vllm_leank.kernels.channels import first_channels
 from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.kernels.decode import decode
-from vllm_leank.kernels.decode_each import SELECTING_AT_ONCE
+from vllm_leank.kernels.decode_each import SELECTING_AT_ONCE, decode_requests
 from vllm_leank.kernels.extend import extend
 from vllm_leank.kernels.launcher import compiling
 from vllm_leank.kernels.merge import merge
@@ -89,7 +89,8 @@ def _dry_run(attention: Attention, cache: LayerCache) -> None:
     for num_reqs in _counts(max(attention.max_reqs, 1)):
         query, batch = tokens(num_reqs, query_heads), _batch(num_reqs, 1, device, width)
         for one in caches:
-            decode(query, torch.empty_like(query), one, batch, scale=1.0)
+            # As many at once as a step has: those that select take much memory.
+            decode_requests(query, torch.empty_like(query), one, batch, scale=1.0)
         key = tokens(num_reqs, heads)
         update(key, key, cache, batch)
     prompt = _batch(1, 4 * MAX_DECODE_QUERIES, device, width)

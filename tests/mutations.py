@@ -144,7 +144,7 @@ MUTATIONS = (
         "test_window.py",
     ),
     Mutation(
-        "Answers that are computed again find kernels compiled for one number of tokens",
+        "answers that are computed again find kernels compiled for one number of tokens",
         "kernels/warmup.py",
         "for part in _counts(SELECTING_AT_ONCE):",
         "for part in [SELECTING_AT_ONCE]:",

@@ -16,7 +16,7 @@ from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import Window
 
-MOST = 150
+MOST = 300
 LONGEST = 4096
 CPU = torch.device("cpu")
 
@@ -62,7 +62,7 @@ def test_startup_compiles_what_any_number_of_queries_launches(
     def tokens(count):
         return torch.empty((count, query_heads, 128), dtype=dtype)
 
-    for count in (*range(1, 20), 63, 64, 65, 100, MOST):
+    for count in (*range(1, 20), 63, 64, 65, 100, 150, 256, 257, MOST):
         batch = warmup._batch(count, 1, CPU, width)
         gpu.decode_requests(tokens(count), tokens(count), cache, batch, builder.scale)
         assert launched() <= compiled, count
