@@ -6,13 +6,13 @@ python -m real.study_engine RUN
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
 
-from real.questions import Question, cells_of, load_questions
+from real.questions import Cell, Question, cells_of, load_questions
 from vllm_leank.bench.machine import machine
 from vllm_leank.bench.results import save_results
 from vllm_leank.errors import UserError
@@ -20,9 +20,13 @@ from vllm_leank.errors import UserError
 SAME = "model", "engine_args", "questions_sha256"
 """What must not have changed where results are added to others."""
 
+RUN = "command", "commit", "machine", "count"
+"""What may have: each run that asked something is told."""
+
 
 def earlier_results(run: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What a run that was stopped has left, or none yet.
+    """What a run that was stopped, or asked fewer questions, has left; or none yet. Where this one
+    is told otherwise, by `RUN`, `earlier` has what was told of those before.
 
     Raises:
         UserError: it was another run.
@@ -33,7 +37,29 @@ def earlier_results(run: dict[str, Any], path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if changed := [name for name in SAME if found.get(name) != run[name]]:
         raise UserError(f"{path}: made with another {', '.join(changed)}; move it away")
-    return found
+    told = {name: found[name] for name in RUN if name in found}
+    now = {name: run[name] for name in RUN if name in run}
+    if told | now != told:
+        found["earlier"] = [*found.get("earlier", []), told]
+    return found | now
+
+
+def unasked(
+    cells: Mapping[Cell, Sequence[Question]], results: dict[str, Any]
+) -> dict[Cell, Sequence[Question]]:
+    """The questions of each task and length that come after those asked, where there are any."""
+    asked = {(cell["task"], cell["length"]): len(cell["scores"]) for cell in results["cells"]}
+    left = {name: questions[asked.get(name, 0) :] for name, questions in cells.items()}
+    return {name: questions for name, questions in left.items() if questions}
+
+
+def add(task: str, length: int, answers: dict[str, Any], results: dict[str, Any]) -> None:
+    """Add what `ask` gave to the results' cell of its task and length, or as a new one."""
+    for cell in results["cells"]:
+        if (cell["task"], cell["length"]) == (task, length):
+            cell.update({name: cell[name] + answers[name] for name in answers})
+            return
+    results["cells"].append({"task": task, "length": length} | answers)
 
 
 def ask(llm: LLM, questions: Sequence[Question]) -> dict[str, Any]:
@@ -68,17 +94,16 @@ def main() -> None:
         results = earlier_results(run, path)
     except UserError as error:
         sys.exit(f"error: {error}")
-    done = {(cell["task"], cell["length"]) for cell in results["cells"]}
-    cells = cells_of(questions, run["count"])
-    if done >= cells.keys():
+    left = unasked(cells_of(questions, run["count"]), results)
+    if not left:
         return
     llm = LLM(**run["engine_args"])
     results["machine"] = machine()
-    for (task, length), asked in cells.items():
-        if (task, length) not in done:
-            results["cells"].append({"task": task, "length": length} | ask(llm, asked))
-            save_results(results, path)
-            print(f"{task}, {length}: {sum(results['cells'][-1]['scores'])}", flush=True)
+    for (task, length), asked in left.items():
+        answers = ask(llm, asked)
+        add(task, length, answers, results)
+        save_results(results, path)
+        print(f"{task}, {length}: {sum(answers['scores'])} of {len(asked)}", flush=True)
 
 
 if __name__ == "__main__":
