@@ -101,7 +101,7 @@ def _launches(
     group = num_heads // num_kv_heads
     columns = max(triton.next_power_of_2(group), 8)
     padded_dim = triton.next_power_of_2(head_dim)
-    work = tables.work(shape.programs)
+    work = tables.work(shape)
     archive, side = cache.archive_pages, cache.side
     # A launch that may have nothing to do waits for nothing, so nobody may wait for it alone.
     overlaps = shape.tma and not after_prompt
@@ -121,7 +121,9 @@ def _launches(
         "DENSE_UNITS": 32 * 2 * head_dim * layout.itemsize // 256,
         "WINDOW_COST": shape.window_cost,
         "ROWS": shape.rows,
-        "ONE_WAVE": shape.wave,
+        "wave": shape.wave,
+        "APART": shape.apart,
+        "BY_HEAD": shape.early > 0,
         "SELECTION": None if selection is None else (selection.share, selection.least),
         "AFTER_PROMPT": after_prompt,
         "PDL": overlaps,
@@ -136,6 +138,7 @@ def _launches(
         **cache.descriptor_arguments(shape.tile, shape.window_tile, shape.tma),
         window_ptr=cache.window_pages, archive_ptr=archive, side_ptr=side,
         work_ptr=work.programs,
+        early=shape.early,
         order_ptr=tables.order,
         numbers_ptr=tables.numbers,
         scale_log2=scale * LOG2_E.value,

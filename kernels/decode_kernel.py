@@ -10,8 +10,8 @@ from vllm_leank.kernels.shares import cut, share
 
 @triton.jit(
     do_not_specialize=[
-        "archive_units", "split_units", "stride_window_table", "stride_archive_table",
-        "stride_selected",
+        "archive_units", "split_units", "wave", "early",
+        "stride_window_table", "stride_archive_table", "stride_selected",
     ],
     do_not_specialize_on_alignment=BATCH_POINTERS,
 )  # fmt: skip
@@ -19,38 +19,50 @@ def decode_kernel(
     q_ptr, output_ptr, partial_ptr, lse_ptr, sink_scores_ptr, window_ptr, archive_ptr, side_ptr,
     window_desc, d0, d1, d2, d3, d4, d5,
     window_table_ptr, archive_table_ptr, seq_lens_ptr, exact_until_ptr,
-    work_ptr, order_ptr, numbers_ptr, scale_log2, archive_units, split_units,
+    work_ptr, order_ptr, numbers_ptr, scale_log2, archive_units, split_units, wave, early,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_window_page, stride_archive_page, stride_side,
     stride_window_table, stride_archive_table, stride_selected,
     VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr, DENSE_UNITS: tl.constexpr,
-    WINDOW_COST: tl.constexpr, ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
-    AFTER_PROMPT: tl.constexpr,
+    WINDOW_COST: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, SELECTION: tl.constexpr,
+    AFTER_PROMPT: tl.constexpr, BY_HEAD: tl.constexpr,
     TILES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
     STAGES: tl.constexpr, WINDOW_STAGES: tl.constexpr, WINDOW_TILE: tl.constexpr,
     WINDOW_BLOCK: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Programs `[requests, programs of a request]`, by `Tables.work`. One whose head has no other
-    writes its output; the others leave normalised outputs, fp32, at `partial_ptr` and logarithms,
-    base 2, of their sums of weights at `lse_ptr`, for `combine_kernel`.
+    """Programs `[requests, programs of a request]`, by `Tables.work`; BY_HEAD: each head has as
+    many, the first `early` of each come first, and then one of each head in turn. One whose head
+    has no other writes its output; the others leave normalised outputs, fp32, at `partial_ptr` and
+    logarithms, base 2, of their sums of weights at `lse_ptr`, for `combine_kernel`.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     # Programs that run together do the same for many requests, so that they share instructions.
     i_req, i_work = tl.program_id(0), tl.program_id(1)
-    p_work = work_ptr + 9 * i_work
+    if BY_HEAD:
+        # While others read all that memory gives, each number that is not in the cache of a
+        # multiprocessor comes late. So one that finds nothing to do asks for few, which others
+        # have asked for as well: lengths, and a row for each head.
+        splits = tl.num_programs(1) // H
+        late = i_work - H * early
+        row = tl.where(late < 0, i_work // early, late % H)
+        split = tl.where(late < 0, i_work % early, early + late // H)
+        place = row * splits + split
+        p_work = work_ptr + 9 * row
+    else:
+        p_work = work_ptr + 9 * i_work
+        split = tl.load(p_work + 1)
+        splits = tl.load(p_work + 2)
+        place = tl.load(p_work + 3)
     head = tl.load(p_work)
-    split = tl.load(p_work + 1)
-    splits = tl.load(p_work + 2)
-    place = tl.load(p_work + 3)
     p_head = p_work + 4
     variant = tl.load(p_head)
     head_units = tl.load(p_head + 3)
     length, boundary, n_archive, n_dense, head_units, splits = share(
         seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-        SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, ONE_WAVE, SELECTION,
+        wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, APART, SELECTION,
     )  # fmt: skip
     if AFTER_PROMPT:
         # Others are not for this launch.
@@ -74,12 +86,11 @@ def decode_kernel(
             tl.extra.cuda.gdc_wait()
         # In one wave no program may take longer than the others: one that has come to its window
         # waits for instructions and pages. Where many waves follow each other nobody waits for it.
-        apart: tl.constexpr = ROWS > 0
         first, first_dense = cut(
-            split, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, apart
+            split, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, APART
         )  # fmt: skip
         last, last_dense = cut(
-            split + 1, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, apart
+            split + 1, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, APART
         )  # fmt: skip
         if first < last:
             p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table

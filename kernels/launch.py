@@ -20,19 +20,23 @@ from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.selection import SEGMENT
 from vllm_leank.core.window import GRANULE
 
-ONE_WAVE = 256
-"""Programs that run at the same time: two on each multiprocessor of a large GPU."""
-
 FEW_HEADS = 128
-"""Requests times KV heads up to which a decode launch is cut into about one wave of equal programs.
-With more, shares of one wave would be uneven, and many waves end together."""
+"""Requests times KV heads up to which a decode launch is cut into one wave of equal programs. With
+more, shares of one wave would be uneven, and more waves end together."""
 
-PROGRAMS = 4096
-"""Programs of a decode launch of many requests, working or not; one of few has two waves, and
-of one request one."""
+COUNTED_REQUESTS = 128
+"""Requests up to which each program of decode adds up what all of them read, so that a long one
+among short ones has more programs. With more there are enough heads that none takes long."""
 
-REQUEST_PROGRAMS = 16, 64
-"""Programs per request: at least; and for many requests at most. For few it is a wave at most."""
+LEAST_PROGRAMS = 16
+"""Programs per request at least, where requests are few."""
+
+SPARE = 4
+"""How many times as many programs a KV head of one of many requests has as in a batch of equal
+requests. They are for long requests among short ones."""
+
+MOST_PROGRAMS = 16384
+"""Programs of a launch of many requests at most, working or not: each leaves room for results."""
 
 COMBINED = 16, 32, 128
 """Splits of a head that are combined at once: for few programs of a request, for more, and, where
@@ -90,22 +94,28 @@ class DecodeLaunch(NamedTuple):
 
     Attributes:
         programs: programs per request, shared out over the KV heads.
+        early: programs of each KV head that come before all others of a request, where it has as
+            many as the other heads: those that have work in a batch of equal requests. 0: heads
+            have as many as their table says.
         tile: archived tokens of a loop iteration; divides the archive block.
         tma: see `Device`.
         split_bytes: bytes that a program should read at least.
-        rows: power of two up to which a batch's requests are counted, to cut the launch into one
-            wave; 0 if it is not.
+        rows: power of two up to which a batch's requests are counted, to cut what they read into
+            `wave` equal parts; 0 if they are not.
+        apart: see `cut`; parts of one wave are.
         combined: splits of a head that are combined at once; a power of two.
         parts: of a head's channels, which are combined apart; a power of two.
-        wave: programs that run at the same time.
+        wave: parts into which all that is read is cut; about as many programs work.
         warps, stages, window_stages, window_tile, registers, window_cost: see `DecodeShape`.
     """
 
     programs: int
+    early: int
     tile: int
     tma: bool
     split_bytes: int
     rows: int
+    apart: bool
     combined: int
     parts: int
     wave: int
@@ -152,16 +162,29 @@ def tile_tokens(
     return min(most, codec_of(layout.archive_format).decode_shape(layout, requests).tile)
 
 
-def decode_programs(num_reqs: int, num_kv_heads: int, wave: int = ONE_WAVE) -> int:
-    """Programs per request; the same for batches up to the next power of two."""
+def programs_of_few(num_reqs: int, num_kv_heads: int, wave: int) -> int:
+    """Programs per request of a batch of few; the same up to the next power of two. Together they
+    have two waves, working or not, and one request has one.
+    """
     rows = 1 << max(num_reqs - 1, 0).bit_length()
-    least, enough = REQUEST_PROGRAMS
-    return max(min(2 * wave // rows, wave), min(PROGRAMS // rows, enough), least, num_kv_heads)
+    return max(min(2, rows) * wave // rows, LEAST_PROGRAMS, num_kv_heads)
 
 
-def decode_programs_of_all(num_kv_heads: int, wave: int = ONE_WAVE) -> set[int]:
-    """What `decode_programs` gives for any batch."""
-    return {decode_programs(1 << i, num_kv_heads, wave) for i in range(20)}
+def programs_of_any_few(num_kv_heads: int, wave: int) -> set[int]:
+    """What `programs_of_few` gives for any batch of few."""
+    most = max(FEW_HEADS // num_kv_heads, 1)
+    return {programs_of_few(i, num_kv_heads, wave) for i in range(1, most + 1)}
+
+
+def whole_waves(num_heads: int, wave: int) -> int:
+    """`wave`, or where heads of all requests, which have whole numbers of programs, would leave
+    more than a tenth of it to nobody, twice as many if that leaves less.
+    """
+
+    def taken(most: int) -> float:
+        return most // num_heads * num_heads / most
+
+    return wave if taken(wave) > 0.9 else max((wave, 2 * wave), key=taken)
 
 
 def combined_splits(programs: int, num_kv_heads: int) -> int:
@@ -183,21 +206,31 @@ def choose_decode(
     read.
     """
     few, many = SPLIT_BYTES
-    is_few = num_reqs * len(layout.profiles) <= FEW_HEADS
+    num_kv_heads, num_heads = len(layout.profiles), num_reqs * len(layout.profiles)
+    is_few, counted = num_heads <= FEW_HEADS, num_reqs <= COUNTED_REQUESTS
     requests = (Requests.ONE if num_reqs == 1 else Requests.FEW) if is_few else Requests.MANY
     # A segment is as long as the tiles of few requests.
     shape = codec_of(layout.archive_format).decode_shape(layout, requests, short_tiles=selects)
-    programs = decode_programs(num_reqs, len(layout.profiles), shape.wave)
-    combined = combined_splits(programs, len(layout.profiles))
+    if is_few:
+        wave, early = shape.wave, 0
+        programs = programs_of_few(num_reqs, num_kv_heads, wave)
+        combined = combined_splits(programs, num_kv_heads)
+    else:
+        wave = whole_waves(num_heads, shape.wave)
+        early = max(wave // num_heads, 1)
+        most = max(early, min(SPARE * early, MOST_PROGRAMS // num_heads)) if counted else early
+        programs, combined = most * num_kv_heads, COMBINED[0]
     return DecodeLaunch(
         programs=programs,
+        early=early,
         tile=tile_tokens(layout, selects, requests),
         tma=device.tma,
         split_bytes=few if is_few else many,
-        rows=FEW_HEADS if is_few else 0,
+        rows=COUNTED_REQUESTS if counted else 0,
+        apart=is_few,
         combined=combined,
         parts=COMBINE_PARTS if combined > COMBINED[1] else 1,
-        wave=shape.wave,
+        wave=wave,
         # The sums over V of a larger head are more than a warp can hold.
         warps=max(shape.warps, layout.head_dim // 128),
         stages=shape.stages,

@@ -37,12 +37,13 @@ def _span(
 @triton.jit
 def share(
     seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-    SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, DENSE_UNITS: tl.constexpr,
+    wave, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, DENSE_UNITS: tl.constexpr,
     WINDOW_COST: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
-    ROWS: tl.constexpr, ONE_WAVE: tl.constexpr, SELECTION: tl.constexpr,
+    ROWS: tl.constexpr, APART: tl.constexpr, SELECTION: tl.constexpr,
 ):  # fmt: skip
     """What one KV head of a request reads, and over how many of its programs: no more than give
-    each `split_units` to read, and, in a batch of at most `ROWS` requests, together one wave.
+    each `split_units` to read, and, in a batch of at most `ROWS` requests, all of them about `wave`
+    of equal size, whatever the lengths. `APART` as in `cut`.
 
     Units are 256 bytes; `head_units` are those of `UNIT_TILE` tokens of the head, `archive_units`
     of all heads, and `DENSE_UNITS` those of a dense granule of one. Returns the length, the
@@ -58,8 +59,12 @@ def share(
         lengths = tl.load(seq_lens_ptr + o_row, mask=m_row, other=0)
         prompts = tl.load(exact_until_ptr + o_row, mask=m_row, other=0)
         _, n_dense, n_archive = _span(lengths, prompts, SINK, RECENT, TILE, SELECTION)
-        total = tl.sum(n_dense * (H * DENSE_UNITS) + n_archive * archive_units, 0)
-        split_units = tl.maximum(split_units, total // ONE_WAVE)
+        of_rows = n_dense * (H * DENSE_UNITS) + n_archive * archive_units
+        # Many requests may read the same pages, and so more than 32 bits can count. Sums of 64 bits
+        # would not do: that all threads have the same one is lost on the compiler.
+        high, low = tl.sum(of_rows >> 10, 0), tl.sum(of_rows & 1023, 0)
+        part = high // wave * 1024 + (high % wave * 1024 + low) // wave
+        split_units = tl.maximum(split_units, part)
     length = tl.load(seq_lens_ptr + i_req)
     exact_until = tl.load(exact_until_ptr + i_req)
     boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE, SELECTION)
@@ -70,7 +75,7 @@ def share(
     # A padded row has no part.
     splits = tl.minimum(splits, tl.minimum(tl.maximum(units // split_units, 1), units))
     # And where parts have some of both, each has a tile or a granule.
-    if ROWS == 0:
+    if not APART:
         splits = tl.minimum(splits, tl.maximum(n_archive, n_dense))
     return length, boundary, n_archive, n_dense, head_units, splits
 

@@ -170,7 +170,8 @@ def few_programs() -> Iterator[None]:
         return
     launch.choose_decode.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "decode_programs", lambda reqs, heads, wave=0: max(16, heads))
+        patch.setattr(launch, "programs_of_few", lambda reqs, heads, wave: max(16, heads))
+        patch.setattr(launch, "whole_waves", lambda heads, wave: 3 * heads)
         patch.setattr(launch, "COMPACT_PROGRAMS", (12, 12))
         yield
     launch.choose_decode.cache_clear()

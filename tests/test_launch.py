@@ -7,15 +7,12 @@ import torch
 from archive_definition import PACKED, profiles_for
 from vllm_leank.kernels.channels import first_channels
 from vllm_leank.kernels.launch import (
-    FEW_HEADS,
-    ONE_WAVE,
     Device,
     choose_decode,
     choose_extend,
     combined_splits,
     compact_programs,
-    decode_programs,
-    decode_programs_of_all,
+    programs_of_any_few,
     share_programs,
     tile_tokens,
 )
@@ -53,7 +50,6 @@ def test_codes_of_a_few_bits_take_long_tiles_where_all_heads_have_them(heads, lo
     assert (one.tile, one.registers) == ((128, None) if long else (64, 192))
     assert (few.tile, few.registers) == ((128, None) if long else (64, 128))
     assert (many.registers is None) == long
-    assert (one.stages, few.stages, many.stages) == (3, 3, 2 if long else 3)
     # One request waits for each granule of its window.
     assert one.window_tile == 32 == 2 * many.window_tile
 
@@ -75,7 +71,7 @@ def test_many_requests_of_two_bits_take_long_tiles(heads, long):
     one, few, many = (choose_decode(rows, packed, HOPPER) for rows in (1, 2, 256))
     assert (one.tile, one.registers) == (64, 192)
     assert (few.tile, few.registers) == (64, 128)
-    assert (many.tile, many.registers) == ((128, 184) if long else (64, 128))
+    assert (many.tile, many.registers) == ((128, 160) if long else (64, 128))
     assert tile_tokens(packed) == 64
     selects = choose_decode(256, packed, HOPPER, selects=True)
     assert (selects.tile, selects.registers) == (64, 128)
@@ -85,19 +81,42 @@ def test_many_requests_of_two_bits_take_long_tiles(heads, long):
     assert choose_decode(1, wide, HOPPER).registers == 128
 
 
+OF_HEADS = {
+    "whole": (NATIVE, Profile(k16=48, v16=128)),
+    "4 bits": (PACKED, Profile(k4=128, v4=128)),
+    "2 bits": (PACKED, Profile(k2=128, v2=128)),
+    "1 bit": (PACKED, Profile(k2=64, v2=64)),
+}
+
+
+@pytest.mark.parametrize("kind", OF_HEADS)
 @pytest.mark.parametrize("heads", [1, 2, 4, 8, 32, 96])
-def test_every_batch_has_a_table_that_was_made_at_startup(heads):
-    made = decode_programs_of_all(heads)
+def test_every_batch_has_programs_for_each_head(kind, heads):
+    """Few have a table that was made at startup, as no tensor may come while a graph is made."""
+    archive_format, profile = OF_HEADS[kind]
+    alike = CacheLayout((profile,) * heads, 128, 2, 256, archive_format)
+    made = programs_of_any_few(heads, choose_decode(1, alike, HOPPER).wave)
     assert len(made) < 10
-    for rows in [*range(1, 70), 255, 256, 257, 1000, 1024, 4096]:
-        programs = decode_programs(rows, heads)
-        assert programs in made
-        assert programs >= heads
+    for rows in [*range(1, 300), 1000, 1024, 4096]:
+        for selects in (False, True):
+            launch = choose_decode(rows, alike, HOPPER, selects)
+            assert launch.early or launch.programs in made
+            assert launch.programs >= heads * max(launch.early, 1)
+            assert launch.early == 0 or launch.programs % heads == 0
 
 
-def test_programs_of_a_launch_fill_the_gpu_and_do_not_flood_it():
+@pytest.mark.parametrize("kind", OF_HEADS)
+def test_programs_of_a_launch_fill_waves_and_do_not_flood_the_gpu(kind):
+    archive_format, profile = OF_HEADS[kind]
+    alike = CacheLayout((profile,) * 8, 128, 2, 256, archive_format)
     for rows in range(1, 257):
-        assert ONE_WAVE <= rows * decode_programs(rows, 8) <= 8192
+        launch = choose_decode(rows, alike, HOPPER)
+        assert rows * launch.programs <= 16384
+        if launch.early:
+            # In a batch of equal requests most of what it is cut into is there.
+            assert 0.66 * launch.wave < 8 * rows * launch.early <= launch.wave
+        else:
+            assert launch.wave <= rows * launch.programs <= 2 * launch.wave
 
 
 PAGES = [
@@ -146,9 +165,10 @@ def test_heads_of_many_channels_get_programs_that_fit():
 def test_the_launch_depends_on_the_batch_and_the_device_alone():
     few, many = choose_decode(16, layout(), HOPPER), choose_decode(64, layout(), HOPPER)
     assert few == choose_decode(16, layout(), HOPPER)
-    assert few.rows == FEW_HEADS
     assert few.split_bytes < many.split_bytes
-    assert many.rows == 0
+    assert few.rows == many.rows == 128
+    assert choose_decode(129, layout(), HOPPER).rows == 0
+    assert (few.apart, many.apart) == (True, False)
     assert few.tma
     assert not choose_decode(16, layout(), AMPERE).tma
 
@@ -172,12 +192,15 @@ def test_work_tables_name_every_split_once(monkeypatch, multiprocessors):
     kept = (32, 64, 0, 96)
     heads = first_channels(layout(kept)).heads
     tables = Tables(layout(kept), heads, Window(128, 768), torch.device("cpu"))
-    for programs in decode_programs_of_all(len(kept)):
-        work = tables.work(programs)
+    launches = [choose_decode(rows, layout(kept), HOPPER) for rows in (1, 4, 32, 64)]
+    for launch in launches:
+        work = tables.work(launch)
+        programs = len(kept) if launch.early else launch.programs
         assert len(work.programs) == programs
         placed = sorted(work.programs.tolist(), key=lambda row: row[3])
         assert [row[3] for row in placed] == list(range(programs))
-        assert multiprocessors > 1 or placed == work.programs.tolist()
+        lone = launch.programs >= 256
+        assert (lone and multiprocessors > 1) or placed == work.programs.tolist()
         for head, (first, count, units) in enumerate(work.heads.tolist()):
             rows = placed[first : first + count]
             assert [row[:3] for row in rows] == [[head, i, count] for i in range(count)]
@@ -185,7 +208,7 @@ def test_work_tables_name_every_split_once(monkeypatch, multiprocessors):
             # Units of 256 bytes: 64 tokens of K and V in 16 bits.
             assert units == (kept[head] and (kept[head] + 128) * 64 * 2 // 256)
         # The streaming head reads least.
-        assert work.heads[:, 1].argmin() == 2
+        assert launch.early or work.heads[:, 1].argmin() == 2
     assert tables.variants == (32, 64, 96)
     assert tables.columns[:, 0].tolist() == [*range(32), *range(64), *range(96)]
 

@@ -22,14 +22,14 @@ def _cuts(
 
 @triton.jit
 def _share(
-    out_ptr, lengths_ptr, prompts_ptr, splits, head_units, archive_units, split_units,
+    out_ptr, lengths_ptr, prompts_ptr, splits, head_units, archive_units, split_units, wave,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, DENSE_UNITS: tl.constexpr,
-    WINDOW_COST: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, WAVE: tl.constexpr,
+    WINDOW_COST: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     i_req = tl.program_id(0)
     _, _, n_archive, n_dense, _, found = share(
         lengths_ptr, prompts_ptr, i_req, splits, head_units, archive_units, split_units,
-        SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, TILE, ROWS, WAVE, None,
+        wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, TILE, ROWS, APART, None,
     )  # fmt: skip
     tl.store(out_ptr + 3 * i_req, found)
     tl.store(out_ptr + 3 * i_req + 1, n_archive)
@@ -64,15 +64,16 @@ def test_parts_with_some_of_both():
     assert cuts.tolist() == [[0, 0], [2, 1], [5, 3], [7, 5], [10, 7]]
 
 
-def test_a_batch_is_cut_into_one_wave():
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_batch_is_cut_into_equal_parts(apart):
     """Padded rows get nothing, short requests no more programs than they have work for."""
     lengths = torch.tensor([6000, 0, 700, 40], dtype=torch.int32, device=DEVICE)
     head_units, dense_units, wave = 16, 32, 24
     found = torch.zeros((4, 3), dtype=torch.int32, device=DEVICE)
     for rows, split_units in ((128, 1), (0, 100)):
         _share[(4,)](
-            found, lengths, lengths - 1, 64, head_units, HEADS * head_units, split_units,
-            SINK, RECENT, HEADS, dense_units, 1, TILE, rows, wave,
+            found, lengths, lengths - 1, 64, head_units, HEADS * head_units, split_units, wave,
+            SINK, RECENT, HEADS, dense_units, 1, TILE, rows, apart,
         )  # fmt: skip
         splits, n_archive, n_dense = found.cpu().unbind(1)
         units = n_archive * head_units + n_dense * dense_units
@@ -80,3 +81,17 @@ def test_a_batch_is_cut_into_one_wave():
         least = HEADS * int(units.sum()) // wave if rows else split_units
         assert splits.tolist() == [max(one // least, one > 0) for one in units.tolist()]
         assert not rows or wave - 4 * HEADS < HEADS * splits.sum() <= wave
+
+
+def test_what_many_requests_read_of_the_same_pages_is_more_than_32_bits_can_count():
+    """As each of them counts it, and a part has so many of these units."""
+    length, requests, head_units = 1 << 20, 100, 2048
+    lengths = torch.full((requests,), length, dtype=torch.int32, device=DEVICE)
+    found = torch.zeros((requests, 3), dtype=torch.int32, device=DEVICE)
+    _share[(requests,)](
+        found, lengths, lengths - 1, 64, head_units, HEADS * head_units, 1, 3200,
+        SINK, RECENT, HEADS, 64, 1, TILE, 128, False,
+    )  # fmt: skip
+    splits, n_archive, _ = found.cpu().unbind(1)
+    assert int(n_archive.sum()) * HEADS * head_units > 1 << 31
+    assert splits.tolist() == [16] * requests

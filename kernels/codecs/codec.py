@@ -50,7 +50,8 @@ class DecodeShape:
         window_tile: tokens of a window page that are read at once: a power of two from 16 to 32.
         registers: most registers of a thread; None leaves it to the compiler. Fewer of them let
             more programs run at once, where instructions and not bytes are the limit.
-        wave: programs that run at the same time.
+        wave: equal parts into which all that is read is cut. Of few requests they run at the same
+            time; of many they are whole waves of a Hopper GPU, or a last one has it for itself.
         window_cost: how many times as long as archive tiles of as many bytes a granule of the
             window takes, where one wave is cut into equal programs.
     """
@@ -119,7 +120,7 @@ class Codec(ABC):
         a model, by `layout.variants`. Tiles of one request are as long as those of few, those of
         many multiples of these, or with `short_tiles` the same. Waves are alike.
         """
-        return DecodeShape()
+        return DecodeShape(wave=4096) if requests is Requests.MANY else DecodeShape()
 
     def query_places(self, profile: Profile, head_dim: int) -> torch.Tensor:
         """Where decode keeps a query's number for each stored channel of K of a head, int64

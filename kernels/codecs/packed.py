@@ -37,14 +37,17 @@ may have more registers. Launches of several requests have programs that find no
 lengths are not known before, and all of them need room at once.
 """
 
-TWO_BITS = replace(FEW_BITS, tile=128, registers=184)
+MANY_REQUESTS = replace(FEW_BITS, wave=2 * 16 * 132)
+"""For many requests, in two waves of 16 programs for each multiprocessor."""
+
+TWO_BITS = replace(FEW_BITS, tile=128, registers=160, wave=2 * 12 * 132)
 """For many requests, where all heads have about 2 bits: long tiles take fewer instructions per
 token, and load V in longer rows. Heads of more bits would leave room for few programs."""
 
 MANY_BITS = replace(FEW_BITS, tile=128, registers=None, window_tile=32, wave=512, window_cost=2)
 """Bytes are the limit: long tiles."""
 
-MANY_BITS_MANY_REQUESTS = replace(MANY_BITS, stages=2, window_tile=16)
+MANY_BITS_MANY_REQUESTS = replace(MANY_BITS, stages=2, window_tile=16, wave=2 * 8 * 132)
 """With a shorter pipeline a multiprocessor has room for 8 programs instead of 6."""
 
 
@@ -84,10 +87,10 @@ class PackedCodec(Codec):
             return MANY_BITS_MANY_REQUESTS if requests is Requests.MANY else MANY_BITS
         if requests is Requests.ONE and layout.head_dim <= 128:
             return ONE_REQUEST
-        is_long = requests is Requests.MANY and not short_tiles
-        if is_long and _all_heads_have(1.5, 2.5, layout):
-            return TWO_BITS
-        return FEW_BITS
+        if requests is not Requests.MANY:
+            return FEW_BITS
+        is_long = not short_tiles and _all_heads_have(1.5, 2.5, layout)
+        return TWO_BITS if is_long else MANY_REQUESTS
 
     def query_places(self, profile: Profile, head_dim: int) -> torch.Tensor:
         from vllm_leank.kernels.packed_query import query_places
