@@ -31,9 +31,13 @@ def interval(found):
 
 
 def archives():
-    """Masks that were served, and caches of others, which an earlier run measured."""
-    found = joined([load("kl_qwen_1.5b_masks"), load("kl_qwen_1.5b")])["archives"]
-    return {row["name"]: row for row in found}
+    """Masks that were served, and caches of others, some of which an earlier run measured."""
+    return {row["name"]: row for row in joined(kl_results())["archives"]}
+
+
+def kl_results():
+    many = [load(f"kl_qwen_1.5b_many_{length}") for length in (8192, 30000)]
+    return [*many, load("kl_qwen_1.5b")]
 
 
 def named(name):
@@ -41,7 +45,9 @@ def named(name):
     kind, _, number = name.removeprefix("leank ").partition("_")
     if not name.startswith("leank "):
         return name
-    return f"leank, {number} bits" if kind == "bits" else f"leank, {number}% of K pruned"
+    if kind == "bits":
+        return f"leank, {number} bits"
+    return f"leank, {number}% of K pruned" + (", by Fisher" if kind == "fisher" else "")
 
 
 def kl(row, length, kinds="kinds seen"):
@@ -81,7 +87,7 @@ def opening():
         row = archives()[name]
         size = f"{row['token_bytes']:,.0f} ({row['x']:.1f}x)"
         title, found = f"{name}, simulated", ""
-        for asked_of in (variants, other_study()):
+        for asked_of in (first_study(), variants):
             if one := asked_of.get(name.replace("vLLM ", "vllm_")):
                 asked, dense = shared_cells([asked_of["dense"], one]), asked_of["dense"]
                 title = f"{name}, KL simulated"
@@ -102,22 +108,21 @@ def kl_rows(directions):
 
 
 @cache
-def other_study():
-    """Variants by name that were asked other questions of the same kinds."""
-    folder = RESULTS / "study_other_qwen_1.5b"
+def first_study():
+    """Variants by name that were asked other questions of the same kinds, before."""
+    folder = RESULTS / "study_first_qwen_1.5b"
     return {one["variant"]: one for one in merged(folder)["variants"]}
 
 
 def cache_rows():
-    """All caches in the study, on the questions that these and dense attention were asked."""
-    yield from compared_rows(study()[0])
+    """All caches in the study, on the questions that these and dense attention were asked, but for
+    choices of far tokens.
+    """
+    yield from compared_rows({name: one for name, one in study()[0].items() if "pages" not in name})
 
 
-def other_cache_rows():
-    """What was asked the other questions, but for choices of far tokens."""
-    yield from compared_rows(
-        {name: one for name, one in other_study().items() if "pages" not in name}
-    )
+def first_cache_rows():
+    yield from compared_rows(first_study())
 
 
 def compared_rows(variants):
@@ -172,7 +177,7 @@ def lost_by_length(dense, *others):
 
 
 def turboquant_rows():
-    found = other_study()
+    found, _ = study()
     return lost_by_length(*(found[n] for n in ("dense", "vllm_turboquant_4bit_nc", "bits_2")))
 
 
@@ -208,7 +213,6 @@ SHIPPED = {
 
 def shipped_rows():
     """All masks for real models: what `leank verify` said, and points that they lose."""
-    learned = {name: other_study()[name] for name in ("dense", "pruned_70")}
     for path, known in (
         ("Qwen/Qwen2.5-Coder-1.5B-Instruct", study()[0]),
         ("Qwen/Qwen2.5-Coder-0.5B-Instruct", small_study()),
@@ -218,10 +222,9 @@ def shipped_rows():
         for title, (name, end) in SHIPPED.items():
             mask = load_mask(REPO / f"masks/{path}-{end}.yaml")
             verdict = mask.evaluation["verify"].partition(":")[0]
-            variants = learned if known is study()[0] and name == "pruned_70" else known
-            cells = shared_cells([variants["dense"], variants[name]])
-            gap = interval(lost(variants[name], variants["dense"], cells))
-            dense = f"{mean_points(variants['dense'], cells):.1f}"
+            cells = shared_cells([known["dense"], known[name]])
+            gap = interval(lost(known[name], known["dense"], cells))
+            dense = f"{mean_points(known['dense'], cells):.1f}"
             yield line(model, title, verdict, f"{gap}, of {dense}")
 
 
@@ -235,7 +238,7 @@ def selected_study_rows():
         (2, "a quarter", "bits_2_pages_0.25"),
         (2, "a tenth", "bits_2_pages_0.1"),
     )
-    found = other_study()
+    found, _ = study()
     cells = shared_cells([found[name] for *_, name in rows])
     for bits, read, name in rows:
         lengths = sorted({length for _, length in cells})
@@ -309,12 +312,12 @@ HEADS = {"fisher": "Fisher", "duo": "DuoAttention"}
 
 def streaming_points_rows():
     """Points of 2 bits with streaming heads, beside fewer bits everywhere."""
-    known, _ = study()
+    known = first_study()
     folder = RESULTS / "streaming_points_qwen_1.5b"
     found = {one["variant"]: one for one in merged(folder)["variants"]}
     assert (
         merged(folder)["questions_sha256"]
-        == merged(RESULTS / "study_qwen_1.5b")["questions_sha256"]
+        == merged(RESULTS / "study_first_qwen_1.5b")["questions_sha256"]
     )
     cells = shared_cells([*found.values(), known["dense"], known["bits_1.5"]])
     assert sum(cells.values()) == 640
@@ -339,7 +342,7 @@ def streaming_points_rows():
         ("docs/accuracy.md", lambda: compared_rows(small_study())),
         ("docs/accuracy.md", small_study_rows),
         ("docs/accuracy.md", cache_rows),
-        ("docs/accuracy.md", other_cache_rows),
+        ("docs/accuracy.md", first_cache_rows),
         ("docs/accuracy.md", turboquant_rows),
         ("docs/accuracy.md", lambda: compared_rows(smallest_study())),
         ("docs/accuracy.md", smallest_study_rows),
@@ -358,7 +361,9 @@ def test_rows_are_those_of_the_results(page, rows):
 
 
 def test_the_picture_has_what_engines_have_and_caches_of_others(tmp_path):
-    results = joined([load("kl_qwen_1.5b_masks"), load("kl_qwen_1.5b")])
+    results = joined(kl_results())
+    assert results["lengths"] == [8192, 30000]
+    assert all(len(row["lengths"]) == 2 for row in results["archives"])
     names = [row["name"] for _, row in drawn(results)]
     assert {"leank bits_2", "KIVI, 4 bits", "vLLM fp8"} <= set(names)
     assert FLOOR not in names

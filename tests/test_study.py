@@ -8,7 +8,7 @@ from real import study_table
 from real.long_text import ends_in_loop, prompts, said_before, summary
 from real.questions import Question, cells_of, load_questions, save_questions
 from real.served import check_words
-from real.study_engine import add, earlier_results, unasked
+from real.study_engine import add, earlier_results, tell_run, unasked
 from real.study_table import lost, merged, points, scores_of, shared_cells
 from real.text_questions import ask_code, ask_document
 
@@ -111,17 +111,23 @@ def test_more_questions_are_added_to_those_asked(tmp_path):
     path = tmp_path / "dense.json"
     first = {"commit": "1", "command": "c", "count": 1, "machine": {"gpu": "x"}}
     path.write_text(json.dumps(result("dense", 100, {("a", 1): [1.0], ("b", 1): [1.0]}, **first)))
-    run = {"results": "r", "commit": "2", "command": "c", "count": None}
+    run = {"results": "r", "commit": "1", "command": "c", "count": None}
     found = earlier_results(result("dense", 100, {}) | run, path)
-    assert found["earlier"] == [first]
-    assert (found["commit"], found["count"]) == ("2", None)
     cells = {("a", 1): ["one", "two", "three"], ("b", 1): ["one"], ("c", 1): ["one"]}
     assert unasked(cells, found) == {("a", 1): ["two", "three"], ("c", 1): ["one"]}
     for name, answers in {("a", 1): [0.0, 0.5], ("c", 1): [0.25]}.items():
         add(*name, {"scores": answers}, found)
     assert unasked(cells, found) == {}
     assert scores_of(found) == {("a", 1): [1.0, 0.0, 0.5], ("b", 1): [1.0], ("c", 1): [0.25]}
-    assert "earlier" not in earlier_results(result("dense", 100, {}) | first, path)
+    tell_run(first, found)
+    assert "earlier" not in found
+    for gpu in ("x", "y", "y"):
+        tell_run(run | {"machine": {"gpu": gpu}}, found)
+    assert found["earlier"] == [first, first | {"count": None}]
+    assert (found["count"], found["machine"]) == (None, {"gpu": "y"})
+    fresh = earlier_results(result("dense", 100, {}) | run, tmp_path / "none.json")
+    tell_run(run | {"machine": {}}, fresh)
+    assert "earlier" not in fresh
 
 
 def test_points_are_of_the_questions_that_all_were_asked(tmp_path, capsys):

@@ -2,9 +2,9 @@
 
     PYTHONPATH=benchmarks python -m real.kl_picture kl.json --out kl.png
 
-Of several files the first has leank's rows, and caches of others come from all. A panel for each
-length, texts of the kinds that calibration saw. Left out are archives that engines do not have;
-caches of others are simulated.
+Of several files the first has leank's rows, and caches of others come from all; what a file says of
+another length is added to rows that the first has. A panel for each length, texts of the kinds that
+calibration saw. Left out are archives that engines do not have; caches of others are simulated.
 """
 
 import argparse
@@ -23,14 +23,20 @@ THEIRS = "vLLM", "KIVI", "Kitty"
 
 
 def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first results, with those rows of the others that it lacks, but for leank's."""
+    """The first results, with the lengths of the others, and with those rows of the others that it
+    lacks, but for leank's.
+    """
     first, *others = results
     rows = {row["name"]: row for row in first["archives"]}
+    lengths = list(first["lengths"])
     for one in others:
+        lengths += [length for length in one["lengths"] if length not in lengths]
         for row in one["archives"]:
-            if not row["name"].startswith("leank"):
-                rows.setdefault(row["name"], row)
-    return first | {"archives": list(rows.values())}
+            if (known := rows.get(row["name"])) is not None:
+                rows[row["name"]] = known | {"lengths": row["lengths"] | known["lengths"]}
+            elif not row["name"].startswith("leank"):
+                rows[row["name"]] = row
+    return first | {"archives": list(rows.values()), "lengths": lengths}
 
 
 def drawn(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

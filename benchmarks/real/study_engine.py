@@ -21,12 +21,11 @@ SAME = "model", "engine_args", "questions_sha256"
 """What must not have changed where results are added to others."""
 
 RUN = "command", "commit", "machine", "count"
-"""What may have: each run that asked something is told."""
+"""What may have: all runs that asked something are told."""
 
 
 def earlier_results(run: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What a run that was stopped, or asked fewer questions, has left; or none yet. Where this one
-    is told otherwise, by `RUN`, `earlier` has what was told of those before.
+    """What a run that was stopped, or asked fewer questions, has left; or none yet.
 
     Raises:
         UserError: it was another run.
@@ -37,11 +36,16 @@ def earlier_results(run: dict[str, Any], path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if changed := [name for name in SAME if found.get(name) != run[name]]:
         raise UserError(f"{path}: made with another {', '.join(changed)}; move it away")
-    told = {name: found[name] for name in RUN if name in found}
-    now = {name: run[name] for name in RUN if name in run}
-    if told | now != told:
-        found["earlier"] = [*found.get("earlier", []), told]
-    return found | now
+    return found
+
+
+def tell_run(run: dict[str, Any], results: dict[str, Any]) -> None:
+    """Say which run the results are of, and of those before, where they were told otherwise."""
+    now = {name: run[name] for name in RUN}
+    told = {name: results[name] for name in RUN if name in results}
+    if results["cells"] and told != now:
+        results["earlier"] = [*results.get("earlier", []), told]
+    results.update(now)
 
 
 def unasked(
@@ -98,7 +102,7 @@ def main() -> None:
     if not left:
         return
     llm = LLM(**run["engine_args"])
-    results["machine"] = machine()
+    tell_run(run | {"machine": machine()}, results)
     for (task, length), asked in left.items():
         answers = ask(llm, asked)
         add(task, length, answers, results)
