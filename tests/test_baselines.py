@@ -1,18 +1,21 @@
 """Other choices of channels, and what simulated pruning does with them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from baselines.global_energy import global_energy
 from baselines.random_channels import random_channels
 from baselines.slow_heads import slow_heads
-from baselines.think import ThinK
+from baselines.think import PrunedByThinK, ThinK
 from baselines.uniform_energy import uniform_energy
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.offline.attention_hook import hooked_attention
+from vllm_leank.offline.context import Context, logits_after, read_prompt
 from vllm_leank.offline.simulate import SimulatedPruning
 
 WINDOW = Window(32, 32)
@@ -96,3 +99,23 @@ def test_think_chooses_for_each_prompt(model):
         part = ids[row : row + 1]
         expected = hidden(model, part[:, :110], part[:, 110:], lambda: alone.keep(0.5), alone)  # noqa: B023
         torch.testing.assert_close(together[row], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_think_chooses_before_a_prompt_is_read(model):
+    """What it chooses, and what answers then are, is as where it watches the prompt itself."""
+    first, second = torch.randint(512, (2, 120), generator=torch.Generator().manual_seed(1))
+    context = Context(Geometry.from_hf_config(model.config))
+    hook = PrunedByThinK(WINDOW, 0.5)
+    chosen = []
+    for ids in (first, second):
+        prompt, answer = ids[:110].tolist(), ids[110:].tolist()
+        hook.begin(model, context, prompt)
+        chosen.append(hook.keep)
+        read_prompt(model, context, prompt, 64)
+        found = logits_after(model, context, answer, hook)
+        think = ThinK()
+        keep = partial(think.keep, 0.5)
+        expected = hidden(model, ids[None, :110], ids[None, 110:], keep, think)[0]
+        assert torch.equal(hook.keep, think.keep(0.5))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(*chosen)

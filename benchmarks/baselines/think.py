@@ -1,6 +1,14 @@
 """ThinK: channels chosen anew for every prompt."""
 
+from collections.abc import Sequence
+
 import torch
+import transformers
+
+from vllm_leank.core.window import Window
+from vllm_leank.offline.context import Context, logits_after, read_prompt
+from vllm_leank.offline.plain_attention import plain_attention
+from vllm_leank.offline.simulate import SimulatedPruning
 
 
 class ThinK:
@@ -39,3 +47,35 @@ class ThinK:
         count = round((1 - ratio) * energy.shape[-1])
         keep = torch.zeros_like(energy, dtype=torch.bool)
         return keep.scatter(-1, energy.topk(count, dim=-1).indices, True)
+
+
+class PrunedByThinK(SimulatedPruning):
+    """An attention hook under which far keys lose the channels that ThinK drops for a prompt."""
+
+    def __init__(self, window: Window, ratio: float):
+        super().__init__(window)
+        self.ratio = ratio
+
+    def begin(
+        self, model: transformers.PreTrainedModel, context: Context, prompt: Sequence[int]
+    ) -> None:
+        """Choose channels for a prompt of more than `ThinK.QUERIES` tokens; the context then has
+        all but these last ones of it.
+        """
+        think = ThinK()
+
+        def watch(
+            layer: int,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            scaling: float | None,
+            sink_scores: torch.Tensor | None,
+        ) -> torch.Tensor:
+            think(layer, query, key, value, attention_mask, scaling, sink_scores)
+            return plain_attention(query, key, value, None, scaling, sink_scores)
+
+        read_prompt(model, context, prompt[: -think.QUERIES], 4096)
+        logits_after(model, context, prompt[-think.QUERIES :], watch)
+        self.keep = think.keep(self.ratio)

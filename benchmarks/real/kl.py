@@ -95,6 +95,9 @@ def judge(
     judged: Judged = defaultdict(lambda: defaultdict(Found))
     dense = SimulatedArchive(window)
     for group, (kind, sample) in track(samples, "judging", console=CONSOLE):
+        for one in variants:
+            if one.begin is not None:
+                one.begin(model, context, sample.prompt)
         read_prompt(model, context, sample.prompt, 4096)
         expected = logits_after(model, context, sample.answer, dense)
         for one in variants:

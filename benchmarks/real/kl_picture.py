@@ -19,7 +19,7 @@ from vllm_leank.errors import UserError
 
 FLOOR = "nothing rounded"
 OURS = "leank packed", "leank bits_", "leank pruned_"
-THEIRS = "vLLM", "KIVI", "Kitty"
+THEIRS = "vLLM", "KIVI", "Kitty", "ThinK"
 
 
 def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from baselines.kitty import Kitty
 from baselines.kivi import Kivi
 from baselines.rounded_cache import MODEL_BYTES, CacheHook, RoundedCache
 from baselines.sensitivities import Sensitivities, sensitivities
+from baselines.think import PrunedByThinK
+from baselines.uniform_energy import uniform_energy
 from baselines.unrounded import Unrounded
 from baselines.vllm_fp8 import VllmFp8
 
@@ -31,7 +33,7 @@ from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.select_channels import select_channels
 from vllm_leank.mask.settings import choose_format
-from vllm_leank.offline.allocate import allocate, by_variance
+from vllm_leank.offline.allocate import Allocation, allocate, by_variance
 from vllm_leank.offline.archive import StaticArchive
 from vllm_leank.offline.attention_hook import AttentionHook
 from vllm_leank.offline.calibrate_bits import Measured, measure, pruned_mask
@@ -60,6 +62,8 @@ class Variant:
         exact_tokens: tokens of a request that are not in it but as they were; a few more come and
             go with the request's length.
         detail: what else is worth telling.
+        begin: called with the model, a context to use and each prompt, before it is read; None:
+            there is nothing to do.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Variant:
     token_bytes: float
     exact_tokens: int
     detail: dict[str, Any] = field(default_factory=dict)
+    begin: Callable[[transformers.PreTrainedModel, Context, Sequence[int]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,33 @@ class Archives:
         name = f"{variant.name}, heads without any see one token"
         return replace(variant, name=name, hook=SimulatedArchive(self.window, archive))
 
+    def uniform_bits(self, bits: int) -> Variant:
+        """As many bits for each channel of K and V, a class of codes."""
+        chosen = Allocation(*(np.full(self.checkpoint.geometry.shape, bits, np.uint8),) * 2)
+        request = BitsRequest(self.checkpoint, bits, self.window)
+        mask = request.mask(chosen, self.measured.for_codes(chosen), self.measured.told())
+        return served_mask(f"{bits} bits everywhere", mask, self.window)
+
+    def uniform_pruned(self) -> Variant:
+        """Pruned, with means, as many channels in each head: those that cost most."""
+        keep = uniform_energy(self.measured.k_losses[0], RATIO)
+        k_bits = np.where(keep, 16, 0).astype(np.uint8)
+        name = f"{RATIO:.0%} of K pruned, as many in each head"
+        return self._of_channels(name, k_bits, self.measured.statistics, None)
+
+    def think(self) -> Variant:
+        """ThinK: as many channels in each head, chosen for each prompt; the others read as 0."""
+        layers, heads, dim = self.checkpoint.geometry.shape
+        kept = round((1 - RATIO) * dim)
+        hook = PrunedByThinK(self.window, RATIO)
+        return Variant(
+            f"ThinK, {RATIO:.0%} of K pruned",
+            hook,
+            float(layers * heads * (kept + dim) * MODEL_BYTES),
+            self.window.sink + self.window.recent,
+            begin=hook.begin,
+        )
+
     def with_all_values(self) -> Variant:
         """Pruned, with means, and V of all heads, so that no head is blind."""
         return self._with_values("means", self.measured.statistics, None)
@@ -200,9 +232,15 @@ class Archives:
         """What no engine has: kept channels of K, means of the others, and V of all heads."""
         costs = self._sensitivities.key * statistics.k_scale**2
         k_bits = np.where(select_channels(costs, RATIO, ALIGN), 16, 0).astype(np.uint8)
+        name = f"leank 70% pruned, {means}, V of all heads"
+        return self._of_channels(name, k_bits, statistics, rotation)
+
+    def _of_channels(
+        self, name: str, k_bits: BitsArray, statistics: ChannelStatistics, rotation: Rotation | None
+    ) -> Variant:
         archive = StaticArchive(k_bits, np.full_like(k_bits, 16), statistics, rotation)
         return Variant(
-            f"leank 70% pruned, {means}, V of all heads",
+            name,
             SimulatedArchive(self.window, archive),
             float((k_bits > 0).sum() + k_bits.size) * MODEL_BYTES,
             self.window.sink + self.window.recent,
@@ -261,6 +299,11 @@ def makers(
         elif group == "one":
             yield archives.pruned_seen_as_one
             yield from (partial(archives.packed_seen_as_one, one) for one in bits)
+        elif group == "uniform":
+            yield archives.uniform_pruned
+            yield from (partial(archives.uniform_bits, one) for one in (4, 2))
+        elif group == "think":
+            yield archives.think
         elif group == "turned":
             yield archives.with_turned_means
         elif group == "directions":
@@ -278,7 +321,10 @@ def makers(
     yield from (partial(_rival, cache, archives.checkpoint) for cache in rivals)
 
 
-GROUPS = "packed", "pruned", "one", "turned", "directions", "vllm", "kivi", "kitty", "floor"
+GROUPS = (
+    "packed", "pruned", "one", "uniform", "think", "turned", "directions", "vllm", "kivi", "kitty",
+    "floor",
+)  # fmt: skip
 
 
 def vllm_caches(num_layers: int) -> list[RoundedCache]:
