@@ -141,7 +141,7 @@ def measure(args: argparse.Namespace, mask: Mask, progress: tqdm) -> dict[str, A
                 ms = do_bench(ours, return_mode="median")
             cells.append(
                 {
-                    "archive_dtype": plan.archive_format.name,
+                    "archive_format": plan.archive_format.name,
                     "launch": name,
                     "layer": layer,
                     "kept": list(cache.layout.kept),
@@ -160,15 +160,15 @@ def means_of(cells: list[dict[str, Any]], flash_ms: float) -> list[dict[str, Any
     """Means over layers, by archive and launch."""
     groups: dict[tuple[str, str], list[float]] = {}
     for cell in cells:
-        groups.setdefault((cell["archive_dtype"], cell["launch"]), []).append(cell["ms"])
+        groups.setdefault((cell["archive_format"], cell["launch"]), []).append(cell["ms"])
     return [
         {
-            "archive_dtype": archive_dtype,
+            "archive_format": archive_format,
             "launch": launch,
             "ms": statistics.mean(times),
             "speedup_flash": flash_ms / statistics.mean(times),
         }
-        for (archive_dtype, launch), times in groups.items()
+        for (archive_format, launch), times in groups.items()
     ]
 
 

@@ -159,7 +159,7 @@ def test_everything_but_the_clock(attention, mask):
     json.dumps(measured)
     assert measured["read_limit_tb_s"] == 4
     (auto,) = measured["cases"]
-    assert (auto["batch"], auto["length"], auto["archive_dtype"]) == (3, 500, "auto")
+    assert (auto["batch"], auto["length"], auto["archive_format"]) == (3, 500, "auto")
     assert [layer["kept"] for layer in auto["layers"]] == [[0, 32], [64, 16]]
     assert auto["flash"]["bytes"] == 3 * 500 * 2 * 2 * 64 * 2
     assert auto["flash_fp8"]["bytes"] == 3 * 500 * 2 * 2 * 64

@@ -18,7 +18,7 @@ def file(tmp_path):
             "length": length,
             "sink": 128,
             "recent": 768,
-            "archive_dtype": dtype,
+            "archive_format": dtype,
             "mean": {"speedup_flash": 1.5 + factor, "bound_flash": 1.7 + factor},
         }
         for dtype, factor in (("auto", 0), ("packed", 1.5))

@@ -68,7 +68,7 @@ class Engine:
             "v_kept": round(mask.v_kept, 4),
             "sink": window.sink,
             "recent": window.recent,
-            "archive_dtype": settings.plan.archive_format.name,
+            "archive_format": settings.plan.archive_format.name,
             "prefill": "exact" if window.exact else "pruned",
         }
 

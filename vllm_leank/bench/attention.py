@@ -144,7 +144,7 @@ def _measure_case(
         "length": case.length,
         "sink": case.window.sink,
         "recent": case.window.recent,
-        "archive_dtype": shape.plan.archive_format.name,
+        "archive_format": shape.plan.archive_format.name,
         "archive_block": shape.plan.archive_block,
         **{name: row | _rates(row, {}, limit) for name, row in flash.items()},
         "mean": mean | _rates(mean, flash, limit),

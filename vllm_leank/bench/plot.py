@@ -11,7 +11,7 @@ from vllm_leank.errors import UserError
 from vllm_leank.mask.pictures import check_picture, save_figure
 
 AXES = {"length": "context length, tokens", "batch": "batch, requests"}
-SERIES = ("model", "archive_dtype", "length", "batch", "sink", "recent")
+SERIES = ("model", "archive_format", "length", "batch", "sink", "recent")
 """What tells cases apart, in the order of labels."""
 
 
@@ -84,6 +84,6 @@ def series(cases: Sequence[dict[str, Any]], over: str) -> dict[str, list[dict[st
 def _describe(name: str, value: Any) -> str:
     if name == "model":
         return str(value)
-    if name == "archive_dtype":
+    if name == "archive_format":
         return "archive in the model's dtype" if value == NATIVE.name else f"archive {value}"
     return f"{name} {value:,}"

@@ -33,7 +33,7 @@ def _row(case: dict[str, Any]) -> list[str]:
     mean, others = case["mean"], ("flash", f"flash_{EIGHT_BIT_CACHE}")
     return [
         f"{case['batch']} x {case['length']:,}\n"
-        f"{case['sink']}/{case['recent']}, {case['archive_dtype']}",
+        f"{case['sink']}/{case['recent']}, {case['archive_format']}",
         f"{mean['ms']:.4f}",
         *(f"{case[name]['ms']:.4f}" if name in case else "-" for name in others),
         f"{mean['tb_s']:.2f}",
