@@ -16,8 +16,8 @@ def combine_kernel(
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
     DENSE_UNITS: tl.constexpr, WINDOW_COST: tl.constexpr, ROWS: tl.constexpr,
-    APART: tl.constexpr, SELECTION: tl.constexpr,
-    AFTER_PROMPT: tl.constexpr, BY_HEAD: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    FEW: tl.constexpr, SELECTION: tl.constexpr,
+    AFTER_PROMPT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs `[requests, query heads, parts of PART channels]`: outputs that no program of the
     first launch has written already.
@@ -26,13 +26,13 @@ def combine_kernel(
     head, g = i_head // G, i_head % G
     first = tl.load(heads_ptr + 3 * head)
     splits = tl.load(heads_ptr + 3 * head + 1)
-    if BY_HEAD:
+    if not FEW:
         splits = programs // H
         first *= splits
     head_units = tl.load(heads_ptr + 3 * head + 2)
     _, _, _, _, _, splits = share(
         seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-        wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, APART, SELECTION,
+        wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, FEW, SELECTION,
     )  # fmt: skip
     if AFTER_PROMPT:
         splits = tl.where(after_prompt(seq_lens_ptr, exact_until_ptr, i_req), splits, 1)

@@ -45,18 +45,20 @@ def decode(
     if selection is not None:
         far = select(query, cache, batch)
     launches = cache.prepared(
-        _launches, shape, *heads, query.stride(), output.stride(), batch.window_table.stride(0),
-        far.stride()[:2], scale, selection, after_prompt,
+        _launches, shape.prepared, *heads, query.stride(), output.stride(),
+        batch.window_table.stride(0), far.stride()[:2], scale, selection, after_prompt,
     )  # fmt: skip
     if query.is_cuda and torch.cuda.is_current_stream_capturing():
         # A graph needs memory of its own, which stays its own when the batch is gone.
-        partial, lse = _scratch(batch, num_reqs, *launches.scratch)
+        partial, lse = _scratch(batch, num_reqs, shape.programs, *launches.scratch)
     else:
-        partial, lse = batch.prepared(_scratch, num_reqs, *launches.scratch)
+        partial, lse = batch.prepared(_scratch, num_reqs, shape.programs, *launches.scratch)
     attend_to = query, output, partial, lse, batch.window_table, far
-    lengths = batch.seq_lens, batch.exact_until
-    launches.attend((num_reqs, shape.programs, 1), *attend_to, *lengths)
-    launches.combine((num_reqs, heads[0], shape.parts), output, partial, lse, *lengths)
+    share = batch.seq_lens, batch.exact_until, shape.wave
+    launches.attend((num_reqs, shape.programs, 1), *attend_to, *share, shape.early)
+    launches.combine(
+        (num_reqs, heads[0], shape.parts), output, partial, lse, *share, shape.programs
+    )
 
 
 def _shape(cache: LayerCache, num_reqs: int) -> DecodeLaunch:
@@ -76,11 +78,11 @@ def _scratch(
 
 
 class _Launches(NamedTuple):
-    """The two launches of a layer, and the shape of a request's scratch memory."""
+    """The two launches of a layer, and the shape of a program's scratch memory."""
 
     attend: Launch
     combine: Launch
-    scratch: tuple[int, int, int]
+    scratch: tuple[int, int]
 
 
 def _launches(
@@ -121,24 +123,21 @@ def _launches(
         "DENSE_UNITS": 32 * 2 * head_dim * layout.itemsize // 256,
         "WINDOW_COST": shape.window_cost,
         "ROWS": shape.rows,
-        "wave": shape.wave,
-        "APART": shape.apart,
-        "BY_HEAD": shape.early > 0,
+        "FEW": shape.few,
         "SELECTION": None if selection is None else (selection.share, selection.least),
         "AFTER_PROMPT": after_prompt,
         "PDL": overlaps,
         "launch_pdl": overlaps,
     }
-    lengths = ("seq_lens_ptr", "exact_until_ptr")
+    share = ("seq_lens_ptr", "exact_until_ptr", "wave")
     attend = Launch(
         decode_kernel,
         ("q_ptr", "output_ptr", "partial_ptr", "lse_ptr", "window_table_ptr", "archive_table_ptr",
-         *lengths),
+         *share, "early"),
         **shared,
         **cache.descriptor_arguments(shape.tile, shape.window_tile, shape.tma),
         window_ptr=cache.window_pages, archive_ptr=archive, side_ptr=side,
         work_ptr=work.programs,
-        early=shape.early,
         order_ptr=tables.order,
         numbers_ptr=tables.numbers,
         scale_log2=scale * LOG2_E.value,
@@ -163,11 +162,10 @@ def _launches(
     )  # fmt: skip
     combine = Launch(
         combine_kernel,
-        ("output_ptr", "partial_ptr", "lse_ptr", *lengths),
+        ("output_ptr", "partial_ptr", "lse_ptr", *share, "programs"),
         **shared,
         heads_ptr=work.heads,
-        programs=shape.programs,
         SPLITS=shape.combined,
         PART=padded_dim // shape.parts,
     )
-    return _Launches(attend, combine, (shape.programs, group, head_dim))
+    return _Launches(attend, combine, (group, head_dim))

@@ -26,13 +26,13 @@ def decode_kernel(
     VARIANTS: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr, DENSE_UNITS: tl.constexpr,
-    WINDOW_COST: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, SELECTION: tl.constexpr,
-    AFTER_PROMPT: tl.constexpr, BY_HEAD: tl.constexpr,
+    WINDOW_COST: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, SELECTION: tl.constexpr,
+    AFTER_PROMPT: tl.constexpr,
     TILES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
     STAGES: tl.constexpr, WINDOW_STAGES: tl.constexpr, WINDOW_TILE: tl.constexpr,
     WINDOW_BLOCK: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Programs `[requests, programs of a request]`, by `Tables.work`; BY_HEAD: each head has as
+    """Programs `[requests, programs of a request]`, by `Tables.work`; not FEW: each head has as
     many, the first `early` of each come first, and then one of each head in turn. One whose head
     has no other writes its output; the others leave normalised outputs, fp32, at `partial_ptr` and
     logarithms, base 2, of their sums of weights at `lse_ptr`, for `combine_kernel`.
@@ -41,7 +41,7 @@ def decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     # Programs that run together do the same for many requests, so that they share instructions.
     i_req, i_work = tl.program_id(0), tl.program_id(1)
-    if BY_HEAD:
+    if not FEW:
         # While others read all that memory gives, each number that is not in the cache of a
         # multiprocessor comes late. So one that finds nothing to do asks for few, which others
         # have asked for as well: lengths, and a row for each head.
@@ -62,7 +62,7 @@ def decode_kernel(
     head_units = tl.load(p_head + 3)
     length, boundary, n_archive, n_dense, head_units, splits = share(
         seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-        wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, APART, SELECTION,
+        wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, FEW, SELECTION,
     )  # fmt: skip
     if AFTER_PROMPT:
         # Others are not for this launch.
@@ -87,10 +87,10 @@ def decode_kernel(
         # In one wave no program may take longer than the others: one that has come to its window
         # waits for instructions and pages. Where many waves follow each other nobody waits for it.
         first, first_dense = cut(
-            split, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, APART
+            split, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, FEW
         )  # fmt: skip
         last, last_dense = cut(
-            split + 1, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, APART
+            split + 1, splits, n_archive, n_dense, head_units, DENSE_UNITS * WINDOW_COST, FEW
         )  # fmt: skip
         if first < last:
             p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table

@@ -5,10 +5,8 @@ knows. So a captured CUDA graph fits every later batch of its size.
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from heapq import heapify, heapreplace
 from typing import NamedTuple
 
 import torch
@@ -24,19 +22,21 @@ FEW_HEADS = 128
 """Requests times KV heads up to which a decode launch is cut into one wave of equal programs. With
 more, shares of one wave would be uneven, and more waves end together."""
 
-COUNTED_REQUESTS = 128
+COUNTED_REQUESTS = 128, 256
 """Requests up to which each program of decode adds up what all of them read, so that a long one
-among short ones has more programs. With more there are enough heads that none takes long."""
+among short ones has more programs; fewer or more of them at once. Of still more requests all have
+as many."""
 
 LEAST_PROGRAMS = 16
 """Programs per request at least, where requests are few."""
 
 SPARE = 4
-"""How many times as many programs a KV head of one of many requests has as in a batch of equal
-requests. They are for long requests among short ones."""
+"""How many times as many programs a KV head of one of many requests has, if it may have so many, as
+in a batch of equal requests. They are for long requests among short ones."""
 
-MOST_PROGRAMS = 16384
-"""Programs of a launch of many requests at most, working or not: each leaves room for results."""
+MOST_PROGRAMS = 8192
+"""Programs of a launch of many requests up to which heads have some to spare: each takes memory for
+results, whether it works or not."""
 
 COMBINED = 16, 32, 128
 """Splits of a head that are combined at once: for few programs of a request, for more, and, where
@@ -94,37 +94,44 @@ class DecodeLaunch(NamedTuple):
 
     Attributes:
         programs: programs per request, shared out over the KV heads.
-        early: programs of each KV head that come before all others of a request, where it has as
-            many as the other heads: those that have work in a batch of equal requests. 0: heads
-            have as many as their table says.
+        early: of many requests, programs of each KV head that come before all others of a request:
+            those that have work in a batch of equal requests.
+        wave: parts into which all that is read is cut; about as many programs work.
+        few: whether requests are so few that all is cut into one wave, and a table says which heads
+            programs are for. Of many requests all heads have as many programs.
         tile: archived tokens of a loop iteration; divides the archive block.
         tma: see `Device`.
         split_bytes: bytes that a program should read at least.
         rows: power of two up to which a batch's requests are counted, to cut what they read into
             `wave` equal parts; 0 if they are not.
-        apart: see `cut`; parts of one wave are.
         combined: splits of a head that are combined at once; a power of two.
         parts: of a head's channels, which are combined apart; a power of two.
-        wave: parts into which all that is read is cut; about as many programs work.
         warps, stages, window_stages, window_tile, registers, window_cost: see `DecodeShape`.
     """
 
     programs: int
     early: int
+    wave: int
+    few: bool
     tile: int
     tma: bool
     split_bytes: int
     rows: int
-    apart: bool
     combined: int
     parts: int
-    wave: int
     warps: int
     stages: int
     window_stages: int
     window_tile: int
     registers: int | None
     window_cost: int
+
+    @property
+    def prepared(self) -> "DecodeLaunch":
+        """The same without what calls pass: launches in which this is equal share kernels, and are
+        prepared once. A table is for one number of programs.
+        """
+        return self if self.few else self._replace(programs=0, early=0, wave=0)
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,8 @@ def choose_decode(
     """
     few, many = SPLIT_BYTES
     num_kv_heads, num_heads = len(layout.profiles), num_reqs * len(layout.profiles)
-    is_few, counted = num_heads <= FEW_HEADS, num_reqs <= COUNTED_REQUESTS
+    is_few = num_heads <= FEW_HEADS
+    rows = next((most for most in COUNTED_REQUESTS if num_reqs <= most), 0)
     requests = (Requests.ONE if num_reqs == 1 else Requests.FEW) if is_few else Requests.MANY
     # A segment is as long as the tiles of few requests.
     shape = codec_of(layout.archive_format).decode_shape(layout, requests, short_tiles=selects)
@@ -218,19 +226,19 @@ def choose_decode(
     else:
         wave = whole_waves(num_heads, shape.wave)
         early = max(wave // num_heads, 1)
-        most = max(early, min(SPARE * early, MOST_PROGRAMS // num_heads)) if counted else early
+        most = max(early, min(SPARE * early, MOST_PROGRAMS // num_heads)) if rows else early
         programs, combined = most * num_kv_heads, COMBINED[0]
     return DecodeLaunch(
         programs=programs,
         early=early,
+        wave=wave,
+        few=is_few,
         tile=tile_tokens(layout, selects, requests),
         tma=device.tma,
         split_bytes=few if is_few else many,
-        rows=COUNTED_REQUESTS if counted else 0,
-        apart=is_few,
+        rows=rows,
         combined=combined,
         parts=COMBINE_PARTS if combined > COMBINED[1] else 1,
-        wave=wave,
         # The sums over V of a larger head are more than a warp can hold.
         warps=max(shape.warps, layout.head_dim // 128),
         stages=shape.stages,
@@ -239,6 +247,18 @@ def choose_decode(
         registers=shape.registers,
         window_cost=shape.window_cost,
     )
+
+
+def decode_kinds(
+    most_reqs: int, layout: CacheLayout, device: Device, selects: bool = False
+) -> list[int]:
+    """Numbers of requests up to `most_reqs`, the first of each whose launch has kernels of its own,
+    or is prepared for itself.
+    """
+    found: dict[DecodeLaunch, int] = {}
+    for num_reqs in range(1, most_reqs + 1):
+        found.setdefault(choose_decode(num_reqs, layout, device, selects).prepared, num_reqs)
+    return list(found.values())
 
 
 EXTEND_SMALL = 64, 32, 4, 2
@@ -262,18 +282,6 @@ def choose_extend(group: int, layout: CacheLayout, device: Device) -> ExtendLaun
         warps=warps,
         stages=stages,
     )
-
-
-def share_programs(costs: Sequence[float], programs: int) -> list[int]:
-    """Programs for each head, at least one, so that the largest share of work is smallest."""
-    counts = [1] * len(costs)
-    heap = [(-cost, head) for head, cost in enumerate(costs)]
-    heapify(heap)
-    for _ in range(programs - len(costs)):
-        head = heap[0][1]
-        counts[head] += 1
-        heapreplace(heap, (-costs[head] / counts[head], head))
-    return counts
 
 
 def compact_programs(num_reqs: int, num_kv_heads: int, max_query_len: int) -> int:

@@ -39,11 +39,11 @@ def share(
     seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
     wave, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, DENSE_UNITS: tl.constexpr,
     WINDOW_COST: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
-    ROWS: tl.constexpr, APART: tl.constexpr, SELECTION: tl.constexpr,
+    ROWS: tl.constexpr, FEW: tl.constexpr, SELECTION: tl.constexpr,
 ):  # fmt: skip
     """What one KV head of a request reads, and over how many of its programs: no more than give
     each `split_units` to read, and, in a batch of at most `ROWS` requests, all of them about `wave`
-    of equal size, whatever the lengths. `APART` as in `cut`.
+    of equal size, whatever the lengths. FEW: parts are APART as in `cut`.
 
     Units are 256 bytes; `head_units` are those of `UNIT_TILE` tokens of the head, `archive_units`
     of all heads, and `DENSE_UNITS` those of a dense granule of one. Returns the length, the
@@ -75,7 +75,7 @@ def share(
     # A padded row has no part.
     splits = tl.minimum(splits, tl.minimum(tl.maximum(units // split_units, 1), units))
     # And where parts have some of both, each has a tile or a granule.
-    if not APART:
+    if not FEW:
         splits = tl.minimum(splits, tl.maximum(n_archive, n_dense))
     return length, boundary, n_archive, n_dense, head_units, splits
 

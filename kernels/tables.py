@@ -1,6 +1,7 @@
 """What the kernels know of one layer's pages on the device: offsets, channels, shares of work."""
 
 from collections.abc import Sequence
+from heapq import heapify, heapreplace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -11,7 +12,6 @@ from vllm_leank.kernels.launch import (
     DecodeLaunch,
     Device,
     programs_of_any_few,
-    share_programs,
     tile_tokens,
 )
 
@@ -136,7 +136,7 @@ class Tables:
 
     def work(self, launch: DecodeLaunch) -> Work:
         """How a request's programs are shared out over the heads."""
-        return self._of_many if launch.early else self._work[launch.programs]
+        return self._work[launch.programs] if launch.few else self._of_many
 
 
 def _share_work(heads: torch.Tensor, costs: Sequence[float], programs: int) -> Work:
@@ -153,6 +153,18 @@ def _share_work(heads: torch.Tensor, costs: Sequence[float], programs: int) -> W
             rows.append((head, split, counts[head], len(rows), *heads[head].tolist()))
     of_heads = list(zip(firsts, counts, heads[:, 3].tolist(), strict=True))
     return Work(torch.tensor(rows, dtype=torch.int32), torch.tensor(of_heads, dtype=torch.int32))
+
+
+def share_programs(costs: Sequence[float], programs: int) -> list[int]:
+    """Programs for each head, at least one, so that the largest share of work is smallest."""
+    counts = [1] * len(costs)
+    heap = [(-cost, head) for head, cost in enumerate(costs)]
+    heapify(heap)
+    for _ in range(programs - len(costs)):
+        head = heap[0][1]
+        counts[head] += 1
+        heapreplace(heap, (-costs[head] / counts[head], head))
+    return counts
 
 
 def _dealt(rows: torch.Tensor, multiprocessors: int) -> torch.Tensor:

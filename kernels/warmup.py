@@ -20,6 +20,7 @@ from vllm_leank.kernels.codecs import codec_of
 from vllm_leank.kernels.decode import decode
 from vllm_leank.kernels.decode_each import SELECTING_AT_ONCE, decode_requests
 from vllm_leank.kernels.extend import extend
+from vllm_leank.kernels.launch import decode_kinds
 from vllm_leank.kernels.launcher import compiling
 from vllm_leank.kernels.merge import merge
 from vllm_leank.kernels.scratch import Scratch, needs_scratch
@@ -83,10 +84,12 @@ def _dry_run(attention: Attention, cache: LayerCache) -> None:
 
     heads, query_heads = len(layout.profiles), attention.query_heads
     caches = [cache]
+    batches = {*_counts(max(attention.max_reqs, 1)), *_kinds(cache, attention.max_reqs)}
     if attention.selection is not None:
         caches.append(replace(cache, selection=attention.selection))
+        batches.update(_kinds(caches[1], attention.max_reqs))
     width = pages(attention.longest, layout.archive_block)
-    for num_reqs in _counts(max(attention.max_reqs, 1)):
+    for num_reqs in sorted(batches):
         query, batch = tokens(num_reqs, query_heads), _batch(num_reqs, 1, device, width)
         for one in caches:
             # As many at once as a step has: those that select take much memory.
@@ -101,7 +104,7 @@ def _dry_run(attention: Attention, cache: LayerCache) -> None:
     output = torch.empty_like(query)
     for one in caches[1:]:
         # Of an answer that is computed again, where it has any number of tokens.
-        for part in _counts(SELECTING_AT_ONCE):
+        for part in _kinds(one, SELECTING_AT_ONCE):
             rows, batch = tokens(part, query_heads), _batch(part, 1, device, width)
             decode(rows, torch.empty_like(rows), one, batch, scale=1.0, after_prompt=True)
     extend(query, output, cache, prompt, scale=1.0)
@@ -113,8 +116,16 @@ def _dry_run(attention: Attention, cache: LayerCache) -> None:
 
 
 def _counts(most: int) -> list[int]:
-    """Numbers of queries that stand for all up to `most`: launches are chosen by powers of two."""
+    """Numbers of queries that stand for all up to `most`: launches other than decode's are chosen
+    by powers of two.
+    """
     return sorted({min(1 << i, most) for i in range(most.bit_length() + 1)})
+
+
+def _kinds(cache: LayerCache, most: int) -> list[int]:
+    """Numbers of requests that stand for all up to `most` where decode is launched."""
+    selects = cache.selection is not None
+    return decode_kinds(most, cache.layout, cache.tables.device, selects)
 
 
 def _layer_cache(attention: Attention, device: torch.device) -> LayerCache:

@@ -1,9 +1,10 @@
 """Compiles the attention kernels for GPUs that are not here, as they would be launched there.
 
-    python tests/compile_kernels.py CAPABILITY-HEAD_DIM-ARCHIVE_FORMAT[+pages|+states|+many]...
+    python tests/compile_kernels.py CAPABILITY-HEAD_DIM-ARCHIVE_FORMAT[+KIND]...
 
 `+pages`: of queries that select what they read. `+states`: of a model with states, whose window
-pages are longer. `+many`: of many requests whose heads have about 2 bits, which take long tiles.
+pages are longer. `+many`: of many requests, packed heads of 128 channels with about 2 bits, which
+take long tiles; `+bits`: these with more.
 
 Prints a line of JSON for each: case, kernel, bytes of shared memory, bytes of stack, into which
 registers spill (null where nothing can tell), and whether their number is capped. What the
@@ -220,6 +221,7 @@ DECODE: dict[str, dict[str, Any]] = {
     "pages": {"selection": Selection(share=1 << 13, least=4)},
     "states": {"window_block": 128},
     "many": {},
+    "bits": {},
     "profiles": {},
     "few": {},
 }
@@ -234,8 +236,10 @@ def compile_decode(
     """
     tell = partial(tell_of, f"{capability}-{head_dim}-{archive_format.name}+{kind}")
     heads = MIXED[head_dim] if archive_format == PACKED else KEPT[head_dim]
-    heads = {"many": TWO_BITS, "profiles": EIGHT, "few": EIGHT}.get(kind, heads)
-    few_heads = 0 if kind == "many" else launch.FEW_HEADS
+    heads = {"profiles": EIGHT, "few": EIGHT}.get(kind, heads)
+    if kind == "many" and archive_format == PACKED and head_dim == 128:
+        heads = TWO_BITS
+    few_heads = 0 if kind in ("many", "bits") else launch.FEW_HEADS
     builder = CacheBuilder(
         heads,
         head_dim,

@@ -55,6 +55,7 @@ FREED_BY_WHAT_WAS_SCHEDULED = (
 
 PROMPTS = "exact_until[: len(lengths)].copy_(lengths[: len(exact_until)], non_blocking=True)"
 
+SPARE = "test_kernel_launches.py::test_a_long_request_among_many_has_programs_to_spare"
 SINKS = "test_kernels.py::test_models_with_attention_sinks"
 UNPACKED = "test_unpacked.py::test_queries_read_what_was_unpacked_and_the_rest"
 
@@ -146,9 +147,30 @@ MUTATIONS = (
     Mutation(
         "answers that are computed again find kernels compiled for one number of tokens",
         "kernels/warmup.py",
-        "for part in _counts(SELECTING_AT_ONCE):",
+        "for part in _kinds(one, SELECTING_AT_ONCE):",
         "for part in [SELECTING_AT_ONCE]:",
         "test_warmup.py",
+    ),
+    Mutation(
+        "startup compiles for powers of two of requests alone",
+        "kernels/warmup.py",
+        "*_kinds(cache, attention.max_reqs)}",
+        "}",
+        "test_warmup.py",
+    ),
+    Mutation(
+        "programs to spare do again what others do",
+        "kernels/decode_kernel.py",
+        "i_work % early, early + late // H)",
+        "i_work % early, late // H)",
+        SPARE,
+    ),
+    Mutation(
+        "results of a long request among many are looked for elsewhere",
+        "kernels/combine.py",
+        "first *= splits",
+        "first *= 1",
+        SPARE,
     ),
     Mutation(
         "the boundary is off by one on the device",

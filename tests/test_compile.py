@@ -26,7 +26,8 @@ OTHERS = (
     *("80-128-packed", "100-64-packed", "120-256-packed", "80-128-auto+pages"),
     *("80-128-packed+profiles", "90-128-packed+profiles", "100-128-packed+profiles"),
     "90-128-packed+few",
-    *("80-128-packed+many", "100-128-packed+many", "120-128-packed+many"),
+    *("80-128-packed+many", "100-128-packed+many", "120-128-packed+many", "90-64-packed+many"),
+    *("90-256-packed+many", "80-128-packed+bits", "90-128-packed+bits", "90-128-auto+many"),
     *("80-128-packed+pages", "90-128-packed+pages", "100-64-packed+pages", "120-256-packed+pages"),
 )
 """Compute capabilities, head sizes and archive formats: some, and the others. Up to a
@@ -42,9 +43,11 @@ KERNELS = {
     "packed": ATTENTION | {"_merge_kernel", "_unpack_kernel"},
     "packed+pages": SELECTING,
     "auto+pages": SELECTING,
+    "auto+many": {"_update_kernel", "decode_kernel", "combine_kernel"},
     "packed+states": {"_update_kernel", "decode_kernel", "combine_kernel"},
     "packed+few": {"_update_kernel", "decode_kernel", "combine_kernel"},
     "packed+many": {"_update_kernel", "decode_kernel", "combine_kernel"},
+    "packed+bits": {"_update_kernel", "decode_kernel", "combine_kernel"},
     "packed+profiles": {"_update_kernel", "decode_kernel", "combine_kernel"},
 }
 """What is launched for an archive: codes are unpacked, tokens selected, and beside states prompts

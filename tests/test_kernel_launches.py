@@ -82,6 +82,50 @@ def test_many_requests_take_longer_tiles_and_read_the_same(monkeypatch, tma, gro
     assert relative_rms(output, step.expected) < CODED_FP16[1]
 
 
+@pytest.mark.parametrize("rows", [128, 0], ids=["counted", "uncounted"])
+def test_a_long_request_among_many_has_programs_to_spare(monkeypatch, tma, rows):
+    """All that its heads have, where lengths are counted; each has a part of its own of the
+    results, which one program more combines. Padded rows have none.
+    """
+    early, heads = 2, (CODED[128][1], TWO, Profile())
+    monkeypatch.setattr(launch, "FEW_HEADS", 0)
+    monkeypatch.setattr(launch, "SPLIT_BYTES", (256, 256))
+    monkeypatch.setattr(launch, "whole_waves", lambda heads, wave: early * heads)
+    monkeypatch.setattr(launch, "COUNTED_REQUESTS", (rows,))
+    monkeypatch.setattr(launch, "choose_decode", launch.choose_decode.__wrapped__)
+    monkeypatch.setattr(decode, "choose_decode", launch.choose_decode)
+    builder = CacheBuilder(
+        heads, 128, 2, Window(64, 96), 256, torch.float16, archive_format=PACKED, device=DEVICE
+    )
+    requests = [builder.add(9, length) for length in (40, 1500, 170)]
+    for request in requests:
+        builder.run(builder.step([(request, len(request) - 1)]), reference)
+    step = builder.step([(request, 1) for request in requests], padded_rows=5, padded_tokens=5)
+    cache = builder.cache
+    store.update(step.key, step.value, cache, step.batch)
+    made, scratch = [], decode._scratch
+
+    def noted(*shape):
+        made[:] = (torch.full_like(one, float("nan")) for one in scratch(*shape))
+        return made[0], made[1]
+
+    monkeypatch.setattr(decode, "_scratch", noted)
+    output = torch.full_like(step.query, float("nan"))
+    decode.decode(step.query, output, cache, step.batch, builder.scale)
+    assert relative_rms(output[:3], step.expected) < CODED_FP16[1]
+    assert not output[3:].any()
+    # One whose head has no other program writes its output, and leaves nothing to combine.
+    used = made[1].isfinite().all(-1).view(8, len(heads), -1).sum(-1).tolist()
+    found = launch.choose_decode(8, cache.layout, cache.tables.device)
+    assert (found.early, found.programs) == (early, len(heads) * early * (4 if rows else 1))
+    assert used[3:] == [[0, 0, 0]] * 5
+    if rows:
+        assert used[0] == [0, 0, 0]
+        assert used[1][:2] == [4 * early, 4 * early]
+    else:
+        assert used[:3] == [[early] * 3] * 3
+
+
 @pytest.mark.skipif(GPU, reason="other tests show it there, where programs run at once")
 @pytest.mark.parametrize("group", [1, 4, 5])
 def test_programs_keep_to_their_own_memory(monkeypatch, tma, group):

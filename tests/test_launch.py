@@ -12,11 +12,11 @@ from vllm_leank.kernels.launch import (
     choose_extend,
     combined_splits,
     compact_programs,
+    decode_kinds,
     programs_of_any_few,
-    share_programs,
     tile_tokens,
 )
-from vllm_leank.kernels.tables import Tables, deal
+from vllm_leank.kernels.tables import Tables, deal, share_programs
 
 from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.core.pages import CacheLayout
@@ -100,9 +100,23 @@ def test_every_batch_has_programs_for_each_head(kind, heads):
     for rows in [*range(1, 300), 1000, 1024, 4096]:
         for selects in (False, True):
             launch = choose_decode(rows, alike, HOPPER, selects)
-            assert launch.early or launch.programs in made
+            assert launch.programs in made if launch.few else launch.programs % heads == 0
             assert launch.programs >= heads * max(launch.early, 1)
-            assert launch.early == 0 or launch.programs % heads == 0
+
+
+@pytest.mark.parametrize("kind", OF_HEADS)
+@pytest.mark.parametrize("heads", [3, 8, 10])
+def test_some_numbers_of_requests_stand_for_all(kind, heads):
+    archive_format, profile = OF_HEADS[kind]
+    alike = CacheLayout((profile,) * heads, 128, 2, 256, archive_format)
+    for selects in (False, True):
+        found = decode_kinds(256, alike, HOPPER, selects)
+        assert len(found) < 12
+        stood = {choose_decode(rows, alike, HOPPER, selects).prepared for rows in found}
+        assert len(stood) == len(found)
+        for rows in range(1, 257):
+            launch = choose_decode(rows, alike, HOPPER, selects)
+            assert launch.prepared in stood
 
 
 @pytest.mark.parametrize("kind", OF_HEADS)
@@ -111,12 +125,12 @@ def test_programs_of_a_launch_fill_waves_and_do_not_flood_the_gpu(kind):
     alike = CacheLayout((profile,) * 8, 128, 2, 256, archive_format)
     for rows in range(1, 257):
         launch = choose_decode(rows, alike, HOPPER)
-        assert rows * launch.programs <= 16384
-        if launch.early:
+        assert rows * launch.programs <= max(8192, launch.wave)
+        if launch.few:
+            assert launch.wave <= rows * launch.programs <= 2 * launch.wave
+        else:
             # In a batch of equal requests most of what it is cut into is there.
             assert 0.66 * launch.wave < 8 * rows * launch.early <= launch.wave
-        else:
-            assert launch.wave <= rows * launch.programs <= 2 * launch.wave
 
 
 PAGES = [
@@ -167,8 +181,8 @@ def test_the_launch_depends_on_the_batch_and_the_device_alone():
     assert few == choose_decode(16, layout(), HOPPER)
     assert few.split_bytes < many.split_bytes
     assert few.rows == many.rows == 128
-    assert choose_decode(129, layout(), HOPPER).rows == 0
-    assert (few.apart, many.apart) == (True, False)
+    assert [choose_decode(rows, layout(), HOPPER).rows for rows in (129, 256, 257)] == [256, 256, 0]
+    assert (few.few, many.few) == (True, False)
     assert few.tma
     assert not choose_decode(16, layout(), AMPERE).tma
 
@@ -195,11 +209,11 @@ def test_work_tables_name_every_split_once(monkeypatch, multiprocessors):
     launches = [choose_decode(rows, layout(kept), HOPPER) for rows in (1, 4, 32, 64)]
     for launch in launches:
         work = tables.work(launch)
-        programs = len(kept) if launch.early else launch.programs
+        programs = launch.programs if launch.few else len(kept)
         assert len(work.programs) == programs
         placed = sorted(work.programs.tolist(), key=lambda row: row[3])
         assert [row[3] for row in placed] == list(range(programs))
-        lone = launch.programs >= 256
+        lone = launch.few and launch.programs >= 256
         assert (lone and multiprocessors > 1) or placed == work.programs.tolist()
         for head, (first, count, units) in enumerate(work.heads.tolist()):
             rows = placed[first : first + count]
@@ -208,7 +222,7 @@ def test_work_tables_name_every_split_once(monkeypatch, multiprocessors):
             # Units of 256 bytes: 64 tokens of K and V in 16 bits.
             assert units == (kept[head] and (kept[head] + 128) * 64 * 2 // 256)
         # The streaming head reads least.
-        assert launch.early or work.heads[:, 1].argmin() == 2
+        assert not launch.few or work.heads[:, 1].argmin() == 2
     assert tables.variants == (32, 64, 96)
     assert tables.columns[:, 0].tolist() == [*range(32), *range(64), *range(96)]
 

@@ -24,12 +24,12 @@ def _cuts(
 def _share(
     out_ptr, lengths_ptr, prompts_ptr, splits, head_units, archive_units, split_units, wave,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, DENSE_UNITS: tl.constexpr,
-    WINDOW_COST: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr,
+    WINDOW_COST: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     i_req = tl.program_id(0)
     _, _, n_archive, n_dense, _, found = share(
         lengths_ptr, prompts_ptr, i_req, splits, head_units, archive_units, split_units,
-        wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, TILE, ROWS, APART, None,
+        wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, TILE, ROWS, FEW, None,
     )  # fmt: skip
     tl.store(out_ptr + 3 * i_req, found)
     tl.store(out_ptr + 3 * i_req + 1, n_archive)
@@ -64,8 +64,8 @@ def test_parts_with_some_of_both():
     assert cuts.tolist() == [[0, 0], [2, 1], [5, 3], [7, 5], [10, 7]]
 
 
-@pytest.mark.parametrize("apart", [True, False])
-def test_a_batch_is_cut_into_equal_parts(apart):
+@pytest.mark.parametrize("few", [True, False])
+def test_a_batch_is_cut_into_equal_parts(few):
     """Padded rows get nothing, short requests no more programs than they have work for."""
     lengths = torch.tensor([6000, 0, 700, 40], dtype=torch.int32, device=DEVICE)
     head_units, dense_units, wave = 16, 32, 24
@@ -73,7 +73,7 @@ def test_a_batch_is_cut_into_equal_parts(apart):
     for rows, split_units in ((128, 1), (0, 100)):
         _share[(4,)](
             found, lengths, lengths - 1, 64, head_units, HEADS * head_units, split_units, wave,
-            SINK, RECENT, HEADS, dense_units, 1, TILE, rows, apart,
+            SINK, RECENT, HEADS, dense_units, 1, TILE, rows, few,
         )  # fmt: skip
         splits, n_archive, n_dense = found.cpu().unbind(1)
         units = n_archive * head_units + n_dense * dense_units

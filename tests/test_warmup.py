@@ -41,7 +41,9 @@ def launched(monkeypatch):
 
 @pytest.mark.parametrize("selection", [None, Selection.of(0.1)], ids=["all", "selects"])
 @pytest.mark.parametrize(
-    ("archive_format", "heads"), [(PACKED, CODED[128]), (NATIVE, (32, 64))], ids=["codes", "whole"]
+    ("archive_format", "heads"),
+    [(PACKED, CODED[128]), (PACKED, CODED[128][:3]), (NATIVE, (32, 64)), (NATIVE, 5 * (32, 64))],
+    ids=["codes", "codes of 3 heads", "whole", "whole of 10 heads"],
 )
 def test_startup_compiles_what_any_number_of_queries_launches(
     launched, archive_format, heads, selection
@@ -62,7 +64,7 @@ def test_startup_compiles_what_any_number_of_queries_launches(
     def tokens(count):
         return torch.empty((count, query_heads, 128), dtype=dtype)
 
-    for count in (*range(1, 20), 63, 64, 65, 100, 150, 256, 257, MOST):
+    for count in (*range(1, 20), 33, 42, 43, 63, 64, 65, 100, 150, 256, 257, MOST):
         batch = warmup._batch(count, 1, CPU, width)
         gpu.decode_requests(tokens(count), tokens(count), cache, batch, builder.scale)
         assert launched() <= compiled, count

@@ -51,7 +51,7 @@ class DecodeShape:
         registers: most registers of a thread; None leaves it to the compiler. Fewer of them let
             more programs run at once, where instructions and not bytes are the limit.
         wave: equal parts into which all that is read is cut. Of few requests they run at the same
-            time; of many they are whole waves of a Hopper GPU, or a last one has it for itself.
+            time. Of many they are some waves, of codes whole ones of a Hopper GPU.
         window_cost: how many times as long as archive tiles of as many bytes a granule of the
             window takes, where one wave is cut into equal programs.
     """
