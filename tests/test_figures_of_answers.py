@@ -54,6 +54,15 @@ def kl(row, length, kinds="kinds seen"):
     return f"{row['lengths'][str(length)][kinds]['kl']:.4f}"
 
 
+def uniform_rows():
+    """Bits and channels where they save most, beside as many everywhere."""
+    for row in load("kl_smollm2_uniform_cpu")["archives"]:
+        found = (kl(row, 1024, kinds) for kinds in ("kinds seen", "kinds unseen"))
+        name = row["name"].replace("packed, ", "").replace("70% pruned", "70% of K pruned")
+        size = f"{row['token_bytes']:,.0f}"
+        yield line(name.replace("leank ", "leank, "), size, f"{row['x']:.2f}", *found)
+
+
 ASKED_MOST = "dense", "bits_4", "bits_2"
 
 
@@ -338,6 +347,7 @@ def streaming_points_rows():
     [
         ("README.md", opening),
         ("docs/accuracy.md", lambda: kl_rows(False)),
+        ("docs/accuracy.md", uniform_rows),
         ("docs/accuracy.md", study_rows),
         ("docs/accuracy.md", lambda: compared_rows(small_study())),
         ("docs/accuracy.md", small_study_rows),
