@@ -50,6 +50,7 @@ def test_codes_of_a_few_bits_take_long_tiles_where_all_heads_have_them(heads, lo
     assert (one.tile, one.registers) == ((128, None) if long else (64, 192))
     assert (few.tile, few.registers) == ((128, None) if long else (64, 128))
     assert (many.registers is None) == long
+    assert (one.stages, few.stages, many.stages) == (3, 3, 2 if long else 3)
     # One request waits for each granule of its window.
     assert one.window_tile == 32 == 2 * many.window_tile
 
