@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 RESAMPLES = 4000
 
@@ -29,9 +31,16 @@ def ratio_estimate(sums: Sequence[float], counts: Sequence[float], seed: int = 0
     n = len(above)
     if n < 2:
         return Estimate(value)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    draws = _draws(n, seed)
     low, high = np.percentile((draws @ above) / (draws @ below), (2.5, 97.5))
     return Estimate(value, float(low), float(high))
+
+
+@lru_cache(maxsize=2)
+def _draws(n: int, seed: int) -> npt.NDArray[np.float64]:
+    """How often each of `n` samples is drawn: `[RESAMPLES, n]`, the same for all figures of `n`."""
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    return draws.astype(np.float64)
 
 
 def share_estimate(right: int, n: int) -> Estimate:
