@@ -1,9 +1,9 @@
 """What the kernels know of one layer's pages on the device: offsets, channels, shares of work."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from vllm_leank.kernels.channels import HeadChannels
@@ -23,7 +23,8 @@ NOMINAL_LENGTH = 8192
 """Length of the request for which heads share a request's programs in proportion to their bytes."""
 
 
-class Work(NamedTuple):
+@dataclass(frozen=True)
+class Work:
     """Shares of a request's programs; of many requests' the order of heads, one row for each.
 
     Attributes:
@@ -35,6 +36,10 @@ class Work(NamedTuple):
 
     programs: torch.Tensor
     heads: torch.Tensor
+
+    def to(self, device: torch.device) -> "Work":
+        """On another device."""
+        return Work(self.programs.to(device), self.heads.to(device))
 
 
 class Tables:
@@ -123,24 +128,25 @@ class Tables:
         costs = [cost + sum(costs) / len(costs) / 2 for cost in costs]
         # All of them now: while a CUDA graph is captured no tensor may come from the host.
         wave = codec.decode_shape(layout).wave
-        self._work = {}
-        for programs in programs_of_any_few(len(layout.profiles), wave):
-            of_request, of_heads = _share_work(heads, costs, programs)
+        self._work = {
             # One request, or two, have a wave each; a wave of more has programs of all of them
             # beside each other.
-            if programs >= wave:
-                of_request = _dealt(of_request, self.device.multiprocessors)
-            self._work[programs] = Work(of_request.to(device), of_heads.to(device))
-        of_request, of_heads = _share_work(heads, costs, len(costs))
-        self._of_many = Work(of_request.to(device), of_heads.to(device))
+            programs: _share_work(
+                heads, costs, programs, self.device.multiprocessors if programs >= wave else 1
+            ).to(device)
+            for programs in programs_of_any_few(len(layout.profiles), wave)
+        }
+        self._of_many = _share_work(heads, costs, len(costs), 1).to(device)
 
     def work(self, launch: DecodeLaunch) -> Work:
         """How a request's programs are shared out over the heads."""
         return self._work[launch.programs] if launch.few else self._of_many
 
 
-def _share_work(heads: torch.Tensor, costs: Sequence[float], programs: int) -> Work:
-    """Share programs out over heads of unequal cost, on the host."""
+def _share_work(
+    heads: torch.Tensor, costs: Sequence[float], programs: int, multiprocessors: int
+) -> Work:
+    """Share programs out over heads of unequal cost."""
     counts = share_programs(costs, programs)
     # Heads that read most begin first. Those of a profile follow each other, so that programs that
     # run together share instructions.
@@ -151,8 +157,14 @@ def _share_work(heads: torch.Tensor, costs: Sequence[float], programs: int) -> W
         firsts[head] = len(rows)
         for split in range(counts[head]):
             rows.append((head, split, counts[head], len(rows), *heads[head].tolist()))
+    # Of fewer programs each has a multiprocessor of its own.
+    if programs > multiprocessors > 1:
+        rows = [rows[i] for i in deal([row[4] for row in rows], multiprocessors)]
     of_heads = list(zip(firsts, counts, heads[:, 3].tolist(), strict=True))
-    return Work(torch.tensor(rows, dtype=torch.int32), torch.tensor(of_heads, dtype=torch.int32))
+    return Work(
+        programs=torch.tensor(rows, dtype=torch.int32),
+        heads=torch.tensor(of_heads, dtype=torch.int32),
+    )
 
 
 def share_programs(costs: Sequence[float], programs: int) -> list[int]:
@@ -165,15 +177,6 @@ def share_programs(costs: Sequence[float], programs: int) -> list[int]:
         counts[head] += 1
         heapreplace(heap, (-costs[head] / counts[head], head))
     return counts
-
-
-def _dealt(rows: torch.Tensor, multiprocessors: int) -> torch.Tensor:
-    """Programs of a request that has them all for itself, for so many multiprocessors; of fewer
-    programs each has one of its own.
-    """
-    if not len(rows) > multiprocessors > 1:
-        return rows
-    return rows[deal(rows[:, 4].tolist(), multiprocessors)]
 
 
 def deal(variants: Sequence[int], multiprocessors: int) -> list[int]:
