@@ -64,15 +64,7 @@ class PrunedByThinK(SimulatedPruning):
         """
         think = ThinK()
 
-        def watch(
-            layer: int,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attention_mask: torch.Tensor | None,
-            scaling: float | None,
-            sink_scores: torch.Tensor | None,
-        ) -> torch.Tensor:
+        def watch(layer, query, key, value, attention_mask, scaling, sink_scores):
             think(layer, query, key, value, attention_mask, scaling, sink_scores)
             return plain_attention(query, key, value, None, scaling, sink_scores)
 
