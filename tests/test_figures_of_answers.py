@@ -40,6 +40,9 @@ def kl_results():
     return [*many, load("kl_qwen_1.5b")]
 
 
+WAYS = {"fisher": ", by Fisher", "learned": ", learned"}
+
+
 def named(name):
     """A row's name as pages have it."""
     kind, _, number = name.removeprefix("leank ").partition("_")
@@ -47,7 +50,7 @@ def named(name):
         return name
     if kind == "bits":
         return f"leank, {number} bits"
-    return f"leank, {number}% of K pruned" + (", by Fisher" if kind == "fisher" else "")
+    return f"leank, {number}% of K pruned{WAYS.get(kind, '')}"
 
 
 def kl(row, length, kinds="kinds seen"):
@@ -61,6 +64,28 @@ def uniform_rows():
         name = row["name"].replace("packed, ", "").replace("70% pruned", "70% of K pruned")
         size = f"{row['token_bytes']:,.0f}"
         yield line(name.replace("leank ", "leank, "), size, f"{row['x']:.2f}", *found)
+
+
+def even_rows():
+    """The same on a larger model, at one length."""
+    known = archives()
+    for name in ("leank bits_4", "leank bits_2", "leank pruned_70", "leank fisher_70"):
+        yield line(named(name), *even_cells(known[name]))
+    for row in load("kl_qwen_1.5b_even_8192")["archives"][:-1]:
+        yield line(row["name"], *even_cells(row))
+
+
+def even_cells(row):
+    found = (kl(row, 8192, kinds) for kinds in ("kinds seen", "kinds unseen"))
+    return f"{row['token_bytes']:,.0f}", f"{row['x']:.2f}", *found
+
+
+def halves_rows():
+    """Half of K pruned, as calibrated and as learned."""
+    learned = [load(f"kl_qwen_1.5b_learned_50_{n}")["archives"][0] for n in (8192, 30000)]
+    joint = learned[0] | {"lengths": learned[0]["lengths"] | learned[1]["lengths"]}
+    for title, row in (("by Fisher", archives()["leank pruned_50"]), ("learned", joint)):
+        yield line(title, *(kl(row, n, kinds) for n in (8192, 30000) for kinds in KINDS))
 
 
 ASKED_MOST = "dense", "bits_4", "bits_2"
@@ -348,6 +373,8 @@ def streaming_points_rows():
         ("README.md", opening),
         ("docs/accuracy.md", lambda: kl_rows(False)),
         ("docs/accuracy.md", uniform_rows),
+        ("docs/accuracy.md", even_rows),
+        ("docs/accuracy.md", halves_rows),
         ("docs/accuracy.md", study_rows),
         ("docs/accuracy.md", lambda: compared_rows(small_study())),
         ("docs/accuracy.md", small_study_rows),
