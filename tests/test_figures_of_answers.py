@@ -49,7 +49,7 @@ def named(name):
     if not name.startswith("leank "):
         return name
     if kind == "bits":
-        return f"leank, {number} bits"
+        return f"leank, {number} bit" + "s" * (number != "1")
     return f"leank, {number}% of K pruned{WAYS.get(kind, '')}"
 
 
