@@ -40,17 +40,19 @@ def kl_results():
     return [*many, load("kl_qwen_1.5b")]
 
 
-WAYS = {"fisher": ", by Fisher", "learned": ", learned"}
+LEARNED_MASKS = "leank pruned_70", "leank learned_50"
+"""Of the 1.5B, as studies and KL of today have it; other masks that prune are by Fisher."""
 
 
-def named(name):
-    """A row's name as pages have it."""
+def named(name, learned=()):
+    """A row's name as pages have it, where masks of `learned` were learned."""
     kind, _, number = name.removeprefix("leank ").partition("_")
     if not name.startswith("leank "):
         return name
     if kind == "bits":
         return f"leank, {number} bit" + "s" * (number != "1")
-    return f"leank, {number}% of K pruned{WAYS.get(kind, '')}"
+    way = "learned" if name in learned else "by Fisher"
+    return f"leank, {number}% of K pruned, {way}"
 
 
 def kl(row, length, kinds="kinds seen"):
@@ -70,7 +72,7 @@ def even_rows():
     """The same on a larger model, at one length."""
     known = archives()
     for name in ("leank bits_4", "leank bits_2", "leank pruned_70", "leank fisher_70"):
-        yield line(named(name), *even_cells(known[name]))
+        yield line(named(name, LEARNED_MASKS), *even_cells(known[name]))
     for row in load("kl_qwen_1.5b_even_8192")["archives"][:-1]:
         yield line(row["name"], *even_cells(row))
 
@@ -138,7 +140,8 @@ def kl_rows(directions):
             for length in (8192, 30000)
             for kinds in ("kinds seen", "kinds unseen")
         ]
-        yield line(named(name), f"{row['token_bytes']:,.0f}", f"{row['x']:.2f}", *found)
+        title = named(name, LEARNED_MASKS)
+        yield line(title, f"{row['token_bytes']:,.0f}", f"{row['x']:.2f}", *found)
 
 
 @cache
@@ -152,19 +155,21 @@ def cache_rows():
     """All caches in the study, on the questions that these and dense attention were asked, but for
     choices of far tokens.
     """
-    yield from compared_rows({name: one for name, one in study()[0].items() if "pages" not in name})
+    asked = {name: one for name, one in study()[0].items() if "pages" not in name}
+    yield from compared_rows(asked, LEARNED_MASKS)
 
 
 def first_cache_rows():
     yield from compared_rows(first_study())
 
 
-def compared_rows(variants):
+def compared_rows(variants, learned=()):
     """Each of the variants beside dense attention, on the same questions."""
     dense = variants["dense"]
     for name, one in variants.items():
         cells = shared_cells([dense, one])
-        title = named(f"leank {name}" if "_" in name and "vllm" not in name else name)
+        ours = "_" in name and "vllm" not in name
+        title = named(f"leank {name}" if ours else name, learned)
         size = f"{one['token_bytes']:,.0f} ({dense['token_bytes'] / one['token_bytes']:.1f}x)"
         found = [f"{mean_points(each, cells):.1f}" for each in (dense, one)]
         gap = interval(lost(one, dense, cells))
