@@ -76,3 +76,13 @@ def test_other_pictures_are_refused(leank, file, tmp_path):
     code, _, err = leank("bench", "plot", file, "--out", tmp_path / "p.bmp")
     assert code == 2
     assert "p.bmp" in err
+
+
+def test_a_picture_is_not_written_over(leank, file, tmp_path):
+    out = tmp_path / "p.svg"
+    out.write_text("precious")
+    assert leank("bench", "plot", file, "--out", out)[0] == 2
+    assert out.read_text() == "precious"
+    code, said, _ = leank("bench", "plot", file, "--out", out, "--overwrite")
+    assert (code, said) == (0, f"{out}: written\n")
+    assert "<svg" in out.read_text()

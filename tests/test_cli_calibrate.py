@@ -48,6 +48,8 @@ def test_bits_from_built_in_prompts_end_in_a_mask_that_is_found_and_planned(
     assert resolve_mask(None, str(with_tokenizer), mask.geometry).sha256 == mask.sha256
     plan = plan_settings(mask, Options(), itemsize=2).plan
     assert plan.archive_token_bytes < plan.dense_token_bytes * (bits + 1) / 16
+    smaller = plan.dense_token_bytes / plan.archive_token_bytes
+    assert f"{smaller:.1f}x smaller than dense, scales included" in out
     code, _, err = leank("mask", "calibrate", with_tokenizer, *asked)
     assert code == 2
     assert "exists already" in err
@@ -88,7 +90,7 @@ def test_built_in_prompts_that_a_model_cannot_read(leank, home, repo):
     code, _, err = leank("mask", "calibrate", model, "--bits", 2, "--prompts", 1)
     assert code == 2
     assert "its tokenizer does not know the built-in prompts" in err
-    assert "token 0; give prompts that the model reads by --data" in err
+    assert "token 0; write prompts of the model's own kind to a file, and give it to" in err
 
 
 def test_built_in_prompts_as_a_file(leank, with_tokenizer, tmp_path, repo):

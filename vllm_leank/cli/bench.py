@@ -198,8 +198,11 @@ def plot(
         typer.Argument(metavar="RESULTS...", help="Files that `leank bench attention` wrote."),
     ],
     out: Annotated[Path, typer.Option(help="The picture: a .png, .svg or .pdf file.")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw the speed-up of decode attention against context length and batch."""
     from vllm_leank.bench.plot import plot_speedup
 
+    check_new(out, overwrite)
     plot_speedup(results, out)
+    print(f"{out}: written")

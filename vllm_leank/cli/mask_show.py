@@ -8,19 +8,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_leank.core.options import Options
-from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import profiles_of
 from vllm_leank.mask.mask import Mask
-from vllm_leank.mask.settings import plan_settings
-
-_BF16_BYTES = 2
+from vllm_leank.mask.settings import dense_bytes, stored_bytes
 
 
 def summary(mask: Mask) -> dict[str, Any]:
     """Everything `show` shows; bytes are of one far token over all layers."""
-    dense = mask.k_bits.size * 2 * _BF16_BYTES
-    kept = _stored_bytes(mask)
+    dense = dense_bytes(mask)
+    kept = stored_bytes(mask)
     counts = Counter(mask.kept_counts.reshape(-1).tolist())
     return {
         "path": None if mask.path is None else str(mask.path),
@@ -50,18 +46,6 @@ def summary(mask: Mask) -> dict[str, Any]:
         "provenance": mask.provenance,
         "evaluation": mask.evaluation,
     }
-
-
-def _stored_bytes(mask: Mask) -> int:
-    """Bytes of a far token in a server's archive pages, as its log says; of a mask that no archive
-    can hold, those of its channels.
-    """
-    if not mask.far_bytes_share:
-        return 0
-    try:
-        return plan_settings(mask, Options(), _BF16_BYTES).plan.archive_token_bytes
-    except UserError:
-        return round(mask.k_bits.size * 2 * _BF16_BYTES * mask.far_bytes_share)
 
 
 def print_tables(mask: Mask) -> None:

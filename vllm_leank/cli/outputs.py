@@ -53,8 +53,10 @@ def report_mask(out: Path, mask: "Mask", ratio: float | None = None) -> None:
         sees = mask.k_bits.any(-1) | mask.v_bits.any(-1)
         heads = f"; {sees.size - int(sees.sum())} of {sees.size} heads see no far tokens"
     if mask.is_packed:
-        smaller = f"{16 / mask.bits:.1f}x smaller than dense"
-        print(f"{out}: {mask.bits:.2f} bits per element, {smaller}{heads}")
+        from vllm_leank.mask.settings import dense_bytes, stored_bytes
+
+        smaller = f"{dense_bytes(mask) / stored_bytes(mask):.1f}x smaller than dense"
+        print(f"{out}: {mask.bits:.2f} bits per element, {smaller}, scales included{heads}")
         return
     asked = "" if ratio is None else f" ({ratio:.2%} asked{' of the others' if heads else ''})"
     print(

@@ -35,7 +35,7 @@ def check_bits_asked(bits: float) -> None:
     if not LEAST_BITS <= bits <= MOST_BITS:
         raise UserError(
             f"bits is {bits:g}; it must lie between {LEAST_BITS:g} and {MOST_BITS:g}: 8 halve a "
-            "16-bit cache, and 2 make it 8 times smaller"
+            "16-bit cache, and 2 make it about 7 times smaller"
         )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.served_models import Attention
 from vllm_leank.errors import UserError
-from vllm_leank.mask.hub import work_offline_without_a_hub
+from vllm_leank.mask.loading import load_part, load_weights
 from vllm_leank.mask.names import model_name
 from vllm_leank.mask.plain_config import count_weights, plain_config
 
@@ -103,7 +103,8 @@ class Checkpoint:
         """
         import transformers
 
-        return load_part(transformers.AutoTokenizer, self.tokenizer_path or self.path, **self.hub)
+        path = self.tokenizer_path or self.path
+        return load_part(transformers.AutoTokenizer, path, "its tokenizer ", **self.hub)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, after the tokens that begin a sequence."""
@@ -205,7 +206,7 @@ class Checkpoint:
         """The model, with the config that overrides its own, if there is one."""
         given = {} if self.override is None else {"config": self.override}
         kind = _class_of(self._whole_config())
-        return load_part(kind, self.path, dtype=dtype, **given, **self.hub, **more)
+        return load_weights(kind, self.path, dtype=dtype, **given, **self.hub, **more)
 
     def _whole_config(self) -> Any:
         """The config, not of its text part alone."""
@@ -235,6 +236,8 @@ def whole_config(path: str, hub: Mapping[str, Any]) -> Any:
     """The config of a model; see `text_config`."""
     if not Path(path).is_dir() and is_path(path):
         raise UserError(f"{path}: no such directory")
+    if Path(path).is_dir() and not Path(path, "config.json").is_file():
+        raise UserError(f"{path}: has no config.json, so it is no model")
     import transformers
 
     return load_part(transformers.AutoConfig, path, **hub)
@@ -281,19 +284,3 @@ def usable_device(device: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used: {error}") from error
     return device
-
-
-def load_part(kind: Any, path: str, **options: Any) -> Any:
-    """`kind.from_pretrained(path)`, where `kind` is a class of transformers.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    if not Path(path).is_dir():
-        work_offline_without_a_hub()
-    try:
-        return kind.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError) as error:
-        # What follows is every model that there is.
-        why = str(error).partition("\nModel type should be one of")[0]
-        raise UserError(f"{path}: cannot be loaded by transformers: {why}") from error

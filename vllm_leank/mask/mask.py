@@ -277,5 +277,5 @@ class Mask:
 
     @property
     def far_bytes_share(self) -> float:
-        """Bytes of a far token against dense: K and V weigh the same in a dense cache."""
+        """Bytes of a far token against dense, scales left out: K and V weigh the same there."""
         return self.bits / 16

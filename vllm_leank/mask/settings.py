@@ -16,6 +16,9 @@ from vllm_leank.mask.mask import Mask
 
 PAGES = "leank option pages"
 
+DENSE_ITEM = 2
+"""Bytes of a number of 16 bits, in which dense caches are unless said otherwise."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -32,6 +35,10 @@ class Settings:
     window: Window
     plan: CachePlan
     selection: Selection | None = None
+
+    def __str__(self) -> str:
+        """Short, as vLLM makes a label of a metric of it."""
+        return f"mask of {self.mask.model}, sha256 {(self.mask.sha256 or 'none')[:12]}"
 
     def selection_of(self, layer: int) -> Selection | None:
         """That of a layer, one of those that are served."""
@@ -104,3 +111,20 @@ def _window(options: Options, mask: Mask) -> Window:
     sink = options.sink if options.sink is not None else whole_granules(mask.sink)
     recent = options.recent if options.recent is not None else mask.recent
     return Window(sink, recent, exact=options.prefill == "exact")
+
+
+def dense_bytes(mask: Mask) -> int:
+    """Bytes of a token in a dense cache of 16 bits."""
+    return mask.k_bits.size * 2 * DENSE_ITEM
+
+
+def stored_bytes(mask: Mask) -> int:
+    """Bytes of a far token in a server's archive pages, as its log says; of a mask that no archive
+    can hold, those of its channels.
+    """
+    if not mask.far_bytes_share:
+        return 0
+    try:
+        return plan_settings(mask, Options(), DENSE_ITEM).plan.archive_token_bytes
+    except UserError:
+        return round(dense_bytes(mask) * mask.far_bytes_share)

@@ -136,5 +136,6 @@ def _check_readable(checkpoint: Checkpoint, ids: list[list[int]]) -> None:
     if share > _UNREAD:
         raise UserError(
             f"{checkpoint.path}: its tokenizer does not know the built-in prompts, {share:.0%} of "
-            f"which are token {token}; give prompts that the model reads by --data"
+            f"which are token {token}; write prompts of the model's own kind to a file, and give "
+            "it to `leank mask calibrate`, `mask learn` or `serve` with --data"
         )
