@@ -160,6 +160,11 @@ def parse_words(words: Sequence[str]) -> "argparse.Namespace":
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     first = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    if first[:2] == ["leank", "serve"]:
+        raise UserError(
+            "this is a line of leank: with --dry-run it says itself what it would serve, and what "
+            "vLLM or leank would refuse"
+        )
     if len(first) > 1:
         raise UserError(
             f"expected `vllm serve MODEL` and flags, but `{' '.join(first)}` is no MODEL"
