@@ -264,7 +264,7 @@ def test_options_are_checked(run, pth, tsv, leank, tmp_path):
         (mask, ["--recent", 5], "at least 32"),
         (mask, ["--model-id", "a b"], "no model id"),
         (mask, ["--model", "/no/such/model"], "no such directory"),
-        (mask, ["--model", tmp_path], "cannot be loaded"),
+        (mask, ["--model", tmp_path], "has no config.json, so it is no model"),
     ]:
         code, err, _ = run(source, *options)
         assert code == 2
