@@ -220,7 +220,7 @@ def test_lines_that_are_not_of_vllm_serve(words, taken):
 
 def test_a_line_of_leank_looks_at_itself():
     (reason,) = examine(["leank", "serve", "m", "--bits", "2"]).reasons
-    assert "with --dry-run it says itself what it would serve" in reason
+    assert "run it with --dry-run, and it says what it would serve" in reason
 
 
 def test_the_words_vllm_serve_may_be_left_out(line):

@@ -59,27 +59,30 @@ def kl(row, length, kinds="kinds seen"):
     return f"{row['lengths'][str(length)][kinds]['kl']:.4f}"
 
 
+KINDS = "kinds seen", "kinds unseen"
+
+
+def kl_cells(row, *lengths):
+    """Bytes of a token, how many times fewer than dense these are, and KL at each length."""
+    found = (kl(row, length, kinds) for length in lengths for kinds in KINDS)
+    return f"{row['token_bytes']:,.0f}", f"{row['x']:.2f}", *found
+
+
 def uniform_rows():
     """Bits and channels where they save most, beside as many everywhere."""
     for row in load("kl_smollm2_uniform_cpu")["archives"]:
-        found = (kl(row, 1024, kinds) for kinds in ("kinds seen", "kinds unseen"))
         name = row["name"].replace("packed, ", "").replace("70% pruned", "70% of K pruned")
-        size = f"{row['token_bytes']:,.0f}"
-        yield line(name.replace("leank ", "leank, "), size, f"{row['x']:.2f}", *found)
+        yield line(name.replace("leank ", "leank, "), *kl_cells(row, 1024))
 
 
 def even_rows():
     """The same on a larger model, at one length."""
     known = archives()
     for name in ("leank bits_4", "leank bits_2", "leank pruned_70", "leank fisher_70"):
-        yield line(named(name, LEARNED_MASKS), *even_cells(known[name]))
-    for row in load("kl_qwen_1.5b_even_8192")["archives"][:-1]:
-        yield line(row["name"], *even_cells(row))
-
-
-def even_cells(row):
-    found = (kl(row, 8192, kinds) for kinds in ("kinds seen", "kinds unseen"))
-    return f"{row['token_bytes']:,.0f}", f"{row['x']:.2f}", *found
+        yield line(named(name, LEARNED_MASKS), *kl_cells(known[name], 8192))
+    for row in load("kl_qwen_1.5b_even_8192")["archives"]:
+        if row["name"] != FLOOR:
+            yield line(row["name"], *kl_cells(row, 8192))
 
 
 def halves_rows():
@@ -135,13 +138,7 @@ def kl_rows(directions):
     for name, row in archives().items():
         if name.startswith("directions") is not directions:
             continue
-        found = [
-            kl(row, length, kinds)
-            for length in (8192, 30000)
-            for kinds in ("kinds seen", "kinds unseen")
-        ]
-        title = named(name, LEARNED_MASKS)
-        yield line(title, f"{row['token_bytes']:,.0f}", f"{row['x']:.2f}", *found)
+        yield line(named(name, LEARNED_MASKS), *kl_cells(row, 8192, 30000))
 
 
 @cache
@@ -309,9 +306,6 @@ LEARNED = {
     "learned second 0.002": "stage 1, then stage 2 at 0.002",
     "learned second 0.01": "stage 1, then stage 2 at 0.01",
 }
-
-
-KINDS = "kinds seen", "kinds unseen"
 
 
 def learned_rows():

@@ -52,6 +52,18 @@ def value(name, **labels):
     return REGISTRY.get_sample_value(f"vllm:leank_{name}", {"model_name": "tiny", **labels})
 
 
+def test_settings_are_a_few_words_in_vllms_own_metric(publish):
+    """vLLM makes a label of everything that its cache config has, a whole mask too."""
+    settings = load_settings(publish())
+    (label,) = [
+        sample.labels["_leank_settings"]
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name == "vllm:cache_config_info"
+    ]
+    assert label == f"mask of tests/tiny, sha256 {settings.mask.sha256[:12]}"
+
+
 def test_gauges_of_a_server(publish):
     settings = load_settings(publish())
     plan, window = settings.plan, settings.window

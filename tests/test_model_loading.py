@@ -5,10 +5,6 @@ import shutil
 
 import pytest
 
-from vllm_leank.core.options import Options
-from vllm_leank.mask.file import load_mask
-from vllm_leank.mask.settings import plan_settings
-
 
 @pytest.fixture
 def model(tiny_llama_dir, tmp_path):
@@ -59,16 +55,3 @@ def test_weights_of_another_shape(model, refusal):
 def test_a_folder_without_a_config(model, refusal):
     (model / "config.json").unlink()
     assert "has no config.json, so it is no model" in refusal()
-
-
-def test_what_metrics_say_of_settings_is_short(recall_mask):
-    settings = plan_settings(recall_mask, Options(), 2)
-    assert str(settings) == f"mask of leank/recall, sha256 {recall_mask.sha256[:12]}"
-
-
-@pytest.fixture
-def recall_mask():
-    from vllm_leank.mask.lookup import find_masks
-
-    (found,) = find_masks("leank/recall")
-    return load_mask(found.path)

@@ -8,8 +8,7 @@ from vllm_leank.mask.hub import work_offline_without_a_hub
 
 
 def load_part(kind: Any, path: str, what: str = "", **options: Any) -> Any:
-    """`kind.from_pretrained(path)`, where `kind` is a class of transformers; `what` it is, for the
-    error.
+    """`kind.from_pretrained(path)`, where `kind` is a class of transformers; errors call it `what`.
 
     Raises:
         UserError: it cannot be loaded.

@@ -37,7 +37,7 @@ class Settings:
     selection: Selection | None = None
 
     def __str__(self) -> str:
-        """Short, as vLLM makes a label of a metric of it."""
+        """A few words: vLLM shows them in a label of its metrics."""
         return f"mask of {self.mask.model}, sha256 {(self.mask.sha256 or 'none')[:12]}"
 
     def selection_of(self, layer: int) -> Selection | None:

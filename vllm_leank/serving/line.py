@@ -162,8 +162,8 @@ def parse_words(words: Sequence[str]) -> "argparse.Namespace":
     first = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     if first[:2] == ["leank", "serve"]:
         raise UserError(
-            "this is a line of leank: with --dry-run it says itself what it would serve, and what "
-            "vLLM or leank would refuse"
+            "this is a line of `leank serve`: run it with --dry-run, and it says what it would "
+            "serve, or what vLLM or leank would refuse"
         )
     if len(first) > 1:
         raise UserError(
