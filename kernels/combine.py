@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from vllm_leank.kernels.common import BATCH_POINTERS, load_sink_scores
-from vllm_leank.kernels.shares import after_prompt, share
+from vllm_leank.kernels.shares import after_prompt, share, share_of_heads
 
 
 @triton.jit(
@@ -11,8 +11,8 @@ from vllm_leank.kernels.shares import after_prompt, share
     do_not_specialize_on_alignment=BATCH_POINTERS,
 )
 def combine_kernel(
-    output_ptr, partial_ptr, lse_ptr, sink_scores_ptr, seq_lens_ptr, exact_until_ptr, heads_ptr,
-    programs, archive_units, split_units, wave, stride_o_token, stride_o_head,
+    output_ptr, partial_ptr, lse_ptr, sink_scores_ptr, seq_lens_ptr, exact_until_ptr, work_ptr,
+    heads_ptr, programs, archive_units, split_units, wave, stride_o_token, stride_o_head,
     SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
     DENSE_UNITS: tl.constexpr, WINDOW_COST: tl.constexpr, ROWS: tl.constexpr,
@@ -24,16 +24,21 @@ def combine_kernel(
     """
     i_req, i_head = tl.program_id(0), tl.program_id(1)
     head, g = i_head // G, i_head % G
-    first = tl.load(heads_ptr + 3 * head)
-    splits = tl.load(heads_ptr + 3 * head + 1)
-    if not FEW:
-        splits = programs // H
-        first *= splits
-    head_units = tl.load(heads_ptr + 3 * head + 2)
-    _, _, _, _, _, splits = share(
-        seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-        wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, FEW, SELECTION,
-    )  # fmt: skip
+    if FEW:
+        first = tl.load(heads_ptr + 3 * head)
+        _, _, _, _, _, splits = share(
+            seq_lens_ptr, exact_until_ptr, i_req, tl.load(heads_ptr + 3 * head + 1),
+            tl.load(heads_ptr + 3 * head + 2), archive_units, split_units, wave, SINK, RECENT, H,
+            DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, SELECTION,
+        )  # fmt: skip
+    else:
+        _, _, _, _, o_head, _, of_heads, ends = share_of_heads(
+            seq_lens_ptr, exact_until_ptr, i_req, programs, work_ptr, archive_units, split_units,
+            wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, SELECTION,
+        )  # fmt: skip
+        mine = tl.load(work_ptr + 9 * o_head, mask=o_head < H, other=-1) == head
+        splits = tl.sum(tl.where(mine, of_heads, 0), 0)
+        first = tl.sum(tl.where(mine, ends - of_heads, 0), 0)
     if AFTER_PROMPT:
         splits = tl.where(after_prompt(seq_lens_ptr, exact_until_ptr, i_req), splits, 1)
     if PDL:

@@ -55,7 +55,7 @@ def decode(
         partial, lse = batch.prepared(_scratch, num_reqs, shape.programs, *launches.scratch)
     attend_to = query, output, partial, lse, batch.window_table, far
     share = batch.seq_lens, batch.exact_until, shape.wave
-    launches.attend((num_reqs, shape.programs, 1), *attend_to, *share, shape.early)
+    launches.attend((num_reqs, shape.programs, 1), *attend_to, *share)
     launches.combine(
         (num_reqs, heads[0], shape.parts), output, partial, lse, *share, shape.programs
     )
@@ -108,6 +108,7 @@ def _launches(
     # A launch that may have nothing to do waits for nothing, so nobody may wait for it alone.
     overlaps = shape.tma and not after_prompt
     shared = {
+        "work_ptr": work.programs,
         "archive_units": tables.archive_units,
         "split_units": shape.split_bytes // 256,
         "sink_scores_ptr": cache.sink_scores,
@@ -133,11 +134,10 @@ def _launches(
     attend = Launch(
         decode_kernel,
         ("q_ptr", "output_ptr", "partial_ptr", "lse_ptr", "window_table_ptr", "archive_table_ptr",
-         *share, "early"),
+         *share),
         **shared,
         **cache.descriptor_arguments(shape.tile, shape.window_tile, shape.tma),
         window_ptr=cache.window_pages, archive_ptr=archive, side_ptr=side,
-        work_ptr=work.programs,
         order_ptr=tables.order,
         numbers_ptr=tables.numbers,
         scale_log2=scale * LOG2_E.value,

@@ -5,12 +5,12 @@ import triton.language as tl
 from vllm_leank.kernels.common import BATCH_POINTERS, load_sink_scores
 from vllm_leank.kernels.fold_columns import fold_granules
 from vllm_leank.kernels.shares import after_prompt as is_after_prompt
-from vllm_leank.kernels.shares import cut, share
+from vllm_leank.kernels.shares import cut, share, share_of_heads
 
 
 @triton.jit(
     do_not_specialize=[
-        "archive_units", "split_units", "wave", "early",
+        "archive_units", "split_units", "wave",
         "stride_window_table", "stride_archive_table", "stride_selected",
     ],
     do_not_specialize_on_alignment=BATCH_POINTERS,
@@ -19,7 +19,7 @@ def decode_kernel(
     q_ptr, output_ptr, partial_ptr, lse_ptr, sink_scores_ptr, window_ptr, archive_ptr, side_ptr,
     window_desc, d0, d1, d2, d3, d4, d5,
     window_table_ptr, archive_table_ptr, seq_lens_ptr, exact_until_ptr,
-    work_ptr, order_ptr, numbers_ptr, scale_log2, archive_units, split_units, wave, early,
+    work_ptr, order_ptr, numbers_ptr, scale_log2, archive_units, split_units, wave,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_window_page, stride_archive_page, stride_side,
     stride_window_table, stride_archive_table, stride_selected,
@@ -32,38 +32,45 @@ def decode_kernel(
     STAGES: tl.constexpr, WINDOW_STAGES: tl.constexpr, WINDOW_TILE: tl.constexpr,
     WINDOW_BLOCK: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Programs `[requests, programs of a request]`, by `Tables.work`; not FEW: each head has as
-    many, the first `early` of each come first, and then one of each head in turn. One whose head
-    has no other writes its output; the others leave normalised outputs, fp32, at `partial_ptr` and
-    logarithms, base 2, of their sums of weights at `lse_ptr`, for `combine_kernel`.
+    """Programs `[requests, programs of a request]`, by `Tables.work`; not FEW: those that have
+    something to do come first. One whose head has no other writes its output; the others leave
+    normalised outputs, fp32, at `partial_ptr` and logarithms, base 2, of their sums of weights at
+    `lse_ptr`, for `combine_kernel`.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     # Programs that run together do the same for many requests, so that they share instructions.
     i_req, i_work = tl.program_id(0), tl.program_id(1)
-    if not FEW:
+    if FEW:
+        p_work = work_ptr + 9 * i_work
+        split = tl.load(p_work + 1)
+        place = tl.load(p_work + 3)
+        length, boundary, n_archive, n_dense, head_units, splits = share(
+            seq_lens_ptr, exact_until_ptr, i_req, tl.load(p_work + 2), tl.load(p_work + 7),
+            archive_units, split_units, wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE,
+            UNIT_TILE, ROWS, SELECTION,
+        )  # fmt: skip
+    else:
         # While others read all that memory gives, each number that is not in the cache of a
         # multiprocessor comes late. So one that finds nothing to do asks for few, which others
         # have asked for as well: lengths, and a row for each head.
-        splits = tl.num_programs(1) // H
-        late = i_work - H * early
-        row = tl.where(late < 0, i_work // early, late % H)
-        split = tl.where(late < 0, i_work % early, early + late // H)
-        place = row * splits + split
-        p_work = work_ptr + 9 * row
-    else:
-        p_work = work_ptr + 9 * i_work
-        split = tl.load(p_work + 1)
-        splits = tl.load(p_work + 2)
-        place = tl.load(p_work + 3)
+        length, boundary, n_archive, n_dense, o_row, units, of_rows, ends = share_of_heads(
+            seq_lens_ptr, exact_until_ptr, i_req, tl.num_programs(1), work_ptr, archive_units,
+            split_units, wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS,
+            SELECTION,
+        )  # fmt: skip
+        row = tl.sum((ends <= i_work).to(tl.int32), 0)
+        mine = o_row == row
+        split = i_work - tl.sum(tl.where(o_row < row, of_rows, 0), 0)
+        splits = tl.sum(tl.where(mine, of_rows, 0), 0)
+        head_units = tl.sum(tl.where(mine, units, 0), 0)
+        n_archive = tl.where(head_units > 0, n_archive, 0)
+        place = i_work
+        # Behind the last row are programs that have nothing to do.
+        p_work = work_ptr + 9 * tl.minimum(row, H - 1)
     head = tl.load(p_work)
     p_head = p_work + 4
     variant = tl.load(p_head)
-    head_units = tl.load(p_head + 3)
-    length, boundary, n_archive, n_dense, head_units, splits = share(
-        seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-        wave, SINK, RECENT, H, DENSE_UNITS, WINDOW_COST, TILE, UNIT_TILE, ROWS, FEW, SELECTION,
-    )  # fmt: skip
     if AFTER_PROMPT:
         # Others are not for this launch.
         splits = tl.where(is_after_prompt(seq_lens_ptr, exact_until_ptr, i_req), splits, 0)

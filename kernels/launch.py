@@ -31,12 +31,12 @@ LEAST_PROGRAMS = 16
 """Programs per request at least, where requests are few."""
 
 SPARE = 4
-"""How many times as many programs a KV head of one of many requests has, if it may have so many, as
-in a batch of equal requests. They are for long requests among short ones."""
+"""How many times as many programs one of many requests has, if it may have so many, as work in a
+batch of equal requests. They are for long requests among short ones."""
 
 MOST_PROGRAMS = 8192
-"""Programs of a launch of many requests up to which heads have some to spare: each takes memory for
-results, whether it works or not."""
+"""Programs of a launch of many requests up to which requests have some to spare: each takes memory
+for results, whether it works or not."""
 
 COMBINED = 16, 32, 128
 """Splits of a head that are combined at once: for few programs of a request, for more, and, where
@@ -94,11 +94,9 @@ class DecodeLaunch(NamedTuple):
 
     Attributes:
         programs: programs per request, shared out over the KV heads.
-        early: of many requests, programs of each KV head that come before all others of a request:
-            those that have work in a batch of equal requests.
         wave: parts into which all that is read is cut; about as many programs work.
         few: whether requests are so few that all is cut into one wave, and a table says which heads
-            programs are for. Of many requests all heads have as many programs.
+            programs are for. Of many requests programs find that out.
         tile: archived tokens of a loop iteration; divides the archive block.
         tma: see `Device`.
         split_bytes: bytes that a program should read at least.
@@ -110,7 +108,6 @@ class DecodeLaunch(NamedTuple):
     """
 
     programs: int
-    early: int
     wave: int
     few: bool
     tile: int
@@ -131,7 +128,7 @@ class DecodeLaunch(NamedTuple):
         """The same without what calls pass: launches in which this is equal share kernels, and are
         prepared once. A table is for one number of programs.
         """
-        return self if self.few else self._replace(programs=0, early=0, wave=0)
+        return self if self.few else self._replace(programs=0, wave=0)
 
 
 @dataclass(frozen=True)
@@ -194,6 +191,16 @@ def whole_waves(num_heads: int, wave: int) -> int:
     return wave if taken(wave) > 0.9 else max((wave, 2 * wave), key=taken)
 
 
+def programs_of_many(num_reqs: int, num_kv_heads: int, wave: int, counted: bool) -> int:
+    """Programs per request of a batch of many: as many as parts of equal requests need, or more
+    where it is `counted` what all requests read.
+    """
+    parts = max(wave // (num_reqs * num_kv_heads), 1) * num_kv_heads
+    # Heads of less than a part have a program as well.
+    needed = parts + num_kv_heads - 1
+    return max(needed, min(SPARE * parts, MOST_PROGRAMS // num_reqs)) if counted else needed
+
+
 def combined_splits(programs: int, num_kv_heads: int) -> int:
     """Splits of a head that are combined at once, a power of two, for so many programs of a
     request. One load of all takes less time than several, one after the other.
@@ -220,17 +227,15 @@ def choose_decode(
     # A segment is as long as the tiles of few requests.
     shape = codec_of(layout.archive_format).decode_shape(layout, requests, short_tiles=selects)
     if is_few:
-        wave, early = shape.wave, 0
+        wave = shape.wave
         programs = programs_of_few(num_reqs, num_kv_heads, wave)
         combined = combined_splits(programs, num_kv_heads)
     else:
         wave = whole_waves(num_heads, shape.wave)
-        early = max(wave // num_heads, 1)
-        most = max(early, min(SPARE * early, MOST_PROGRAMS // num_heads)) if rows else early
-        programs, combined = most * num_kv_heads, COMBINED[0]
+        programs = programs_of_many(num_reqs, num_kv_heads, wave, bool(rows))
+        combined = COMBINED[0]
     return DecodeLaunch(
         programs=programs,
-        early=early,
         wave=wave,
         few=is_few,
         tile=tile_tokens(layout, selects, requests),

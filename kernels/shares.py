@@ -9,6 +9,14 @@ from vllm_leank.core.selection import SHARE_UNITS
 SHARE = tl.constexpr(SHARE_UNITS)
 
 
+@triton.constexpr_function
+def _lanes(heads):
+    """Places of a vector with one for each head: at least a warp's, so that a sum over them is one
+    instruction, whose result the compiler knows to be the same for all threads.
+    """
+    return max(triton.next_power_of_2(heads), 32)
+
+
 @triton.jit
 def selected(segments, SELECTION: tl.constexpr):
     """`Selection.count`: of so many far segments, how many are read. `SELECTION` has its
@@ -35,24 +43,14 @@ def _span(
 
 
 @triton.jit
-def share(
-    seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
-    wave, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, DENSE_UNITS: tl.constexpr,
-    WINDOW_COST: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
-    ROWS: tl.constexpr, FEW: tl.constexpr, SELECTION: tl.constexpr,
+def _part_units(
+    seq_lens_ptr, exact_until_ptr, archive_units, split_units, wave, SINK: tl.constexpr,
+    RECENT: tl.constexpr, H: tl.constexpr, DENSE_UNITS: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, SELECTION: tl.constexpr,
 ):  # fmt: skip
-    """What one KV head of a request reads, and over how many of its programs: no more than give
-    each `split_units` to read, and, in a batch of at most `ROWS` requests, all of them about `wave`
-    of equal size, whatever the lengths. FEW: parts are APART as in `cut`.
-
-    Units are 256 bytes; `head_units` are those of `UNIT_TILE` tokens of the head, `archive_units`
-    of all heads, and `DENSE_UNITS` those of a dense granule of one. Returns the length, the
-    boundary, the numbers of archive tiles and of dense granules, the units of one of these tiles,
-    and the programs.
+    """Units that a program should read: `split_units` at least, and in a batch of at most `ROWS`
+    requests a `wave`th of what all of them read, `archive_units` in an archive tile of all heads.
     """
-    tl.static_assert(TILE % UNIT_TILE == 0)
-    head_units *= TILE // UNIT_TILE
-    archive_units *= TILE // UNIT_TILE
     if ROWS > 0:
         o_row = tl.arange(0, ROWS)
         m_row = o_row < tl.num_programs(0)
@@ -65,19 +63,88 @@ def share(
         high, low = tl.sum(of_rows >> 10, 0), tl.sum(of_rows & 1023, 0)
         part = high // wave * 1024 + (high % wave * 1024 + low) // wave
         split_units = tl.maximum(split_units, part)
-    length = tl.load(seq_lens_ptr + i_req)
-    exact_until = tl.load(exact_until_ptr + i_req)
-    boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE, SELECTION)
-    n_archive = tl.where(head_units > 0, n_archive, 0)
+    return split_units
+
+
+@triton.jit
+def _splits(
+    n_archive, n_dense, head_units, split_units, most, DENSE_UNITS: tl.constexpr,
+    WINDOW_COST: tl.constexpr,
+):  # fmt: skip
+    """Parts of `split_units` at least, and `most` of them, into which heads are cut that read so
+    many archive tiles of `head_units` and dense granules.
+    """
     # In any part as long as a tile and a granule one of them begins.
     split_units = tl.maximum(split_units, tl.maximum(head_units, DENSE_UNITS * WINDOW_COST))
     units = n_archive * head_units + n_dense * DENSE_UNITS
     # A padded row has no part.
-    splits = tl.minimum(splits, tl.minimum(tl.maximum(units // split_units, 1), units))
-    # And where parts have some of both, each has a tile or a granule.
-    if not FEW:
-        splits = tl.minimum(splits, tl.maximum(n_archive, n_dense))
+    return tl.minimum(most, tl.minimum(tl.maximum(units // split_units, 1), units))
+
+
+@triton.jit
+def share(
+    seq_lens_ptr, exact_until_ptr, i_req, splits, head_units, archive_units, split_units,
+    wave, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, DENSE_UNITS: tl.constexpr,
+    WINDOW_COST: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
+    ROWS: tl.constexpr, SELECTION: tl.constexpr,
+):  # fmt: skip
+    """Of few requests: what one KV head of a request reads, and over how many of its `splits`
+    programs, so that each has as much to do as those of other heads and requests (`_part_units`).
+
+    Units are 256 bytes; `head_units` are those of `UNIT_TILE` tokens of the head, `archive_units`
+    of all heads, and `DENSE_UNITS` those of a dense granule of one. Returns the length, the
+    boundary, the numbers of archive tiles and of dense granules, the units of one of these tiles,
+    and the programs. Parts are APART as in `cut`.
+    """
+    tl.static_assert(TILE % UNIT_TILE == 0)
+    head_units *= TILE // UNIT_TILE
+    split_units = _part_units(
+        seq_lens_ptr, exact_until_ptr, archive_units * (TILE // UNIT_TILE), split_units, wave,
+        SINK, RECENT, H, DENSE_UNITS, TILE, ROWS, SELECTION,
+    )  # fmt: skip
+    length = tl.load(seq_lens_ptr + i_req)
+    exact_until = tl.load(exact_until_ptr + i_req)
+    boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE, SELECTION)
+    n_archive = tl.where(head_units > 0, n_archive, 0)
+    splits = _splits(n_archive, n_dense, head_units, split_units, splits, DENSE_UNITS, WINDOW_COST)
     return length, boundary, n_archive, n_dense, head_units, splits
+
+
+@triton.jit
+def share_of_heads(
+    seq_lens_ptr, exact_until_ptr, i_req, programs, work_ptr, archive_units, split_units,
+    wave, SINK: tl.constexpr, RECENT: tl.constexpr, H: tl.constexpr, DENSE_UNITS: tl.constexpr,
+    WINDOW_COST: tl.constexpr, TILE: tl.constexpr, UNIT_TILE: tl.constexpr,
+    ROWS: tl.constexpr, SELECTION: tl.constexpr,
+):  # fmt: skip
+    """Of many requests: over how many programs of a request each row of `Work.programs` goes, the
+    first rows over its first programs. As `share`, but parts are not APART, so each has a tile or a
+    granule, and a request that would need more than its `programs` has larger parts.
+
+    Returns the length, the boundary, the numbers of archive tiles and of dense granules of a head
+    that stores something, and for each row, in vectors of `_lanes(H)`: its number, the units of an
+    archive tile, the programs, and how many programs it ends before.
+    """
+    tl.static_assert(TILE % UNIT_TILE == 0)
+    split_units = _part_units(
+        seq_lens_ptr, exact_until_ptr, archive_units * (TILE // UNIT_TILE), split_units, wave,
+        SINK, RECENT, H, DENSE_UNITS, TILE, ROWS, SELECTION,
+    )  # fmt: skip
+    length = tl.load(seq_lens_ptr + i_req)
+    exact_until = tl.load(exact_until_ptr + i_req)
+    boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE, SELECTION)
+    o_row = tl.arange(0, _lanes(H))
+    m_row = o_row < H
+    units = tl.load(work_ptr + 9 * o_row + 7, mask=m_row, other=0) * (TILE // UNIT_TILE)
+    # Heads with less than a part have one program each, and all others together have no more than
+    # parts: `H` - 1 more programs than parts are enough.
+    of_request = tl.sum(units, 0) * n_archive + n_dense * (H * DENSE_UNITS)
+    split_units = tl.maximum(split_units, tl.cdiv(of_request, programs - (H - 1)))
+    tiles = tl.where(units > 0, n_archive, 0)
+    dense = tl.where(m_row, n_dense, 0)
+    splits = _splits(tiles, dense, units, split_units, programs, DENSE_UNITS, WINDOW_COST)
+    splits = tl.minimum(splits, tl.maximum(tiles, dense))
+    return length, boundary, n_archive, n_dense, o_row, units, splits, tl.cumsum(splits, 0)
 
 
 @triton.jit

@@ -84,14 +84,16 @@ def test_many_requests_take_longer_tiles_and_read_the_same(monkeypatch, tma, gro
 
 @pytest.mark.parametrize("rows", [128, 0], ids=["counted", "uncounted"])
 def test_a_long_request_among_many_has_programs_to_spare(monkeypatch, tma, rows):
-    """All that its heads have, where lengths are counted; each has a part of its own of the
-    results, which one program more combines. Padded rows have none.
+    """As many as it has parts, where lengths are counted, else as many as all have; those of a head
+    follow each other, each has a part of its own of the results, and one program more combines
+    them, more than it loads at once among them. Padded rows have none.
     """
-    early, heads = 2, (CODED[128][1], TWO, Profile())
+    parts, heads = 8, (CODED[128][1], TWO, Profile())
     monkeypatch.setattr(launch, "FEW_HEADS", 0)
     monkeypatch.setattr(launch, "SPLIT_BYTES", (256, 256))
-    monkeypatch.setattr(launch, "whole_waves", lambda heads, wave: early * heads)
+    monkeypatch.setattr(launch, "whole_waves", lambda heads, wave: parts * heads)
     monkeypatch.setattr(launch, "COUNTED_REQUESTS", (rows,))
+    monkeypatch.setattr(launch, "COMBINED", (4, 32, 128))
     monkeypatch.setattr(launch, "choose_decode", launch.choose_decode.__wrapped__)
     monkeypatch.setattr(decode, "choose_decode", launch.choose_decode)
     builder = CacheBuilder(
@@ -115,15 +117,16 @@ def test_a_long_request_among_many_has_programs_to_spare(monkeypatch, tma, rows)
     assert relative_rms(output[:3], step.expected) < CODED_FP16[1]
     assert not output[3:].any()
     # One whose head has no other program writes its output, and leaves nothing to combine.
-    used = made[1].isfinite().all(-1).view(8, len(heads), -1).sum(-1).tolist()
+    used = made[1].isfinite().all(-1)
     found = launch.choose_decode(8, cache.layout, cache.tables.device)
-    assert (found.early, found.programs) == (early, len(heads) * early * (4 if rows else 1))
-    assert used[3:] == [[0, 0, 0]] * 5
-    if rows:
-        assert used[0] == [0, 0, 0]
-        assert used[1][:2] == [4 * early, 4 * early]
-    else:
-        assert used[:3] == [[early] * 3] * 3
+    assert found.programs == used.shape[1]
+    assert found.programs == (3 * parts * 4 if rows else 3 * parts + 2)
+    # None that works comes after one that does not.
+    counts = used.sum(1)
+    assert torch.equal(used, torch.arange(found.programs, device=DEVICE) < counts[:, None])
+    assert not counts[3:].any()
+    assert counts[0] < counts[2] < 3 * parts
+    assert (counts[1] > 3 * parts) == bool(rows)
 
 
 @pytest.mark.skipif(GPU, reason="other tests show it there, where programs run at once")
