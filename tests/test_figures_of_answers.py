@@ -230,6 +230,7 @@ def small_study_rows():
 def smallest_study():
     """Variants by name that SmolLM2 was served with."""
     known = {"smollm2_70pruned": "pruned_70", "smollm2_4bit": "bits_4", "smollm2_2bit": "bits_2"}
+    known |= {"50pruned": "pruned_50", "1.5bit": "bits_1.5", "1bit": "bits_1"}
     found = merged(RESULTS / "study_smollm2")["variants"]
     return {known.get(one["variant"], one["variant"]): one for one in found}
 
