@@ -24,8 +24,8 @@ more, shares of one wave would be uneven, and more waves end together."""
 
 COUNTED_REQUESTS = 128, 256
 """Requests up to which each program of decode adds up what all of them read, so that a long one
-among short ones has more programs; fewer or more of them at once. Of still more requests all have
-as many."""
+among short ones has more programs; fewer or more of them at once. Of still more requests none has
+more than in a batch of equal ones."""
 
 LEAST_PROGRAMS = 16
 """Programs per request at least, where requests are few."""

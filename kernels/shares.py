@@ -43,13 +43,14 @@ def _span(
 
 
 @triton.jit
-def _part_units(
-    seq_lens_ptr, exact_until_ptr, archive_units, split_units, wave, SINK: tl.constexpr,
+def _reads(
+    seq_lens_ptr, exact_until_ptr, i_req, archive_units, split_units, wave, SINK: tl.constexpr,
     RECENT: tl.constexpr, H: tl.constexpr, DENSE_UNITS: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr, SELECTION: tl.constexpr,
 ):  # fmt: skip
-    """Units that a program should read: `split_units` at least, and in a batch of at most `ROWS`
-    requests a `wave`th of what all of them read, `archive_units` in an archive tile of all heads.
+    """What a request reads: its length, the boundary, the numbers of dense granules and of archive
+    tiles, and the units that a program should read: `split_units` at least, and in a batch of at
+    most `ROWS` requests a `wave`th of what all read, `archive_units` in a tile of all heads.
     """
     if ROWS > 0:
         o_row = tl.arange(0, ROWS)
@@ -63,7 +64,10 @@ def _part_units(
         high, low = tl.sum(of_rows >> 10, 0), tl.sum(of_rows & 1023, 0)
         part = high // wave * 1024 + (high % wave * 1024 + low) // wave
         split_units = tl.maximum(split_units, part)
-    return split_units
+    length = tl.load(seq_lens_ptr + i_req)
+    exact_until = tl.load(exact_until_ptr + i_req)
+    boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE, SELECTION)
+    return length, boundary, n_dense, n_archive, split_units
 
 
 @triton.jit
@@ -71,8 +75,8 @@ def _splits(
     n_archive, n_dense, head_units, split_units, most, DENSE_UNITS: tl.constexpr,
     WINDOW_COST: tl.constexpr,
 ):  # fmt: skip
-    """Parts of `split_units` at least, and `most` of them, into which heads are cut that read so
-    many archive tiles of `head_units` and dense granules.
+    """Into how many parts heads are cut, `most` of them, that read so many archive tiles of
+    `head_units` and dense granules: each part has `split_units` at least.
     """
     # In any part as long as a tile and a granule one of them begins.
     split_units = tl.maximum(split_units, tl.maximum(head_units, DENSE_UNITS * WINDOW_COST))
@@ -89,7 +93,7 @@ def share(
     ROWS: tl.constexpr, SELECTION: tl.constexpr,
 ):  # fmt: skip
     """Of few requests: what one KV head of a request reads, and over how many of its `splits`
-    programs, so that each has as much to do as those of other heads and requests (`_part_units`).
+    programs, so that each has as much to do as those of other heads and requests (`_reads`).
 
     Units are 256 bytes; `head_units` are those of `UNIT_TILE` tokens of the head, `archive_units`
     of all heads, and `DENSE_UNITS` those of a dense granule of one. Returns the length, the
@@ -98,13 +102,10 @@ def share(
     """
     tl.static_assert(TILE % UNIT_TILE == 0)
     head_units *= TILE // UNIT_TILE
-    split_units = _part_units(
-        seq_lens_ptr, exact_until_ptr, archive_units * (TILE // UNIT_TILE), split_units, wave,
-        SINK, RECENT, H, DENSE_UNITS, TILE, ROWS, SELECTION,
+    length, boundary, n_dense, n_archive, split_units = _reads(
+        seq_lens_ptr, exact_until_ptr, i_req, archive_units * (TILE // UNIT_TILE), split_units,
+        wave, SINK, RECENT, H, DENSE_UNITS, TILE, ROWS, SELECTION,
     )  # fmt: skip
-    length = tl.load(seq_lens_ptr + i_req)
-    exact_until = tl.load(exact_until_ptr + i_req)
-    boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE, SELECTION)
     n_archive = tl.where(head_units > 0, n_archive, 0)
     splits = _splits(n_archive, n_dense, head_units, split_units, splits, DENSE_UNITS, WINDOW_COST)
     return length, boundary, n_archive, n_dense, head_units, splits
@@ -123,16 +124,13 @@ def share_of_heads(
 
     Returns the length, the boundary, the numbers of archive tiles and of dense granules of a head
     that stores something, and for each row, in vectors of `_lanes(H)`: its number, the units of an
-    archive tile, the programs, and how many programs it ends before.
+    archive tile, its programs, and the sum of these and of those of all rows before.
     """
     tl.static_assert(TILE % UNIT_TILE == 0)
-    split_units = _part_units(
-        seq_lens_ptr, exact_until_ptr, archive_units * (TILE // UNIT_TILE), split_units, wave,
-        SINK, RECENT, H, DENSE_UNITS, TILE, ROWS, SELECTION,
+    length, boundary, n_dense, n_archive, split_units = _reads(
+        seq_lens_ptr, exact_until_ptr, i_req, archive_units * (TILE // UNIT_TILE), split_units,
+        wave, SINK, RECENT, H, DENSE_UNITS, TILE, ROWS, SELECTION,
     )  # fmt: skip
-    length = tl.load(seq_lens_ptr + i_req)
-    exact_until = tl.load(exact_until_ptr + i_req)
-    boundary, n_dense, n_archive = _span(length, exact_until, SINK, RECENT, TILE, SELECTION)
     o_row = tl.arange(0, _lanes(H))
     m_row = o_row < H
     units = tl.load(work_ptr + 9 * o_row + 7, mask=m_row, other=0) * (TILE // UNIT_TILE)

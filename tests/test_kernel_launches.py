@@ -124,9 +124,7 @@ def test_a_long_request_among_many_has_programs_to_spare(monkeypatch, tma, rows)
     # None that works comes after one that does not.
     counts = used.sum(1)
     assert torch.equal(used, torch.arange(found.programs, device=DEVICE) < counts[:, None])
-    assert not counts[3:].any()
-    assert counts[0] < counts[2] < 3 * parts
-    assert (counts[1] > 3 * parts) == bool(rows)
+    assert counts.tolist() == [6, 28 if rows else 22, 18, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.skipif(GPU, reason="other tests show it there, where programs run at once")
