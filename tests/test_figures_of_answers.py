@@ -76,13 +76,14 @@ def uniform_rows():
 
 
 def even_rows():
-    """The same on a larger model, at one length."""
+    """The same on a larger model, at two lengths."""
     known = archives()
     for name in ("leank bits_4", "leank bits_2", "leank pruned_70", "leank fisher_70"):
-        yield line(named(name, LEARNED_MASKS), *kl_cells(known[name], 8192))
-    for row in load("kl_qwen_1.5b_even_8192")["archives"]:
+        yield line(named(name, LEARNED_MASKS), *kl_cells(known[name], 8192, 30000))
+    even = joined(load(f"kl_qwen_1.5b_even_{length}") for length in (8192, 30000))
+    for row in even["archives"]:
         if row["name"] != FLOOR:
-            yield line(row["name"], *kl_cells(row, 8192))
+            yield line(row["name"], *kl_cells(row, 8192, 30000))
 
 
 def halves_rows():
