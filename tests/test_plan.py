@@ -98,6 +98,26 @@ def test_plan_as_a_table(recall):
     assert "would not start" not in out
 
 
+@pytest.mark.parametrize(
+    ("overrides", "longest"),
+    [
+        ({}, 32768),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 65536),
+        ({"max_position_embeddings": 131072}, 131072),
+    ],
+    ids=["as it is", "scaled", "of a longer config"],
+)
+def test_plan_knows_what_requests_vllm_refuses(recall, overrides, longest):
+    """Instead of a line that would not start."""
+    given = "--kv-cache-memory", "8GiB", "--bits", 2, "--hf-overrides", json.dumps(overrides)
+    out = recall(*given, "--max-model-len", longest)[1]
+    assert "to serve it:" in out
+    assert "would refuse" not in out
+    out = " ".join(recall(*given, "--max-model-len", longest + 1)[1].split())
+    assert "to serve it:" not in out
+    assert f"vLLM would refuse this: the model's config has requests of up to {longest:,}" in out
+
+
 def test_plan_says_what_a_step_reads(recall):
     """Of 8,256 tokens with 6,144 bytes dense, and of weights where they are known."""
     args = "--max-model-len", 8256

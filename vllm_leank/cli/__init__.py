@@ -28,8 +28,10 @@ from vllm_leank.errors import UserError
 from vllm_leank.version import __version__
 
 app = typer.Typer(
-    help="LeanK for vLLM.",
+    help="Smaller KV caches for long contexts in vLLM. From nothing to a server: `leank serve MODEL "
+    "--bits 2`.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
@@ -47,7 +49,7 @@ def _leank(
         typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit."),
     ] = False,
 ) -> None:
-    """LeanK for vLLM."""
+    """Runs before every command."""
 
 
 mask.app.command()(mask_calibrate.calibrate)

@@ -18,6 +18,7 @@ from vllm_leank.core.capacity import (
     estimate_pool,
     pruned_prefill,
 )
+from vllm_leank.core.hf_config import fields_of, longest_request
 from vllm_leank.core.layers import sliding_layers, state_layers
 from vllm_leank.core.other_layers import other_layers, refused_prefill
 from vllm_leank.errors import UserError
@@ -135,7 +136,8 @@ def plan(
     options = parse_options(
         {KEY: {"sink": sink, "recent": recent, "prefill": prefill, "pages": read}}
     )
-    kind = None if checkpoint is None else other_layers(checkpoint.plain or checkpoint.config)
+    config = None if checkpoint is None else checkpoint.plain or checkpoint.config
+    kind = None if config is None else other_layers(config)
     if reason := refused_prefill(kind, prefill):
         raise UserError(reason)
     if bits is not None and mask is not None:
@@ -169,6 +171,9 @@ def plan(
         "max_num_batched_tokens": max_num_batched_tokens,
         "tensor_parallel_size": tp,
         "max_model_len": max_model_len,
+        "longest_request": None
+        if config is None
+        else longest_request(fields_of(config), found.geometry.rope_scaling),
     }
     pool = kv_cache_memory
     if gpu_memory is not None:
@@ -259,8 +264,15 @@ def _print(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: bool
     console.print(what_a_step_reads(capacities, weights), soft_wrap=True)
     if "while_computed" in facts:
         console.print(f"leank: {facts['while_computed']}", soft_wrap=True)
+    longest = facts["longest_request"]
     if too_long := what_does_not_fit(capacities):
         console.print(too_long, soft_wrap=True)
+    elif longest is not None and longest < facts["max_model_len"]:
+        console.print(
+            f"vLLM would refuse this: the model's config has requests of up to {longest:,} tokens. "
+            "For longer ones give --hf-overrides with rope_parameters (YaRN, say), here and there",
+            soft_wrap=True,
+        )
     else:
         console.print("to serve it:")
         console.print(f"  {facts['serve']}", markup=False, soft_wrap=True)

@@ -72,3 +72,14 @@ def kv_heads(get: Get) -> int:
     else:
         own = next((value for name in _KV_HEADS if (value := get(name)) is not None), None)
     return int(own or required(get, "num_attention_heads"))
+
+
+def longest_request(get: Get, rope_scaling: Mapping[str, Any] | None) -> int | None:
+    """Tokens of the longest request that vLLM serves a model with, unless it is told otherwise;
+    None where the config does not say. Other kinds of RoPE than these have it scaled already.
+    """
+    length, scaling = get("max_position_embeddings"), rope_scaling or {}
+    if length is None:
+        return None
+    scaled = scaling.get("rope_type") in ("linear", "dynamic")
+    return int(length * (scaling.get("factor", 1.0) if scaled else 1))
