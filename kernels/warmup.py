@@ -65,7 +65,7 @@ def compile_kernels(
     layers that need the same kernels.
     """
     begin = time.monotonic()
-    tell("leank kernels: compiling")
+    tell("leank kernels: compiling; Triton keeps them on disk for the next start")
     workers = ThreadPoolExecutor(
         os.cpu_count(), initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),)
     )

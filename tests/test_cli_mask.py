@@ -149,3 +149,27 @@ def test_showing_a_mask_needs_no_torch(mask_file):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "mask calibrate --bits 2",
+        "mask learn --ratio 0.7 --out new.yaml",
+        "mask heads --data prompts.jsonl",
+        "mask prompts --out new.jsonl",
+        "verify",
+        "plan --kv-cache-memory 1GiB --max-model-len 4096",
+        "bench serve",
+    ],
+)
+def test_commands_take_one_model_as_argument_or_option(leank, command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for models in ("", "one --model another"):
+        code, _, err = leank(*command.split(), *models.split())
+        assert (code, err[:23]) == (2, "leank: name one model: ")
+    if command != "bench serve":  # which asks for vLLM before it looks
+        for models in ("no/such", "--model no/such"):
+            code, _, err = leank(*command.split(), *models.split())
+            assert code == 2
+            assert "no/such" in err

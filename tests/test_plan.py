@@ -383,7 +383,7 @@ def test_plan_needs_no_model_where_there_is_its_mask(leank):
     assert "states that layers keep beside attention" in out
     code, _, err = leank("plan", *asked)
     assert code == 2
-    assert "name a model by --model, or its mask by --mask" in err
+    assert "name one model: leank plan MODEL, or its mask by --mask" in err
 
 
 def test_weights_are_counted_as_transformers_builds_them(tmp_path):

@@ -28,8 +28,8 @@ from vllm_leank.errors import UserError
 from vllm_leank.version import __version__
 
 app = typer.Typer(
-    help="Smaller KV caches for long contexts in vLLM. From nothing to a server: `leank serve MODEL "
-    "--bits 2`.",
+    help="Smaller KV caches for long contexts in vLLM. "
+    "From nothing to a server: `leank serve MODEL --bits 2`.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

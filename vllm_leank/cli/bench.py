@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 import typer
 
 from vllm_leank.bench.serve import DEFAULT_VARIANTS, VARIANTS
-from vllm_leank.cli.options import ArchiveDtype, Pages, RecentOfMask, SinkOfMask
+from vllm_leank.cli.options import (
+    ArchiveDtype,
+    ModelArgument,
+    ModelOption,
+    Pages,
+    RecentOfMask,
+    SinkOfMask,
+    one_model,
+)
 from vllm_leank.cli.outputs import check_new
 
 app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True)
@@ -91,7 +99,8 @@ def attention(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="Checkpoint: a directory or a hub id.")],
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     variants: Annotated[
         str,
         typer.Option(help=f"What to run: {', '.join(VARIANTS)}."),
@@ -147,6 +156,7 @@ def serve(
     from vllm_leank.core.selection import whole_or_share
     from vllm_leank.mask.file import load_mask
 
+    model = one_model(model, model_option, "leank bench serve MODEL --mask mask.yaml")
     if out is not None:
         check_new(out, overwrite)
     chosen = serving.parse_variants(variants)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_leank.cli.options import Device, Dtype, Overrides
+from vllm_leank.cli.options import Device, Dtype, ModelArgument, ModelOption, Overrides, one_model
 from vllm_leank.cli.outputs import check_new
 from vllm_leank.errors import UserError
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def heads(
-    model: Annotated[str, typer.Option(help="Checkpoint: a directory or a hub id.")],
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    *,
     data: Annotated[
         Path, typer.Option(help='JSONL, lines {"prompt_token_ids": [...]} or {"prompt": "..."}.')
     ],
@@ -44,6 +46,7 @@ def heads(
     its RoPE pairs. Those blur over long distances, so a head that lives on them can hardly look
     far. A guess without training: compare with masks that are learned or calibrated.
     """
+    model = one_model(model, model_option, "leank mask heads MODEL --data prompts.jsonl")
     if out is not None:
         check_new(out, overwrite)
     import numpy as np

@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
-from vllm_leank.cli.options import RECENT, SINK, Recent, Sink
+from vllm_leank.cli.options import RECENT, SINK, ModelArgument, ModelOption, Recent, Sink, one_model
 from vllm_leank.cli.outputs import check_new
 from vllm_leank.errors import UserError
 
 
 def prompts(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Whose tokens: a directory or a hub id.")
-    ],
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    *,
     out: Annotated[Path, typer.Option(help="The JSONL file to write.")],
     count: Annotated[int, typer.Option("--prompts", min=1, help="How many.")] = 16,
     max_tokens: Annotated[
@@ -30,6 +30,7 @@ def prompts(
     A start for a file of one's own: a line is a prompt, with its token ids, its answer's, and both
     as text for people.
     """
+    model = one_model(model, model_option, "leank mask prompts MODEL --out prompts.jsonl")
     check_new(out, overwrite)
     from vllm_leank.core.atomic import write_atomically
     from vllm_leank.mask.checkpoint import Checkpoint

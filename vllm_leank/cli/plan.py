@@ -1,19 +1,25 @@
 """`leank plan`: how many requests would fit, before anything is started."""
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_leank.cli.options import Overrides, Pages, RecentOfMask, SinkOfMask
+from vllm_leank.cli.options import (
+    ModelOption,
+    Overrides,
+    Pages,
+    RecentOfMask,
+    SinkOfMask,
+    one_model,
+)
 from vllm_leank.cli.plan_line import serve_line
+from vllm_leank.cli.plan_report import print_plan
 from vllm_leank.cli.sizes import parse_size, readable
 from vllm_leank.core.capacity import (
     BATCHED_TOKENS,
     OTHER_BYTES,
     STEPS_AT_ONCE,
     UTILIZATION,
-    Capacity,
     compare,
     estimate_pool,
     pruned_prefill,
@@ -34,14 +40,16 @@ _ITEMSIZE = 2
 
 
 def plan(
-    *,
     model: Annotated[
         str | None,
-        typer.Option(
+        typer.Argument(
+            metavar="MODEL",
             help="A directory with config.json, that file, or a hub id.",
             show_default="the one of --mask",
         ),
     ] = None,
+    model_option: ModelOption = None,
+    *,
     max_model_len: Annotated[
         int, typer.Option(min=1, help="Tokens of each request, prompt and answer.")
     ],
@@ -129,8 +137,8 @@ def plan(
     from vllm_leank.core.selection import whole_or_share
     from vllm_leank.mask.checkpoint import Checkpoint
 
-    if model is None and mask is None:
-        raise UserError("name a model by --model, or its mask by --mask")
+    if mask is None or model or model_option:
+        model = one_model(model, model_option, "leank plan MODEL, or its mask by --mask")
     checkpoint = None if model is None else Checkpoint.open(model, overrides=hf_overrides)
     read = whole_or_share(pages)
     options = parse_options(
@@ -179,7 +187,7 @@ def plan(
     if gpu_memory is not None:
         if weights is None:
             if checkpoint is None:
-                raise UserError("--gpu-memory needs --model, or the size of its --weights")
+                raise UserError("--gpu-memory needs MODEL, or the size of its --weights")
             weights = _weights(checkpoint)
         other = OTHER_BYTES if other is None else other
         pool = estimate_pool(gpu_memory, gpu_memory_utilization, weights // tp, other)
@@ -195,7 +203,7 @@ def plan(
         STEPS_AT_ONCE * max_num_batched_tokens, settings.selection,
     )  # fmt: skip
     line = serve_line(facts, mask, gpu_memory_utilization)
-    _print(capacities, facts | {"pool_bytes": pool, "serve": line}, as_json)
+    print_plan(capacities, facts | {"pool_bytes": pool, "serve": line}, as_json)
     raise typer.Exit(0 if capacities["leank"].in_prefill >= 1 else 1)
 
 
@@ -227,7 +235,7 @@ def _settings(
         sliding, states = sliding_layers(config), state_layers(config, _ITEMSIZE, tp)
         return plan_settings(mask, options, _ITEMSIZE, tp, sliding=sliding, states=states)
     if mask.geometry.served_layers is not None:
-        raise UserError("other layers than those of the mask take memory as well: give --model")
+        raise UserError("other layers than those of the mask take memory as well: give MODEL")
     return plan_settings(mask, options, _ITEMSIZE, tp)
 
 
@@ -236,61 +244,3 @@ def _weights(checkpoint: "Checkpoint") -> int:
         return checkpoint.weight_bytes(_ITEMSIZE)
     except UserError as error:
         raise UserError(f"{error}; give it with --weights") from None
-
-
-def _print(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: bool) -> None:
-    from vllm_leank.cli.capacity_table import (
-        capacity_json,
-        capacity_table,
-        what_a_step_reads,
-        what_does_not_fit,
-    )
-
-    if as_json:
-        print(json.dumps(facts | {"engines": capacity_json(capacities)}, indent=2))
-        return
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    console.print(_sentence(facts), markup=False, soft_wrap=True)
-    if not facts["model_read"]:
-        console.print(
-            "without --model: states that layers keep beside attention, as Falcon-H1's do, are not "
-            "counted",
-            soft_wrap=True,
-        )
-    console.print(capacity_table(capacities, facts["max_model_len"]))
-    weights = facts.get("weight_bytes", 0) // facts["tensor_parallel_size"]
-    console.print(what_a_step_reads(capacities, weights), soft_wrap=True)
-    if "while_computed" in facts:
-        console.print(f"leank: {facts['while_computed']}", soft_wrap=True)
-    longest = facts["longest_request"]
-    if too_long := what_does_not_fit(capacities):
-        console.print(too_long, soft_wrap=True)
-    elif longest is not None and longest < facts["max_model_len"]:
-        console.print(
-            f"vLLM would refuse this: the model's config has requests of up to {longest:,} tokens. "
-            "For longer ones give --hf-overrides with rope_parameters (YaRN, say), here and there",
-            soft_wrap=True,
-        )
-    else:
-        console.print("to serve it:")
-        console.print(f"  {facts['serve']}", markup=False, soft_wrap=True)
-
-
-def _sentence(facts: dict[str, Any]) -> str:
-    pool = readable(facts["pool_bytes"])
-    where = f" on each of {facts['tensor_parallel_size']} GPUs"
-    where = where if facts["tensor_parallel_size"] > 1 else ""
-    window = "sink {sink}, recent {recent}".format(**facts["window"])
-    if facts["mask"] is None:
-        window = f"no mask, {facts['bits']:.2f} bits per number, {window}"
-    if facts["prefill"] == "pruned":
-        step = facts["max_num_batched_tokens"]
-        window += f", prompts read pruned with --max-num-batched-tokens {step}"
-    how = ""
-    if "gpu_bytes" in facts:
-        names = ("gpu_bytes", "weight_bytes", "other_bytes")
-        gpu, weights, other = (readable(facts[name]) for name in names)
-        how = f" (estimated: {gpu} GPU, {weights} of weights, {other} beside)"
-    return f"{facts['model']}, {window}: cache of {pool}{where}{how}"

@@ -9,19 +9,21 @@ import typer
 from vllm_leank.cli.options import (
     ArchiveDtype,
     Device,
+    ModelArgument,
+    ModelOption,
     Overrides,
     Pages,
     RecentOfMask,
     SinkOfMask,
+    one_model,
 )
 from vllm_leank.cli.outputs import check_new
 from vllm_leank.errors import UserError
 
 
 def verify(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Checkpoint: a directory or a hub id.")
-    ],
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     mask: Annotated[
         str | None, typer.Option(help="Mask file.", show_default="looked up by model")
     ] = None,
@@ -119,6 +121,7 @@ def verify(
     from vllm_leank.offline.verify.texts import file_samples
     from vllm_leank.offline.verify.verdict import Thresholds
 
+    model = one_model(model, model_option, "leank verify MODEL")
     if report is not None:
         _check_report(report, overwrite)
     thresholds = Thresholds(min_top1, max_kl, min_answers)
