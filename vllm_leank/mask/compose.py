@@ -104,7 +104,10 @@ def compose(
         )
     except MaskError as error:
         if error.loc[:1] in (("layers",), ("profiles",)):
-            raise UserError(f"these masks cannot be joined so: {error}") from error
+            raise UserError(
+                f"these masks cannot be joined so: {error}\nCalibrate one of as many bits as you "
+                "want instead: leank mask calibrate MODEL --bits B"
+            ) from error
         raise
 
 

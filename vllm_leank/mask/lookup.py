@@ -43,7 +43,8 @@ def resolve_mask(
         mask = load_mask(_expanded(option))
         if mismatch := mask.geometry.mismatch(geometry):
             raise MaskError(
-                f"was made for {mask.model}, whose geometry is not that of {model}: {mismatch}",
+                f"was made for {mask.model}, whose geometry is not that of {model}: {mismatch}; "
+                "name a mask of this model, or none to have one looked up",
                 path=mask.path,
                 loc=("geometry",),
             )
