@@ -142,6 +142,16 @@ def kl_rows(directions):
         yield line(named(name, LEARNED_MASKS), *kl_cells(row, 8192, 30000))
 
 
+def variation_rows():
+    """How alike the next token's distributions are, where that was measured."""
+    for name, row in archives().items():
+        lengths = row["lengths"]
+        found = [lengths[str(n)][kinds] for n in (8192, 30000) for kinds in KINDS]
+        if all("variation" in one for one in found):
+            alike = (f"{1 - one['variation']:.1%}" for one in found)
+            yield line(named(name, LEARNED_MASKS), *kl_cells(row)[:2], *alike)
+
+
 @cache
 def first_study():
     """Variants by name that were asked other questions of the same kinds, before."""
@@ -373,6 +383,7 @@ def streaming_points_rows():
     [
         ("README.md", opening),
         ("docs/accuracy.md", lambda: kl_rows(False)),
+        ("docs/accuracy.md", variation_rows),
         ("docs/accuracy.md", uniform_rows),
         ("docs/accuracy.md", even_rows),
         ("docs/accuracy.md", halves_rows),

@@ -40,7 +40,8 @@ def print_plan(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: 
     elif longest is not None and longest < facts["max_model_len"]:
         console.print(
             f"vLLM would refuse this: the model's config has requests of up to {longest:,} tokens. "
-            "For longer ones give --hf-overrides with rope_parameters (YaRN, say), here and there",
+            "For longer ones give both --hf-overrides with max_position_embeddings and "
+            "rope_parameters (YaRN, say)",
             soft_wrap=True,
         )
     else:
