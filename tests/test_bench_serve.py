@@ -93,10 +93,18 @@ def test_variants():
         (["--out", "/no/such/folder/r.json"], "no such directory"),
     ],
 )
-def test_options_are_checked_before_an_engine_starts(leank, options, message):
-    code, _, err = leank("bench", "serve", "--model", "x", *options)
+def test_options_are_checked_before_an_engine_starts(leank, repo, options, message):
+    code, _, err = leank("bench", "serve", repo / "benchmarks/recall/model", *options)
     assert code == 2
     assert message in err
+
+
+def test_so_are_the_model_and_its_mask(leank, tiny_llama_dir):
+    code, _, err = leank("bench", "serve", "/no/model")
+    assert (code, err) == (2, "leank: /no/model: no such directory\n")
+    code, _, err = leank("bench", "serve", tiny_llama_dir)
+    assert code == 2
+    assert f"leank mask calibrate {tiny_llama_dir} --bits 2" in err
 
 
 def run_with(monkeypatch, returncode, result):

@@ -5,6 +5,8 @@ import importlib.util
 import json
 import shlex
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from vllm_leank.cli import evaluation
 from vllm_leank.errors import UserError
 from vllm_leank.offline import ruler
 from vllm_leank.offline.ruler import SYNTHETIC, chosen_tasks
+from vllm_leank.offline.server import free_port
 
 
 def parsed(line):
@@ -94,7 +97,56 @@ def test_without_lm_eval_it_says_what_to_install(leank, monkeypatch):
     assert "pip install 'lm_eval[api,ruler]'" in err
 
 
-def test_lengths_run_one_after_the_other_until_one_fails(leank, monkeypatch):
+@pytest.fixture
+def server():
+    """The address of a server that answers with `said`, or in whatever way that sets."""
+    said = {"data": [{"id": "m"}, {"id": "other"}]}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.path == "/v1/models"
+            self.send_response(said.get("status", 200))
+            self.end_headers()
+            self.wfile.write(json.dumps(said).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/v1", said
+        running.shutdown()
+
+
+def test_a_server_is_asked_for_the_model_first(leank, monkeypatch, server):
+    monkeypatch.setattr(ruler, "require_lm_eval", lambda: None)
+    asked = []
+    monkeypatch.setattr(evaluation, "_scores", lambda run, _: asked.append(run) or {"t": {}})
+    url, said = server
+    ruler_of = "eval", "ruler", "--base-url", url, "--lengths", 1024
+    code, _, err = leank(*ruler_of, "x")
+    assert code == 2
+    assert f"the server at {url[:-3]} has no x, but m, other" in err
+    for base_url, reason in (
+        (f"http://127.0.0.1:{free_port()}", "Connection refused"),
+        ("localhost:8000", "unknown url type"),
+    ):
+        code, _, err = leank("eval", "ruler", "m", "--base-url", base_url)
+        assert code == 2
+        assert f"no server answers at {base_url}" in err
+        assert reason in err
+    assert not asked
+    assert leank(*ruler_of, "m")[0] == 0
+    # What does not answer as vLLM does is left to lm_eval.
+    said["status"] = 401
+    assert leank(*ruler_of, "x")[0] == 0
+    said["status"] = 200
+    said["data"] = "none"
+    assert leank(*ruler_of, "x")[0] == 0
+    assert len(asked) == 3
+
+
+def test_lengths_run_one_after_the_other_until_one_fails(leank, monkeypatch, server):
     monkeypatch.setattr(ruler, "require_lm_eval", lambda: None)
     ran = []
 
@@ -111,11 +163,12 @@ def test_lengths_run_one_after_the_other_until_one_fails(leank, monkeypatch):
         return Done()
 
     monkeypatch.setattr(evaluation.subprocess, "run", run)
-    code, _, err = leank("eval", "ruler", "m", "--lengths", "1024,2048")
+    ruler_of = "eval", "ruler", "m", "--base-url", server[0], "--lengths", "1024,2048"
+    code, _, err = leank(*ruler_of)
     assert code == 2
     assert "lm_eval ended with exit code 3" in err
     Done.returncode = 0
-    code, out, _ = leank("eval", "ruler", "m", "--lengths", "1024,2048")
+    code, out, _ = leank(*ruler_of)
     assert code == 0
     assert len(ran) == 3
     assert [line.split() for line in out.splitlines() if "ruler_vt" in line] == [

@@ -3,7 +3,7 @@
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -154,7 +154,8 @@ def serve(
     from vllm_leank.bench.results import SERVE, describe_mask, header, save_results
     from vllm_leank.core.options import KEY, parse_options
     from vllm_leank.core.selection import whole_or_share
-    from vllm_leank.mask.file import load_mask
+    from vllm_leank.mask.checkpoint import Checkpoint
+    from vllm_leank.mask.lookup import resolve_mask
 
     model = one_model(model, model_option, "leank bench serve MODEL --mask mask.yaml")
     if out is not None:
@@ -163,7 +164,7 @@ def serve(
     serving.require_vllm()
     if max_model_len is None:
         max_model_len = prompt_tokens + output_tokens + 1024
-    common = {
+    common: dict[str, Any] = {
         "model": model,
         "load_format": load_format,
         "max_model_len": max_model_len,
@@ -172,7 +173,7 @@ def serve(
         "seed": 0,
     }
     common |= serving.parse_engine_args(engine_args)
-    given = {
+    given: dict[str, Any] = {
         "mask": None if mask is None else str(mask),
         "sink": sink,
         "recent": recent,
@@ -189,8 +190,11 @@ def serve(
         "limit_s": time_limit,
     }
     results = header(SERVE, commit) | {"load": {"model": model} | load}
-    if mask is not None:
-        results["mask"] = describe_mask(load_mask(mask))
+    overrides = common.get("hf_overrides")
+    checkpoint = Checkpoint.open(model, overrides=overrides)
+    if any(name.startswith("leank") for name in chosen):
+        found = resolve_mask(given["mask"], model, checkpoint.geometry, overrides=overrides)
+        results["mask"] = describe_mask(found)
     results["variants"] = []
     for variant in chosen:
         arguments = common | serving.variant_args(variant, leank)

@@ -84,7 +84,7 @@ def ruler(
     """
     from vllm_leank.offline.ruler import Ruler, chosen_tasks, require_lm_eval
     from vllm_leank.offline.ruler_scores import Scores
-    from vllm_leank.offline.server import serving
+    from vllm_leank.offline.server import check_serves, serving
 
     run = Ruler(
         model=model,
@@ -110,6 +110,7 @@ def ruler(
     require_lm_eval()
     measured: dict[str, Scores] = {}
     if not servers:
+        check_serves(run.server, model)
         measured["score"] = _scores(run, asked)
     for name, words in servers.items():
         print(shlex.join(["$ vllm", "serve", *words]), file=sys.stderr, flush=True)

@@ -94,7 +94,8 @@ def find(name: str) -> "Mask":
         files = ", ".join(str(mask.path) for mask in masks)
         raise UserError(f"{name} has several masks, name one of the files: {files}")
     unread = "".join(f"\n  not looked at: {error}" for error in broken_masks())
-    if is_path(name) and not Path(name).is_dir():
+    named_as_file = Path(name).suffix in (".yaml", ".yml")
+    if (named_as_file or is_path(name)) and not Path(name).is_dir():
         raise UserError(f"{name}: no such file{unread}")
     raise UserError(
         f"{name}: no mask is found for a model of this name; leank mask calibrate {name} --bits 2 "

@@ -62,6 +62,11 @@ class Ruler:
             if "," in (value := getattr(self, name)):
                 raise UserError(f"{value}: lm_eval takes no commas in {name}")
 
+    @property
+    def server(self) -> str:
+        """Where the server is, whose API is in `/v1`."""
+        return self.base_url.rstrip("/").removesuffix("/v1")
+
     def command(self, length: int) -> list[str]:
         """The command line for prompts of `length` tokens.
 
@@ -69,7 +74,7 @@ class Ruler:
         """
         model_args = {
             "model": self.model,
-            "base_url": self.base_url.rstrip("/").removesuffix("/v1") + "/v1/completions",
+            "base_url": f"{self.server}/v1/completions",
             "tokenizer": self.tokenizer,
             "tokenizer_backend": "huggingface",
             # As text: the server adds the token that begins a sequence, lm_eval would not.

@@ -1,12 +1,14 @@
 """A server that runs while something is asked of it."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO
@@ -15,6 +17,9 @@ from vllm_leank.errors import UserError
 
 START_SECONDS = 1800
 """A large model is read from a slow disk, and CUDA graphs are made."""
+
+_MOST = 1 << 20
+"""Bytes of a list of models that are read."""
 
 STDERR = 2
 """File descriptor: stdout is for results."""
@@ -32,6 +37,33 @@ def serving(words: Sequence[str]) -> Iterator[str]:
     port = free_port()
     with started([*command, *address(port)], port, log=STDERR) as url:
         yield url
+
+
+def check_serves(server: str, model: str) -> None:
+    """Ask a running server, before much is asked of it, whether it has a model.
+
+    What answers in another way than vLLM's list of models is left to those who ask more.
+
+    Raises:
+        UserError: nothing answers, or it has other models.
+    """
+    try:
+        with urllib.request.urlopen(f"{server}/v1/models", timeout=10) as answer:
+            text = answer.read(_MOST)
+    except urllib.error.HTTPError:  # it may want a key
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"no server answers at {server}: {reason}; start one by vllm serve {model}, or name "
+            "another by --base-url"
+        ) from error
+    try:
+        names = [one["id"] for one in json.loads(text)["data"]]
+    except (ValueError, TypeError, KeyError):
+        return
+    if model not in names:
+        raise UserError(f"the server at {server} has no {model}, but {', '.join(names)}")
 
 
 def free_port() -> int:
