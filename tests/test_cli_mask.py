@@ -168,8 +168,7 @@ def test_commands_take_one_model_as_argument_or_option(leank, command, monkeypat
     for models in ("", "one --model another"):
         code, _, err = leank(*command.split(), *models.split())
         assert (code, err[:23]) == (2, "leank: name one model: ")
-    if command != "bench serve":  # which asks for vLLM before it looks
-        for models in ("no/such", "--model no/such"):
-            code, _, err = leank(*command.split(), *models.split())
-            assert code == 2
-            assert "no/such" in err
+    for models in ("no/such", "--model no/such"):
+        code, _, err = leank(*command.split(), *models.split())
+        assert code == 2
+        assert "no/such" in err

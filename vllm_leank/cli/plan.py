@@ -180,8 +180,8 @@ def plan(
         "tensor_parallel_size": tp,
         "max_model_len": max_model_len,
         "longest_request": None
-        if config is None
-        else longest_request(fields_of(config), found.geometry.rope_scaling),
+        if checkpoint is None
+        else longest_request(fields_of(config), checkpoint.geometry.rope_scaling),
     }
     pool = kv_cache_memory
     if gpu_memory is not None:
