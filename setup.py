@@ -31,7 +31,7 @@ def long_description() -> str:
 setup(
     name="vllm-leank",
     version=VERSION["__version__"],
-    description="LeanK for vLLM: far tokens of the KV cache keep only the K channels that matter",
+    description="Smaller KV caches for vLLM: far tokens keep the bits of each channel that matter",
     long_description=long_description(),
     long_description_content_type="text/markdown",
     project_urls={

@@ -1,4 +1,4 @@
-"""LeanK for vLLM: a KV cache whose far tokens keep only the K channels that matter.
+"""Smaller KV caches for vLLM: far tokens keep the bits of each channel that matter.
 
 vLLM finds the plugin through the entry point `vllm_leank.serving.plugin:register`. This module
 stays light, because every process that loads vLLM's plugins imports it.
