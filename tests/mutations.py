@@ -315,7 +315,7 @@ MUTATIONS = (
         "serving/vllm/draft_model.py",
         "isinstance(self.drafter, DraftModelProposer) and is_selected",
         "False and is_selected",
-        "test_speculation.py::test_tokens_are_those_without_speculation[chunked-model]",
+        "test_speculation.py::test_tokens_are_those_without_speculation[model-chunked]",
     ),
     Mutation(
         "drafts may leave the dense window",

@@ -1,5 +1,9 @@
 """The faults of mutations.py are still where it would plant them, and their tests are there."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from mutations import MUTATIONS
 
@@ -12,3 +16,24 @@ def test_a_fault_can_be_planted(repo, mutation):
         file, _, name = test.partition("::")
         text = (repo / "tests" / file).read_text(encoding="utf-8")
         assert f"def {name.partition('[')[0]}" in text
+
+
+def test_single_cases_of_tests_are_there(repo):
+    names = {test for one in MUTATIONS for test in one.tests.split() if "[" in test}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--collect-only",
+            "-q",
+            *(f"tests/{one}" for one in names),
+        ],
+        cwd=repo,
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"tests/{one}" in done.stdout.splitlines() for one in names)
