@@ -18,6 +18,7 @@ def test_a_fault_can_be_planted(repo, mutation):
         assert f"def {name.partition('[')[0]}" in text
 
 
+@pytest.mark.long
 def test_single_cases_of_tests_are_there(repo):
     names = {test for one in MUTATIONS for test in one.tests.split() if "[" in test}
     done = subprocess.run(
