@@ -99,7 +99,7 @@ def test_without_lm_eval_it_says_what_to_install(leank, monkeypatch):
 
 @pytest.fixture
 def server():
-    """The address of a server that answers with `said`, or in whatever way that sets."""
+    """A server's address, and its answer, which tests may change; `status` is the answer's."""
     said = {"data": [{"id": "m"}, {"id": "other"}]}
 
     class Handler(BaseHTTPRequestHandler):
@@ -130,6 +130,7 @@ def test_a_server_is_asked_for_the_model_first(leank, monkeypatch, server):
     for base_url, reason in (
         (f"http://127.0.0.1:{free_port()}", "Connection refused"),
         ("localhost:8000", "unknown url type"),
+        ("http://a b", "can't contain control characters"),
     ):
         code, _, err = leank("eval", "ruler", "m", "--base-url", base_url)
         assert code == 2

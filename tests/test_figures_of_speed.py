@@ -191,6 +191,13 @@ def test_rows_are_those_of_the_results(page, rows):
     assert "\n".join(rows()) in text_of(page)
 
 
+def test_docs_say_how_long_a_first_start_takes():
+    flash, leank = (one["seconds"]["start"] for one in load("serve_qwen_1.5b_4")["variants"])
+    said = " ".join(text_of("docs/performance.md").split())
+    assert f"with 4 bits started in {leank:.0f} s, of which 83" in said
+    assert f"for 16 kernels, and plain vLLM in {flash:.0f} (" in said
+
+
 def test_the_readme_says_how_fast_codes_are_read():
     cases = [
         [load(f"attention_packed_{bits}{end}")["cases"] for bits in (4, 2, 1)]

@@ -21,15 +21,9 @@ def test_a_fault_can_be_planted(repo, mutation):
 @pytest.mark.long
 def test_single_cases_of_tests_are_there(repo):
     names = {test for one in MUTATIONS for test in one.tests.split() if "[" in test}
+    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "--collect-only",
-            "-q",
-            *(f"tests/{one}" for one in names),
-        ],
+        [*collect, *(f"tests/{one}" for one in names)],
         cwd=repo,
         env=os.environ | {"PYTHONSAFEPATH": "1"},
         capture_output=True,

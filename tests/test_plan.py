@@ -24,6 +24,7 @@ from vllm_leank.core.capacity import (
     leank_capacity,
 )
 from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.hf_config import longest_request
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
@@ -116,6 +117,17 @@ def test_plan_knows_what_requests_vllm_refuses(recall, overrides, longest):
     out = " ".join(recall(*given, "--max-model-len", longest + 1)[1].split())
     assert "to serve it:" not in out
     assert f"vLLM would refuse this: the model's config has requests of up to {longest:,}" in out
+
+
+def test_longest_requests_of_other_configs():
+    linear = {"rope_type": "linear", "factor": 8.0}
+    known = {"max_position_embeddings": 1 << 17}
+    assert longest_request(known.get, linear) == 1 << 20
+    assert longest_request(known.get, linear | {"factor": None}) == 1 << 17
+    assert longest_request(known.get, linear | {"rope_type": "yarn"}) == 1 << 17
+    # Scaled already, as its config says.
+    assert longest_request((known | {"model_type": "gemma3_text"}).get, linear) == 1 << 17
+    assert longest_request({}.get, linear) is None
 
 
 def test_plan_says_what_a_step_reads(recall):

@@ -190,10 +190,10 @@ def serve(
         "limit_s": time_limit,
     }
     results = header(SERVE, commit) | {"load": {"model": model} | load}
-    overrides = common.get("hf_overrides")
-    checkpoint = Checkpoint.open(model, overrides=overrides)
     if any(name.startswith("leank") for name in chosen):
-        found = resolve_mask(given["mask"], model, checkpoint.geometry, overrides=overrides)
+        overrides = common.get("hf_overrides")
+        geometry = Checkpoint.open(model, overrides=overrides).geometry
+        found = resolve_mask(given["mask"], model, geometry, overrides=overrides)
         results["mask"] = describe_mask(found)
     results["variants"] = []
     for variant in chosen:

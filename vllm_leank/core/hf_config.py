@@ -75,11 +75,15 @@ def kv_heads(get: Get) -> int:
 
 
 def longest_request(get: Get, rope_scaling: Mapping[str, Any] | None) -> int | None:
-    """Tokens of the longest request that vLLM serves a model with, unless it is told otherwise;
-    None where the config does not say. Other kinds of RoPE than these have it scaled already.
+    """Tokens of the longest request that vLLM takes for this config; None where it does not say.
+
+    Linear and dynamic scaling of RoPE make it longer than `max_position_embeddings`. With other
+    kinds, and in Gemma 3, that is the scaled length already (`_get_and_verify_max_len` of vLLM).
     """
     length, scaling = get("max_position_embeddings"), rope_scaling or {}
     if length is None:
         return None
-    scaled = scaling.get("rope_type") in ("linear", "dynamic")
-    return int(length * (scaling.get("factor", 1.0) if scaled else 1))
+    kind, family = scaling.get("rope_type"), get("model_type") or ""
+    if kind not in ("linear", "dynamic") or "gemma3" in family:
+        return int(length)
+    return int(length * (scaling.get("factor") or 1))

@@ -1,6 +1,7 @@
 """A server that runs while something is asked of it."""
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -40,9 +41,9 @@ def serving(words: Sequence[str]) -> Iterator[str]:
 
 
 def check_serves(server: str, model: str) -> None:
-    """Ask a running server, before much is asked of it, whether it has a model.
+    """Refuse a server that is not there or has other models, before a long run asks it.
 
-    What answers in another way than vLLM's list of models is left to those who ask more.
+    One that does not list its models as vLLM does is let through: the run will tell.
 
     Raises:
         UserError: nothing answers, or it has other models.
@@ -52,7 +53,7 @@ def check_serves(server: str, model: str) -> None:
             text = answer.read(_MOST)
     except urllib.error.HTTPError:  # it may want a key
         return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
             f"no server answers at {server}: {reason}; start one by vllm serve {model}, or name "
