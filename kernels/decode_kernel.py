@@ -108,11 +108,11 @@ def decode_kernel(
                 p_table += head * stride_selected
             descs = (d0, d1, d2, d3, d4, d5)
             m, l, acc = TILES.fold_columns(
-                m_g, first, last, boundary, p_first + o_query * stride_q_head, o_query < G,
-                scale_log2, head, p_head, variant, order_ptr, numbers_ptr, p_table, descs,
+                first, last, boundary, p_first + o_query * stride_q_head, scale_log2,
+                head, p_head, variant, order_ptr, numbers_ptr, p_table, descs,
                 archive_ptr, side_ptr, stride_archive_page, stride_side, p_partial,
                 lse_ptr + i_partial * G,
-                SINK, H, D, D_PAD, VARIANTS, TILE, BLOCK, TILES, TMA, STAGES,
+                SINK, H, G, G_PAD, D, D_PAD, VARIANTS, TILE, BLOCK, TILES, TMA, STAGES,
                 SELECTION is not None, ALIKE,
             )  # fmt: skip
 

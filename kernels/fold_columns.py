@@ -176,24 +176,27 @@ def _fold_head(
 
 @triton.jit
 def fold_archive(
-    m_g, first, last, boundary, p_q, m_q, scale_log2,
+    first, last, boundary, p_q, scale_log2,
     head, p_head, variant, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
     stride_page, stride_side, p_scratch, p_lse,
-    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    SINK: tl.constexpr, H: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr,
     VARIANTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """A running softmax of `N` columns of queries over archive tiles `first` to `last`, of tokens
-    from `SINK` to `boundary`: maxima and sums of weights `[N]`, and sums over V `[D_PAD, N]`.
+    """A running softmax of `G_PAD` columns of queries over archive tiles `first` to `last`, of
+    tokens from `SINK` to `boundary`: maxima and sums of weights `[G_PAD]`, and sums over V
+    `[D_PAD, G_PAD]`.
 
-    m_g: which columns there are, `[N]`; p_q, m_q: `[N / ALIKE]`, the queries, and which exist; each
-    has `ALIKE` columns, here one; variant: of the head, one of `VARIANTS`; p_scratch, p_lse: where
+    p_q: `[G_PAD / ALIKE]`, the queries, of which the first `G` exist; each has `ALIKE` columns,
+    here one; variant: of the head, one of `VARIANTS`; p_scratch, p_lse: where
     the program's results go, its own memory until then, not used here. SELECTED: `p_table` has the
     tiles that are read, as `tile_place` says; `first` and `last` count among these.
     """
-    m = tl.full(m_g.shape, float("-inf"), tl.float32)
-    l = tl.zeros(m_g.shape, tl.float32)
-    acc = tl.zeros([D_PAD, m_g.shape[0]], tl.float32)
+    m_q = tl.arange(0, G_PAD) < G
+    m = tl.full([G_PAD], float("-inf"), tl.float32)
+    l = tl.zeros([G_PAD], tl.float32)
+    acc = tl.zeros([D_PAD, G_PAD], tl.float32)
     k_offset = tl.load(p_head + 2)
     for c in tl.static_range(len(VARIANTS)):
         if variant == VARIANTS[c]:

@@ -65,13 +65,15 @@ def _split_granules(x):
     return tl.reshape(even, (M // 2, N)), tl.reshape(odd, (M // 2, N))
 
 
-@triton.jit
+# A pass of Triton's takes time that grows with the square of a function's length: as what a profile
+# does is a function of its own, a kernel of many profiles compiles in a quarter of the time.
+@triton.jit(noinline=True)
 def _fold_head(
-    page, tile, first, last, boundary, m_q, head, offset, side_offset, order_ptr, numbers_ptr,
+    page, tile, first, last, boundary, head, offset, side_offset, order_ptr, numbers_ptr,
     p_table, descs, archive_ptr, side_ptr, stride_page, stride_side, p_scratch, p_lse,
-    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, VARIANT: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
+    SINK: tl.constexpr, H: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
+    VARIANT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Of a head whose fields `VARIANT` describes, for queries that `write_query` left at
     `p_scratch`, with what a product of theirs is worth at `p_lse`: outputs without V's means, fp32
@@ -80,9 +82,10 @@ def _fold_head(
     place of that. `page` and `tile` are those of `first`.
     """
     ASM: tl.constexpr = TILES.ASM
-    U: tl.constexpr = m_q.shape[0]
-    N: tl.constexpr = U * ALIKE
+    N: tl.constexpr = G_PAD
+    U: tl.constexpr = G_PAD // ALIKE
     o_q = tl.arange(0, U)
+    m_q = o_q < G
     parts = read_query(p_scratch.to(tl.pointer_type(tl.float16)), m_q, D, VARIANT, ALIKE)
     unit = tl.load(p_lse + o_q, mask=m_q, other=1.0)[None, :]
     sums = ()
@@ -170,10 +173,11 @@ def _fold_head(
 
 @triton.jit
 def fold_archive(
-    m_g, first, last, boundary, p_q, m_q, scale_log2,
+    first, last, boundary, p_q, scale_log2,
     head, p_head, variant, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
     stride_page, stride_side, p_scratch, p_lse,
-    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    SINK: tl.constexpr, H: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr,
     VARIANTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, SELECTED: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +190,9 @@ def fold_archive(
     variant's branch takes and gives goes through memory as well: Triton's compiler has failed at
     values that many branches share.
     """
-    U: tl.constexpr = m_q.shape[0]
+    U: tl.constexpr = G_PAD // ALIKE
+    o_q = tl.arange(0, U)
+    m_q = o_q < G
     offset = tl.multiple_of(tl.load(p_head + 2), 16)
     side_offset = tl.load(p_head + 4)
     page, tile = tile_place(p_table, first, True, TILE, BLOCK, SELECTED)
@@ -195,26 +201,25 @@ def fold_archive(
         order_ptr + (4 * H + head) * D, numbers_ptr + head * D, numbers_ptr + (H + head) * D,
         numbers_ptr + (6 * H + head) * D, D, D_PAD,
     )  # fmt: skip
-    o_q = tl.arange(0, U)
     tl.store(p_lse + o_q, unit * (CODE_UNIT * scale_log2), mask=m_q)
     tl.debug_barrier()
     for c in tl.static_range(len(VARIANTS)):
         if variant == VARIANTS[c]:
             _fold_head(
-                page, tile, first, last, boundary, m_q, head, offset, side_offset, order_ptr,
-                numbers_ptr, p_table, descs, archive_ptr, side_ptr, stride_page,
-                stride_side, p_scratch, p_lse, SINK, H, D, VARIANTS[c], TILE, BLOCK, TILES, TMA,
+                page, tile, first, last, boundary, head, offset, side_offset, order_ptr,
+                numbers_ptr, p_table, descs, archive_ptr, side_ptr, stride_page, stride_side,
+                p_scratch, p_lse, SINK, H, G, G_PAD, D, VARIANTS[c], TILE, BLOCK, TILES, TMA,
                 STAGES, SELECTED, ALIKE,
             )  # fmt: skip
     tl.debug_barrier()
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
-    o_query = tl.arange(0, U * ALIKE) // ALIKE
+    o_query = tl.arange(0, G_PAD) // ALIKE
     places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
     stored = places < values_of(variant)
     acc = tl.load(
         p_scratch + o_d[:, None] + o_query[None, :] * D,
-        mask=stored[:, None] & m_g[None, :], other=0.0,
+        mask=stored[:, None] & (o_query < G)[None, :], other=0.0,
     )  # fmt: skip
     mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
     m = tl.load(p_lse + o_q, mask=m_q, other=0.0) + added * scale_log2

@@ -121,7 +121,8 @@ def compact(
                 )  # fmt: skip
 
 
-@triton.jit
+# On its own for the compiler's sake, as `packed_columns._fold_head`.
+@triton.jit(noinline=True)
 def _granule(
     token, stop, head, p_head, window_ptr, archive_ptr, side_ptr, p_window_table, p_archive_table,
     order_ptr, numbers_ptr, stride_window_page, stride_archive_page, stride_side,
