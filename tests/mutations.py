@@ -76,9 +76,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a program writes queries that do not exist into its neighbour's memory",
-        "kernels/decode_kernel.py",
-        "p_first + o_query * stride_q_head, o_query < G,",
-        "p_first + o_query * stride_q_head, o_query < G_PAD,",
+        "kernels/packed_columns.py",
+        "m_q = o_q < G\n    offset",
+        "m_q = o_q < G_PAD\n    offset",
         "test_kernel_launches.py::test_programs_keep_to_their_own_memory",
     ),
     Mutation(
