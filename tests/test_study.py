@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from real import study_table
@@ -161,6 +165,24 @@ def test_results_of_different_runs_make_no_table(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(one))
     with pytest.raises(UserError, match="more than one questions_sha256"):
         merged(tmp_path)
+
+
+def test_more_rows_of_queries_change_nothing_that_int4_gives():
+    folder = Path(__file__).parent
+    paths = os.pathsep.join([str(folder.parent / "benchmarks"), *sys.path])
+    done = subprocess.run(
+        [sys.executable, folder / "int4_with_rows.py"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    # Rows of a chunk and of a step of single tokens, as vLLM launches them and as the study does.
+    assert found["rows"] == [16, 16, 64, 16]
+    assert found["differ"] == [0.0, 0.0]
+    assert found["largest"] > 1
 
 
 def test_two_variants_with_the_results_file_of_one_are_refused():

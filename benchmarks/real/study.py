@@ -34,7 +34,8 @@ def study(args: argparse.Namespace) -> list[str]:
             "questions": str(args.questions.resolve()),
             "questions_sha256": digest,
             "count": args.count,
-        },
+        }
+        | ({"int4_rows": args.int4_rows} if args.int4_rows else {}),
     )
 
 
@@ -46,6 +47,12 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--questions", type=Path, required=True, help="file of questions.py")
     parser.add_argument("--count", type=int, help="of each task and length; default: all")
+    parser.add_argument(
+        "--int4-rows",
+        type=int,
+        choices=(32, 64, 128),
+        help="rows of queries of a program of vLLM's int4_per_token_head; default: its 16",
+    )
     try:
         failed = study(parser.parse_args())
     except (UserError, ValueError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 
+from real.int4_rows import launch_with_rows
 from real.questions import Cell, Question, cells_of, load_questions
 from vllm_leank.bench.machine import machine
 from vllm_leank.bench.results import save_results
@@ -101,6 +102,8 @@ def main() -> None:
     left = unasked(cells_of(questions, run["count"]), results)
     if not left:
         return
+    if rows := run.get("int4_rows"):
+        launch_with_rows(rows)
     llm = LLM(**run["engine_args"])
     tell_run(run | {"machine": machine()}, results)
     for (task, length), asked in left.items():
