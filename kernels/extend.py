@@ -35,7 +35,7 @@ from vllm_leank.core.window import GRANULE
     do_not_specialize_on_alignment=BATCH_POINTERS,
 )
 def _extend_kernel(
-    q_ptr, output_ptr, lse_ptr, sink_scores_ptr, window_ptr, archive_ptr, side_ptr,
+    q_ptr, output_ptr, written_ptr, lse_ptr, sink_scores_ptr, window_ptr, archive_ptr, side_ptr,
     window_desc, d0, d1, d2, d3, d4, d5,
     window_table_ptr, archive_table_ptr, query_start_ptr, seq_lens_ptr, exact_until_ptr,
     heads_ptr, order_ptr, numbers_ptr, scale_log2,
@@ -84,16 +84,17 @@ def _extend_kernel(
             piece = before + i_block * QUERIES // PIECE * PIECE
             begin = boundary_of(piece + 1, SINK, RECENT)
         if (variant > 0) & (stop > begin):
-            p_table = archive_table_ptr + i_req.to(tl.int64) * stride_archive_table
-            descs = (d0, d1, d2, d3, d4, d5)
-            for c in tl.static_range(len(VARIANTS)):
-                if variant == VARIANTS[c]:
-                    m, l, acc = TILES.fold_rows(
-                        m, l, acc, begin, first_boundary, stop, boundary, p_q, m_m, scale_log2,
-                        head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr,
-                        side_ptr, stride_archive_page, stride_side,
-                        SINK, H, D, D_PAD, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,
-                    )  # fmt: skip
+            p_written = written_ptr
+            if written_ptr is not None:
+                p_written += ((start + i_block * QUERIES).to(tl.int64) * H + head) * (G * D)
+            m, l, acc = TILES.fold_rows(
+                m, l, acc, begin, first_boundary, stop, boundary, p_q, m_m, scale_log2,
+                head, p_head, variant, order_ptr, numbers_ptr,
+                archive_table_ptr + i_req.to(tl.int64) * stride_archive_table,
+                (d0, d1, d2, d3, d4, d5), archive_ptr, side_ptr, stride_archive_page, stride_side,
+                p_written, o_m // G * (H * G * D) + o_m % G * D,
+                SINK, H, D, D_PAD, VARIANTS, TILE, BLOCK, TILES, TMA, STAGES,
+            )  # fmt: skip
 
         p_table = window_table_ptr + i_req.to(tl.int64) * stride_window_table
         o_token = tl.arange(0, 32)
@@ -155,10 +156,14 @@ def extend(
         lse is not None,
     )  # fmt: skip
     blocks = triton.cdiv(batch.max_query_len, queries)
+    written = []
+    if not cache.codec.whole_channels:
+        written = [torch.empty(query.shape, dtype=torch.float32, device=query.device)]
     launch(
         (blocks, len(cache.layout.profiles), batch.num_reqs),
         query, output, batch.window_table, batch.archive_table, batch.query_start_loc,
-        batch.seq_lens, batch.exact_until, *(() if lse is None else (lse, lse.stride(0))),
+        batch.seq_lens, batch.exact_until, *written,
+        *(() if lse is None else (lse, lse.stride(0))),
     )  # fmt: skip
 
 
@@ -187,15 +192,19 @@ def _prepare(
         "q_ptr", "output_ptr", "window_table_ptr", "archive_table_ptr", "query_start_ptr",
         "seq_lens_ptr", "exact_until_ptr",
     ]  # fmt: skip
-    no_lse: dict[str, Any] = {}
+    absent: dict[str, Any] = {}
+    if cache.codec.whole_channels:
+        absent |= {"written_ptr": None}
+    else:
+        changing += ["written_ptr"]
     if has_lse:
         changing += ["lse_ptr", "stride_lse"]
     else:
-        no_lse = {"lse_ptr": None, "stride_lse": 0}
+        absent |= {"lse_ptr": None, "stride_lse": 0}
     launch = Launch(
         _extend_kernel,
         changing,
-        **no_lse,
+        **absent,
         **cache.descriptor_arguments(shape.tile, GRANULE, shape.tma),
         sink_scores_ptr=cache.sink_scores,
         window_ptr=cache.window_pages,

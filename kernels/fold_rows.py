@@ -120,15 +120,19 @@ def _fold_tiles(
 @triton.jit
 def fold_archive(
     m, l, acc, begin, first_boundary, stop, boundary, p_q, m_q, scale_log2,
-    head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
-    stride_page, stride_side,
+    head, p_head, variant, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
+    stride_page, stride_side, p_written, o_written,
     SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    KEPT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    VARIANTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Take the tokens from `begin` to `stop` of a head that keeps `KEPT` channels into the running
-    softmax of `M` rows of queries, each of which sees those to its `boundary`, of which
-    `first_boundary` is the least. Of whole channels nothing is unpacked: `begin` is `SINK`.
+    """Take the tokens from `begin` to `stop` into the running softmax of `M` rows of queries, each
+    of which sees those to its `boundary`, of which `first_boundary` is the least. Of whole channels
+    nothing is unpacked: `begin` is `SINK`.
+
+    p_q, m_q: `[M]`, the queries, and which exist; variant: of the head, one of `VARIANTS`, here the
+    channels of K that it keeps; p_written: fp32, where each query has `D` numbers of its own
+    from `o_written` `[M]` on, not used here.
     """
     p_channels = order_ptr + head * D
     added = mean_scores(p_q, m_q, p_channels, numbers_ptr + head * D, D, D_PAD) * scale_log2
@@ -137,16 +141,18 @@ def fold_archive(
     # boundaries lie.
     full = tl.cdiv(SINK, TILE)
     full_stop = tl.maximum(first_boundary // TILE, full)
-    for part in tl.static_range(1 if SINK % TILE == 0 else 0, 3):
-        if part == 0:
-            first, last = full - 1, full
-        elif part == 1:
-            first, last = full, full_stop
-        else:
-            first, last = full_stop, tl.cdiv(stop, TILE)
-        m, l, acc = _fold_tiles(
-            m, l, acc, first, last, boundary, p_q, m_q, scale_log2,
-            added, p_channels, k_offset, p_table, descs, archive_ptr, stride_page,
-            part != 1, SINK, D, D_PAD, KEPT, TILE, BLOCK, TMA, STAGES,
-        )  # fmt: skip
+    for c in tl.static_range(len(VARIANTS)):
+        if variant == VARIANTS[c]:
+            for part in tl.static_range(1 if SINK % TILE == 0 else 0, 3):
+                if part == 0:
+                    first, last = full - 1, full
+                elif part == 1:
+                    first, last = full, full_stop
+                else:
+                    first, last = full_stop, tl.cdiv(stop, TILE)
+                m, l, acc = _fold_tiles(
+                    m, l, acc, first, last, boundary, p_q, m_q, scale_log2,
+                    added, p_channels, k_offset, p_table, descs, archive_ptr, stride_page,
+                    part != 1, SINK, D, D_PAD, VARIANTS[c], TILE, BLOCK, TMA, STAGES,
+                )  # fmt: skip
     return m, l, acc

@@ -21,7 +21,7 @@ from vllm_leank.kernels.codes import (
     shift,
     values_of,
 )
-from vllm_leank.kernels.packed_query import all_alike, read_query, write_query
+from vllm_leank.kernels.packed_query import all_alike, read_columns, write_query
 from vllm_leank.kernels.pages import scale_tile, tile_place
 
 SUM_ROWS = tl.constexpr(16)
@@ -86,7 +86,8 @@ def _fold_head(
     U: tl.constexpr = G_PAD // ALIKE
     o_q = tl.arange(0, U)
     m_q = o_q < G
-    parts = read_query(p_scratch.to(tl.pointer_type(tl.float16)), m_q, D, VARIANT, ALIKE)
+    p_written = p_scratch.to(tl.pointer_type(tl.float16))
+    parts = read_columns(p_written, o_q * D, m_q, VARIANT, ALIKE)
     unit = tl.load(p_lse + o_q, mask=m_q, other=1.0)[None, :]
     sums = ()
     for c in tl.static_range(3):
@@ -197,9 +198,9 @@ def fold_archive(
     side_offset = tl.load(p_head + 4)
     page, tile = tile_place(p_table, first, True, TILE, BLOCK, SELECTED)
     unit, added = write_query(
-        p_scratch.to(tl.pointer_type(tl.float16)), p_q, m_q, order_ptr + head * D,
+        p_scratch.to(tl.pointer_type(tl.float16)), o_q * D, p_q, m_q, order_ptr + head * D,
         order_ptr + (4 * H + head) * D, numbers_ptr + head * D, numbers_ptr + (H + head) * D,
-        numbers_ptr + (6 * H + head) * D, D, D_PAD,
+        numbers_ptr + (6 * H + head) * D, D, D_PAD, False,
     )  # fmt: skip
     tl.store(p_lse + o_q, unit * (CODE_UNIT * scale_log2), mask=m_q)
     tl.debug_barrier()

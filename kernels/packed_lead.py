@@ -16,7 +16,7 @@ from vllm_leank.kernels.codes import (
 @triton.jit
 def lead_query(p_q, m_q, p_order, p_factor, VARIANT: tl.constexpr):
     """What a head's lead is multiplied by, of queries at `p_q` `[N]` of which `m_q` exist: for each
-    part of bytes fp16 `[bytes / lanes, N]`, as in `packed_query.read_query`, and what rounding
+    part of bytes fp16 `[bytes / lanes, N]`, as in `packed_query.read_columns`, and what rounding
     takes from it, two tuples; and the unit of what comes out, `[N]`. With both, segments that are
     nearly alike come in the order of the definition.
     """

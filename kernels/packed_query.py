@@ -1,5 +1,6 @@
-"""Queries in columns as products with codes take them: in the order of stored channels, divided by
-the powers of two with which codes are read, and in the layout that threads hold them in.
+"""Queries as products with codes take them: in the order of stored channels, divided by the powers
+of two with which codes are read. What is the same for all profiles is written to memory once: in
+registers numbers cannot change their order, and what each profile does is compiled for itself.
 """
 
 import triton
@@ -45,36 +46,56 @@ def query_places(variant: int, head_dim: int) -> list[int]:
 
 
 @triton.jit
+def _of_queries(x, ROWS: tl.constexpr):
+    return x[:, None] if ROWS else x[None, :]
+
+
+@triton.jit
+def _of_channels(x, ROWS: tl.constexpr):
+    return x[None, :] if ROWS else x[:, None]
+
+
+@triton.jit
 def write_query(
-    p_scratch, p_q, m_q, p_order, p_places, p_mean, p_factor, p_half,
-    D: tl.constexpr, D_PAD: tl.constexpr,
+    p_written, o_written, p_q, m_q, p_order, p_places, p_mean, p_factor, p_half,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write the queries, in units of `unit`, fp16, to `[N, D]` at `p_scratch`, the number for each
-    stored channel at its place of `Tables.order`. Returns `unit`, and what has to be added to each
-    query's scores.
+    """Write the queries at `p_q` `[N]`, in units of `unit`, fp16, `o_written` `[N]` numbers from
+    `p_written` on, the number for each stored channel at its place of `Tables.order`. Returns
+    `unit`, and what has to be added to each query's scores, `[N]`. ROWS: queries are in rows as
+    threads hold them, else in columns.
     """
-    N: tl.constexpr = m_q.shape[0]
+    QUERY: tl.constexpr = 1 if ROWS else 0
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
     channel = tl.load(p_order + o_d, mask=m_d, other=0)
     place = tl.load(p_places + o_d, mask=m_d, other=0)
-    q = tl.load(p_q[None, :] + channel[:, None], mask=m_d[:, None] & m_q[None, :], other=0.0)
-    q = q.to(tl.float32)
-    added = tl.sum(q * tl.load(p_mean + o_d, mask=m_d, other=0.0)[:, None], 0)
-    q *= tl.load(p_factor + o_d, mask=m_d, other=0.0)[:, None]
+    m_qd = _of_queries(m_q, ROWS) & _of_channels(m_d, ROWS)
+    p_channels = _of_queries(p_q, ROWS) + _of_channels(channel, ROWS)
+    q = tl.load(p_channels, mask=m_qd, other=0.0).to(tl.float32)
+    mean = tl.load(p_mean + o_d, mask=m_d, other=0.0)
+    added = tl.sum(q * _of_channels(mean, ROWS), QUERY)
+    q *= _of_channels(tl.load(p_factor + o_d, mask=m_d, other=0.0), ROWS)
     # The largest is 256, so that all fit into fp16, and with the codes' shifts keep their digits.
-    unit = tl.maximum(tl.max(tl.abs(q), 0), 1e-30) / 256
-    q = (q * (1 / unit)[None, :]).to(tl.float16)
-    p_scratch += place[:, None] + tl.arange(0, N)[None, :] * D
-    tl.store(p_scratch, q, mask=m_d[:, None] & m_q[None, :])
+    unit = tl.maximum(tl.max(tl.abs(q), QUERY), 1e-30) / 256
+    q = (q * _of_queries(1 / unit, ROWS)).to(tl.float16)
+    o_places = _of_queries(o_written, ROWS) + _of_channels(place, ROWS)
+    tl.store(p_written + o_places, q, mask=m_qd)
     half = tl.load(p_half + o_d, mask=m_d, other=0.0)
-    return unit, added - tl.sum(q.to(tl.float32) * half[:, None], 0) * unit
+    return unit, added - tl.sum(q.to(tl.float32) * _of_channels(half, ROWS), QUERY) * unit
 
 
 @triton.jit
-def _places_of_lane(o_w, EACH: tl.constexpr, LANE: tl.constexpr):
-    """Where the numbers of one lane are stored, of each thread's `EACH`."""
-    return o_w // EACH * (2 * EACH) + LANE * EACH + o_w % EACH
+def _places(VARIANT: tl.constexpr, FIELD: tl.constexpr, PART: tl.constexpr, LANE: tl.constexpr):
+    """Where the numbers of a lane's products are of a query, `[bytes / lanes]`: with two lanes
+    those that a thread multiplies side by side.
+    """
+    W: tl.constexpr = row_bytes(VARIANT, FIELD)
+    o_w = tl.arange(0, W // lanes(VARIANT, FIELD))
+    if lanes(VARIANT, FIELD) == 2:
+        EACH: tl.constexpr = W // 8
+        o_w = o_w // EACH * (2 * EACH) + LANE * EACH + o_w % EACH
+    return o_w + first_channel(VARIANT, FIELD) + PART * W
 
 
 @triton.jit
@@ -87,31 +108,48 @@ def _turn_product(q):
 
 
 @triton.jit
-def read_query(
-    p_scratch, m_q, D: tl.constexpr, VARIANT: tl.constexpr, ALIKE: tl.constexpr
+def _inverse_powers(
+    VARIANT: tl.constexpr, FIELD: tl.constexpr, PART: tl.constexpr, LANE: tl.constexpr
 ):  # fmt: skip
+    """Of what codes are multiplied by as they lie in their bytes, fp16 `[bytes / lanes]`."""
+    W: tl.constexpr = row_bytes(VARIANT, FIELD)
+    powers = product_powers(W, 8 >> FIELD, PART, LANE, lanes(VARIANT, FIELD))
+    return (1 / powers).to(tl.float16)
+
+
+@triton.jit
+def read_columns(p_written, o_written, m_q, VARIANT: tl.constexpr, ALIKE: tl.constexpr):
     """What the parts of bytes of each K field are multiplied by, or with two lanes every other byte
     of them: fp16 `[bytes / lanes, N * ALIKE]`, a tuple.
     """
-    o_n = tl.arange(0, m_q.shape[0] * ALIKE) // ALIKE
-    m_n = all_alike(m_q[None, :], ALIKE)
+    o_n, m_n = all_alike(o_written[None, :], ALIKE), all_alike(m_q[None, :], ALIKE)
     parts = ()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, c) > 0:
             for i in tl.static_range(1 << c):
                 for lane in tl.static_range(lanes(VARIANT, c)):
-                    o_w = tl.arange(0, row_bytes(VARIANT, c) // lanes(VARIANT, c))
-                    if lanes(VARIANT, c) == 2:
-                        o_w = _places_of_lane(o_w, row_bytes(VARIANT, c) // 8, lane)
-                    o_w += first_channel(VARIANT, c) + i * row_bytes(VARIANT, c)
-                    p_part = p_scratch + o_w[:, None] + o_n[None, :] * D
-                    q = tl.load(p_part, mask=m_n, other=0.0)
-                    # Codes are read as they lie in their bytes.
-                    powers = product_powers(
-                        row_bytes(VARIANT, c), 8 >> c, i, lane, lanes(VARIANT, c)
-                    )
-                    q *= (1 / powers)[:, None].to(tl.float16)
+                    place = _places(VARIANT, c, i, lane)
+                    q = tl.load(p_written + (place[:, None] + o_n), mask=m_n, other=0.0)
+                    q *= _inverse_powers(VARIANT, c, i, lane)[:, None]
                     if lanes(VARIANT, c) == 2:
                         q = _turn_product(q)
+                    parts = parts + (q,)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
+def read_rows(p_written, o_written, m_q, VARIANT: tl.constexpr):
+    """The same with queries in rows, `[M, bytes / lanes]`."""
+    o_m, m_m = o_written[:, None], m_q[:, None]
+    parts = ()
+    for c in tl.static_range(3):
+        if row_bytes(VARIANT, c) > 0:
+            for i in tl.static_range(1 << c):
+                for lane in tl.static_range(lanes(VARIANT, c)):
+                    place = _places(VARIANT, c, i, lane)
+                    if lanes(VARIANT, c) == 2:
+                        place = tl.reshape(_turn_product(place[:, None]), place.shape)
+                    q = tl.load(p_written + (o_m + place[None, :]), mask=m_m, other=0.0)
+                    q *= _inverse_powers(VARIANT, c, i, lane)[None, :]
                     parts = parts + (q,)  # noqa: RUF005
     return parts

@@ -12,58 +12,13 @@ from vllm_leank.kernels.codes import (
     lanes,
     load_field,
     power,
-    product_bytes,
-    product_powers,
     read_codes,
     row_bytes,
     shift,
-    turn_rows,
+    values_of,
 )
+from vllm_leank.kernels.packed_query import read_rows, write_query
 from vllm_leank.kernels.pages import scale_tile
-
-
-@triton.jit
-def _query_part(
-    p_q, m_q, p_order, p_factor, unit, first, W: tl.constexpr, BITS: tl.constexpr,
-    PART: tl.constexpr, LANE: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """As in `packed_query`, `[M, W / LANES]` and `[M]`."""
-    o_w = first + PART * W + product_bytes(W, LANE, LANES)
-    powers = product_powers(W, BITS, PART, LANE, LANES)
-    channel = tl.load(p_order + o_w)
-    q = tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None], other=0.0).to(tl.float32)
-    q = q * tl.load(p_factor + o_w)[None, :] / unit[:, None]
-    q = (q / powers[None, :]).to(tl.float16)
-    half = tl.sum(q.to(tl.float32) * powers[None, :], 1) * ((power(BITS) - 1) / 2)
-    return q, half
-
-
-@triton.jit
-def _query(
-    p_q, m_q, p_order, p_mean, p_factor, D: tl.constexpr, D_PAD: tl.constexpr,
-    VARIANT: tl.constexpr,
-):  # fmt: skip
-    """As in `packed_query`."""
-    o_d = tl.arange(0, D_PAD)
-    m_d = o_d < D
-    channel = tl.load(p_order + o_d, mask=m_d, other=0)
-    q = tl.load(p_q[:, None] + channel[None, :], mask=m_q[:, None] & m_d[None, :], other=0.0)
-    q = q.to(tl.float32)
-    factor = tl.load(p_factor + o_d, mask=m_d, other=0.0)
-    unit = tl.maximum(tl.max(tl.abs(q * factor[None, :]), 1) / 256, 1e-30)
-    offset = tl.sum(q * tl.load(p_mean + o_d, mask=m_d, other=0.0)[None, :], 1)
-    parts = ()
-    for c in tl.static_range(3):
-        if row_bytes(VARIANT, c) > 0:
-            for i in tl.static_range(1 << c):
-                for lane in tl.static_range(lanes(VARIANT, c)):
-                    part, half = _query_part(
-                        p_q, m_q, p_order, p_factor, unit, first_channel(VARIANT, c),
-                        row_bytes(VARIANT, c), 8 >> c, i, lane, lanes(VARIANT, c),
-                    )  # fmt: skip
-                    parts = parts + (part,)  # noqa: RUF005
-                    offset -= half * unit
-    return parts, unit, offset
 
 
 @triton.jit
@@ -77,27 +32,24 @@ def _split_granules(x):
 
 
 @triton.jit
-def fold_archive(
-    m, l, acc, begin, first_boundary, stop, boundary, p_q, m_q, scale_log2,
-    head, p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
-    stride_page, stride_side,
-    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    VARIANT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr,
+def _fold_head(
+    m, l, begin, stop, boundary, p_written, o_written, m_q, unit, added, head, p_head,
+    order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr, stride_page, stride_side,
+    H: tl.constexpr, D: tl.constexpr, VARIANT: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As `fold_rows.fold_archive`, for a head whose fields `VARIANT` describes. It comes first:
-    `m`, `l` and `acc` have taken nothing in yet.
+    """Of a head whose fields `VARIANT` describes, for queries that `write_query` left at
+    `p_written`; unit, added: `[M]`, what products are worth, and what comes to the scores. Sums
+    over V without its means take the queries' place in memory, fp32 in the order of channels; those
+    of channels that are not stored are left as they were. Returns maxima and sums of weights.
     """
     ASM: tl.constexpr = TILES.ASM
     M: tl.constexpr = m.shape[0]
     offset = tl.multiple_of(tl.load(p_head + 2), 16)
     side_offset = tl.load(p_head + 4)
-    parts, unit, added = _query(
-        p_q, m_q, order_ptr + head * D, numbers_ptr + head * D, numbers_ptr + (H + head) * D,
-        D, D_PAD, VARIANT,
-    )  # fmt: skip
-    unit *= CODE_UNIT * scale_log2
-    added *= scale_log2
+    p_queries = p_written.to(tl.pointer_type(tl.float16))
+    parts = read_rows(p_queries, 2 * o_written, m_q, VARIANT)
     sums = ()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
@@ -157,11 +109,8 @@ def fold_archive(
                     new_sums = new_sums + (total,)  # noqa: RUF005
         sums = new_sums
 
-    o_d = tl.arange(0, D_PAD)
-    m_d = o_d < D
-    mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
-    acc += mean[None, :] * l[:, None]
-    places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
+    # Other threads may still be reading the queries.
+    tl.debug_barrier()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
             for part in tl.static_range(1 << c):
@@ -170,8 +119,48 @@ def fold_archive(
                 y = sums[first_part(VARIANT, 3 + c) + part] * power(24 - (8 >> c) * part)
                 y -= scaled[:, None] * ((power(8 >> c) - 1) / 2)
                 y *= tl.load(numbers_ptr + (3 * H + head) * D + o_r)[None, :]
-                acc = turn_rows(
-                    acc, places, y,
-                    first_channel(VARIANT, 3 + c) + part * row_bytes(VARIANT, 3 + c),
-                )  # fmt: skip
+                channel = tl.load(order_ptr + (H + head) * D + o_r)
+                p_sums = p_written + (o_written[:, None] + channel[None, :])
+                tl.store(p_sums, y, mask=m_q[:, None])
+    return m, l
+
+
+@triton.jit
+def fold_archive(
+    m, l, acc, begin, first_boundary, stop, boundary, p_q, m_q, scale_log2,
+    head, p_head, variant, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr,
+    stride_page, stride_side, p_written, o_written,
+    SINK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    VARIANTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """As `fold_rows.fold_archive`, for heads with fields as `VARIANTS` describe them. It comes
+    first: `m`, `l` and `acc` have taken nothing in yet.
+
+    As in `packed_columns`, what is the same for all variants is there once, and queries and sums
+    change their order in memory.
+    """
+    unit, added = write_query(
+        p_written.to(tl.pointer_type(tl.float16)), 2 * o_written, p_q, m_q,
+        order_ptr + head * D, order_ptr + (4 * H + head) * D, numbers_ptr + head * D,
+        numbers_ptr + (H + head) * D, numbers_ptr + (6 * H + head) * D, D, D_PAD, True,
+    )  # fmt: skip
+    unit *= CODE_UNIT * scale_log2
+    added *= scale_log2
+    tl.debug_barrier()
+    for c in tl.static_range(len(VARIANTS)):
+        if variant == VARIANTS[c]:
+            m, l = _fold_head(
+                m, l, begin, stop, boundary, p_written, o_written, m_q, unit, added, head, p_head,
+                order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr, stride_page,
+                stride_side, H, D, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,
+            )  # fmt: skip
+    tl.debug_barrier()
+    o_d = tl.arange(0, D_PAD)
+    m_d = o_d < D
+    mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
+    places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
+    stored = m_q[:, None] & (places < values_of(variant))[None, :]
+    p_sums = p_written + (o_written[:, None] + o_d[None, :])
+    acc = tl.load(p_sums, mask=stored, other=0.0) + mean[None, :] * l[:, None]
     return m, l, acc

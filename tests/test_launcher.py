@@ -18,8 +18,8 @@ from vllm_leank.core.window import Window
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 LAYER = (
-    "q_ptr", "output_ptr", "partial_ptr", "lse_ptr", "key_ptr", "value_ptr", "other_ptr",
-    "other_lse_ptr", "new_lse_ptr",
+    "q_ptr", "output_ptr", "partial_ptr", "written_ptr", "lse_ptr", "key_ptr", "value_ptr",
+    "other_ptr", "other_lse_ptr", "new_lse_ptr",
 )  # fmt: skip
 """Tensors of a layer, not of the step: the only ones whose alignment may choose a kernel."""
 
