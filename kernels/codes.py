@@ -200,3 +200,14 @@ def load_field(
             BLOCK // LANES, W, TILE // LANES, W, TILE // LANES, TMA,
         )  # fmt: skip
     return tile
+
+
+@triton.jit
+def turn_rows(acc, places, y, FIRST: tl.constexpr):
+    """Add columns `y` `[M, R]` to columns of `acc` `[M, D]`: column `d` gets that of
+    `places[d] - FIRST`, if there is one. `places` `[D]` are where channels stand in stored order.
+    """
+    R: tl.constexpr = y.shape[1]
+    place = places - FIRST
+    index = tl.broadcast_to(tl.minimum(tl.maximum(place, 0), R - 1)[None, :], acc.shape)
+    return acc + tl.where(((place >= 0) & (place < R))[None, :], tl.gather(y, index, 1), 0.0)

@@ -158,7 +158,7 @@ def extend(
     blocks = triton.cdiv(batch.max_query_len, queries)
     written = []
     if not cache.codec.whole_channels:
-        written = [torch.empty(query.shape, dtype=torch.float32, device=query.device)]
+        written = [torch.empty(query.shape, dtype=torch.float16, device=query.device)]
     launch(
         (blocks, len(cache.layout.profiles), batch.num_reqs),
         query, output, batch.window_table, batch.archive_table, batch.query_start_loc,

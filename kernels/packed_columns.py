@@ -65,9 +65,7 @@ def _split_granules(x):
     return tl.reshape(even, (M // 2, N)), tl.reshape(odd, (M // 2, N))
 
 
-# A pass of Triton's takes time that grows with the square of a function's length: as what a profile
-# does is a function of its own, a kernel of many profiles compiles in a quarter of the time.
-@triton.jit(noinline=True)
+@triton.jit
 def _fold_head(
     page, tile, first, last, boundary, head, offset, side_offset, order_ptr, numbers_ptr,
     p_table, descs, archive_ptr, side_ptr, stride_page, stride_side, p_scratch, p_lse,
@@ -87,7 +85,7 @@ def _fold_head(
     o_q = tl.arange(0, U)
     m_q = o_q < G
     p_written = p_scratch.to(tl.pointer_type(tl.float16))
-    parts = read_columns(p_written, o_q * D, m_q, VARIANT, ALIKE)
+    parts = read_columns(p_written, m_q, D, VARIANT, ALIKE)
     unit = tl.load(p_lse + o_q, mask=m_q, other=1.0)[None, :]
     sums = ()
     for c in tl.static_range(3):
@@ -172,6 +170,14 @@ def _fold_head(
                 tl.store(p_columns + tl.load(p_order + o_r)[:, None], y, mask=m_q[None, :])
 
 
+FEW_VARIANTS = tl.constexpr(4)
+
+_fold_head_alone = triton.jit(noinline=True)(_fold_head.fn)
+"""The same as a function of its own, for kernels of more than `FEW_VARIANTS`: a pass of Triton's
+takes time that grows with the square of a function's length, so that these compile in a quarter of
+the time."""
+
+
 @triton.jit
 def fold_archive(
     first, last, boundary, p_q, scale_log2,
@@ -206,7 +212,7 @@ def fold_archive(
     tl.debug_barrier()
     for c in tl.static_range(len(VARIANTS)):
         if variant == VARIANTS[c]:
-            _fold_head(
+            (_fold_head_alone if len(VARIANTS) > FEW_VARIANTS else _fold_head)(
                 page, tile, first, last, boundary, head, offset, side_offset, order_ptr,
                 numbers_ptr, p_table, descs, archive_ptr, side_ptr, stride_page, stride_side,
                 p_scratch, p_lse, SINK, H, G, G_PAD, D, VARIANTS[c], TILE, BLOCK, TILES, TMA,

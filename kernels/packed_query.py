@@ -118,18 +118,21 @@ def _inverse_powers(
 
 
 @triton.jit
-def read_columns(p_written, o_written, m_q, VARIANT: tl.constexpr, ALIKE: tl.constexpr):
+def read_columns(
+    p_written, m_q, D: tl.constexpr, VARIANT: tl.constexpr, ALIKE: tl.constexpr
+):  # fmt: skip
     """What the parts of bytes of each K field are multiplied by, or with two lanes every other byte
-    of them: fp16 `[bytes / lanes, N * ALIKE]`, a tuple.
+    of them: fp16 `[bytes / lanes, N * ALIKE]`, a tuple, of queries that are `D` numbers apart.
     """
-    o_n, m_n = all_alike(o_written[None, :], ALIKE), all_alike(m_q[None, :], ALIKE)
+    o_n = tl.arange(0, m_q.shape[0] * ALIKE) // ALIKE
+    m_n = all_alike(m_q[None, :], ALIKE)
     parts = ()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, c) > 0:
             for i in tl.static_range(1 << c):
                 for lane in tl.static_range(lanes(VARIANT, c)):
-                    place = _places(VARIANT, c, i, lane)
-                    q = tl.load(p_written + (place[:, None] + o_n), mask=m_n, other=0.0)
+                    p_part = p_written + _places(VARIANT, c, i, lane)[:, None] + o_n[None, :] * D
+                    q = tl.load(p_part, mask=m_n, other=0.0)
                     q *= _inverse_powers(VARIANT, c, i, lane)[:, None]
                     if lanes(VARIANT, c) == 2:
                         q = _turn_product(q)
@@ -139,7 +142,7 @@ def read_columns(p_written, o_written, m_q, VARIANT: tl.constexpr, ALIKE: tl.con
 
 @triton.jit
 def read_rows(p_written, o_written, m_q, VARIANT: tl.constexpr):
-    """The same with queries in rows, `[M, bytes / lanes]`."""
+    """The same with queries in rows, `[M, bytes / lanes]`, from where they were written."""
     o_m, m_m = o_written[:, None], m_q[:, None]
     parts = ()
     for c in tl.static_range(3):

@@ -15,7 +15,7 @@ from vllm_leank.kernels.codes import (
     read_codes,
     row_bytes,
     shift,
-    values_of,
+    turn_rows,
 )
 from vllm_leank.kernels.packed_query import read_rows, write_query
 from vllm_leank.kernels.pages import scale_tile
@@ -33,9 +33,9 @@ def _split_granules(x):
 
 @triton.jit
 def _fold_head(
-    m, l, begin, stop, boundary, p_written, o_written, m_q, unit, added, head, p_head,
+    m, l, acc, begin, stop, boundary, p_written, o_written, m_q, unit, added, head, p_head,
     order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr, stride_page, stride_side,
-    H: tl.constexpr, D: tl.constexpr, VARIANT: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, VARIANT: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -48,8 +48,7 @@ def _fold_head(
     M: tl.constexpr = m.shape[0]
     offset = tl.multiple_of(tl.load(p_head + 2), 16)
     side_offset = tl.load(p_head + 4)
-    p_queries = p_written.to(tl.pointer_type(tl.float16))
-    parts = read_rows(p_queries, 2 * o_written, m_q, VARIANT)
+    parts = read_rows(p_written, o_written, m_q, VARIANT)
     sums = ()
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
@@ -109,8 +108,11 @@ def _fold_head(
                     new_sums = new_sums + (total,)  # noqa: RUF005
         sums = new_sums
 
-    # Other threads may still be reading the queries.
-    tl.debug_barrier()
+    o_d = tl.arange(0, D_PAD)
+    m_d = o_d < D
+    mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
+    acc += mean[None, :] * l[:, None]
+    places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
     for c in tl.static_range(3):
         if row_bytes(VARIANT, 3 + c) > 0:
             for part in tl.static_range(1 << c):
@@ -119,10 +121,11 @@ def _fold_head(
                 y = sums[first_part(VARIANT, 3 + c) + part] * power(24 - (8 >> c) * part)
                 y -= scaled[:, None] * ((power(8 >> c) - 1) / 2)
                 y *= tl.load(numbers_ptr + (3 * H + head) * D + o_r)[None, :]
-                channel = tl.load(order_ptr + (H + head) * D + o_r)
-                p_sums = p_written + (o_written[:, None] + channel[None, :])
-                tl.store(p_sums, y, mask=m_q[:, None])
-    return m, l
+                acc = turn_rows(
+                    acc, places, y,
+                    first_channel(VARIANT, 3 + c) + part * row_bytes(VARIANT, 3 + c),
+                )  # fmt: skip
+    return m, l, acc
 
 
 @triton.jit
@@ -141,7 +144,7 @@ def fold_archive(
     change their order in memory.
     """
     unit, added = write_query(
-        p_written.to(tl.pointer_type(tl.float16)), 2 * o_written, p_q, m_q,
+        p_written, o_written, p_q, m_q,
         order_ptr + head * D, order_ptr + (4 * H + head) * D, numbers_ptr + head * D,
         numbers_ptr + (H + head) * D, numbers_ptr + (6 * H + head) * D, D, D_PAD, True,
     )  # fmt: skip
@@ -150,17 +153,9 @@ def fold_archive(
     tl.debug_barrier()
     for c in tl.static_range(len(VARIANTS)):
         if variant == VARIANTS[c]:
-            m, l = _fold_head(
-                m, l, begin, stop, boundary, p_written, o_written, m_q, unit, added, head, p_head,
-                order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr, stride_page,
-                stride_side, H, D, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,
+            m, l, acc = _fold_head(
+                m, l, acc, begin, stop, boundary, p_written, o_written, m_q, unit, added, head,
+                p_head, order_ptr, numbers_ptr, p_table, descs, archive_ptr, side_ptr, stride_page,
+                stride_side, H, D, D_PAD, VARIANTS[c], TILE, BLOCK, TILES, TMA, STAGES,
             )  # fmt: skip
-    tl.debug_barrier()
-    o_d = tl.arange(0, D_PAD)
-    m_d = o_d < D
-    mean = tl.load(numbers_ptr + (2 * H + head) * D + o_d, mask=m_d, other=0.0)
-    places = tl.load(order_ptr + (2 * H + head) * D + o_d, mask=m_d, other=D)
-    stored = m_q[:, None] & (places < values_of(variant))[None, :]
-    p_sums = p_written + (o_written[:, None] + o_d[None, :])
-    acc = tl.load(p_sums, mask=stored, other=0.0) + mean[None, :] * l[:, None]
     return m, l, acc

@@ -121,7 +121,7 @@ def compact(
                 )  # fmt: skip
 
 
-# On its own for the compiler's sake, as `packed_columns._fold_head`.
+# Not inlined for the compiler's sake, as `packed_columns._fold_head_alone`.
 @triton.jit(noinline=True)
 def _granule(
     token, stop, head, p_head, window_ptr, archive_ptr, side_ptr, p_window_table, p_archive_table,
