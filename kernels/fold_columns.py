@@ -189,9 +189,9 @@ def fold_archive(
     `[D_PAD, G_PAD]`.
 
     p_q: `[G_PAD / ALIKE]`, the queries, of which the first `G` exist; each has `ALIKE` columns,
-    here one; variant: of the head, one of `VARIANTS`; p_scratch, p_lse: where
-    the program's results go, its own memory until then, not used here. SELECTED: `p_table` has the
-    tiles that are read, as `tile_place` says; `first` and `last` count among these.
+    here one; variant: of the head, one of `VARIANTS`; p_scratch, p_lse: where the program's results
+    go, its own memory until then, not used here. SELECTED: `p_table` has the tiles that are read,
+    as `tile_place` says; `first` and `last` count among these.
     """
     m_q = tl.arange(0, G_PAD) < G
     m = tl.full([G_PAD], float("-inf"), tl.float32)

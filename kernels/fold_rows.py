@@ -131,8 +131,8 @@ def fold_archive(
     nothing is unpacked: `begin` is `SINK`.
 
     p_q, m_q: `[M]`, the queries, and which exist; variant: of the head, one of `VARIANTS`, here the
-    channels of K that it keeps; p_written: fp32, where each query has `D` numbers of its own
-    from `o_written` `[M]` on, not used here.
+    channels of K that it keeps; p_written: fp16, where each query has `D` numbers of its own, from
+    `o_written` `[M]` on, not used here.
     """
     p_channels = order_ptr + head * D
     added = mean_scores(p_q, m_q, p_channels, numbers_ptr + head * D, D, D_PAD) * scale_log2

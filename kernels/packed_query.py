@@ -1,6 +1,6 @@
 """Queries as products with codes take them: in the order of stored channels, divided by the powers
-of two with which codes are read. What is the same for all profiles is written to memory once: in
-registers numbers cannot change their order, and what each profile does is compiled for itself.
+of two with which codes are read, and in the layout that threads hold them in. They change their
+order by way of memory, to which they are written in the same way for all profiles.
 """
 
 import triton
@@ -65,7 +65,7 @@ def write_query(
     `unit`, and what has to be added to each query's scores, `[N]`. ROWS: queries are in rows as
     threads hold them, else in columns.
     """
-    QUERY: tl.constexpr = 1 if ROWS else 0
+    CHANNELS: tl.constexpr = 1 if ROWS else 0  # their axis
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
     channel = tl.load(p_order + o_d, mask=m_d, other=0)
@@ -74,15 +74,15 @@ def write_query(
     p_channels = _of_queries(p_q, ROWS) + _of_channels(channel, ROWS)
     q = tl.load(p_channels, mask=m_qd, other=0.0).to(tl.float32)
     mean = tl.load(p_mean + o_d, mask=m_d, other=0.0)
-    added = tl.sum(q * _of_channels(mean, ROWS), QUERY)
+    added = tl.sum(q * _of_channels(mean, ROWS), CHANNELS)
     q *= _of_channels(tl.load(p_factor + o_d, mask=m_d, other=0.0), ROWS)
     # The largest is 256, so that all fit into fp16, and with the codes' shifts keep their digits.
-    unit = tl.maximum(tl.max(tl.abs(q), QUERY), 1e-30) / 256
+    unit = tl.maximum(tl.max(tl.abs(q), CHANNELS), 1e-30) / 256
     q = (q * _of_queries(1 / unit, ROWS)).to(tl.float16)
     o_places = _of_queries(o_written, ROWS) + _of_channels(place, ROWS)
     tl.store(p_written + o_places, q, mask=m_qd)
     half = tl.load(p_half + o_d, mask=m_d, other=0.0)
-    return unit, added - tl.sum(q.to(tl.float32) * _of_channels(half, ROWS), QUERY) * unit
+    return unit, added - tl.sum(q.to(tl.float32) * _of_channels(half, ROWS), CHANNELS) * unit
 
 
 @triton.jit

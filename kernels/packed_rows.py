@@ -39,10 +39,8 @@ def _fold_head(
     TILE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of a head whose fields `VARIANT` describes, for queries that `write_query` left at
-    `p_written`; unit, added: `[M]`, what products are worth, and what comes to the scores. Sums
-    over V without its means take the queries' place in memory, fp32 in the order of channels; those
-    of channels that are not stored are left as they were. Returns maxima and sums of weights.
+    """`fold_archive` of a head whose fields `VARIANT` describes, for queries that `write_query`
+    left at `p_written`; unit, added: `[M]`, what products are worth, and what comes to the scores.
     """
     ASM: tl.constexpr = TILES.ASM
     M: tl.constexpr = m.shape[0]
@@ -138,10 +136,8 @@ def fold_archive(
     TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `fold_rows.fold_archive`, for heads with fields as `VARIANTS` describe them. It comes
-    first: `m`, `l` and `acc` have taken nothing in yet.
-
-    As in `packed_columns`, what is the same for all variants is there once, and queries and sums
-    change their order in memory.
+    first: `m`, `l` and `acc` have taken nothing in yet. Sums stay in registers: what programs here
+    write at once takes longer than turning it.
     """
     unit, added = write_query(
         p_written, o_written, p_q, m_q,
