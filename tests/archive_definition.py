@@ -31,6 +31,20 @@ CODED = {
 }
 """Heads of a packed archive, by their channels."""
 
+EIGHT = (
+    Profile(k8=16, k4=32, k2=64, v2=128),
+    Profile(k8=16, k4=32, k2=64, v8=32, v4=32, v2=64),
+    Profile(k8=16, k4=32, v2=128),
+    Profile(k8=16, k2=64, v2=128),
+    Profile(k4=32, k2=64, v2=128),
+    Profile(k4=32),
+    Profile(k4=32, v2=64),
+    Profile(k8=32, k4=32, k2=64, v4=64, v2=64),
+)
+"""Heads of 128 channels, with as many profiles as a mask may have, which are compiled apart. Triton
+3.6 has failed at a kernel that compiled for each of them alone.
+"""
+
 
 def profiles_for(archive_format: ArchiveFormat, kept: list, head_dim: int) -> Profiles:
     """Heads that keep so many channels (multiples of 16) of K, in all ways that the format has."""

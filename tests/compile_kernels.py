@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 import triton
-from archive_definition import CODED, PACKED
+from archive_definition import CODED, EIGHT, PACKED
 from cache_builder import CacheBuilder
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
@@ -52,20 +52,6 @@ channels of every class."""
 
 TWO_BITS = CODED[128][1], Profile(k4=64, k2=64, v2=64)
 """Heads of 128 channels."""
-
-EIGHT = (
-    Profile(k8=16, k4=32, k2=64, v2=128),
-    Profile(k8=16, k4=32, k2=64, v8=32, v4=32, v2=64),
-    Profile(k8=16, k4=32, v2=128),
-    Profile(k8=16, k2=64, v2=128),
-    Profile(k4=32, k2=64, v2=128),
-    Profile(k4=32),
-    Profile(k4=32, v2=64),
-    Profile(k8=32, k4=32, k2=64, v4=64, v2=64),
-)
-"""As many profiles as a mask may have, heads of 128 channels: Triton 3.6 has failed at a kernel
-that compiled for each of them alone.
-"""
 
 OPTIONS = ("num_warps", "launch_pdl", "maxnreg", "enable_fp_fusion")
 TYPES = {

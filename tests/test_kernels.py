@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from archive_definition import CODED, PACKED
+from archive_definition import CODED, EIGHT, PACKED
 from cache_builder import CacheBuilder, relative_rms
 from test_reference import mixed
 from test_reference import serve as serve_long
@@ -65,6 +65,7 @@ KERNELS = SimpleNamespace(store=store.store, compact=store.compact, attend=atten
     [
         ((32, 0), 64, 1, Window(0, 32), 32, (FP32, NATIVE)),
         (CODED[64][:2], 64, 1, Window(32, 64), 128, (CODED_FP16, PACKED)),
+        (EIGHT, 128, 1, Window(32, 64), 128, (CODED_FP16, PACKED)),
         *(
             pytest.param(*case, marks=pytest.mark.long)
             for case in (
@@ -77,6 +78,10 @@ KERNELS = SimpleNamespace(store=store.store, compact=store.compact, attend=atten
                 (CODED[128][:1], 128, 4, Window(0, 32), 256, (CODED_FP16, PACKED)),
                 (CODED[64][1:2], 64, 2, Window(32, 64), 2432, (CODED_FP16, PACKED)),
             )
+        ),
+        *(
+            pytest.param(EIGHT, 128, group, Window(64, 100), 256, (BF16, PACKED), marks=gpu)
+            for group in (1, 4, 7)
         ),
         *(
             pytest.param(
