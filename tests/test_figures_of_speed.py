@@ -211,6 +211,18 @@ def test_docs_say_how_long_a_first_start_takes():
     assert f"and plain vLLM in {flash:.0f}; 2 bits started in {two:.0f} s" in said
 
 
+def test_the_readme_says_how_the_real_model_is_served():
+    engines = [*load("serve_qwen_1.5b_4")["variants"], *load("serve_qwen_1.5b_2")["variants"]]
+    dense, four, two = (
+        f"{one['concurrent']} {{}}{one['decode']['tokens_per_s']:,.0f}" for one in engines
+    )
+    said = (
+        f"{dense.format('requests and ')} tokens/s dense, {four.format('and ')} with 4 bits, "
+        f"{two.format('and ')} with 2 bits"
+    )
+    assert said in " ".join(text_of("README.md").split())
+
+
 def test_the_readme_says_how_fast_codes_are_read():
     cases = [
         [load(f"attention_packed_{bits}{end}")["cases"] for bits in (4, 2, 1)]
