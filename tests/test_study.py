@@ -2,12 +2,9 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from fresh import run
 from real import study_table
 from real.long_text import ends_in_loop, prompts, said_before, summary
 from real.questions import Question, cells_of, load_questions, save_questions
@@ -167,18 +164,10 @@ def test_results_of_different_runs_make_no_table(tmp_path):
         merged(tmp_path)
 
 
-def test_more_rows_of_queries_change_nothing_that_int4_gives():
-    folder = Path(__file__).parent
-    paths = os.pathsep.join([str(folder.parent / "benchmarks"), *sys.path])
-    done = subprocess.run(
-        [sys.executable, folder / "int4_with_rows.py"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_more_rows_of_queries_change_nothing_that_int4_gives(repo):
+    script = "import runpy, sys; sys.path.append(sys.argv[1]); runpy.run_path(sys.argv[2])"
+    paths = str(repo / "benchmarks"), str(repo / "tests/int4_with_rows.py")
+    found = json.loads(run(script, *paths, env={"TRITON_INTERPRET": "1"}).splitlines()[-1])
     # Rows of a chunk and of a step of single tokens, as vLLM launches them and as the study does.
     assert found["rows"] == [16, 16, 64, 16]
     assert found["differ"] == [0.0, 0.0]

@@ -34,8 +34,8 @@ def study(args: argparse.Namespace) -> list[str]:
             "questions": str(args.questions.resolve()),
             "questions_sha256": digest,
             "count": args.count,
-        }
-        | ({"int4_rows": args.int4_rows} if args.int4_rows else {}),
+            "int4_rows": args.int4_rows,
+        },
     )
 
 

@@ -21,6 +21,9 @@ from vllm_leank.errors import UserError
 SAME = "model", "engine_args", "questions_sha256"
 """What must not have changed where results are added to others."""
 
+UNTOLD = "questions", "results", "int4_rows"
+"""What results do not repeat: places of files, and what the command says of each run."""
+
 RUN = "command", "commit", "machine", "count"
 """What may have: all runs that asked something are told."""
 
@@ -31,7 +34,7 @@ def earlier_results(run: dict[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         UserError: it was another run.
     """
-    fresh = {name: run[name] for name in run if name not in ("questions", "results")}
+    fresh = {name: run[name] for name in run if name not in UNTOLD}
     if not path.exists():
         return fresh | {"what": "points of a real model", "cells": []}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -102,7 +105,7 @@ def main() -> None:
     left = unasked(cells_of(questions, run["count"]), results)
     if not left:
         return
-    if rows := run.get("int4_rows"):
+    if rows := run["int4_rows"]:
         launch_with_rows(rows)
     llm = LLM(**run["engine_args"])
     tell_run(run | {"machine": machine()}, results)
