@@ -136,8 +136,8 @@ def fold_archive(
     TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `fold_rows.fold_archive`, for heads with fields as `VARIANTS` describe them. It comes
-    first: `m`, `l` and `acc` have taken nothing in yet. Sums stay in registers: what programs here
-    write at once takes longer than turning it.
+    first: `m`, `l` and `acc` have taken nothing in yet. Sums get into the order of channels in
+    registers; by way of memory, as in `packed_columns`, that took longer.
     """
     unit, added = write_query(
         p_written, o_written, p_q, m_q,

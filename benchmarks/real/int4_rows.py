@@ -1,9 +1,8 @@
-"""vLLM's int4 cache with more queries of a prompt in a program, so that long prompts end.
+"""Lets vLLM's int4 cache read long prompts in less time, so that a study of it ends.
 
-The kernel that reads `int4_per_token_head` takes 16 rows of queries a program, which of models with
-6 query heads for a KV head are 2 queries: each pair of queries unpacks all tokens before it again,
-and 50 prompts of 32,256 tokens take minutes. More rows change nothing of what is stored, of the
-tiles of tokens, or of the steps that answers take; only who computes a row.
+vLLM's kernel for `int4_per_token_head` takes 16 rows of queries a program. With 6 query heads for a
+KV head these are two queries, and each two unpack all tokens before them again: 50 prompts of 32K
+take minutes. With more rows, what is stored and how it is summed up stay the same.
 """
 
 import os
@@ -36,7 +35,7 @@ class WithRows:
 
 
 def launch_with_rows(rows: int) -> None:
-    """From now on, and for engines of this process, of which there are none yet."""
+    """Have engines that this process makes from now on use so many rows."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm.v1.attention.ops import int4_per_token_head as int4
 
