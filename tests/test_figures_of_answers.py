@@ -127,11 +127,9 @@ def opening():
         row = archives()[name]
         size = f"{row['token_bytes']:,.0f} ({row['x']:.1f}x)"
         title, found = f"{name}, simulated", ""
-        for asked_of in (first_study(), variants):
-            if one := asked_of.get(name.replace("vLLM ", "vllm_")):
-                asked, dense = shared_cells([asked_of["dense"], one]), asked_of["dense"]
-                title = f"{name}, KL simulated"
-                found = f"{mean_points(one, asked):.1f}, dense {mean_points(dense, asked):.1f}"
+        if one := variants.get(name.replace("vLLM ", "vllm_")):
+            assert shared_cells([variants["dense"], one]) == cells
+            title, found = f"{name}, KL simulated", interval(points(one, cells))
         yield line(title, size, found, kl(row, 8192), kl(row, 30000), "", "")
 
 
