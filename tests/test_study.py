@@ -5,7 +5,8 @@ import json
 
 import pytest
 from fresh import run
-from real import study_table
+from real import study_picture, study_table
+from real.labels import label_of
 from real.long_text import ends_in_loop, prompts, said_before, summary
 from real.questions import Question, cells_of, load_questions, save_questions
 from real.served import check_words
@@ -149,9 +150,48 @@ def test_points_are_of_the_questions_that_all_were_asked(tmp_path, capsys):
     assert lost(second, first, cells).value == pytest.approx(37.5)
     study_table.show(found)
     assert "4.0" in capsys.readouterr().out
+
+
+def test_the_picture_has_what_stores_another_number_of_bytes(tmp_path):
     pytest.importorskip("matplotlib")
-    study_table.draw(found, tmp_path / "study.png")
-    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    scores = {("a", 1024): [1.0, 0.0]}
+    leank = {"attention_backend": "leank"}
+    read_less = leank | {"additional_config": {"leank": {"pages": 0.1}}}
+    results = {
+        "model": "m",
+        "variants": [
+            result("dense", 100, scores),
+            result("vllm_new", None, scores),
+            result("vllm_fp8", 50, scores),
+            result("bits_2", 25, scores, engine_args=leank),
+            result("bits_2_pages_0.1", 25, scores, engine_args=read_less),
+        ],
+    }
+    names = [one["variant"] for one in study_picture.drawn(results)]
+    assert names == ["dense", "vllm_fp8", "bits_2"]
+    study_picture.draw(results, tmp_path / "study.svg")
+    assert (tmp_path / "study.svg").stat().st_size > 10_000
+    for variants in (results["variants"][1:], results["variants"][:1]):
+        with pytest.raises(UserError, match="no results of dense attention and another"):
+            study_picture.drawn(results | {"variants": variants})
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("leank bits_1", "1 bit"),
+        ("bits_1.5", "1.5 bits"),
+        ("leank pruned_70", "70% pruned"),
+        ("learned_50", "50% pruned"),
+        ("vllm_turboquant_4bit_nc", "TurboQuant 4bit_nc"),
+        ("vLLM int4_per_token_head", "int4_per_token_head"),
+        ("Kitty, 2 bits, an eighth of K at 4", "Kitty, 2 bits"),
+        ("2bit", "2bit"),
+        ("dense", "dense"),
+    ],
+)
+def test_pictures_call_caches_by_what_they_keep(name, label):
+    assert label_of(name) == label
 
 
 def test_results_of_different_runs_make_no_table(tmp_path):

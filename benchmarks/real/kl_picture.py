@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from real.judged_texts import SEEN
+from real.labels import label_of
 from vllm_leank.errors import UserError
 
 FLOOR = "nothing rounded"
@@ -46,21 +47,13 @@ def drawn(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         UserError: there are none.
     """
     found = [
-        (_label(row["name"]), row)
+        (label_of(row["name"]), row)
         for row in results.get("archives", [])
         if row["name"].startswith((*OURS, *THEIRS)) and "see one token" not in row["name"]
     ]
     if not found or not results["lengths"]:
         raise UserError("no archives that engines have, or no length that is done")
     return found
-
-
-def _label(name: str) -> str:
-    if name.startswith("leank "):
-        kind, _, number = name.removeprefix("leank packed, ").removeprefix("leank ").partition("_")
-        return f"{number} bits" if kind == "bits" else f"{number}% pruned" if number else kind
-    name = name.removeprefix("vLLM ")
-    return name.replace("turboquant_", "TurboQuant ").split(", an")[0]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

@@ -5,7 +5,8 @@ r"""Points that a real model gets with each KV cache, through vLLM's own engine.
 
 A variant is `dense`, a mask's file, or a `--kv-cache-dtype` of vLLM. Each has an engine of its own,
 one at a time on each GPU, and a file of results, OUT/NAME.json, which grows with every task and
-length: what was stopped goes on where it was. `study_table.py` makes a table and a picture of them.
+length: what was stopped goes on where it was. `study_table.py` makes a table of them, and
+`study_picture.py` a picture.
 """
 
 import argparse

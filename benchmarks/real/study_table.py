@@ -1,6 +1,6 @@
-"""A table and a picture of what `study.py` measured: points over the bytes of a far token.
+"""A table of what `study.py` measured: points, and bytes of a far token.
 
-    PYTHONPATH=benchmarks python -m real.study_table study --out study.json --picture study.png
+    PYTHONPATH=benchmarks python -m real.study_table study --out study.json
 
 Points are RULER's, of 100, over the questions that every variant was asked, with 95% intervals;
 `lost` are those against dense on the same questions.
@@ -127,45 +127,6 @@ def show(results: dict[str, Any]) -> None:
     Console(width=140).print(table, f"{results['model']}: {questions:,} questions each")
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Points over bytes, with intervals.
-
-    Raises:
-        UserError: the picture cannot be made.
-    """
-    from vllm_leank.mask.pictures import check_picture, save_figure
-
-    check_picture(path)
-    from matplotlib.figure import Figure
-
-    cells = shared_cells(results["variants"])
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for one in results["variants"]:
-        if one["token_bytes"] is None:
-            continue
-        found = points(one, cells)
-        low = found.value - (found.value if found.low is None else found.low)
-        high = (found.value if found.high is None else found.high) - found.value
-        ours = one["engine_args"].get("attention_backend") == "leank"
-        axes.errorbar(
-            one["token_bytes"] / 1024, found.value, yerr=[[max(low, 0)], [max(high, 0)]],
-            fmt="o" if ours else "s", color="C0" if ours else "C1", capsize=3,
-        )  # fmt: skip
-        axes.annotate(
-            one["variant"], (one["token_bytes"] / 1024, found.value), fontsize="small",
-            xytext=(6, 4), textcoords="offset points",
-        )  # fmt: skip
-    sizes = sorted({one["token_bytes"] / 1024 for one in results["variants"] if one["token_bytes"]})
-    axes.set(xscale="log", xlabel="KiB of a far token, all layers", ylabel="points of 100")
-    axes.set_xticks(sizes, [f"{size:.1f}" for size in sizes], rotation=30)
-    axes.minorticks_off()
-    axes.margins(x=0.15)
-    axes.set_title(results["model"], fontsize="medium")
-    axes.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -177,21 +138,18 @@ def _with_interval(one: Estimate) -> str:
 
 
 def main() -> None:
-    """Show, save and draw."""
+    """Show and save."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="what real.study wrote")
     parser.add_argument("--out", type=Path, help="one JSON file of all")
-    parser.add_argument("--picture", type=Path, help="a PNG, SVG or PDF file; needs matplotlib")
     args = parser.parse_args()
     try:
         results = merged(args.folder)
         show(results)
         if args.out:
             save_results(results, args.out)
-        if args.picture:
-            draw(results, args.picture)
     except (UserError, ValueError, KeyError) as error:
         sys.exit(f"error: {error}")
 
