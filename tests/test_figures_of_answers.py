@@ -40,18 +40,18 @@ def kl_results():
     return [*many, load("kl_qwen_1.5b")]
 
 
-LEARNED_MASKS = "leank pruned_70", "leank learned_50"
-"""Of the 1.5B, as studies and KL of today have it; other masks that prune are by Fisher."""
+LEARNED_MASKS = ("leank pruned_70",)
+"""Of the 1.5B, as studies and KL of today have it: its name does not say so."""
 
 
 def named(name, learned=()):
-    """A row's name as pages have it, where masks of `learned` were learned."""
+    """A row's name as pages have it, where masks of `learned` were learned as well."""
     kind, _, number = name.removeprefix("leank ").partition("_")
     if not name.startswith("leank "):
         return name
     if kind == "bits":
         return f"leank, {number} bit" + "s" * (number != "1")
-    way = "learned" if name in learned else "by Fisher"
+    way = "learned" if kind == "learned" or name in learned else "by Fisher"
     return f"leank, {number}% of K pruned, {way}"
 
 
