@@ -85,8 +85,8 @@ def apart_rows():
 
 
 def rebuilt_rows():
-    """An engine before the house was rebuilt, and after that twice."""
-    for name, files in (("before", ["2c4e8bf"]), ("now", ["489142f_1", "489142f_2"])):
+    """An engine before the package got its rooms, and after that twice."""
+    for name, files in (("before", ["2c4e8bf"]), ("after", ["489142f_1", "489142f_2"])):
         runs = [load(f"serve_llama_{one}")["variants"][0] for one in files]
 
         def each(form, figure, runs=runs):
@@ -141,8 +141,8 @@ def selected_rows():
         ("70% of K pruned", "a tenth", "attention_lead_whole_pages"),
         ("4 bits, all heads alike", "all", "attention_even_4"),
         ("4 bits, all heads alike", "a tenth", "attention_even_4_pages"),
-        ("2 bits, all heads alike", "all", "attention_even_2"),
-        ("2 bits, all heads alike", "a tenth", "attention_even_2_pages"),
+        ("2 bits, three profiles", "all", "attention_even_2"),
+        ("2 bits, three profiles", "a tenth", "attention_even_2_pages"),
         ("1 bit, as a real model's first heads", "all", "attention_lead_2"),
         ("1 bit, as a real model's first heads", "a tenth", "attention_lead_2_pages"),
     )
@@ -151,7 +151,7 @@ def selected_rows():
 def selected_rows_h100():
     """The same on the other card."""
     yield from rows_of_reads(
-        ("2 bits, all heads alike", "a tenth", "attention_even_2_pages_h100"),
+        ("2 bits, three profiles", "a tenth", "attention_even_2_pages_h100"),
         ("1 bit, as a real model's first heads", "all", "attention_lead_2_h100"),
         ("1 bit, as a real model's first heads", "a tenth", "attention_lead_2_pages_h100"),
     )

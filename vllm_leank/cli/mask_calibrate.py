@@ -123,9 +123,9 @@ def calibrate(
     """Make a mask without training: bits for each channel, or LeanK's pruned channels, and with
     --streaming heads that see no far tokens.
 
-    How much the model's answers depend on each channel of far K and V is measured by one backward
-    pass per prompt. With --bits, `vllm serve MODEL --attention-backend leank` finds the mask by
-    itself.
+    How much the model's answers depend on each channel of far K and V is measured by a few
+    backward passes per prompt. With --bits, `vllm serve MODEL --attention-backend leank` finds the
+    mask by itself.
     """
     name = one_model(model, model_option, "leank mask calibrate MODEL --bits 2")
     _check_choice(bits, ratio, score, align, query_tokens, streaming)
@@ -225,8 +225,8 @@ def _check_choice(
     """Refuse options that do not go together."""
     if bits is None and ratio is None:
         raise UserError(
-            "give --bits, as in --bits 2 for far tokens 7 times smaller, or --ratio to prune K "
-            "alone"
+            "give --bits, as in --bits 2 for far tokens 7 times smaller, or --ratio to prune "
+            "channels of K"
         )
     if bits is not None and ratio is not None:
         raise UserError("--bits and --ratio exclude each other: give one")
