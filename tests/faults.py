@@ -244,8 +244,8 @@ FAULTS = (
     Fault(
         "answers are offered to the prefix cache",
         "serving/vllm/prompt_pages.py",
-        "tokens = request.num_prompt_tokens - 1",
-        "tokens = request.num_tokens",
+        "request.num_prompt_tokens - 1)\n",
+        "request.num_tokens)\n",
         "test_managers.py",
     ),
     Fault(

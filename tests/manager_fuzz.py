@@ -96,6 +96,7 @@ class History:
         self.block = block
         self.documents = [[self.random.randrange(50) for _ in range(320)] for _ in range(3)]
         self.waiting, self.running = deque(), []
+        self.answered = deque(maxlen=4)  # prompts with answers, which conversations go on from
         self.planned = deque()
         self.names = 0
         kinds = ("preempted", "hits", "finished", "compacted", "rolled back")
@@ -128,8 +129,10 @@ class History:
     def arrive(self):
         if len(self.waiting) > 4:
             return
-        document = self.random.choice(self.documents)
-        prompt = document[: self.random.choice(EDGES)]
+        if self.answered and self.random.random() < 0.3:
+            prompt = self.random.choice(self.answered)
+        else:
+            prompt = self.random.choice(self.documents)[: self.random.choice(EDGES)]
         if self.random.random() < 0.3:
             prompt = [
                 *prompt,
@@ -232,6 +235,8 @@ class History:
         self.server.manager.free(live.request)
         live.epoch += 1
         self.counts["finished"] += 1
+        if live.request.num_tokens <= max(EDGES):
+            self.answered.append(list(live.request.all_token_ids))
 
     # What the worker does.
 

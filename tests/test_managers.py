@@ -271,6 +271,21 @@ def test_a_preempted_request_does_not_take_its_answer_from_anothers_prompt():
     assert server.prefill(request) < 500
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_request_keeps_the_hashes_of_all_its_blocks(exact):
+    """Others than the prefix cache go by them: vLLM stores routed experts under these."""
+    server = Server(Window(64, 256, exact=exact))
+    request = server.request("a", range(512))
+    counts = []
+    for act in (server.prefill, lambda it: server.decode(it, range(100)), server.preempt):
+        act(request)
+        counts.append(len(request.block_hashes))
+    server.prefill(request)
+    counts.append(len(request.block_hashes))
+    block = server.manager.block_pool.hash_block_size
+    assert counts == [512 // block, *[612 // block] * 3]
+
+
 def full_pages(server, request):
     """Archive pages that the prompt fills."""
     boundary = expected_boundary(request.num_prompt_tokens, server.window)

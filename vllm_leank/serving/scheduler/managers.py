@@ -141,7 +141,7 @@ class ExactArchiveManager(ArchiveManager):
         ends is not among them, since what lies behind the end is this request's own.
         """
         # All but the last token may be found; a request that starts again asks with its answer,
-        # but has hashes of its prompt alone.
+        # but comes with hashes of its prompt alone.
         prompt = min(max_length + 1, len(block_hashes) * block_pool.hash_block_size)
         blocks, _ = super().find_longest_cache_hit(
             block_hashes,

@@ -1,9 +1,11 @@
-"""Offers pages of prompts to the prefix cache, but not of answers. For vLLM 0.32 and 0.33.
+"""Keeps pages of answers out of the prefix cache, and lookups to prompts. For vLLM 0.32 and 0.33.
 
 Goes when a cache spec can say which pages are not to be found.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,32 +13,47 @@ if TYPE_CHECKING:
 
 
 def share_prompts_only(window_manager: type) -> None:
-    """Have a coordinator with a manager of this class offer the pages of prompts alone, less their
-    last tokens, whatever the group of layers.
-
-    A request then keeps no other block hashes: they are what vLLM looks up in the prefix cache when
-    a preempted request starts again, with the tokens it has generated.
+    """Have coordinators with a manager of this class offer and find the pages of prompts alone,
+    less their last tokens, whatever the group of layers.
     """
     from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     if "_leank_hooked" in KVCacheCoordinator.__dict__:
         return
     cache_blocks = KVCacheCoordinator.cache_blocks
+    get_computed_blocks = KVCacheManager.get_computed_blocks
+
+    def serves(coordinator: KVCacheCoordinator) -> bool:
+        return any(isinstance(one, window_manager) for one in coordinator.single_type_managers)
 
     @functools.wraps(cache_blocks)
     def cache_prompt_blocks(self: Any, request: "Request", num_computed_tokens: int) -> None:
-        if any(isinstance(one, window_manager) for one in self.single_type_managers):
-            tokens = request.num_prompt_tokens - 1
-            num_computed_tokens = min(num_computed_tokens, tokens)
-            _keep_block_hashes(request, tokens // self.block_pool.hash_block_size)
+        if serves(self):
+            num_computed_tokens = min(num_computed_tokens, request.num_prompt_tokens - 1)
         cache_blocks(self, request, num_computed_tokens)
 
+    @functools.wraps(get_computed_blocks)
+    def get_prompt_blocks(self: Any, request: "Request") -> Any:
+        if not serves(self.coordinator):
+            return get_computed_blocks(self, request)
+        with _hashes_of_prompt(request, self.block_pool.hash_block_size):
+            return get_computed_blocks(self, request)
+
     KVCacheCoordinator.cache_blocks = cache_prompt_blocks
+    KVCacheManager.get_computed_blocks = get_prompt_blocks
     KVCacheCoordinator._leank_hooked = True
 
 
-def _keep_block_hashes(request: "Request", count: int) -> None:
-    """Keep the first `count` block hashes of a request, and have it make no more."""
-    assert hasattr(request, "_block_hasher"), "vLLM renamed Request._block_hasher"
-    request._block_hasher = None
-    del request.block_hashes[count:]
+@contextmanager
+def _hashes_of_prompt(request: "Request", block_size: int) -> Iterator[None]:
+    """Within it a preempted request, which asks with the tokens that it has generated, has the
+    hashes of its prompt alone, less the last token. Others need them all (`aux_output_config`).
+    """
+    hashes = request.block_hashes
+    if request.num_tokens > request.num_prompt_tokens:
+        request.block_hashes = hashes[: (request.num_prompt_tokens - 1) // block_size]
+    try:
+        yield
+    finally:
+        request.block_hashes = hashes
