@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 from mask_samples import coded_mask
+from vllm.engine.arg_utils import EngineArgs
 
 from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.offline.progress import about
@@ -75,11 +76,20 @@ def test_a_mask_that_is_found_is_named(serve, with_tokenizer, own):
     assert options_of(out)["leank"]["mask"] == str(path.with_name("Tiny-1B-8bit-2.yaml"))
 
 
-def test_a_cpu_is_told_how_much_its_cache_takes(serve, with_tokenizer, own, monkeypatch):
+def test_a_cpu_is_told_how_much_its_cache_takes(serve, with_tokenizer, own, monkeypatch, tmp_path):
     """vLLM would ask for nearly all memory of the machine, and not start where that is not free."""
     own("mine.yaml", bits=2)
     flag = ["--kv-cache-memory-bytes", "4G"]
-    for more, told in ([], False), (flag, True), (["--gpu-memory-utilization", "0.5"], True):
+    file = tmp_path / "config.yaml"
+    file.write_text("gpu-memory-utilization: 0.5\n")
+    default = EngineArgs.gpu_memory_utilization
+    for more, told in (
+        ([], False),
+        (flag, True),
+        (["--gpu-memory-utilization", "0.5"], True),
+        ([f"--gpu_memory_utilization={default}"], True),
+        (["--config", file], True),
+    ):
         monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
         code, out, err = serve(with_tokenizer, *more, "--dry-run")
         assert code == 0, err

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _OPTIONS = re.compile(r"--additional[-_]config(?:\.[^=]*)?(=.*)?", re.DOTALL)
 """The flag in all its spellings: whole, or by key as in `--additional-config.leank.sink`."""
 
+_UTILIZATION = re.compile("--gpu[-_]memory[-_]utilization")
+"""The flag in both its spellings, where it may say what is the default."""
+
 CPU_CACHE = "4G"
 """Bytes of a cache in a CPU's memory, as vLLM's flags take them."""
 
@@ -103,10 +106,13 @@ def cpu_cache(line: Line) -> list[str]:
     ask for 92% of the machine's memory, and not start where less is free.
     """
     import vllm.envs as envs
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
     told = envs.VLLM_CPU_KVCACHE_SPACE or line.parsed.kv_cache_memory_bytes
-    told = told or any(word.startswith("--gpu-memory-utilization") for word in line.words)
+    # A file of --config may say it as well.
+    told = told or line.parsed.gpu_memory_utilization != EngineArgs.gpu_memory_utilization
+    told = told or any(_UTILIZATION.match(word) for word in line.words)
     return [] if told or not current_platform.is_cpu() else ["--kv-cache-memory-bytes", CPU_CACHE]
 
 
