@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from vllm_leank.kernels.batch import Batch
+from vllm_leank.kernels.batch import MAX_DECODE_QUERIES, Batch
 from vllm_leank.serving.settings import load_settings
 from vllm_leank.serving.vllm.prompt_lengths import prompt_lengths, prompt_requests
 
@@ -75,12 +75,15 @@ class PagesMetadataBuilder(AttentionMetadataBuilder[PagesMetadata]):
     # Decode kernels read lengths, tables and prompt lengths on the device, from tensors that stay
     # in place from step to step.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    reorder_batch_threshold: int | None
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
+        # What is decoded comes first; with more drafts than that a request is not.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.reorder_batch_threshold = min(self.reorder_batch_threshold or 1, MAX_DECODE_QUERIES)
         self._exact_until = shared_exact_until(vllm_config, device)
         settings = load_settings(vllm_config)
         self._exact = settings.window.exact
