@@ -1,4 +1,4 @@
-"""Which requests of a step come first: those that are decoded, with drafts too."""
+"""Which requests of a step are decoded, with drafts too: these come first; and how many may be."""
 
 from itertools import accumulate
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.utils import reorder_batch_to_split_decodes_and_
 from vllm_leank.kernels.batch import Batch
 
 from vllm_leank.serving.metadata import PagesMetadataBuilder
+from vllm_leank.serving.vllm.config import most_decode_rows
 
 
 class Rows:
@@ -59,3 +60,21 @@ def test_answers_with_drafts_come_before_chunks_of_prompts(tiny_llama_dir, mask_
     decoded = ["few"] if drafts == 16 else ["few", "most"]
     assert sorted(rows.req_ids[: len(decoded)]) == decoded
     assert rows.batch().num_decodes == len(decoded)
+
+
+@pytest.mark.parametrize(
+    ("requests", "drafts", "tokens", "rows"),
+    [(8, 0, 2048, 128), (8, 3, 2048, 128), (8, 20, 2048, 168), (64, 0, 512, 512)],
+)
+def test_every_request_may_bring_as_many_rows_as_are_decoded(
+    tiny_llama_dir, mask_file, requests, drafts, tokens, rows
+):
+    """Kernels are compiled for as many, of drafts or of the rests of prompts."""
+    config = config_of(
+        tiny_llama_dir,
+        {"mask": str(mask_file)},
+        max_num_seqs=requests,
+        max_num_batched_tokens=tokens,
+        speculative_config=NGRAM | {"num_speculative_tokens": drafts} if drafts else None,
+    )
+    assert most_decode_rows(config) == rows

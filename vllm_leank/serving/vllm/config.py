@@ -44,7 +44,13 @@ def stage_layers(vllm_config: "VllmConfig") -> tuple[range, ...]:
 
 
 def most_decode_rows(vllm_config: "VllmConfig") -> int:
-    """Most queries of a step that are decoded, each as a request, padding included."""
-    requests = vllm_config.scheduler_config.max_num_seqs
+    """Most queries of a step that are decoded, each as a request, padding included: any request may
+    bring `MAX_DECODE_QUERIES`, drafts or the rest of a prompt.
+    """
+    from vllm_leank.kernels.batch import MAX_DECODE_QUERIES
+
+    scheduler = vllm_config.scheduler_config
+    each = max(1 + vllm_config.num_speculative_tokens, MAX_DECODE_QUERIES)
     padded = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return int(max(requests * (1 + vllm_config.num_speculative_tokens), padded))
+    queries = min(scheduler.max_num_seqs * each, scheduler.max_num_batched_tokens)
+    return int(max(queries, padded))
