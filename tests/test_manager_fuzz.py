@@ -107,7 +107,7 @@ def archives_a_page_too_few(monkeypatch):
 
 
 def finds_answers_in_the_prefix_cache(monkeypatch):
-    prompt_pages.share_prompts_only(managers.ExactWindowManager)
+    prompt_pages.share_prompts_only(managers.ExactWindowManager, managers.ExactArchiveManager)
     offer_all = KVCacheCoordinator.cache_blocks.__wrapped__
     monkeypatch.setattr(KVCacheCoordinator, "cache_blocks", offer_all)
 

@@ -271,6 +271,17 @@ def test_a_preempted_request_does_not_take_its_answer_from_anothers_prompt():
     assert server.prefill(request) < 500
 
 
+@pytest.mark.parametrize(("block", "prompt"), [(64, 200), (64, 1000), (256, 500), (256, 4000)])
+def test_responses_say_how_much_of_a_prompt_was_cached(block, prompt):
+    """Archive pages, which prompts are not read from, take nothing from it."""
+    server = Server(Window(64, 256), block)
+    request = server.request("a", range(prompt))
+    server.prefill(request)
+    told = server.manager.estimate_cached_tokens(request)
+    longer = server.request("b", range(prompt + 50))
+    assert told >= server.prefill(longer) >= told // block * block > 0
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_request_keeps_the_hashes_of_all_its_blocks(exact):
     """Others than the prefix cache go by them: vLLM stores routed experts under these."""

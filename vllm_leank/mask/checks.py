@@ -133,6 +133,3 @@ def check_plain(value: Any, loc: Loc) -> None:
         raise MaskError(f"{type(value).__name__} is not a plain value", loc=loc)
     elif type(value) is float and not np.isfinite(value):
         raise MaskError(f"is {value}; numbers must be finite", loc=loc)
-
-
-_UNWRITABLE = re.compile("[\ud800-\udfff]")

@@ -116,7 +116,7 @@ def judge(vllm_config: "VllmConfig") -> "tuple[Settings | None, list[str]]":
 
     options, faults = read_options(vllm_config.additional_config)
     of_models = list(_models(vllm_config))
-    reasons = [*faults.values(), *_platform(vllm_config, options), *of_models, *_flags(vllm_config)]
+    reasons = [*faults.values(), *_platform(vllm_config), *of_models, *_flags(vllm_config)]
     if of_models or {KEY, "mask"} & faults.keys():
         return None, reasons  # a mask says nothing then
     reasons.extend(_mixed(vllm_config, options))
@@ -145,7 +145,7 @@ def _models(vllm_config: "VllmConfig") -> Iterator[str]:
         yield from reasons
 
 
-def _platform(config: "VllmConfig", options: Options) -> Iterator[str]:
+def _platform(config: "VllmConfig") -> Iterator[str]:
     from vllm.platforms import current_platform
 
     if not (current_platform.is_cuda() or current_platform.is_cpu()):

@@ -218,4 +218,4 @@ class ExactWindowManager(WindowManager):
 
     def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        share_prompts_only(ExactWindowManager)
+        share_prompts_only(ExactWindowManager, ExactArchiveManager)

@@ -1,4 +1,5 @@
-"""Keeps pages of answers out of the prefix cache, and lookups to prompts. For vLLM 0.32 and 0.33.
+"""What the prefix cache gets and gives where prompts are read exactly: pages of prompts, and not of
+answers. For vLLM 0.32 and 0.33.
 
 Goes when a cache spec can say which pages are not to be found.
 """
@@ -12,9 +13,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-def share_prompts_only(window_manager: type) -> None:
-    """Have coordinators with a manager of this class offer and find the pages of prompts alone,
-    less their last tokens, whatever the group of layers.
+def share_prompts_only(window_manager: type, archive_manager: type) -> None:
+    """Have coordinators with a manager of the first class offer and find the pages of prompts
+    alone, less their last tokens, whatever the group of layers. Pages of the second class limit no
+    hit, and so do not count in what responses say was cached.
     """
     from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -23,6 +25,7 @@ def share_prompts_only(window_manager: type) -> None:
         return
     cache_blocks = KVCacheCoordinator.cache_blocks
     get_computed_blocks = KVCacheManager.get_computed_blocks
+    estimate_cached_tokens = KVCacheManager.estimate_cached_tokens
 
     def serves(coordinator: KVCacheCoordinator) -> bool:
         return any(isinstance(one, window_manager) for one in coordinator.single_type_managers)
@@ -40,7 +43,23 @@ def share_prompts_only(window_manager: type) -> None:
         with _hashes_of_prompt(request, self.block_pool.hash_block_size):
             return get_computed_blocks(self, request)
 
+    @functools.wraps(estimate_cached_tokens)
+    def count_prompt_tokens(self: Any, request: "Request") -> int:
+        if not serves(self.coordinator):
+            return estimate_cached_tokens(self, request)
+        groups = zip(
+            self.coordinator.single_type_managers,
+            self.get_blocks(request.request_id).blocks,
+            strict=True,
+        )
+        return min(
+            max((block.block_hash_num_tokens or 0 for block in blocks), default=0)
+            for manager, blocks in groups
+            if not isinstance(manager, archive_manager)
+        )
+
     KVCacheCoordinator.cache_blocks = cache_prompt_blocks
+    KVCacheManager.estimate_cached_tokens = count_prompt_tokens
     KVCacheManager.get_computed_blocks = get_prompt_blocks
     KVCacheCoordinator._leank_hooked = True
 
