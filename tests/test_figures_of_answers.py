@@ -9,6 +9,7 @@ import pytest
 from figures import REPO, RESULTS, line, load, text_of
 from real.kl_picture import FLOOR, draw, drawn, joined
 from real.learn_picture import draw as draw_losses
+from real.pictures import label_of
 from real.study_table import lost, mean_points, merged, points, shared_cells, some
 
 from vllm_leank.errors import UserError
@@ -50,7 +51,7 @@ def named(name, learned=()):
     if not name.startswith("leank "):
         return name
     if kind == "bits":
-        return f"leank, {number} bit" + "s" * (number != "1")
+        return f"leank, {label_of(name)}"
     way = "learned" if kind == "learned" or name in learned else "by Fisher"
     return f"leank, {number}% of K pruned, {way}"
 

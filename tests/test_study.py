@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from fresh import run
 from real import study_picture, study_table
-from real.labels import label_of
 from real.long_text import ends_in_loop, prompts, said_before, summary
+from real.pictures import label_of, run_picture
 from real.questions import Question, cells_of, load_questions, save_questions
 from real.served import check_words
 from real.study_engine import add, earlier_results, tell_run, unasked
@@ -174,6 +176,24 @@ def test_the_picture_has_what_stores_another_number_of_bytes(tmp_path):
     for variants in (results["variants"][1:], results["variants"][:1]):
         with pytest.raises(UserError, match="no results of dense attention and another"):
             study_picture.drawn(results | {"variants": variants})
+
+
+def test_the_command_of_a_picture_draws_it_or_says_why_not(tmp_path, monkeypatch, capsys):
+    out, drawn = tmp_path / "study.svg", []
+
+    def command(*words, **options):
+        monkeypatch.setattr(sys, "argv", ["picture", *map(str, words), "--out", str(out)])
+        run_picture("", "real.study", lambda given, path: drawn.append((given, path)), **options)
+
+    command(tmp_path)
+    command("a", "b", nargs="+")
+    assert drawn == [(tmp_path, out), ([Path("a"), Path("b")], out)]
+    with pytest.raises(SystemExit):
+        command("a", "b")
+    assert "unrecognized arguments: b" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["picture", str(tmp_path), "--out", str(out)])
+    with pytest.raises(SystemExit, match=f"error: {tmp_path}: no results of real.study"):
+        run_picture("", "real.study", lambda folder, _: merged(folder))
 
 
 @pytest.mark.parametrize(

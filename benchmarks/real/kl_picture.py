@@ -7,16 +7,15 @@ another length is added to rows that the first has. A panel for each length, tex
 calibration saw. Left out are archives that engines do not have; caches of others are simulated.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from real.judged_texts import SEEN
-from real.labels import label_of
+from real.pictures import label_of, run_picture
 from vllm_leank.errors import UserError
+from vllm_leank.mask.pictures import check_picture, new_figure, save_figure
 
 FLOOR = "nothing rounded"
 OURS = "leank packed", "leank bits_", "leank pruned_"
@@ -62,14 +61,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: the picture cannot be made.
     """
-    from vllm_leank.mask.pictures import check_picture, save_figure
-
     check_picture(path)
-    from matplotlib.figure import Figure
-
     archives, lengths = drawn(results), results["lengths"]
     floor = next((row for row in results["archives"] if row["name"] == FLOOR), None)
-    figure = Figure(figsize=(5.5 * len(lengths), 5), layout="constrained")
+    figure = new_figure(5.5 * len(lengths), 5)
     panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     for axes, length in zip(panels, lengths, strict=True):
         for ours, color, marker in ((True, "C0", "o"), (False, "C1", "s")):
@@ -101,20 +96,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def main() -> None:
-    """Draw a file of results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path, nargs="+", help="what real.kl wrote")
-    parser.add_argument("--out", type=Path, required=True, help="a PNG, SVG or PDF file")
-    args = parser.parse_args()
-    try:
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
-        draw(joined(found), args.out)
-    except (OSError, UserError, ValueError, KeyError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_picture(
+        __doc__,
+        "real.kl",
+        lambda paths, out: draw(
+            joined([json.loads(path.read_text(encoding="utf-8")) for path in paths]), out
+        ),
+        nargs="+",
+    )

@@ -7,13 +7,13 @@ loss on held-out samples with the mask as served: at a curve's end, and on the w
 measured. A dashed line is that of the start's mask.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from real.pictures import run_picture
 from vllm_leank.errors import UserError
+from vllm_leank.mask.pictures import check_picture, new_figure, save_figure, smoothed
 
 STARTS = {"fisher": "from Fisher's mask", "learned": "from nothing: after stage 1"}
 
@@ -24,13 +24,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: the picture cannot be made, or a start has no second stage.
     """
-    from vllm_leank.mask.pictures import check_picture, save_figure, smoothed
-
     check_picture(path)
-    from matplotlib.figure import Figure
-
     masks = {row["name"]: row for row in results["masks"]}
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     for axes, (start, title) in zip(
         figure.subplots(1, len(STARTS), sharey=True), STARTS.items(), strict=True
     ):
@@ -57,19 +53,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def main() -> None:
-    """Draw a file of results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path, help="what real.learn_study wrote")
-    parser.add_argument("--out", type=Path, required=True, help="a PNG, SVG or PDF file")
-    args = parser.parse_args()
-    try:
-        draw(json.loads(args.results.read_text(encoding="utf-8")), args.out)
-    except (OSError, UserError, ValueError, KeyError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_picture(
+        __doc__,
+        "real.learn_study",
+        lambda path, out: draw(json.loads(path.read_text(encoding="utf-8")), out),
+    )

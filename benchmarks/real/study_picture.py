@@ -6,15 +6,14 @@ Points are of the questions that every variant was asked, with 95% intervals. Le
 of far tokens, which store as much, and caches of which nobody knows the bytes.
 """
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from real.labels import label_of
+from real.pictures import label_of, run_picture
 from real.served import DENSE
 from real.study_table import merged, points, shared_cells
 from vllm_leank.errors import UserError
+from vllm_leank.mask.pictures import check_picture, new_figure, save_figure
 
 
 def drawn(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -44,14 +43,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: the picture cannot be made.
     """
-    from vllm_leank.mask.pictures import check_picture, save_figure
-
     check_picture(path)
-    from matplotlib.figure import Figure
-
     variants = drawn(results)
     cells = shared_cells(variants)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     found = {one["variant"]: points(one, cells) for one in variants}
     axes.axhline(found[DENSE].value, color="grey", linestyle="--", linewidth=0.8)
@@ -95,19 +90,5 @@ def _whose(variant: dict[str, Any]) -> str:
     return "leank" if variant["engine_args"].get("attention_backend") == "leank" else "vLLM"
 
 
-def main() -> None:
-    """Draw a folder of results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="what real.study wrote")
-    parser.add_argument("--out", type=Path, required=True, help="a PNG, SVG or PDF file")
-    args = parser.parse_args()
-    try:
-        draw(merged(args.folder), args.out)
-    except (UserError, ValueError, KeyError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_picture(__doc__, "real.study", lambda folder, out: draw(merged(folder), out))
