@@ -44,8 +44,8 @@ def stage_layers(vllm_config: "VllmConfig") -> tuple[range, ...]:
 
 
 def most_decode_rows(vllm_config: "VllmConfig") -> int:
-    """Most queries of a step that are decoded, each as a request, padding included: any request may
-    bring `MAX_DECODE_QUERIES`, drafts or the rest of a prompt.
+    """How many queries a step may decode, padding included, so that kernels are compiled for all of
+    them. Any request may bring `MAX_DECODE_QUERIES`: drafts, or the rest of a prompt.
     """
     from vllm_leank.kernels.batch import MAX_DECODE_QUERIES
 

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 def share_prompts_only(window_manager: type, archive_manager: type) -> None:
-    """Have coordinators with a manager of the first class offer and find the pages of prompts
-    alone, less their last tokens, whatever the group of layers. Pages of the second class limit no
-    hit, and so do not count in what responses say was cached.
+    """Keep answers out of the prefix cache, in all groups of layers: of a request only the pages of
+    its prompt, less the last token's, are offered and found. So it is for coordinators that have a
+    `window_manager`. Pages of an `archive_manager` never shorten a hit, and so do not count in what
+    responses say was cached.
     """
     from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -66,8 +67,9 @@ def share_prompts_only(window_manager: type, archive_manager: type) -> None:
 
 @contextmanager
 def _hashes_of_prompt(request: "Request", block_size: int) -> Iterator[None]:
-    """Within it a preempted request, which asks with the tokens that it has generated, has the
-    hashes of its prompt alone, less the last token. Others need them all (`aux_output_config`).
+    """Have vLLM look up a prompt alone. A preempted request asks with the tokens that it has
+    generated; within this it has the hashes of its prompt only, less the last token. Afterwards it
+    has all again, as vLLM keeps routed experts under them (`aux_output_config`).
     """
     hashes = request.block_hashes
     if request.num_tokens > request.num_prompt_tokens:
