@@ -12,8 +12,8 @@ from real.long_text import ends_in_loop, prompts, said_before, summary
 from real.pictures import label_of, run_picture
 from real.questions import Question, cells_of, load_questions, save_questions
 from real.served import check_words
-from real.study_engine import add, earlier_results, tell_run, unasked
-from real.study_table import lost, merged, points, scores_of, shared_cells
+from real.study_engine import earlier_results, tell_run, unasked
+from real.study_table import add, lost, merged, points, scores_of, shared_cells
 from real.text_questions import ask_code, ask_document
 
 from vllm_leank.errors import UserError

@@ -26,11 +26,11 @@ import transformers
 from baselines.trained_codes import TrainedCodes
 from rich.console import Console
 
+from real.caches import served_mask
 from real.judged_texts import SEEN, judged_samples
 from real.kl import judge
 from real.option_numbers import numbers
 from real.unseen_texts import unseen_texts
-from real.variants import served_mask
 from vllm_leank.bench.results import describe_mask, header, save_results
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window

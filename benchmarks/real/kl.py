@@ -12,6 +12,7 @@ after each length.
 """
 
 import argparse
+import re
 import sys
 import time
 from collections import defaultdict
@@ -27,15 +28,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from real.caches import Variant
 from real.judged_texts import SEEN, UNSEEN, judged_samples
 from real.option_numbers import numbers
 from real.unseen_texts import unseen_texts
-from real.variants import GROUPS, Archives, Variant, makers
+from real.variants import GROUPS, Archives, variants_of
 from vllm_leank.bench.results import header, save_results
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import DTYPES, Checkpoint
+from vllm_leank.mask.file import save_mask
 from vllm_leank.offline.builtin_prompts import Named
 from vllm_leank.offline.calibration_prompts import calibration_prompts, longest_prompt
 from vllm_leank.offline.context import Context, logits_after, read_prompt
@@ -137,7 +140,8 @@ class Study:
         CONSOLE.print(f"calibrating on {prompts}")
         archives = Archives(checkpoint, model, window, prompts, args.seed)
         variants = [archives.of_file(path) for path in args.masks or ()]
-        variants += [make() for make in makers(archives, numbers(args.bits, float), groups)]
+        variants += variants_of(archives, numbers(args.bits, float), groups)
+        keep_masks(variants, args.keep_masks)
         dense = round(Unrounded().token_bytes(checkpoint.geometry))
         self.results = {
             **header(
@@ -180,6 +184,20 @@ class Study:
                 row["lengths"][str(length)] = row_of(one, judged[one.name], dense, length)
             self.results["seconds"] = round(time.monotonic() - start, 1)
             write(self.results)
+
+
+def keep_masks(variants: Sequence[Variant], folder: Path | None) -> None:
+    """Write the masks of variants that are archives of some, by their names.
+
+    Raises:
+        UserError: a file is there already, or cannot be written.
+    """
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for one in variants:
+            if one.mask is not None:
+                name = re.sub(r"[^\w.]+", "_", one.name.removeprefix("leank "))
+                save_mask(one.mask, folder / f"{name}.yaml")
 
 
 def row_of(variant: Variant, found: dict[str, Found], dense: int, length: int) -> dict[str, Any]:
@@ -239,6 +257,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--variants", default=",".join(GROUPS), help="with commas; default: all")
     options.add_argument("--bits", default="4,2,1.5,1", help="of packed, with commas")
     options.add_argument("--masks", type=Path, nargs="*", help="files of masks to judge as well")
+    options.add_argument("--keep-masks", type=Path, help="folder for the masks that this makes")
     add_samples(options)
     return options
 

@@ -9,6 +9,7 @@ import transformers
 from baselines.far_tokens import FarTokens, Store
 from baselines.selected_reading import Choice, SelectedReading, Together
 
+from real.greedy import before_stop
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.selection import DENSE_LAYERS
 from vllm_leank.core.window import Window
@@ -140,7 +141,7 @@ class Simulated:
                 tokens.append(logits[:, -1].argmax(-1))
                 done |= torch.isin(tokens[-1], ends)
         answers = torch.stack(tokens, 1).tolist()
-        return {name: _before(ids, stop) for name, ids in zip(names, answers, strict=True)}
+        return {name: before_stop(ids, stop) for name, ids in zip(names, answers, strict=True)}
 
     @property
     def _dense(self) -> AttentionHook:
@@ -156,8 +157,3 @@ class Simulated:
             input_ids=ids, position_ids=positions, use_cache=False
         ).logits
         return logits
-
-
-def _before(ids: list[int], stop: Sequence[int]) -> list[int]:
-    """The tokens before the first of `stop`."""
-    return ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))]

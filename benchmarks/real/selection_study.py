@@ -32,6 +32,8 @@ from baselines.selected_reading import ALL, EVERYTHING, WAYS, Choice
 from rich.console import Console
 from rich.progress import track
 
+from real.caches import load_masks
+from real.greedy import stop_tokens
 from real.judged_texts import judged_samples
 from real.option_numbers import numbers
 from real.questions import Question, cells_of, load_questions
@@ -49,7 +51,6 @@ from vllm_leank.core.selection import (
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import ALL_GPUS, DTYPES, Checkpoint
-from vllm_leank.mask.file import load_mask
 
 WHAT = "KL to full attention, attention found and points where the best far tokens are read alone"
 
@@ -101,11 +102,8 @@ class Study:
         choices = choices_of(shares, args.least)
         checkpoint = Checkpoint.open(args.model)
         stores: dict[str, Store] = {} if args.no_bf16 else {"bf16": unrounded}
-        masks = {path.stem: load_mask(path) for path in args.masks}
-        for name, mask in masks.items():
-            if mask.geometry.shape != checkpoint.geometry.shape:
-                raise UserError(f"mask {name}: made for another model, {mask.model}")
-            stores[name] = Coded(mask)
+        masks = load_masks(args.masks, checkpoint)
+        stores |= {name: Coded(mask) for name, mask in masks.items()}
         device = checkpoint.place(args.device, args.dtype)
         if device == ALL_GPUS:
             raise UserError(f"{args.model}: this study runs on one GPU; give --device cuda or cpu")
@@ -191,17 +189,12 @@ class Study:
         tokenizer = self.checkpoint.tokenizer
         most = min(question.max_tokens, self.args.answer_tokens or question.max_tokens)
         prompt = self.checkpoint.encode_rest(question.prompt)
-        answers = self.simulated.answer(prompt, most, self._stop())
+        stop = stop_tokens(self.checkpoint, self.simulated.model)
+        answers = self.simulated.answer(prompt, most, stop)
         return {
             name: round(question.score(tokenizer.decode(ids, skip_special_tokens=True)), 4)
             for name, ids in answers.items()
         }
-
-    def _stop(self) -> list[int]:
-        """Tokens that end an answer."""
-        found = self.simulated.model.generation_config.eos_token_id
-        found = self.checkpoint.tokenizer.eos_token_id if found is None else found
-        return found if isinstance(found, list) else [] if found is None else [found]
 
     def _write(self, kind: str, place: dict[str, Any], rows: dict[str, Any], start: float) -> None:
         """Add a text or a question to the results, and write them."""

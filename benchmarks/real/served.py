@@ -17,7 +17,7 @@ from typing import Any
 from baselines.rounded_cache import MODEL_BYTES
 from rich.console import Console
 
-from real.variants import mask_token_bytes, vllm_caches
+from real.caches import mask_token_bytes, vllm_caches
 from vllm_leank.bench.machine import head_commit
 from vllm_leank.bench.serve import parse_engine_args
 from vllm_leank.errors import UserError

@@ -28,11 +28,11 @@ from baselines.duo_attention import RATE, REG, learned_alphas, passkey_samples
 from rich.console import Console
 from rich.table import Table
 
+from real.caches import served_mask
 from real.judged_texts import SEEN, UNSEEN, judged_samples
 from real.kl import CONSOLE, add_samples, judge, row_of
 from real.option_numbers import numbers
 from real.unseen_texts import unseen_texts
-from real.variants import served_mask
 from vllm_leank.bench.results import describe_mask, header, save_results
 from vllm_leank.cli.capacity_table import capacity_json
 from vllm_leank.cli.sizes import parse_size

@@ -14,6 +14,7 @@ from vllm import LLM, SamplingParams
 
 from real.int4_rows import launch_with_rows
 from real.questions import Cell, Question, cells_of, load_questions
+from real.study_table import add
 from vllm_leank.bench.machine import machine
 from vllm_leank.bench.results import save_results
 from vllm_leank.errors import UserError
@@ -59,15 +60,6 @@ def unasked(
     asked = {(cell["task"], cell["length"]): len(cell["scores"]) for cell in results["cells"]}
     left = {name: questions[asked.get(name, 0) :] for name, questions in cells.items()}
     return {name: questions for name, questions in left.items() if questions}
-
-
-def add(task: str, length: int, answers: dict[str, Any], results: dict[str, Any]) -> None:
-    """Add what `ask` gave to the results' cell of its task and length, or as a new one."""
-    for cell in results["cells"]:
-        if (cell["task"], cell["length"]) == (task, length):
-            cell.update({name: cell[name] + answers[name] for name in answers})
-            return
-    results["cells"].append({"task": task, "length": length} | answers)
 
 
 def ask(llm: LLM, questions: Sequence[Question]) -> dict[str, Any]:

@@ -51,6 +51,17 @@ def merged(folder: Path) -> dict[str, Any]:
     }
 
 
+def add(task: str, length: int, answers: dict[str, Any], results: dict[str, Any]) -> None:
+    """Add answers, lists or sums by name, to a result's cell of their task and length, or as a
+    new one.
+    """
+    for cell in results["cells"]:
+        if (cell["task"], cell["length"]) == (task, length):
+            cell.update({name: cell[name] + answers[name] for name in answers})
+            return
+    results["cells"].append({"task": task, "length": length} | answers)
+
+
 def scores_of(variant: dict[str, Any]) -> dict[Cell, list[float]]:
     """Scores by task and length."""
     return {(cell["task"], cell["length"]): cell["scores"] for cell in variant["cells"]}

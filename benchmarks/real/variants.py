@@ -1,10 +1,9 @@
-"""The archives and caches that `kl.py` compares, with their bytes of a token."""
+"""The archives that `kl.py` calibrates, and all groups of what it compares."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +14,11 @@ from baselines.directions import (
     best_directions,
     measure_directions,
 )
-from baselines.kitty import Kitty
-from baselines.kivi import Kivi
-from baselines.rounded_cache import MODEL_BYTES, CacheHook, RoundedCache
+from baselines.rounded_cache import MODEL_BYTES
 from baselines.sensitivities import Sensitivities, sensitivities
-from baselines.think import PrunedByThinK
 from baselines.uniform_energy import uniform_energy
-from baselines.unrounded import Unrounded
-from baselines.vllm_fp8 import VllmFp8
 
-from vllm_leank.core.pages import archive_token_bytes
+from real.caches import RATIO, THEIRS, Variant, others, served_mask
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import BitsArray
@@ -32,10 +26,8 @@ from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.select_channels import select_channels
-from vllm_leank.mask.settings import choose_format
 from vllm_leank.offline.allocate import Allocation, allocate, by_variance
 from vllm_leank.offline.archive import StaticArchive
-from vllm_leank.offline.attention_hook import AttentionHook
 from vllm_leank.offline.calibrate_bits import Measured, measure, pruned_mask
 from vllm_leank.offline.calibration_prompts import CalibrationPrompts
 from vllm_leank.offline.context import Context, read_prompt
@@ -46,32 +38,7 @@ from vllm_leank.offline.simulate import SimulatedArchive
 from vllm_leank.offline.statistics import ChannelStatistics, StatisticsMeter
 from vllm_leank.offline.weigh_layers import weighed_mask
 
-RATIO, ALIGN = 0.7, 32
-
-TURBOQUANT = "turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """An archive or cache.
-
-    Attributes:
-        name: what tables call it.
-        hook: attention that reads it.
-        token_bytes: bytes over all layers of a token that it stores, with all scales.
-        exact_tokens: tokens of a request that are not in it but as they were; a few more come and
-            go with the request's length.
-        detail: what else is worth telling.
-        begin: called with the model, a context to use and each prompt, before it is read; None:
-            there is nothing to do.
-    """
-
-    name: str
-    hook: AttentionHook
-    token_bytes: float
-    exact_tokens: int
-    detail: dict[str, Any] = field(default_factory=dict)
-    begin: Callable[[transformers.PreTrainedModel, Context, Sequence[int]], None] | None = None
+ALIGN = 32
 
 
 @dataclass(frozen=True)
@@ -157,19 +124,6 @@ class Archives:
         k_bits = np.where(keep, 16, 0).astype(np.uint8)
         name = f"{RATIO:.0%} of K pruned, as many in each head"
         return self._of_channels(name, k_bits, self.measured.statistics, None)
-
-    def think(self) -> Variant:
-        """ThinK: as many channels in each head, chosen for each prompt; the others read as 0."""
-        layers, heads, dim = self.checkpoint.geometry.shape
-        kept = round((1 - RATIO) * dim)
-        hook = PrunedByThinK(self.window, RATIO)
-        return Variant(
-            f"ThinK, {RATIO:.0%} of K pruned",
-            hook,
-            float(layers * heads * (kept + dim) * MODEL_BYTES),
-            self.window.sink + self.window.recent,
-            begin=hook.begin,
-        )
 
     def with_all_values(self) -> Variant:
         """Pruned, with means, and V of all heads, so that no head is blind."""
@@ -267,79 +221,32 @@ class MeansOfBlind:
         return found
 
 
-def served_mask(name: str, mask: Mask, window: Window) -> Variant:
-    """A mask's archive, as engines store and read it."""
-    archive = ServedArchive(mask)
-    detail = {
-        "format": archive.archive_format.name,
-        "bits": round(float(mask.k_bits.mean() + mask.v_bits.mean()) / 2, 4),
-        "profiles": len({head for heads in mask.profiles for head in heads if head.stores}),
-        "blind_heads": int(archive.blind.sum()),
-    }
-    hook = SimulatedArchive(window, archive, archive.blind)
-    return Variant(name, hook, mask_token_bytes(mask), window.sink + window.recent, detail)
-
-
-def mask_token_bytes(mask: Mask) -> float:
-    """Bytes of a far token over all layers, with all scales."""
-    form = choose_format(mask)
-    return float(sum(archive_token_bytes(heads, MODEL_BYTES, form) for heads in mask.profiles))
-
-
-def makers(
+def variants_of(
     archives: Archives, bits: Sequence[float], groups: Sequence[str]
-) -> Iterator[Callable[[], Variant]]:
-    """What makes each variant of the named `groups`, those of `GROUPS`."""
-    rivals: list[RoundedCache] = []
+) -> Iterator[Variant]:
+    """The variants of the named `groups`, those of `GROUPS`; caches of others come last."""
     for group in groups:
         if group == "packed":
-            yield from (partial(archives.packed, one) for one in bits)
+            yield from (archives.packed(one) for one in bits)
         elif group == "pruned":
-            yield from (archives.pruned, archives.with_zeros, archives.with_all_values)
+            yield archives.pruned()
+            yield archives.with_zeros()
+            yield archives.with_all_values()
         elif group == "one":
-            yield archives.pruned_seen_as_one
-            yield from (partial(archives.packed_seen_as_one, one) for one in bits)
+            yield archives.pruned_seen_as_one()
+            yield from (archives.packed_seen_as_one(one) for one in bits)
         elif group == "uniform":
-            yield archives.uniform_pruned
-            yield from (partial(archives.uniform_bits, one) for one in (4, 2))
-        elif group == "think":
-            yield archives.think
+            yield archives.uniform_pruned()
+            yield from (archives.uniform_bits(one) for one in (4, 2))
         elif group == "turned":
-            yield archives.with_turned_means
+            yield archives.with_turned_means()
         elif group == "directions":
             for before_rope in (False, True):
-                yield partial(archives.low_rank, before_rope)
-                yield from (partial(archives.direction_bits, one, before_rope) for one in bits)
-        elif group == "vllm":
-            rivals += vllm_caches(len(archives.checkpoint.geometry.layers))
-        elif group == "kivi":
-            rivals += [Kivi(4), Kivi(2)]
-        elif group == "kitty":
-            rivals.append(Kitty())
-        elif group == "floor":
-            rivals.append(Unrounded())
-    yield from (partial(_rival, cache, archives.checkpoint) for cache in rivals)
+                yield archives.low_rank(before_rope)
+                yield from (archives.direction_bits(one, before_rope) for one in bits)
+    for group in groups:
+        if group in THEIRS:
+            yield from others(group, archives.checkpoint.geometry, archives.window)
 
 
-GROUPS = (
-    "packed", "pruned", "one", "uniform", "think", "turned", "directions", "vllm", "kivi", "kitty",
-    "floor",
-)  # fmt: skip
-
-
-def vllm_caches(num_layers: int) -> list[RoundedCache]:
-    """vLLM's own caches. Some are made of its code, which is imported here as it takes seconds."""
-    from baselines.vllm_int4 import VllmInt4
-    from baselines.vllm_turboquant import VllmTurboQuant
-
-    presets = [VllmTurboQuant(preset, num_layers) for preset in TURBOQUANT]
-    return [VllmFp8(), VllmInt4(), *presets]
-
-
-def _rival(cache: RoundedCache, checkpoint: Checkpoint) -> Variant:
-    return Variant(
-        cache.name,
-        CacheHook(cache),
-        cache.token_bytes(checkpoint.geometry),
-        cache.sink + cache.residual,
-    )
+GROUPS = "packed", "pruned", "one", "uniform", "turned", "directions", *THEIRS

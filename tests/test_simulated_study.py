@@ -1,0 +1,189 @@
+"""Answers with simulated caches: drafts change nothing, and a study goes on where it was."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from baselines.kivi import Kivi
+from baselines.once_per_prompt import OncePerPrompt
+from baselines.rounded_cache import CacheHook
+from byte_tokenizer import byte_tokenizer
+from mask_samples import coded_mask
+from real import simulated_study
+from real.greedy import greedy_answer
+from real.questions import Question, save_questions
+from real.simulated_study import Asker, full_attention, unasked, variants_of
+from tiny_models import load_tiny
+
+from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.window import Window
+from vllm_leank.errors import UserError
+from vllm_leank.mask.file import save_mask
+from vllm_leank.offline.context import Context, logits_after, read_prompt
+from vllm_leank.offline.served_archive import ServedArchive
+from vllm_leank.offline.simulate import SimulatedArchive
+
+WINDOW = Window(32, 64)
+PROMPT, ANSWER = 400, 24
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama):
+    return tiny_llama(layers=2)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_tiny(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return torch.randint(512, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.fixture(scope="module")
+def context(model, prompt):
+    """Has all of the prompt."""
+    context = Context(Geometry.from_hf_config(model.config))
+    read_prompt(model, context, prompt, 128)
+    return context
+
+
+def archive_hook(folder):
+    archive = ServedArchive(coded_mask(folder))
+    return SimulatedArchive(WINDOW, archive, archive.blind)
+
+
+def one_by_one(model, context, first, hook, tokens):
+    """The definition: the likeliest token after all before it, which are read again each time."""
+    answer = [first]
+    while len(answer) < tokens:
+        answer.append(int(logits_after(model, context, answer, hook)[-1].argmax()))
+    return answer
+
+
+@pytest.mark.parametrize("kind", ["dense", "archive", "kivi"])
+def test_drafts_change_no_answer(folder, model, context, kind):
+    hooks = {
+        "dense": full_attention,
+        "archive": archive_hook(folder),
+        "kivi": CacheHook(Kivi(2)),
+    }
+    hook = hooks[kind]
+    expected = one_by_one(model, context, 7, hook, ANSWER)
+    assert len(set(expected)) > 3
+    other = one_by_one(model, context, 7, full_attention, ANSWER)
+    wrong_once = [*expected[:5], expected[5] + 1, *expected[6:]]
+    for draft in ((), expected, expected[:9], other, wrong_once, [1] * 50):
+        found = greedy_answer(model, context, 7, hook, ANSWER, (), draft)
+        assert found == expected
+        assert context.length == PROMPT
+        stop = expected[8]
+        end = expected.index(stop)
+        assert greedy_answer(model, context, 7, hook, ANSWER, (stop,), draft) == expected[:end]
+
+
+def test_drafts_save_steps(model, context, monkeypatch):
+    expected = one_by_one(model, context, 7, full_attention, ANSWER)
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return logits_after(*args)
+
+    monkeypatch.setattr("real.greedy.logits_after", counted)
+    wrong_once = [*expected[:5], expected[5] + 1, *expected[6:]]
+    for draft, steps in (((), ANSWER - 1), (expected, 1), (wrong_once, 2)):
+        calls.clear()
+        greedy_answer(model, context, 7, full_attention, ANSWER, (), draft)
+        assert len(calls) == steps
+
+
+def test_far_tokens_are_rounded_once(folder, context):
+    key, value = context.key(1), context.value(1)
+    archive, asked = ServedArchive(coded_mask(folder)), []
+
+    def watched(layer, first, key, value):
+        asked.append((first, key.shape[2]))
+        return archive(layer, first, key, value)
+
+    once = OncePerPrompt(watched)
+    for end in (128, 256, 192):
+        far = slice(32, 32 + end)
+        expected = archive(1, 32, key[:, :, far], value[:, :, far])
+        found = once(1, 32, key[:, :, far], value[:, :, far])
+        for mine, its in zip(found, expected, strict=True):
+            assert torch.equal(mine, its)
+    assert asked == [(32, 128), (160, 128)]
+    once.forget()
+    once(1, 32, key[:, :, :32], value[:, :, :32])
+    assert asked[-1] == (32, 32)
+
+
+def test_the_first_of_each_cell_is_asked_first():
+    questions = [
+        Question(task, length, str(number), ("x",), 1)
+        for task, length, count in (("b", 8, 2), ("a", 8, 3), ("a", 4, 1))
+        for number in range(count)
+    ]
+
+    def order(count, *scores):
+        cells = [{"task": task, "length": length, "scores": one} for task, length, one in scores]
+        found = (questions[place] for place in unasked(questions, count, {"cells": cells}))
+        return [(one.task, one.length, one.prompt) for one in found]
+
+    everything = [("a", 4, "0"), ("a", 8, "0"), ("b", 8, "0"), ("a", 8, "1"), ("b", 8, "1")]
+    assert order(None) == [*everything, ("a", 8, "2")]
+    assert order(2) == everything
+    assert order(2, ("a", 8, [1.0]), ("a", 4, [0.0])) == everything[2:]
+
+
+def test_unknown_caches_and_long_answers_are_refused(folder, model):
+    geometry = Geometry.from_hf_config(model.config)
+    with pytest.raises(UserError, match=r"--variants has \['pruned'\]; allowed: think, vllm"):
+        variants_of(["kivi", "pruned"], {}, geometry, WINDOW)
+    mask = coded_mask(folder)
+    checkpoint = type("Checkpoint", (), {"geometry": geometry, "tokenizer": byte_tokenizer()})()
+    asker = Asker(checkpoint, model, variants_of([], {"codes": mask}, geometry, WINDOW))
+    message = f"does not fit into the last {mask.recent}, which leank codes keeps"
+    with pytest.raises(UserError, match=message):
+        asker.answers([1] * 300, mask.recent + 1)
+
+
+def test_the_study_writes_what_it_finds_and_goes_on(folder, tmp_path, monkeypatch, capsys):
+    model, out = tmp_path / "model", tmp_path / "out.json"
+    shutil.copytree(folder, model)
+    byte_tokenizer().save_pretrained(model)
+    save_mask(coded_mask(folder), tmp_path / "codes.yaml")
+    questions = [Question(task, 600, task * 500, (task,), 5) for task in "abab"]
+    save_questions(questions, tmp_path / "questions.gz")
+
+    def study(*options):
+        command = [
+            *("study", "--model", model, "--masks", tmp_path / "codes.yaml", "--out", out),
+            *("--questions", tmp_path / "questions.gz", "--variants", "kivi,think,kitty"),
+            *("--sink", 32, "--recent", 64, "--dtype", "float32", *options),
+        ]
+        monkeypatch.setattr("sys.argv", list(map(str, command)))
+        simulated_study.main()
+        return json.loads(out.read_text())
+
+    names = ["dense", "leank codes", "KIVI, 4 bits", "KIVI, 2 bits", "ThinK, 70% of K pruned"]
+    names.append("Kitty, 2 bits, an eighth of K at 4")
+    for options, count in ((("--count", 1), 1), ((), 2)):
+        found = study(*options)
+        assert [one["variant"] for one in found["variants"]] == names
+        assert {
+            (cell["task"], len(cell["scores"]))
+            for one in found["variants"]
+            for cell in one["cells"]
+        } == {("a", count), ("b", count)}
+    assert "4 questions each" in capsys.readouterr().out
+    assert found["masks"]["codes"]["model"]
+    with pytest.raises(SystemExit, match="made with another window"):
+        study("--recent", 96)
+    out.write_text("{}")
+    with pytest.raises(SystemExit, match="no results of this study"):
+        study()
