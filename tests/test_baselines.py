@@ -101,7 +101,7 @@ def test_think_chooses_for_each_prompt(model):
         torch.testing.assert_close(together[row], expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_think_chooses_before_a_prompt_is_read(model):
+def test_think_chooses_once_a_prompt_is_read(model):
     """What it chooses, and what answers then are, is as where it watches the prompt itself."""
     first, second = torch.randint(512, (2, 120), generator=torch.Generator().manual_seed(1))
     context = Context(Geometry.from_hf_config(model.config))
@@ -109,9 +109,10 @@ def test_think_chooses_before_a_prompt_is_read(model):
     chosen = []
     for ids in (first, second):
         prompt, answer = ids[:110].tolist(), ids[110:].tolist()
+        read_prompt(model, context, prompt, 64)
         hook.begin(model, context, prompt)
         chosen.append(hook.keep)
-        read_prompt(model, context, prompt, 64)
+        assert context.length == len(prompt)
         found = logits_after(model, context, answer, hook)
         think = ThinK()
         keep = partial(think.keep, 0.5)

@@ -32,13 +32,13 @@ def interval(found):
 
 
 def archives():
-    """Masks that were served, and caches of others, some of which an earlier run measured."""
+    """Masks that were served, and caches of others, on the same texts."""
     return {row["name"]: row for row in joined(kl_results())["archives"]}
 
 
 def kl_results():
-    many = [load(f"kl_qwen_1.5b_many_{length}") for length in (8192, 30000)]
-    return [*many, load("kl_qwen_1.5b")]
+    names = "many_8192", "many_30000", "vllm_8192", "kitty_8192", "others_30000"
+    return [load(f"kl_qwen_1.5b_{name}") for name in names]
 
 
 LEARNED_MASKS = ("leank pruned_70",)
@@ -47,6 +47,8 @@ LEARNED_MASKS = ("leank pruned_70",)
 
 def named(name, learned=()):
     """A row's name as pages have it, where masks of `learned` were learned as well."""
+    if name.startswith("leank packed, "):
+        name = f"leank bits_{name.removeprefix('leank packed, ').removesuffix(' bits')}"
     kind, _, number = name.removeprefix("leank ").partition("_")
     if not name.startswith("leank "):
         return name
@@ -134,21 +136,62 @@ def opening():
         yield line(title, size, found, kl(row, 8192), kl(row, 30000), "", "")
 
 
-def kl_rows(directions):
+def kl_rows():
     for name, row in archives().items():
-        if name.startswith("directions") is not directions:
-            continue
         yield line(named(name, LEARNED_MASKS), *kl_cells(row, 8192, 30000))
 
 
+def directions_rows():
+    for row in load("kl_qwen_1.5b")["archives"]:
+        if row["name"].startswith("directions"):
+            yield line(row["name"], *kl_cells(row, 8192, 30000))
+
+
+def alike(row, *lengths):
+    """How alike the next token's distributions are."""
+    for length in lengths:
+        for kinds in KINDS:
+            yield f"{1 - row['lengths'][str(length)][kinds]['variation']:.1%}"
+
+
 def variation_rows():
-    """How alike the next token's distributions are, where that was measured."""
     for name, row in archives().items():
-        lengths = row["lengths"]
-        found = [lengths[str(n)][kinds] for n in (8192, 30000) for kinds in KINDS]
-        if all("variation" in one for one in found):
-            alike = (f"{1 - one['variation']:.1%}" for one in found)
-            yield line(named(name, LEARNED_MASKS), *kl_cells(row)[:2], *alike)
+        yield line(named(name, LEARNED_MASKS), *kl_cells(row)[:2], *alike(row, 8192, 30000))
+
+
+def small_kl_rows(length, *files):
+    """KL of a smaller model, and how alike distributions are."""
+    for row in joined(load(file) for file in files)["archives"]:
+        yield line(named(row["name"]), *kl_cells(row, length), *alike(row, length))
+
+
+SMALL_KL = "kl_qwen_0.5b_8192", "kl_qwen_0.5b_others_8192"
+
+
+SERVED = {"dense": "dense", "leank bits_2": "bits_2"}
+"""Of simulated caches, what the study calls those that engines have."""
+
+
+def simulated():
+    """Simulated caches by name, and what all were asked, which the study asked engines, too."""
+    engines, _ = study()
+    results = load("simulated_qwen_1.5b")
+    assert results["questions_sha256"] == engines["dense"]["questions_sha256"]
+    found = {one["variant"]: one for one in results["variants"]}
+    return found, shared_cells([*found.values(), *(engines[name] for name in SERVED.values())])
+
+
+def simulated_rows():
+    """Points of simulated caches, and of engines on the same questions."""
+    engines, _ = study()
+    found, cells = simulated()
+    dense = found["dense"]
+    for name, one in found.items():
+        size = f"{one['token_bytes']:,.0f} ({dense['token_bytes'] / one['token_bytes']:.1f}x)"
+        title = name.removeprefix("leank ").replace("_", " ") if "everywhere" in name else name
+        engine = f"{mean_points(engines[SERVED[name]], cells):.1f}" if name in SERVED else ""
+        gap = interval(lost(one, dense, cells))
+        yield line(named(title), size, f"{mean_points(one, cells):.1f}", gap, engine)
 
 
 @cache
@@ -381,7 +424,7 @@ def streaming_points_rows():
     ("page", "rows"),
     [
         ("README.md", opening),
-        ("docs/accuracy.md", lambda: kl_rows(False)),
+        ("docs/accuracy.md", kl_rows),
         ("docs/accuracy.md", variation_rows),
         ("docs/accuracy.md", uniform_rows),
         ("docs/accuracy.md", even_rows),
@@ -398,7 +441,10 @@ def streaming_points_rows():
         ("docs/accuracy.md", learned_rows),
         ("docs/accuracy.md", streaming_rows),
         ("docs/accuracy.md", streaming_points_rows),
-        ("benchmarks/real/README.md", lambda: kl_rows(True)),
+        ("benchmarks/real/README.md", directions_rows),
+        ("docs/accuracy.md", lambda: small_kl_rows(8192, *SMALL_KL)),
+        ("docs/accuracy.md", lambda: small_kl_rows(7936, "kl_smollm2_7936")),
+        ("docs/accuracy.md", simulated_rows),
         ("masks/README.md", shipped_rows),
         ("docs/performance.md", selected_study_rows),
         ("docs/performance.md", selection_rows),
@@ -406,6 +452,21 @@ def streaming_points_rows():
 )
 def test_rows_are_those_of_the_results(page, rows):
     assert "\n".join(rows()) in text_of(page)
+
+
+def test_the_readme_says_what_simulated_caches_lose():
+    found, cells = simulated()
+    gaps = {
+        name.partition(",")[0]: f"{lost(one, found['dense'], cells).value:.1f}"
+        for name, one in found.items()
+        if name != "KIVI, 4 bits"
+    }
+    sentence = (
+        f"On {sum(cells.values())} of them, simulated, 2 bits lose {gaps['leank bits_2']} points, "
+        f"KIVI's 2 bits {gaps['KIVI']}, Kitty's {gaps['Kitty']}, and ThinK's 70% of K pruned "
+        f"{gaps['ThinK']} ("
+    )
+    assert sentence in " ".join(text_of("README.md").split())
 
 
 def test_the_picture_has_what_engines_have_and_caches_of_others(tmp_path):

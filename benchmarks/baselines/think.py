@@ -1,12 +1,13 @@
 """ThinK: channels chosen anew for every prompt."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import transformers
 
 from vllm_leank.core.window import Window
-from vllm_leank.offline.context import Context, logits_after, read_prompt
+from vllm_leank.offline.context import Context, logits_after
 from vllm_leank.offline.plain_attention import plain_attention
 from vllm_leank.offline.simulate import SimulatedPruning
 
@@ -59,15 +60,16 @@ class PrunedByThinK(SimulatedPruning):
     def begin(
         self, model: transformers.PreTrainedModel, context: Context, prompt: Sequence[int]
     ) -> None:
-        """Choose channels for a prompt of more than `ThinK.QUERIES` tokens; the context then has
-        all but these last ones of it.
+        """Choose channels for a prompt of more than `ThinK.QUERIES` tokens, which the context has
+        read. Its last ones are computed again, to see their queries.
         """
-        think = ThinK()
+        think, read = ThinK(), context.mark()
 
         def watch(layer, query, key, value, attention_mask, scaling, sink_scores):
             think(layer, query, key, value, attention_mask, scaling, sink_scores)
             return plain_attention(query, key, value, None, scaling, sink_scores)
 
-        read_prompt(model, context, prompt[: -think.QUERIES], 4096)
+        context.cut(replace(read, length=read.length - think.QUERIES))
         logits_after(model, context, prompt[-think.QUERIES :], watch)
+        context.advance(think.QUERIES)
         self.keep = think.keep(self.ratio)

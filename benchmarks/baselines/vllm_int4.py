@@ -1,5 +1,7 @@
 """vLLM's cache of 4-bit codes with a scale for each token and head."""
 
+from functools import cache
+
 import torch
 from vllm.v1.attention.ops.int4_per_token_head import single_rht
 
@@ -28,15 +30,25 @@ class VllmInt4(RoundedCache):
 
 def _turned_and_rounded(x: torch.Tensor) -> torch.Tensor:
     """`x` `[..., D]` turned, rounded, and turned back."""
-    turned = single_rht(x.float()).to(x.dtype).float()
+    width = x.shape[-1]
+    turned = (x.float() @ _turn(width, False).to(x.device)).to(x.dtype).float()
     least, most = turned.amin(-1, keepdim=True), turned.amax(-1, keepdim=True)
     step = ((most - least) / 15).clamp(min=1e-6)
     zero = _nearest(-least / step).clamp(0, 15)
     codes = _nearest(turned * (1 / step) + zero).clamp(0, 15)
     stored_step = (step.view(torch.int32) & -16).view(torch.float32)
     # Turning twice multiplies by the largest power of two in the head's width.
-    width = x.shape[-1]
-    return single_rht((codes - zero) * stored_step, inverse=True) / (width & -width)
+    back = (codes - zero) * stored_step @ _turn(width, True).to(x.device)
+    return back / (width & -width)
+
+
+@cache
+def _turn(width: int, inverse: bool) -> torch.Tensor:
+    """What vLLM turns rows of so many numbers with, `[width, width]`, made on the CPU.
+
+    With its kernel for GPUs the logits of some text were not finite in one run, and were in another.
+    """
+    return single_rht(torch.eye(width), inverse)
 
 
 def _nearest(x: torch.Tensor) -> torch.Tensor:

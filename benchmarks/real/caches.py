@@ -46,8 +46,8 @@ class Variant:
         exact_tokens: tokens of a request that are not in it but as they were; a few more come and
             go with the request's length.
         detail: what else is worth telling.
-        begin: called with the model, a context to use and each prompt, before it is read; None:
-            there is nothing to do.
+        begin: called for each prompt with the model, the context that has read it, and the prompt;
+            None: there is nothing to do.
         mask: the mask whose archive it is, if it is one's.
     """
 

@@ -93,18 +93,27 @@ def judge(
     samples: Sequence[tuple[str, Named]],
     variants: Sequence[Variant],
 ) -> Judged:
-    """What each variant does to samples, which come with the groups of their kinds."""
+    """What each variant does to samples, which come with the groups of their kinds.
+
+    A variant under which logits of some sample are not finite is left out: it has no KL.
+    """
     context = Context(Geometry.from_hf_config(model.config))
-    judged: Judged = defaultdict(lambda: defaultdict(Found))
+    judged: Judged = {one.name: defaultdict(Found) for one in variants}
     dense = SimulatedArchive(window)
     for group, (kind, sample) in track(samples, "judging", console=CONSOLE):
+        read_prompt(model, context, sample.prompt, 4096)
         for one in variants:
             if one.begin is not None:
                 one.begin(model, context, sample.prompt)
-        read_prompt(model, context, sample.prompt, 4096)
         expected = logits_after(model, context, sample.answer, dense)
         for one in variants:
-            found = divergence(expected, logits_after(model, context, sample.answer, one.hook))
+            if one.name not in judged:
+                continue
+            logits = logits_after(model, context, sample.answer, one.hook)
+            if not logits.isfinite().all():
+                del judged[one.name]
+                continue
+            found = divergence(expected, logits)
             for name in (group, kind):
                 judged[one.name][name].add(found)
     return judged
@@ -175,13 +184,19 @@ class Study:
             samples, left_out = judged_samples(
                 checkpoint, texts, length, args.judged, args.unseen, args.seed
             )
+            judged = judge(model, window, samples, variants)
+            left_out += [
+                f"{one.name}: logits that are not finite with {length:,} tokens, left out"
+                for one in variants
+                if one.name not in judged
+            ]
             for line in left_out:
                 CONSOLE.print(line)
             self.results["skipped"] += left_out
-            judged = judge(model, window, samples, variants)
             self.results["lengths"].append(length)
             for row, one in zip(self.results["archives"], variants, strict=True):
-                row["lengths"][str(length)] = row_of(one, judged[one.name], dense, length)
+                if one.name in judged:
+                    row["lengths"][str(length)] = row_of(one, judged[one.name], dense, length)
             self.results["seconds"] = round(time.monotonic() - start, 1)
             write(self.results)
 
@@ -221,8 +236,8 @@ def show(results: dict[str, Any]) -> None:
     for row in results["archives"]:
         cells = [row["name"], f"{row['token_bytes']:,.0f}", f"{row['x']:.2f}"]
         for length in results["lengths"]:
-            found = row["lengths"][str(length)]
-            cells.append(f"{found[SEEN]['kl']:.5f}")
+            found = row["lengths"].get(str(length), {})
+            cells.append(f"{found[SEEN]['kl']:.5f}" if found else "-")
             cells.append(f"{found[UNSEEN]['kl']:.5f}" if UNSEEN in found else "-")
             cells.append(f"{found['unseen_by_seen']:.1f}" if "unseen_by_seen" in found else "-")
         table.add_row(*cells)

@@ -68,7 +68,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     for axes, length in zip(panels, lengths, strict=True):
         for ours, color, marker in ((True, "C0", "o"), (False, "C1", "s")):
-            rows = [one for one in archives if one[1]["name"].startswith("leank") is ours]
+            rows = [
+                one
+                for one in archives
+                if one[1]["name"].startswith("leank") is ours and str(length) in one[1]["lengths"]
+            ]
             xs = [row["token_bytes"] / 1024 for _, row in rows]
             ys = [row["lengths"][str(length)][SEEN]["kl"] for _, row in rows]
             label = "leank" if ours else "others, simulated"

@@ -124,12 +124,12 @@ class Asker:
                     f"{one.mask.recent}, which {one.name} keeps as they are"
                 )
         model, context = self.model, self._context
-        for one in self.variants:
-            if one.begin is not None:
-                one.begin(model, context, prompt)
         read_prompt(model, context, prompt[:-1], CHUNK)
         logits = logits_after(model, context, prompt[-1:], full_attention)
         context.advance(1)
+        for one in self.variants:
+            if one.begin is not None:
+                one.begin(model, context, prompt)
         first = int(logits[-1].argmax())
         found: dict[str, list[int]] = {}
         for one in self.variants:
