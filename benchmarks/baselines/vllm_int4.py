@@ -46,7 +46,7 @@ def _turned_and_rounded(x: torch.Tensor) -> torch.Tensor:
 def _turn(width: int, inverse: bool) -> torch.Tensor:
     """What vLLM turns rows of so many numbers with, `[width, width]`, made on the CPU.
 
-    With its kernel for GPUs the logits of some text were not finite in one run, and were in another.
+    With its kernel for GPUs logits of some text were not finite in one run, and were in another.
     """
     return single_rht(torch.eye(width), inverse)
 
