@@ -152,6 +152,31 @@ def test_a_prompt_whose_last_token_comes_alone_is_read_to_its_end(runner, tmp_pa
         assert least <= right <= most
 
 
+@pytest.mark.parametrize("runner", runners((V2,), (V1,)), indirect=True)
+def test_preempted_requests_answer_alike(runner):
+    """A cache that is too small for all of them: those thrown out find their prompts in the prefix
+    cache again, where another that asks the same still runs, and read what they had said once more.
+    """
+    (mask,) = find_masks(str(MODEL))
+    asked = [
+        make_sample(task, length, 3).prompt_token_ids
+        for length in (512, 700, 900, 1100)
+        for task in TASKS
+        for twin in range(2)
+    ]
+    options = {"sink": SINK, "recent": RECENT, "enable_prefix_caching": True, **ON_GPU}
+    options["max_model_len"] = 2048
+    with engine(MODEL, mask.path, **options) as running:
+        expected = running.generate(asked, 400)
+        one_request = running.plan.blocks_in_prefill(running.window, options["max_model_len"])
+    with engine(MODEL, mask.path, num_gpu_blocks_override=2 * one_request, **options) as running:
+        outputs_lost, hits = running.watch_preemptions(), running.watch_hits()
+        answers = running.generate(asked, 400)
+    assert_same_up_to_ties(expected, answers)
+    assert sum(lost > RECENT for lost in outputs_lost) >= 3, outputs_lost
+    assert sum(hit > 0 for hit in hits) >= 3, hits
+
+
 def test_two_starts_answer_alike():
     """Launches are configured by rule and not by timing, so nothing is left to chance."""
     (mask,) = find_masks(str(MODEL))
