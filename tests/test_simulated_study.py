@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -65,7 +67,7 @@ def one_by_one(model, context, first, hook, tokens):
 
 
 @pytest.mark.parametrize("kind", ["dense", "archive", "kivi"])
-def test_drafts_change_no_answer(folder, model, context, kind):
+def test_guesses_change_no_answer(folder, model, context, prompt, kind):
     hooks = {
         "dense": full_attention,
         "archive": archive_hook(folder),
@@ -76,17 +78,18 @@ def test_drafts_change_no_answer(folder, model, context, kind):
     assert len(set(expected)) > 3
     other = one_by_one(model, context, 7, full_attention, ANSWER)
     wrong_once = [*expected[:5], expected[5] + 1, *expected[6:]]
-    for draft in ((), expected, expected[:9], other, wrong_once, [1] * 50):
-        found = greedy_answer(model, context, 7, hook, ANSWER, (), draft)
-        assert found == expected
+    stop = expected[8]
+    end = expected.index(stop)
+    for like in ((), expected, expected[:9], other, wrong_once, expected[3:], [1] * 50):
+        ask = partial(greedy_answer, model, context, prompt, 7, hook, ANSWER)
+        assert ask((), like) == expected
         assert context.length == PROMPT
-        stop = expected[8]
-        end = expected.index(stop)
-        assert greedy_answer(model, context, 7, hook, ANSWER, (stop,), draft) == expected[:end]
+        assert ask((stop,), like) == expected[:end]
 
 
-def test_drafts_save_steps(model, context, monkeypatch):
+def test_guesses_save_steps(model, context, prompt, monkeypatch):
     expected = one_by_one(model, context, 7, full_attention, ANSWER)
+    assert len(set(pairwise([*prompt, *expected]))) == PROMPT + ANSWER - 1
     calls = []
 
     def counted(*args):
@@ -95,9 +98,11 @@ def test_drafts_save_steps(model, context, monkeypatch):
 
     monkeypatch.setattr("real.greedy.logits_after", counted)
     wrong_once = [*expected[:5], expected[5] + 1, *expected[6:]]
-    for draft, steps in (((), ANSWER - 1), (expected, 1), (wrong_once, 2)):
+    # Behind a wrong guess two more tokens stand after pairs that the text does not have.
+    for like, steps in (((), ANSWER - 1), (expected, 1), (wrong_once, 4)):
         calls.clear()
-        greedy_answer(model, context, 7, full_attention, ANSWER, (), draft)
+        ask = partial(greedy_answer, model, context, prompt, 7, full_attention, ANSWER)
+        assert ask((), like) == expected
         assert len(calls) == steps
 
 

@@ -1,6 +1,7 @@
 """Greedy answers under a simulated cache, in transformers."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import transformers
 
@@ -8,28 +9,38 @@ from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.offline.attention_hook import AttentionHook
 from vllm_leank.offline.context import Context, logits_after
 
+GUESS = 32
+"""Most tokens of an answer that are guessed at once."""
+
 
 def greedy_answer(
     model: transformers.PreTrainedModel,
     context: Context,
+    prompt: Sequence[int],
     first: int,
     hook: AttentionHook,
     max_tokens: int,
     stop: Sequence[int],
-    draft: Sequence[int] = (),
+    like: Sequence[int] = (),
 ) -> list[int]:
-    """The answer that begins with the token `first`, up to the first token of `stop`, without it.
+    """The answer to a prompt that begins with the token `first`, up to the first token of `stop`,
+    without it.
 
-    It stands right after the context, which is as before afterwards. `draft` is what the answer may
-    well be, the answer with another cache: its tokens are computed at once and kept while they are
-    what the model would have said. So it makes answers cheaper, and no others.
+    The context has read the prompt, and is as before afterwards. What followed the last two tokens
+    in the prompt, or in `like`, the answer with another cache, is guessed to follow again; such
+    tokens are computed at once, and kept while they are what the model would have said. So answers
+    cost less, and are no others.
     """
     start, answer = context.mark(), [first]
+    text = [*prompt, *like]
+    after = {pair: place for place, pair in enumerate(pairwise(text), 2)}  # the last one counts
     while len(answer) < max_tokens and answer[-1] not in stop:
-        # States of layers would be those behind the whole guess.
-        guess = [] if context.states else list(draft[len(answer) : max_tokens - 1])
-        logits = logits_after(model, context, [answer[-1], *guess], hook)
-        said = logits.argmax(-1).tolist()
+        before = answer[-2] if len(answer) > 1 else prompt[-1]
+        place = after.get((before, answer[-1]), len(text))
+        guess = text[place : place + min(GUESS, max_tokens - 1 - len(answer))]
+        if context.states is not None:
+            guess = []  # they would be those behind the whole guess
+        said = logits_after(model, context, [answer[-1], *guess], hook).argmax(-1).tolist()
         right = 0
         while right < len(guess) and guess[right] == said[right] and guess[right] not in stop:
             right += 1

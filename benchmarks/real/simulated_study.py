@@ -133,8 +133,9 @@ class Asker:
         first = int(logits[-1].argmax())
         found: dict[str, list[int]] = {}
         for one in self.variants:
+            like = found.get(DENSE, ())
             found[one.name] = greedy_answer(
-                model, context, first, one.hook, max_tokens, self._stop, found.get(DENSE, [])
+                model, context, prompt, first, one.hook, max_tokens, self._stop, like
             )
         return found
 
