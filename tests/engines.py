@@ -74,14 +74,17 @@ class Engine:
         """NaN in blocks the moment a request gets them, from now on; their ids."""
         return poison_new_blocks(self.block_pool, self.memory)
 
-    def watch_hits(self) -> list[int]:
-        """Tokens that requests found in the prefix cache, from now on."""
+    def watch_hits(self, of_preempted: bool = False) -> list[int]:
+        """Tokens that requests found in the prefix cache, from now on: all of them, or those that
+        had been preempted.
+        """
         hits: list[int] = []
         lookup = self.scheduler.kv_cache_manager.get_computed_blocks
 
         def watch(request: Any, *args: Any, **kwargs: Any) -> Any:
             found = lookup(request, *args, **kwargs)
-            hits.append(found[1])
+            if not of_preempted or request.num_preemptions:
+                hits.append(found[1])
             return found
 
         self.scheduler.kv_cache_manager.get_computed_blocks = watch

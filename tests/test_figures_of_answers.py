@@ -464,9 +464,26 @@ def test_the_readme_says_what_simulated_caches_lose():
     sentence = (
         f"On {sum(cells.values())} of them, simulated, 2 bits lose {gaps['leank bits_2']} points, "
         f"KIVI's 2 bits {gaps['KIVI']}, Kitty's {gaps['Kitty']}, and ThinK's 70% of K pruned "
-        f"{gaps['ThinK']} ("
+        f"{gaps['ThinK']}, KIVI's 4 bits none ("
     )
     assert sentence in " ".join(text_of("README.md").split())
+    assert lost(found["KIVI, 4 bits"], found["dense"], cells).value < 0
+
+
+@pytest.mark.parametrize(
+    ("sentence", "name"),
+    [
+        ("KIVI has {:.1f} points less than leank's 2 bits ({:.1f} to {:.1f})", "KIVI, 2 bits"),
+        ("Kitty {:.1f} ({:.1f} to {:.1f})", "Kitty, 2 bits, an eighth of K at 4"),
+        ("2 bits everywhere {:.1f} ({:.1f} to {:.1f})", "leank 2_bits_everywhere"),
+        ("has {:.1f} less ({:.1f} to {:.1f})", "ThinK, 70% of K pruned"),
+    ],
+)
+def test_docs_say_what_simulated_caches_lose_against_2_bits(sentence, name):
+    found, cells = simulated()
+    gap = lost(found[name], found["leank bits_2"], cells)
+    text = " ".join(text_of("docs/accuracy.md").split())
+    assert sentence.format(gap.value, gap.low, gap.high) in text
 
 
 def test_the_picture_has_what_engines_have_and_caches_of_others(tmp_path):

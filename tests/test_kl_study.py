@@ -55,7 +55,7 @@ def test_masks_are_kept_and_judged_alike_as_files(model, tmp_path, monkeypatch):
         assert mine["texts"] == 2
     assert rows["nothing rounded"]["kl"] < rows["leank 4_bits_everywhere"]["kl"] / 10
     assert rows["leank 4_bits_everywhere"]["kl"] < rows["leank 2_bits_everywhere"]["kl"]
-    with pytest.raises(SystemExit, match="exists already"):
+    with pytest.raises(SystemExit, match="has files already"):
         study(model, tmp_path / "made.json", monkeypatch, *few, "uniform", "--keep-masks", kept)
 
 

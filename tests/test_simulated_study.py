@@ -15,7 +15,7 @@ from mask_samples import coded_mask
 from real import simulated_study
 from real.greedy import greedy_answer
 from real.questions import Question, save_questions
-from real.simulated_study import Asker, full_attention, unasked, variants_of
+from real.simulated_study import Asker, Caches, full_attention, in_order, parser
 from tiny_models import load_tiny
 
 from vllm_leank.core.geometry import Geometry
@@ -136,7 +136,7 @@ def test_the_first_of_each_cell_is_asked_first():
 
     def order(count, *scores):
         cells = [{"task": task, "length": length, "scores": one} for task, length, one in scores]
-        found = (questions[place] for place in unasked(questions, count, {"cells": cells}))
+        found = in_order(questions, count, {"cells": cells})
         return [(one.task, one.length, one.prompt) for one in found]
 
     everything = [("a", 4, "0"), ("a", 8, "0"), ("b", 8, "0"), ("a", 8, "1"), ("b", 8, "1")]
@@ -145,50 +145,107 @@ def test_the_first_of_each_cell_is_asked_first():
     assert order(2, ("a", 8, [1.0]), ("a", 4, [0.0])) == everything[2:]
 
 
-def test_unknown_caches_and_long_answers_are_refused(folder, model):
-    geometry = Geometry.from_hf_config(model.config)
-    with pytest.raises(UserError, match=r"--variants has \['pruned'\]; allowed: think, vllm"):
-        variants_of(["kivi", "pruned"], {}, geometry, WINDOW)
-    mask = coded_mask(folder)
-    checkpoint = type("Checkpoint", (), {"geometry": geometry, "tokenizer": byte_tokenizer()})()
-    asker = Asker(checkpoint, model, variants_of([], {"codes": mask}, geometry, WINDOW))
-    message = f"does not fit into the last {mask.recent}, which leank codes keeps"
+def caches_of(model, *options):
+    """What a command line names."""
+    return Caches.of(parser().parse_args(["--model", str(model), *REQUIRED, *map(str, options)]))
+
+
+REQUIRED = "--questions", "none", "--out", "none"
+
+
+@pytest.fixture(scope="module")
+def folder_with_tokenizer(folder, tmp_path_factory):
+    target = tmp_path_factory.mktemp("simulated") / "model"
+    shutil.copytree(folder, target)
+    byte_tokenizer().save_pretrained(target)
+    save_mask(coded_mask(folder), target / "codes.yaml")
+    return target
+
+
+def test_answers_are_those_of_each_cache_whatever_was_asked_before(folder_with_tokenizer, model):
+    """Of several prompts, each beside the definition with hooks that have seen nothing else."""
+    options = (
+        *("--masks", folder_with_tokenizer / "codes.yaml", "--variants", "kivi,think,kitty"),
+        *("--sink", 32, "--recent", 64),
+    )
+    asker = Asker(model, caches_of(folder_with_tokenizer, *options))
+    generator = torch.Generator().manual_seed(3)
+    context = Context(Geometry.from_hf_config(model.config))
+    seen = set()
+    for length in (PROMPT, PROMPT, PROMPT - 70):
+        prompt = torch.randint(512, (length,), generator=generator).tolist()
+        found = asker.answers(prompt, ANSWER)
+        read_prompt(model, context, prompt, 128)
+        for one in caches_of(folder_with_tokenizer, *options).variants:
+            if one.begin is not None:
+                one.begin(model, context, prompt)
+            first = found["dense"][0]
+            assert found[one.name] == one_by_one(model, context, first, one.hook, ANSWER)
+            seen.add((length, tuple(found[one.name])))
+    assert len(seen) > 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--variants", "kivi,pruned"], r"--variants has \['pruned'\]; allowed: think, vllm"),
+        (["--variants", "kivi,kivi"], "--variants names a group twice"),
+        (["--masks", "codes.yaml", "codes.yaml"], "--masks names codes twice"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(folder_with_tokenizer, options, message, monkeypatch):
+    monkeypatch.chdir(folder_with_tokenizer)
     with pytest.raises(UserError, match=message):
-        asker.answers([1] * 300, mask.recent + 1)
+        caches_of(folder_with_tokenizer, *options)
 
 
-def test_the_study_writes_what_it_finds_and_goes_on(folder, tmp_path, monkeypatch, capsys):
-    model, out = tmp_path / "model", tmp_path / "out.json"
-    shutil.copytree(folder, model)
-    byte_tokenizer().save_pretrained(model)
-    save_mask(coded_mask(folder), tmp_path / "codes.yaml")
-    questions = [Question(task, 600, task * 500, (task,), 5) for task in "abab"]
+def test_answers_that_leave_the_window_are_refused(folder_with_tokenizer):
+    caches = caches_of(folder_with_tokenizer, "--masks", folder_with_tokenizer / "codes.yaml")
+    recent = coded_mask(folder_with_tokenizer).recent
+    caches.check([Question("a", 600, "", ("x",), recent)])
+    message = f"does not fit into the last {recent}, which leank codes keeps"
+    with pytest.raises(UserError, match=message):
+        caches.check([Question("a", 600, "", ("x",), recent + 1)])
+
+
+def test_the_study_writes_what_it_finds_and_goes_on(
+    folder_with_tokenizer, tmp_path, monkeypatch, capsys
+):
+    model = folder_with_tokenizer
+    texts = [f"{letter}{number} " * 120 for letter in "ab" for number in range(2)]
+    # Scores are shares of many letters, so that they tell answers apart.
+    letters = tuple(map(chr, range(32, 127)))
+    questions = [Question(text[0], 600, text, letters, 40) for text in texts]
     save_questions(questions, tmp_path / "questions.gz")
 
-    def study(*options):
+    def study(out, *options):
         command = [
-            *("study", "--model", model, "--masks", tmp_path / "codes.yaml", "--out", out),
+            *("study", "--model", model, "--masks", model / "codes.yaml", "--out", tmp_path / out),
             *("--questions", tmp_path / "questions.gz", "--variants", "kivi,think,kitty"),
             *("--sink", 32, "--recent", 64, "--dtype", "float32", *options),
         ]
         monkeypatch.setattr("sys.argv", list(map(str, command)))
         simulated_study.main()
-        return json.loads(out.read_text())
+        return json.loads((tmp_path / out).read_text())
 
     names = ["dense", "leank codes", "KIVI, 4 bits", "KIVI, 2 bits", "ThinK, 70% of K pruned"]
     names.append("Kitty, 2 bits, an eighth of K at 4")
-    for options, count in ((("--count", 1), 1), ((), 2)):
-        found = study(*options)
-        assert [one["variant"] for one in found["variants"]] == names
-        assert {
-            (cell["task"], len(cell["scores"]))
-            for one in found["variants"]
-            for cell in one["cells"]
-        } == {("a", count), ("b", count)}
-    assert "4 questions each" in capsys.readouterr().out
-    assert found["masks"]["codes"]["model"]
+    part = study("out.json", "--count", 1, "--commit", "first")
+    assert [one["variant"] for one in part["variants"]] == names
+    assert {len(cell["scores"]) for one in part["variants"] for cell in one["cells"]} == {1}
+    assert "2 questions each" in capsys.readouterr().out
+    rest = study("out.json", "--commit", "second")
+    at_once = study("once.json", "--workers", 2)
+    assert rest["variants"] == at_once["variants"]
+    scores = {tuple(cell["scores"]) for one in rest["variants"] for cell in one["cells"]}
+    assert len(scores) > 2
+    assert {len(one) for one in scores} == {2}
+    assert (rest["commit"], rest["dtype"]) == ("second", "float32")
+    assert [one["commit"] for one in rest["earlier"]] == ["first"]
+    # Nothing is left to ask, and nobody asked again.
+    assert study("out.json", "--commit", "third") == rest
     with pytest.raises(SystemExit, match="made with another window"):
-        study("--recent", 96)
-    out.write_text("{}")
+        study("out.json", "--recent", 96)
+    (tmp_path / "out.json").write_text("{}")
     with pytest.raises(SystemExit, match="no results of this study"):
-        study()
+        study("out.json")

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from fresh import run
 from real import study_picture, study_table
+from real.answers import add_answers, scores_of, tell_run
 from real.long_text import ends_in_loop, prompts, said_before, summary
 from real.pictures import label_of, run_picture
 from real.questions import Question, cells_of, load_questions, save_questions
 from real.served import check_words
-from real.study_engine import earlier_results, tell_run, unasked
-from real.study_table import add, lost, merged, points, scores_of, shared_cells
+from real.study_engine import earlier_results, unasked
+from real.study_table import lost, merged, points, shared_cells
 from real.text_questions import ask_code, ask_document
 
 from vllm_leank.errors import UserError
@@ -120,17 +121,17 @@ def test_more_questions_are_added_to_those_asked(tmp_path):
     cells = {("a", 1): ["one", "two", "three"], ("b", 1): ["one"], ("c", 1): ["one"]}
     assert unasked(cells, found) == {("a", 1): ["two", "three"], ("c", 1): ["one"]}
     for name, answers in {("a", 1): [0.0, 0.5], ("c", 1): [0.25]}.items():
-        add(*name, {"scores": answers}, found)
+        add_answers(found, *name, {"scores": answers})
     assert unasked(cells, found) == {}
     assert scores_of(found) == {("a", 1): [1.0, 0.0, 0.5], ("b", 1): [1.0], ("c", 1): [0.25]}
-    tell_run(first, found)
+    tell_run(first, found, has_answers=True)
     assert "earlier" not in found
     for gpu in ("x", "y", "y"):
-        tell_run(run | {"machine": {"gpu": gpu}}, found)
+        tell_run(run | {"machine": {"gpu": gpu}}, found, has_answers=True)
     assert found["earlier"] == [first, first | {"count": None}]
     assert (found["count"], found["machine"]) == (None, {"gpu": "y"})
     fresh = earlier_results(result("dense", 100, {}) | run, tmp_path / "none.json")
-    tell_run(run | {"machine": {}}, fresh)
+    tell_run(run | {"machine": {}}, fresh, has_answers=False)
     assert "earlier" not in fresh
 
 

@@ -184,7 +184,7 @@ def test_fp8_is_what_vllm_calls_its_own_cache(repo):
         if b"fp8" in path.read_bytes().lower() and path.suffix != ".pyc":
             known.add(name)
     assert known == {
-        "benchmarks/real/variants.py",
+        "benchmarks/real/caches.py",
         "benchmarks/reproduce.sh",
         "vllm_leank/core/capacity.py",
         "vllm_leank/serving/flags.py",

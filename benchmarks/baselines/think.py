@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from vllm_leank.core.window import Window
-from vllm_leank.offline.context import Context, logits_after
+from vllm_leank.errors import UserError
+from vllm_leank.offline.context import Context, logits_after, read_prompt
 from vllm_leank.offline.plain_attention import plain_attention
 from vllm_leank.offline.simulate import SimulatedPruning
 
@@ -60,16 +61,24 @@ class PrunedByThinK(SimulatedPruning):
     def begin(
         self, model: transformers.PreTrainedModel, context: Context, prompt: Sequence[int]
     ) -> None:
-        """Choose channels for a prompt of more than `ThinK.QUERIES` tokens, which the context has
-        read. Its last ones are computed again, to see their queries.
+        """Choose channels for a prompt that the context has read. Its last tokens are computed
+        again, to see their queries.
+
+        Raises:
+            UserError: it has no more than `ThinK.QUERIES` tokens.
         """
         think, read = ThinK(), context.mark()
+        if read.length <= think.QUERIES:
+            raise UserError(f"ThinK looks at {think.QUERIES} queries; the prompt has {read.length}")
 
         def watch(layer, query, key, value, attention_mask, scaling, sink_scores):
             think(layer, query, key, value, attention_mask, scaling, sink_scores)
             return plain_attention(query, key, value, None, scaling, sink_scores)
 
-        context.cut(replace(read, length=read.length - think.QUERIES))
+        if read.states is None:
+            context.cut(replace(read, length=read.length - think.QUERIES))
+        else:  # those that it had there are not known
+            read_prompt(model, context, prompt[: -think.QUERIES], 4096)
         logits_after(model, context, prompt[-think.QUERIES :], watch)
         context.advance(think.QUERIES)
         self.keep = think.keep(self.ratio)

@@ -46,7 +46,8 @@ def _turned_and_rounded(x: torch.Tensor) -> torch.Tensor:
 def _turn(width: int, inverse: bool) -> torch.Tensor:
     """What vLLM turns rows of so many numbers with, `[width, width]`, made on the CPU.
 
-    With its kernel for GPUs logits of some text were not finite in one run, and were in another.
+    Its kernel for GPUs is left out: with it one text's logits were not finite in a run, and were in
+    the next.
     """
     return single_rht(torch.eye(width), inverse)
 

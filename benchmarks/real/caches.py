@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from baselines.kitty import Kitty
 from baselines.kivi import Kivi
+from baselines.once_per_prompt import OncePerPrompt
 from baselines.rounded_cache import MODEL_BYTES, CacheHook, RoundedCache
 from baselines.think import PrunedByThinK
 from baselines.unrounded import Unrounded
@@ -31,8 +32,8 @@ RATIO = 0.7
 
 TURBOQUANT = "turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"
 
-THEIRS = "think", "vllm", "kivi", "kitty", "floor"
-"""Groups of caches that need nothing but the model's shape."""
+OTHERS = "think", "vllm", "kivi", "kitty", "floor"
+"""Groups of caches that are not leank's, and need nothing but the model's shape."""
 
 
 @dataclass(frozen=True)
@@ -64,27 +65,40 @@ def load_masks(paths: Sequence[Path], checkpoint: Checkpoint) -> dict[str, Mask]
     """Masks of a model by the names of their files.
 
     Raises:
-        UserError: a file is no mask, or of another model.
+        UserError: a file is no mask, or of another model, or has the name of another.
     """
-    masks = {path.stem: load_mask(path) for path in paths}
+    masks: dict[str, Mask] = {}
+    for path in paths:
+        if path.stem in masks:
+            raise UserError(f"--masks names {path.stem} twice; rename the file")
+        masks[path.stem] = load_mask(path)
     for name, mask in masks.items():
         if mask.geometry.shape != checkpoint.geometry.shape:
             raise UserError(f"mask {name}: made for another model, {mask.model}")
     return masks
 
 
-def served_mask(name: str, mask: Mask, window: Window) -> Variant:
-    """A mask's archive, as engines store and read it."""
-    archive = ServedArchive(mask)
-    detail = {
-        "format": archive.archive_format.name,
-        "bits": round(float(mask.k_bits.mean() + mask.v_bits.mean()) / 2, 4),
-        "profiles": len({head for heads in mask.profiles for head in heads if head.stores}),
-        "blind_heads": int(archive.blind.sum()),
-    }
-    hook = SimulatedArchive(window, archive, archive.blind)
-    exact = window.sink + window.recent
-    return Variant(name, hook, mask_token_bytes(mask), exact, detail, mask=mask)
+def served_mask(name: str, mask: Mask, window: Window, once: bool = False) -> Variant:
+    """A mask's archive, as engines store and read it. Where `once`, a prompt's far tokens are
+    rounded once and kept, for answers that are computed token by token.
+    """
+    served = ServedArchive(mask)
+    kept = OncePerPrompt(served)
+    return Variant(
+        name,
+        SimulatedArchive(window, kept if once else served, served.blind),
+        mask_token_bytes(mask),
+        window.sink + window.recent,
+        {
+            "format": served.archive_format.name,
+            "sha256": mask.sha256,
+            "bits": round(float(mask.k_bits.mean() + mask.v_bits.mean()) / 2, 4),
+            "profiles": len({head for heads in mask.profiles for head in heads if head.stores}),
+            "blind_heads": int(served.blind.sum()),
+        },
+        begin=(lambda model, context, prompt: kept.forget()) if once else None,
+        mask=mask,
+    )
 
 
 def mask_token_bytes(mask: Mask) -> float:
@@ -93,8 +107,20 @@ def mask_token_bytes(mask: Mask) -> float:
     return float(sum(archive_token_bytes(heads, MODEL_BYTES, form) for heads in mask.profiles))
 
 
-def others(group: str, geometry: Geometry, window: Window) -> list[Variant]:
-    """A group of `THEIRS`. `window` is of what has none of its own."""
+def check_groups(groups: Sequence[str], allowed: Sequence[str]) -> None:
+    """Refuse words of `--variants`.
+
+    Raises:
+        UserError: a group is unknown, or named twice.
+    """
+    if unknown := set(groups) - set(allowed):
+        raise UserError(f"--variants has {sorted(unknown)}; allowed: {', '.join(allowed)}")
+    if len(set(groups)) < len(groups):
+        raise UserError("--variants names a group twice")
+
+
+def caches_of_group(group: str, geometry: Geometry, window: Window) -> list[Variant]:
+    """Those of a group of `OTHERS`. `window` is of what has none of its own."""
     if group == "think":
         return [think(geometry, window)]
     caches: dict[str, Callable[[], list[RoundedCache]]] = {

@@ -23,13 +23,13 @@ def greedy_answer(
     stop: Sequence[int],
     like: Sequence[int] = (),
 ) -> list[int]:
-    """The answer to a prompt that begins with the token `first`, up to the first token of `stop`,
+    """The answer to a prompt, of which `first` is the first token, up to the first token of `stop`,
     without it.
 
-    The context has read the prompt, and is as before afterwards. What followed the last two tokens
-    in the prompt, or in `like`, the answer with another cache, is guessed to follow again; such
-    tokens are computed at once, and kept while they are what the model would have said. So answers
-    cost less, and are no others.
+    The context has read the prompt, and has no more than that when this is done. What followed the
+    last two tokens elsewhere in the prompt, or in `like`, the answer with another cache, is guessed
+    to follow here, too. Guessed tokens are computed at once, and kept while they are what the model
+    would have said: answers cost less, and differ where rounding turns a tie alone.
     """
     start, answer = context.mark(), [first]
     text = [*prompt, *like]
@@ -39,7 +39,7 @@ def greedy_answer(
         place = after.get((before, answer[-1]), len(text))
         guess = text[place : place + min(GUESS, max_tokens - 1 - len(answer))]
         if context.states is not None:
-            guess = []  # they would be those behind the whole guess
+            guess = []  # states behind a part of a guess could not be had
         said = logits_after(model, context, [answer[-1], *guess], hook).argmax(-1).tolist()
         right = 0
         while right < len(guess) and guess[right] == said[right] and guess[right] not in stop:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from real.caches import Variant
+from real.caches import Variant, check_groups, load_masks, served_mask
 from real.judged_texts import SEEN, UNSEEN, judged_samples
 from real.option_numbers import numbers
 from real.unseen_texts import unseen_texts
@@ -92,10 +92,20 @@ def judge(
     window: Window,
     samples: Sequence[tuple[str, Named]],
     variants: Sequence[Variant],
+    broken: set[str] | None = None,
 ) -> Judged:
     """What each variant does to samples, which come with the groups of their kinds.
 
-    A variant under which logits of some sample are not finite is left out: it has no KL.
+    Args:
+        model: reads prompts with full attention.
+        window: which tokens are far.
+        samples: beginnings of texts and what follows them.
+        variants: what the latter is read with; their names differ.
+        broken: gets the names of variants under which some logits are not finite, and which are
+            then left out.
+
+    Raises:
+        UserError: without `broken`, there is such a variant.
     """
     context = Context(Geometry.from_hf_config(model.config))
     judged: Judged = {one.name: defaultdict(Found) for one in variants}
@@ -110,7 +120,8 @@ def judge(
             if one.name not in judged:
                 continue
             logits = logits_after(model, context, sample.answer, one.hook)
-            if not logits.isfinite().all():
+            if broken is not None and not logits.isfinite().all():
+                broken.add(one.name)
                 del judged[one.name]
                 continue
             found = divergence(expected, logits)
@@ -135,10 +146,12 @@ class Study:
         args, start = self.args, time.monotonic()
         lengths = numbers(args.lengths, int)
         groups = args.variants.split(",")
-        if unknown := set(groups) - set(GROUPS):
-            raise UserError(f"--variants has {sorted(unknown)}; allowed: {', '.join(GROUPS)}")
+        check_groups(groups, GROUPS)
         window = Window(args.sink, args.recent)
         checkpoint = Checkpoint.open(args.model)
+        masks = load_masks(args.masks, checkpoint)
+        if args.keep_masks is not None:
+            check_empty(args.keep_masks)
         device = checkpoint.place(args.device, args.dtype)
         texts = unseen_texts(args.texts) if args.unseen else {}
         model = checkpoint.load(args.dtype, device)
@@ -148,9 +161,11 @@ class Study:
         )
         CONSOLE.print(f"calibrating on {prompts}")
         archives = Archives(checkpoint, model, window, prompts, args.seed)
-        variants = [archives.of_file(path) for path in args.masks or ()]
-        variants += variants_of(archives, numbers(args.bits, float), groups)
-        keep_masks(variants, args.keep_masks)
+        made = list(variants_of(archives, numbers(args.bits, float), groups))
+        if args.keep_masks is not None:
+            keep_masks(made, args.keep_masks)
+        variants = [served_mask(f"leank {name}", mask, window) for name, mask in masks.items()]
+        variants += made
         dense = round(Unrounded().token_bytes(checkpoint.geometry))
         self.results = {
             **header(
@@ -184,11 +199,11 @@ class Study:
             samples, left_out = judged_samples(
                 checkpoint, texts, length, args.judged, args.unseen, args.seed
             )
-            judged = judge(model, window, samples, variants)
+            broken: set[str] = set()
+            judged = judge(model, window, samples, variants, broken)
             left_out += [
-                f"{one.name}: logits that are not finite with {length:,} tokens, left out"
-                for one in variants
-                if one.name not in judged
+                f"{name}: logits that are not finite with {length:,} tokens, left out"
+                for name in sorted(broken)
             ]
             for line in left_out:
                 CONSOLE.print(line)
@@ -201,18 +216,27 @@ class Study:
             write(self.results)
 
 
-def keep_masks(variants: Sequence[Variant], folder: Path | None) -> None:
-    """Write the masks of variants that are archives of some, by their names.
+def check_empty(folder: Path) -> None:
+    """Make a folder for masks.
 
     Raises:
-        UserError: a file is there already, or cannot be written.
+        UserError: it has something already, or cannot be made.
     """
-    if folder is not None:
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        for one in variants:
-            if one.mask is not None:
-                name = re.sub(r"[^\w.]+", "_", one.name.removeprefix("leank "))
-                save_mask(one.mask, folder / f"{name}.yaml")
+        empty = not any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--keep-masks {folder}: {error.strerror}") from error
+    if not empty:
+        raise UserError(f"--keep-masks {folder}: has files already; name another folder")
+
+
+def keep_masks(variants: Sequence[Variant], folder: Path) -> None:
+    """Write the masks of variants that are archives of some, by the names of these."""
+    for one in variants:
+        if one.mask is not None:
+            name = re.sub(r"[^\w.]+", "_", one.name.removeprefix("leank "))
+            save_mask(one.mask, folder / f"{name}.yaml")
 
 
 def row_of(variant: Variant, found: dict[str, Found], dense: int, length: int) -> dict[str, Any]:
@@ -271,7 +295,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--out", type=Path, help="JSON file of the results")
     options.add_argument("--variants", default=",".join(GROUPS), help="with commas; default: all")
     options.add_argument("--bits", default="4,2,1.5,1", help="of packed, with commas")
-    options.add_argument("--masks", type=Path, nargs="*", help="files of masks to judge as well")
+    options.add_argument(
+        "--masks", type=Path, nargs="*", default=[], help="files of masks to judge as well"
+    )
     options.add_argument("--keep-masks", type=Path, help="folder for the masks that this makes")
     add_samples(options)
     return options

@@ -85,7 +85,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                     xytext=(-5 if left else 5, 4 if place % 2 or ours else -9),
                     ha="right" if left else "left",
                 )  # fmt: skip
-        if floor:
+        if floor and str(length) in floor["lengths"]:
             level = floor["lengths"][str(length)][SEEN]["kl"]
             axes.axhline(level, color="grey", linestyle="--", linewidth=0.8, label=FLOOR)
         axes.set(xscale="log", yscale="log", xlabel="KiB of a far token, all layers")

@@ -17,37 +17,35 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from baselines.once_per_prompt import OncePerPrompt
 from baselines.unrounded import Unrounded
 from rich.console import Console
 from rich.progress import track
 
-from real.caches import THEIRS, Variant, load_masks, others, served_mask
+from real.answers import add_answers, scores_of, tell_run
+from real.caches import OTHERS, Variant, caches_of_group, check_groups, load_masks, served_mask
 from real.greedy import greedy_answer, stop_tokens
 from real.questions import Question, cells_of, load_questions
-from real.served import DENSE, visible_gpus
-from real.study_table import add, scores_of, show
+from real.served import DENSE
+from real.study_table import show
 from vllm_leank.bench.results import describe_mask, header, save_results
-from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import DTYPES, Checkpoint
-from vllm_leank.mask.mask import Mask
 from vllm_leank.offline.context import Context, logits_after, read_prompt
 from vllm_leank.offline.plain_attention import plain_attention
-from vllm_leank.offline.simulate import SimulatedArchive
 
 WHAT = "points of a real model with simulated KV caches"
 
-SAME = "what", "model", "dtype", "window", "masks", "questions_sha256"
-"""What must not have changed where results are added to others."""
+SAME = "what", "model", "window", "masks", "questions_sha256"
+"""What must not have changed where results are added to others, nor may the model's dtype."""
 
 CHUNK = 4096
 """Tokens of a prompt that are computed at once."""
@@ -68,127 +66,133 @@ def full_attention(
     return plain_attention(query, key, value, None, scaling, sink_scores)
 
 
-def variants_of(
-    groups: Sequence[str], masks: dict[str, Mask], geometry: Geometry, window: Window
-) -> list[Variant]:
-    """Dense attention, masks' archives, and groups of other caches.
+@dataclass(frozen=True)
+class Caches:
+    """What is asked: dense attention first, then masks' archives, and other caches.
 
-    Raises:
-        UserError: a group is unknown.
+    Attributes:
+        checkpoint: the model's.
+        variants: one for each cache; masks have their own windows.
+        masks: what is told of each, by name.
     """
-    if unknown := set(groups) - set(THEIRS):
-        raise UserError(f"--variants has {sorted(unknown)}; allowed: {', '.join(THEIRS)}")
-    size = Unrounded().token_bytes(geometry)
-    variants = [Variant(DENSE, full_attention, size, 0)]
-    variants += [_rounded_once(name, mask) for name, mask in masks.items()]
-    for group in groups:
-        variants += others(group, geometry, window)
-    return variants
 
+    checkpoint: Checkpoint
+    variants: Sequence[Variant]
+    masks: dict[str, Any]
 
-def _rounded_once(name: str, mask: Mask) -> Variant:
-    """A mask's archive, with its own window."""
-    window = Window(mask.sink, mask.recent)
-    one = served_mask(f"leank {name}", mask, window)
-    assert isinstance(one.hook, SimulatedArchive)
-    assert one.hook.archive is not None
-    archive = OncePerPrompt(one.hook.archive)
-    hook = SimulatedArchive(window, archive, one.hook.blind)
-    return replace(one, hook=hook, begin=lambda model, context, prompt: archive.forget())
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Caches":
+        """What the command line names.
+
+        Raises:
+            UserError: a model, group or file cannot be used.
+        """
+        groups = args.variants.split(",") if args.variants else []
+        check_groups(groups, OTHERS)
+        checkpoint = Checkpoint.open(args.model)
+        masks = load_masks(args.masks, checkpoint)
+        geometry = checkpoint.geometry
+        variants = [Variant(DENSE, full_attention, Unrounded().token_bytes(geometry), 0)]
+        for name, mask in masks.items():
+            window = Window(mask.sink, mask.recent)
+            variants.append(served_mask(f"leank {name}", mask, window, once=True))
+        for group in groups:
+            variants += caches_of_group(group, geometry, Window(args.sink, args.recent))
+        told = {name: describe_mask(mask) for name, mask in masks.items()}
+        return cls(checkpoint, variants, told)
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Refuse answers of which tokens would be far before it is known that they are right.
+
+        Raises:
+            UserError: an answer may be longer than what a mask keeps as it is.
+        """
+        longest = max(one.max_tokens for one in questions)
+        for one in self.variants:
+            if one.mask is not None and longest > one.mask.recent:
+                raise UserError(
+                    f"an answer of {longest} tokens does not fit into the last {one.mask.recent}, "
+                    f"which {one.name} keeps as they are"
+                )
 
 
 @dataclass
 class Asker:
-    """A model that answers with each cache; the first is the dense one."""
+    """A model that answers with each cache."""
 
-    checkpoint: Checkpoint
     model: transformers.PreTrainedModel
-    variants: Sequence[Variant]
+    caches: Caches
 
     def __post_init__(self) -> None:
-        self._context = Context(self.checkpoint.geometry)
-        self._stop = stop_tokens(self.checkpoint, self.model)
+        self._context = Context(self.caches.checkpoint.geometry)
+        self._stop = stop_tokens(self.caches.checkpoint, self.model)
 
     @torch.inference_mode()
     def answers(self, prompt: Sequence[int], max_tokens: int) -> dict[str, list[int]]:
         """Greedy answers by name. The first token, which follows from the prompt alone, is the same
         in all.
-
-        Raises:
-            UserError: so long an answer would have far tokens of its own, rounded as guessed.
         """
-        for one in self.variants:
-            if one.mask is not None and max_tokens > one.mask.recent:
-                raise UserError(
-                    f"an answer of {max_tokens} tokens does not fit into the last "
-                    f"{one.mask.recent}, which {one.name} keeps as they are"
-                )
         model, context = self.model, self._context
         read_prompt(model, context, prompt[:-1], CHUNK)
         logits = logits_after(model, context, prompt[-1:], full_attention)
         context.advance(1)
-        for one in self.variants:
+        for one in self.caches.variants:
             if one.begin is not None:
                 one.begin(model, context, prompt)
         first = int(logits[-1].argmax())
         found: dict[str, list[int]] = {}
-        for one in self.variants:
-            like = found.get(DENSE, ())
+        for one in self.caches.variants:
+            dense = found.get(DENSE, ())
             found[one.name] = greedy_answer(
-                model, context, prompt, first, one.hook, max_tokens, self._stop, like
+                model, context, prompt, first, one.hook, max_tokens, self._stop, dense
             )
         return found
 
     def scores(self, question: Question) -> dict[str, float]:
         """Scores of all caches, from 0 to 1."""
-        tokenizer = self.checkpoint.tokenizer
-        prompt = self.checkpoint.encode_rest(question.prompt)
+        checkpoint = self.caches.checkpoint
+        prompt = checkpoint.encode_rest(question.prompt)
         return {
-            name: round(question.score(tokenizer.decode(ids, skip_special_tokens=True)), 4)
+            name: round(
+                question.score(checkpoint.tokenizer.decode(ids, skip_special_tokens=True)), 4
+            )
             for name, ids in self.answers(prompt, question.max_tokens).items()
         }
 
 
 _asker: Asker | None = None
-"""Of a process of the pool."""
+"""The one of this process, where it is of the pool."""
 
 
 def _load(args: argparse.Namespace, devices: Any) -> None:
-    """Begin a process of the pool."""
+    """What a process of the pool begins with: the model, on the next of the devices."""
     global _asker
-    checkpoint = Checkpoint.open(args.model)
-    model = checkpoint.load(args.dtype, devices.get())
-    masks = load_masks(args.masks, checkpoint)
-    window = Window(args.sink, args.recent)
-    variants = variants_of(_groups(args), masks, checkpoint.geometry, window)
-    _asker = Asker(checkpoint, model, variants)
+    caches = Caches.of(args)
+    _asker = Asker(caches.checkpoint.load(args.dtype, devices.get()), caches)
 
 
-def _ask(question: Question) -> dict[str, float]:
+def _ask(question: Question) -> tuple[dict[str, float], str]:
+    """Scores, and the model's dtype."""
     assert _asker is not None
-    return _asker.scores(question)
+    return _asker.scores(question), str(_asker.model.dtype).removeprefix("torch.")
 
 
-def _groups(args: argparse.Namespace) -> list[str]:
-    return args.variants.split(",") if args.variants else []
-
-
-def unasked(questions: Sequence[Question], count: int | None, result: dict[str, Any]) -> list[int]:
-    """Places of the questions that were not asked yet: the first of each task and length, then the
-    second of each, ...
+def in_order(
+    questions: Sequence[Question], count: int | None, result: dict[str, Any]
+) -> list[Question]:
+    """The questions that a result lacks: the first of each task and length, then the second of
+    each, up to `count`.
     """
-    places = {id(question): place for place, question in enumerate(questions)}
-    cells = cells_of(questions, count)
-    scores = scores_of(result)
+    cells, scores = cells_of(questions, count), scores_of(result)
     return [
-        places[id(cell[number])]
+        cell[number]
         for number in range(max(map(len, cells.values())))
         for name, cell in cells.items()
         if len(scores.get(name, ())) <= number < len(cell)
     ]
 
 
-def earlier_results(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+def _earlier(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     """What a run that was stopped has left, or `fresh`.
 
     Raises:
@@ -198,7 +202,7 @@ def earlier_results(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
         return fresh
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        same = {name: found[name] for name in SAME}
+        same = {name: found[name] for name in (*SAME, "dtype")}
         names = [one["variant"] for one in found["variants"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: no results of this study: {error}") from error
@@ -217,44 +221,61 @@ def study(args: argparse.Namespace) -> dict[str, Any]:
         UserError: an option or file cannot be used.
     """
     questions, digest = load_questions(args.questions)
-    checkpoint = Checkpoint.open(args.model)
-    window, masks = Window(args.sink, args.recent), load_masks(args.masks, checkpoint)
-    variants = variants_of(_groups(args), masks, checkpoint.geometry, window)
+    caches = Caches.of(args)
+    caches.check(questions)
     fresh = {
         **header(WHAT, args.commit, "python -m real.simulated_study"),
-        "model": checkpoint.id,
-        "dtype": args.dtype,
-        "window": {"sink": window.sink, "recent": window.recent},
-        "masks": {name: describe_mask(mask) for name, mask in masks.items()},
+        "count": args.count,
+        "model": caches.checkpoint.id,
+        "dtype": None,
+        "window": {"sink": args.sink, "recent": args.recent},
+        "masks": caches.masks,
         "questions_sha256": digest,
         "variants": [
-            {"variant": one.name, "token_bytes": one.token_bytes, "cells": []} for one in variants
+            {"variant": one.name, "token_bytes": one.token_bytes, "cells": []}
+            for one in caches.variants
         ],
     }
-    results = earlier_results(args.out, fresh)
+    results = _earlier(args.out, fresh)
     by_name = {one["variant"]: one for one in results["variants"]}
-    left = [questions[place] for place in unasked(questions, args.count, by_name[DENSE])]
-    for question, scores in zip(left, _all_scores(args, left), strict=True):
+    left = in_order(questions, args.count, by_name[DENSE])
+    if left:
+        tell_run(fresh, results, has_answers=results["dtype"] is not None)
+    for question, (scores, dtype) in zip(left, _all_scores(args, left), strict=True):
+        if results["dtype"] not in (None, dtype):
+            raise UserError(f"{args.out}: made with another dtype, {results['dtype']}")
+        results["dtype"] = dtype
         for name, score in scores.items():
-            add(question.task, question.length, {"scores": [score]}, by_name[name])
+            add_answers(by_name[name], question.task, question.length, {"scores": [score]})
         save_results(results, args.out)
     return results
 
 
 def _all_scores(
     args: argparse.Namespace, questions: Sequence[Question]
-) -> Iterator[dict[str, float]]:
-    """Scores of one question after the other, of as many processes as there should be."""
+) -> Iterator[tuple[dict[str, float], str]]:
+    """What `_ask` gives for one question after the other, in as many processes as there should be.
+
+    Raises:
+        UserError: a process ended.
+    """
+    if not questions:
+        return
     spawn = get_context("spawn")  # CUDA does not survive a fork
-    devices = [f"cuda:{gpu}" for gpu in range(len(visible_gpus()))] or ["cpu"]
+    devices = [f"cuda:{gpu}" for gpu in range(torch.cuda.device_count())] or ["cpu"]
     waiting = spawn.Queue()
     for number in range(args.workers * len(devices)):
         waiting.put(devices[number % len(devices)])
-    with ProcessPoolExecutor(
-        args.workers * len(devices), spawn, initializer=_load, initargs=(args, waiting)
-    ) as pool:
-        answers = pool.map(_ask, questions)
-        yield from track(answers, "questions", total=len(questions), console=CONSOLE)
+    try:
+        with ProcessPoolExecutor(
+            args.workers * len(devices), spawn, initializer=_load, initargs=(args, waiting)
+        ) as pool:
+            answers = pool.map(_ask, questions)
+            yield from track(answers, "questions", total=len(questions), console=CONSOLE)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process ended, above it says why; fewer --workers need less memory"
+        ) from error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -262,18 +283,18 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = options.add_argument
-    add("--model", required=True, help="directory of the model")
-    add("--questions", type=Path, required=True, help="file of questions.py")
-    add("--variants", default="kivi,kitty,think", help="groups of caches, with commas")
-    add("--masks", type=Path, nargs="*", default=[], help="files of masks")
-    add("--count", type=int, help="of each task and length; default: all")
-    add("--workers", type=int, default=1, help="processes on each GPU, or on the CPU")
-    add("--sink", type=int, default=64, help="of ThinK; masks say theirs")
-    add("--recent", type=int, default=256, help="of ThinK")
-    add("--dtype", default="auto", choices=DTYPES)
-    add("--out", type=Path, required=True, help="JSON file of the results")
-    add("--commit", help="of the code measured; asked of git when not given")
+    option = options.add_argument
+    option("--model", required=True, help="directory of the model")
+    option("--questions", type=Path, required=True, help="file of questions.py")
+    option("--variants", default="kivi,kitty,think", help="groups of caches, with commas")
+    option("--masks", type=Path, nargs="*", default=[], help="files of masks")
+    option("--count", type=int, help="of each task and length; default: all")
+    option("--workers", type=int, default=1, help="processes on each GPU, or on the CPU")
+    option("--sink", type=int, default=64, help="of ThinK; masks say theirs")
+    option("--recent", type=int, default=256, help="of ThinK")
+    option("--dtype", default="auto", choices=DTYPES)
+    option("--out", type=Path, required=True, help="JSON file of the results")
+    option("--commit", help="of the code measured; asked of git when not given")
     return options
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 
+from real.answers import add_answers, scores_of, tell_run
 from real.int4_rows import launch_with_rows
 from real.questions import Cell, Question, cells_of, load_questions
-from real.study_table import add
 from vllm_leank.bench.machine import machine
 from vllm_leank.bench.results import save_results
 from vllm_leank.errors import UserError
@@ -24,9 +24,6 @@ SAME = "model", "engine_args", "questions_sha256"
 
 UNTOLD = "questions", "results", "int4_rows"
 """What results do not repeat: places of files, and what the command says of each run."""
-
-RUN = "command", "commit", "machine", "count"
-"""What may have: all runs that asked something are told."""
 
 
 def earlier_results(run: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -44,21 +41,12 @@ def earlier_results(run: dict[str, Any], path: Path) -> dict[str, Any]:
     return found
 
 
-def tell_run(run: dict[str, Any], results: dict[str, Any]) -> None:
-    """Say which run the results are of, and of those before, where they were told otherwise."""
-    now = {name: run[name] for name in RUN}
-    told = {name: results[name] for name in RUN if name in results}
-    if results["cells"] and told != now:
-        results["earlier"] = [*results.get("earlier", []), told]
-    results.update(now)
-
-
 def unasked(
     cells: Mapping[Cell, Sequence[Question]], results: dict[str, Any]
 ) -> dict[Cell, Sequence[Question]]:
     """The questions of each task and length that come after those asked, where there are any."""
-    asked = {(cell["task"], cell["length"]): len(cell["scores"]) for cell in results["cells"]}
-    left = {name: questions[asked.get(name, 0) :] for name, questions in cells.items()}
+    asked = scores_of(results)
+    left = {name: questions[len(asked.get(name, ())) :] for name, questions in cells.items()}
     return {name: questions for name, questions in left.items() if questions}
 
 
@@ -100,10 +88,10 @@ def main() -> None:
     if rows := run["int4_rows"]:
         launch_with_rows(rows)
     llm = LLM(**run["engine_args"])
-    tell_run(run | {"machine": machine()}, results)
+    tell_run(run | {"machine": machine()}, results, bool(results["cells"]))
     for (task, length), asked in left.items():
         answers = ask(llm, asked)
-        add(task, length, answers, results)
+        add_answers(results, task, length, answers)
         save_results(results, path)
         print(f"{task}, {length}: {sum(answers['scores'])} of {len(asked)}", flush=True)
 

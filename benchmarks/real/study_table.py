@@ -16,12 +16,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from real.answers import scores_of
+from real.questions import Cell
 from real.served import DENSE
 from vllm_leank.bench.results import save_results
 from vllm_leank.errors import UserError
 from vllm_leank.offline.intervals import Estimate, ratio_estimate
-
-Cell = tuple[str, int]
 
 Asked = dict[Cell, int]
 """How many questions of each task and length, of which the first are taken."""
@@ -49,22 +49,6 @@ def merged(folder: Path) -> dict[str, Any]:
             for one in found
         ],
     }
-
-
-def add(task: str, length: int, answers: dict[str, Any], results: dict[str, Any]) -> None:
-    """Add answers, lists or sums by name, to a result's cell of their task and length, or as a
-    new one.
-    """
-    for cell in results["cells"]:
-        if (cell["task"], cell["length"]) == (task, length):
-            cell.update({name: cell[name] + answers[name] for name in answers})
-            return
-    results["cells"].append({"task": task, "length": length} | answers)
-
-
-def scores_of(variant: dict[str, Any]) -> dict[Cell, list[float]]:
-    """Scores by task and length."""
-    return {(cell["task"], cell["length"]): cell["scores"] for cell in variant["cells"]}
 
 
 def shared_cells(variants: Sequence[dict[str, Any]]) -> Asked:

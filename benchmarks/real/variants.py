@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,12 +17,11 @@ from baselines.rounded_cache import MODEL_BYTES
 from baselines.sensitivities import Sensitivities, sensitivities
 from baselines.uniform_energy import uniform_energy
 
-from real.caches import RATIO, THEIRS, Variant, others, served_mask
+from real.caches import OTHERS, RATIO, Variant, caches_of_group, served_mask
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import BitsArray
 from vllm_leank.mask.checkpoint import Checkpoint
-from vllm_leank.mask.file import load_mask
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.select_channels import select_channels
 from vllm_leank.offline.allocate import Allocation, allocate, by_variance
@@ -62,10 +60,6 @@ class Archives:
     def _sensitivities(self) -> Sensitivities:
         """Of single channels."""
         return sensitivities(self.model, self.prompts.ids, self.window, seed=self.seed)
-
-    def of_file(self, path: Path) -> Variant:
-        """A mask that was made before."""
-        return served_mask(f"leank {path.stem}", load_mask(path), self.window)
 
     def packed(self, bits: float) -> Variant:
         """What `leank mask calibrate --bits` makes."""
@@ -109,7 +103,7 @@ class Archives:
         """
         archive = MeansOfBlind(ServedArchive(mask), self.measured.statistics)
         name = f"{variant.name}, heads without any see one token"
-        return replace(variant, name=name, hook=SimulatedArchive(self.window, archive))
+        return replace(variant, name=name, hook=SimulatedArchive(self.window, archive), mask=None)
 
     def uniform_bits(self, bits: int) -> Variant:
         """As many bits for each channel of K and V, a class of codes."""
@@ -245,8 +239,8 @@ def variants_of(
                 yield archives.low_rank(before_rope)
                 yield from (archives.direction_bits(one, before_rope) for one in bits)
     for group in groups:
-        if group in THEIRS:
-            yield from others(group, archives.checkpoint.geometry, archives.window)
+        if group in OTHERS:
+            yield from caches_of_group(group, archives.checkpoint.geometry, archives.window)
 
 
-GROUPS = "packed", "pruned", "one", "uniform", "turned", "directions", *THEIRS
+GROUPS = "packed", "pruned", "one", "uniform", "turned", "directions", *OTHERS
