@@ -463,8 +463,8 @@ def test_the_readme_says_what_simulated_caches_lose():
     }
     sentence = (
         f"On {sum(cells.values())} of them, simulated, 2 bits lose {gaps['leank bits_2']} points, "
-        f"KIVI's 2 bits {gaps['KIVI']}, Kitty's {gaps['Kitty']}, and ThinK's 70% of K pruned "
-        f"{gaps['ThinK']}, KIVI's 4 bits none ("
+        f"KIVI's 2 bits {gaps['KIVI']}, Kitty's {gaps['Kitty']}, ThinK's 70% of K pruned "
+        f"{gaps['ThinK']}, and KIVI's 4 bits none ("
     )
     assert sentence in " ".join(text_of("README.md").split())
     assert lost(found["KIVI, 4 bits"], found["dense"], cells).value < 0

@@ -1,10 +1,16 @@
 """Answers with simulated caches: drafts change nothing, and a study goes on where it was."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 
+import psutil
 import pytest
 import torch
 from baselines.kivi import Kivi
@@ -209,43 +215,81 @@ def test_answers_that_leave_the_window_are_refused(folder_with_tokenizer):
 
 
 def test_the_study_writes_what_it_finds_and_goes_on(
-    folder_with_tokenizer, tmp_path, monkeypatch, capsys
+    folder_with_tokenizer, model, tmp_path, monkeypatch, capsys
 ):
-    model = folder_with_tokenizer
+    folder = folder_with_tokenizer
     texts = [f"{letter}{number} " * 120 for letter in "ab" for number in range(2)]
     # Scores are shares of many letters, so that they tell answers apart.
     letters = tuple(map(chr, range(32, 127)))
     questions = [Question(text[0], 600, text, letters, 40) for text in texts]
     save_questions(questions, tmp_path / "questions.gz")
 
-    def study(out, *options):
+    caches = (
+        *("--masks", folder / "codes.yaml", "--variants", "kivi,think,kitty"),
+        *("--sink", 32, "--recent", 64, "--dtype", "float32"),
+    )
+
+    def study(*options):
         command = [
-            *("study", "--model", model, "--masks", model / "codes.yaml", "--out", tmp_path / out),
-            *("--questions", tmp_path / "questions.gz", "--variants", "kivi,think,kitty"),
-            *("--sink", 32, "--recent", 64, "--dtype", "float32", *options),
+            *("study", "--model", folder, "--questions", tmp_path / "questions.gz"),
+            *("--out", tmp_path / "out.json", *caches, *options),
         ]
         monkeypatch.setattr("sys.argv", list(map(str, command)))
         simulated_study.main()
-        return json.loads((tmp_path / out).read_text())
+        return json.loads((tmp_path / "out.json").read_text())
 
     names = ["dense", "leank codes", "KIVI, 4 bits", "KIVI, 2 bits", "ThinK, 70% of K pruned"]
     names.append("Kitty, 2 bits, an eighth of K at 4")
-    part = study("out.json", "--count", 1, "--commit", "first")
+    part = study("--count", 1, "--commit", "first")
     assert [one["variant"] for one in part["variants"]] == names
     assert {len(cell["scores"]) for one in part["variants"] for cell in one["cells"]} == {1}
     assert "2 questions each" in capsys.readouterr().out
-    rest = study("out.json", "--commit", "second")
-    at_once = study("once.json", "--workers", 2)
-    assert rest["variants"] == at_once["variants"]
-    scores = {tuple(cell["scores"]) for one in rest["variants"] for cell in one["cells"]}
-    assert len(scores) > 2
-    assert {len(one) for one in scores} == {2}
+    rest = study("--workers", 2, "--commit", "second")
+    asker = Asker(model, caches_of(folder, *caches))
+    expected = [asker.scores(question) for question in questions]
+    for one in rest["variants"]:
+        found = [score for cell in one["cells"] for score in cell["scores"]]
+        assert found == [scores[one["variant"]] for scores in expected]
+    assert len({tuple(scores.values()) for scores in expected}) > 2
     assert (rest["commit"], rest["dtype"]) == ("second", "float32")
     assert [one["commit"] for one in rest["earlier"]] == ["first"]
     # Nothing is left to ask, and nobody asked again.
-    assert study("out.json", "--commit", "third") == rest
+    assert study("--commit", "third") == rest
     with pytest.raises(SystemExit, match="made with another window"):
-        study("out.json", "--recent", 96)
+        study("--recent", 96)
     (tmp_path / "out.json").write_text("{}")
     with pytest.raises(SystemExit, match="no results of this study"):
-        study("out.json")
+        study()
+
+
+def test_a_run_that_is_stopped_leaves_no_process(repo, folder_with_tokenizer, tmp_path):
+    questions = [Question("a", 600, f"{number} " * 120, ("x",), 40) for number in range(2000)]
+    save_questions(questions, tmp_path / "questions.gz")
+    out = tmp_path / "out.json"
+    command = [
+        *(sys.executable, "-m", "real.simulated_study", "--model", folder_with_tokenizer),
+        *("--questions", tmp_path / "questions.gz", "--out", out, "--variants", "kitty"),
+    ]
+    run = psutil.Popen(
+        list(map(str, command)),
+        env=os.environ | {"PYTHONPATH": str(repo / "benchmarks")},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    children = []
+    try:
+        for _ in range(600):
+            if out.exists() or run.poll() is not None:
+                break
+            time.sleep(0.1)
+        children = run.children(recursive=True)
+        assert children
+        run.terminate()
+        assert "stopped" in run.communicate(timeout=60)[1]
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive
+    finally:
+        for process in (run, *children):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()

@@ -14,6 +14,7 @@ stopped has asked about as many of each, and goes on where it was.
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -266,16 +267,18 @@ def _all_scores(
     waiting = spawn.Queue()
     for number in range(args.workers * len(devices)):
         waiting.put(devices[number % len(devices)])
+    pool = ProcessPoolExecutor(
+        args.workers * len(devices), spawn, initializer=_load, initargs=(args, waiting)
+    )
     try:
-        with ProcessPoolExecutor(
-            args.workers * len(devices), spawn, initializer=_load, initargs=(args, waiting)
-        ) as pool:
-            answers = pool.map(_ask, questions)
-            yield from track(answers, "questions", total=len(questions), console=CONSOLE)
+        answers = pool.map(_ask, questions)
+        yield from track(answers, "questions", total=len(questions), console=CONSOLE)
     except BrokenProcessPool as error:
         raise UserError(
             "a process ended, above it says why; fewer --workers need less memory"
         ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -307,4 +310,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # A run that is stopped ends its processes, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     main()
