@@ -454,6 +454,16 @@ def test_rows_are_those_of_the_results(page, rows):
     assert "\n".join(rows()) in text_of(page)
 
 
+def test_masks_of_simulated_caches_are_those_at_hand():
+    (shipped,) = REPO.glob("masks/Qwen/Qwen2.5-Coder-1.5B-Instruct-2bit.yaml")
+    files = {"bits_2": shipped}
+    files |= {path.stem: path for path in (RESULTS / "simulated_qwen_1.5b_masks").iterdir()}
+    told = load("simulated_qwen_1.5b")["masks"]
+    assert {name: one["sha256"] for name, one in told.items()} == {
+        name: load_mask(path).sha256 for name, path in files.items()
+    }
+
+
 def test_the_readme_says_what_simulated_caches_lose():
     found, cells = simulated()
     gaps = {
