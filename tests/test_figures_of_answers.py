@@ -1,18 +1,13 @@
-"""Figures of answers in the README and docs are what `benchmarks/results` has, to the digits
-shown.
-"""
+"""Points in the README and docs are what `benchmarks/results` has, to the digits shown."""
 
-import re
 from functools import cache
 
 import pytest
 from figures import REPO, RESULTS, line, load, text_of
-from real.kl_picture import FLOOR, draw, drawn, joined
-from real.learn_picture import draw as draw_losses
-from real.pictures import label_of
+from figures_of_models import LEARNED_MASKS, archives, interval, kl, named
+from real.kl_picture import FLOOR
 from real.study_table import lost, mean_points, merged, points, shared_cells, some
 
-from vllm_leank.errors import UserError
 from vllm_leank.mask.file import load_mask
 
 DENSE, FOUR, TWO = "vLLM, dense", "leank, 4 bits", "leank, 2 bits"
@@ -23,78 +18,6 @@ OTHERS = (
     "KIVI, 4 bits",
     "KIVI, 2 bits",
 )
-
-
-def interval(found):
-    cells = [f"{one:.1f}" for one in (found.value, found.low, found.high)]
-    value, low, high = ["0.0" if one == "-0.0" else one for one in cells]
-    return f"{value} ({low} to {high})"
-
-
-def archives():
-    """Masks that were served, and caches of others, on the same texts."""
-    return {row["name"]: row for row in joined(kl_results())["archives"]}
-
-
-def kl_results():
-    names = "many_8192", "many_30000", "vllm_8192", "kitty_8192", "others_30000"
-    return [load(f"kl_qwen_1.5b_{name}") for name in names]
-
-
-LEARNED_MASKS = ("leank pruned_70",)
-"""Of the 1.5B, as studies and KL of today have it: its name does not say so."""
-
-
-def named(name, learned=()):
-    """A row's name as pages have it, where masks of `learned` were learned as well."""
-    if name.startswith("leank packed, "):
-        name = f"leank bits_{name.removeprefix('leank packed, ').removesuffix(' bits')}"
-    kind, _, number = name.removeprefix("leank ").partition("_")
-    if not name.startswith("leank "):
-        return name
-    if kind == "bits":
-        return f"leank, {label_of(name)}"
-    way = "learned" if kind == "learned" or name in learned else "by Fisher"
-    return f"leank, {number}% of K pruned, {way}"
-
-
-def kl(row, length, kinds="kinds seen"):
-    return f"{row['lengths'][str(length)][kinds]['kl']:.4f}"
-
-
-KINDS = "kinds seen", "kinds unseen"
-
-
-def kl_cells(row, *lengths):
-    """Bytes of a token, how many times fewer than dense these are, and KL at each length."""
-    found = (kl(row, length, kinds) for length in lengths for kinds in KINDS)
-    return f"{row['token_bytes']:,.0f}", f"{row['x']:.2f}", *found
-
-
-def uniform_rows():
-    """Bits and channels where they save most, beside as many everywhere."""
-    for row in load("kl_smollm2_uniform_cpu")["archives"]:
-        name = row["name"].replace("packed, ", "").replace("70% pruned", "70% of K pruned")
-        yield line(name.replace("leank ", "leank, "), *kl_cells(row, 1024))
-
-
-def even_rows():
-    """The same on a larger model, at two lengths."""
-    known = archives()
-    for name in ("leank bits_4", "leank bits_2", "leank pruned_70", "leank fisher_70"):
-        yield line(named(name, LEARNED_MASKS), *kl_cells(known[name], 8192, 30000))
-    even = joined(load(f"kl_qwen_1.5b_even_{length}") for length in (8192, 30000))
-    for row in even["archives"]:
-        if row["name"] != FLOOR:
-            yield line(row["name"], *kl_cells(row, 8192, 30000))
-
-
-def halves_rows():
-    """Half of K pruned, as calibrated and as learned."""
-    learned = [load(f"kl_qwen_1.5b_learned_50_{n}")["archives"][0] for n in (8192, 30000)]
-    joint = learned[0] | {"lengths": learned[0]["lengths"] | learned[1]["lengths"]}
-    for title, row in (("by Fisher", archives()["leank pruned_50"]), ("learned", joint)):
-        yield line(title, *(kl(row, n, kinds) for n in (8192, 30000) for kinds in KINDS))
 
 
 ASKED_MOST = "dense", "bits_4", "bits_2"
@@ -134,38 +57,6 @@ def opening():
             assert shared_cells([variants["dense"], one]) == cells
             title, found = f"{name}, KL simulated", interval(points(one, cells))
         yield line(title, size, found, kl(row, 8192), kl(row, 30000), "", "")
-
-
-def kl_rows():
-    for name, row in archives().items():
-        yield line(named(name, LEARNED_MASKS), *kl_cells(row, 8192, 30000))
-
-
-def directions_rows():
-    for row in load("kl_qwen_1.5b")["archives"]:
-        if row["name"].startswith("directions"):
-            yield line(row["name"], *kl_cells(row, 8192, 30000))
-
-
-def alike(row, *lengths):
-    """How alike the next token's distributions are."""
-    for length in lengths:
-        for kinds in KINDS:
-            yield f"{1 - row['lengths'][str(length)][kinds]['variation']:.1%}"
-
-
-def variation_rows():
-    for name, row in archives().items():
-        yield line(named(name, LEARNED_MASKS), *kl_cells(row)[:2], *alike(row, 8192, 30000))
-
-
-def small_kl_rows(length, *files):
-    """KL of a smaller model, and how alike distributions are."""
-    for row in joined(load(file) for file in files)["archives"]:
-        yield line(named(row["name"]), *kl_cells(row, length), *alike(row, length))
-
-
-SMALL_KL = "kl_qwen_0.5b_8192", "kl_qwen_0.5b_others_8192"
 
 
 SERVED = {"dense": "dense", "leank bits_2": "bits_2"}
@@ -338,65 +229,6 @@ def selected_study_rows():
         yield line(bits, read, *shown, gap)
 
 
-def selection_rows():
-    """What choices of far tokens cost, and what better ones would."""
-    titles = {"bf16": "as they are", "bits_4": "4 bits", "bits_2": "2 bits"}
-    for name, row in load("selection_qwen_1.5b")["rows"].items():
-        stored, choice = name.split(", ")
-        cells = []
-        for length in ("16384", "32000"):
-            found = row["lengths"][length]
-            cells += [f"{found[kinds]['value']:.4f}" for kinds in ("kinds seen", "kinds unseen")]
-            cells.append(f"{found['found']:.0%}")
-        points = (f"{row['points'][asked]['value']:.0f}" for asked in ("16384", "32256"))
-        yield line(titles[stored], choice, *cells, *points)
-
-
-LEARNED = {
-    "fisher": "Fisher's, not learned",
-    "fisher second 0.002": "Fisher's, then stage 2 at 0.002",
-    "fisher second 0.01": "Fisher's, then stage 2 at 0.01",
-    "learned": "stage 1 from nothing",
-    "learned second 0.002": "stage 1, then stage 2 at 0.002",
-    "learned second 0.01": "stage 1, then stage 2 at 0.01",
-}
-
-
-def learned_rows():
-    """Masks of 70% by how they were found."""
-    rows = {row["name"]: row for row in load("kl_qwen_1.5b_learned")["archives"]}
-    found = {row["name"]: row for row in load("learn_qwen_1.5b")["masks"]}
-    text = (RESULTS / "verify_qwen_1.5b_learned.txt").read_text()
-    for name, title in LEARNED.items():
-        file = name.replace(" ", "_")
-        row = rows[f"leank {file}"]
-        cells = [kl(row, length, kinds) for length in (8192, 30000) for kinds in KINDS]
-        verdict = re.search(rf"==== {re.escape(file)}\.yaml ====.*?^(PASS|FAIL)", text, re.S | re.M)
-        yield line(title, f"{found[name]['loss']:.4f}", *cells, verdict[1] if verdict else "")
-
-
-def streaming_rows():
-    """Masks with a share of streaming heads, by who chose them."""
-    kinds = {"bits_4": "4 bits", "bits_2": "2 bits", "pruned_0.7": "70% of K pruned"}
-    masks = load("streaming_qwen_1.5b")["masks"]
-    for kind, title in kinds.items():
-        for end in ("", *(f"_{way}_{s}" for s in ("0.25", "0.5", "0.65") for way in HEADS)):
-            one = masks[kind + end]
-            (fits,) = (each for each in one["capacity"] if each["name"] == "leank")
-            yield line(
-                title,
-                f"{one['share']:.0%}" if end else "none",
-                HEADS[one["way"]] if end else "",
-                f"{one['far_token_bytes']:,}",
-                f"{one['saved']:.1%}",
-                f"{fits['ratio_in_decode']:.2f}x",
-                *(f"{one['kl'][n][which]['kl']:.4f}" for n in ("8192", "30000") for which in KINDS),
-            )
-
-
-HEADS = {"fisher": "Fisher", "duo": "DuoAttention"}
-
-
 def streaming_points_rows():
     """Points of 2 bits with streaming heads, beside fewer bits everywhere."""
     known = first_study()
@@ -424,11 +256,6 @@ def streaming_points_rows():
     ("page", "rows"),
     [
         ("README.md", opening),
-        ("docs/accuracy.md", kl_rows),
-        ("docs/accuracy.md", variation_rows),
-        ("docs/accuracy.md", uniform_rows),
-        ("docs/accuracy.md", even_rows),
-        ("docs/accuracy.md", halves_rows),
         ("docs/accuracy.md", study_rows),
         ("docs/accuracy.md", lambda: compared_rows(small_study())),
         ("docs/accuracy.md", small_study_rows),
@@ -438,16 +265,10 @@ def streaming_points_rows():
         ("docs/accuracy.md", lambda: compared_rows(smallest_study())),
         ("docs/accuracy.md", smallest_study_rows),
         ("docs/accuracy.md", long_rows),
-        ("docs/accuracy.md", learned_rows),
-        ("docs/accuracy.md", streaming_rows),
         ("docs/accuracy.md", streaming_points_rows),
-        ("benchmarks/real/README.md", directions_rows),
-        ("docs/accuracy.md", lambda: small_kl_rows(8192, *SMALL_KL)),
-        ("docs/accuracy.md", lambda: small_kl_rows(7936, "kl_smollm2_7936")),
         ("docs/accuracy.md", simulated_rows),
         ("masks/README.md", shipped_rows),
         ("docs/performance.md", selected_study_rows),
-        ("docs/performance.md", selection_rows),
     ],
 )
 def test_rows_are_those_of_the_results(page, rows):
@@ -494,28 +315,3 @@ def test_docs_say_what_simulated_caches_lose_against_2_bits(sentence, name):
     gap = lost(found[name], found["leank bits_2"], cells)
     text = " ".join(text_of("docs/accuracy.md").split())
     assert sentence.format(gap.value, gap.low, gap.high) in text
-
-
-def test_the_picture_has_what_engines_have_and_caches_of_others(tmp_path):
-    results = joined(kl_results())
-    assert results["lengths"] == [8192, 30000]
-    assert all(len(row["lengths"]) == 2 for row in results["archives"])
-    names = [row["name"] for _, row in drawn(results)]
-    assert {"leank bits_2", "KIVI, 4 bits", "vLLM fp8"} <= set(names)
-    assert FLOOR not in names
-    assert not any("directions" in name for name in names)
-    draw(results, tmp_path / "kl.svg")
-    assert (tmp_path / "kl.svg").stat().st_size > 10_000
-    with pytest.raises(UserError, match="no archives"):
-        drawn(results | {"archives": []})
-
-
-def test_the_picture_of_learning_has_both_starts(tmp_path):
-    results = load("learn_qwen_1.5b")
-    draw_losses(results, tmp_path / "learning.svg")
-    assert (size := (tmp_path / "learning.svg").stat().st_size) > 10_000
-    checked = [row | {"held_out": [[0, 75, 150], [0.09, 0.08, 0.07]]} for row in results["masks"]]
-    draw_losses(results | {"masks": checked}, tmp_path / "checked.svg")
-    assert (tmp_path / "checked.svg").stat().st_size > size
-    with pytest.raises(UserError, match="no second stage from learned"):
-        draw_losses(results | {"masks": results["masks"][:4]}, tmp_path / "learning.svg")

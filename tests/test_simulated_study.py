@@ -19,7 +19,7 @@ from baselines.rounded_cache import CacheHook
 from byte_tokenizer import byte_tokenizer
 from mask_samples import coded_mask
 from real import simulated_study
-from real.greedy import greedy_answer
+from real.greedy import Guesses, greedy_answer
 from real.questions import Question, save_questions
 from real.simulated_study import Asker, Caches, full_attention, in_order, parser
 from tiny_models import load_tiny
@@ -87,10 +87,11 @@ def test_guesses_change_no_answer(folder, model, context, prompt, kind):
     stop = expected[8]
     end = expected.index(stop)
     for like in ((), expected, expected[:9], other, wrong_once, expected[3:], [1] * 50):
-        ask = partial(greedy_answer, model, context, prompt, 7, hook, ANSWER)
-        assert ask((), like) == expected
+        ask = partial(greedy_answer, model, context, (prompt[-1], 7), hook, ANSWER)
+        guesses = Guesses([*prompt, *like])
+        assert ask((), guesses) == expected
         assert context.length == PROMPT
-        assert ask((stop,), like) == expected[:end]
+        assert ask((stop,), guesses) == expected[:end]
 
 
 def test_guesses_save_steps(model, context, prompt, monkeypatch):
@@ -107,8 +108,8 @@ def test_guesses_save_steps(model, context, prompt, monkeypatch):
     # Behind a wrong guess two more tokens stand after pairs that the text does not have.
     for like, steps in (((), ANSWER - 1), (expected, 1), (wrong_once, 4)):
         calls.clear()
-        ask = partial(greedy_answer, model, context, prompt, 7, full_attention, ANSWER)
-        assert ask((), like) == expected
+        ask = partial(greedy_answer, model, context, (prompt[-1], 7), full_attention, ANSWER)
+        assert ask((), Guesses([*prompt, *like])) == expected
         assert len(calls) == steps
 
 

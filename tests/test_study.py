@@ -13,7 +13,7 @@ from real.long_text import ends_in_loop, prompts, said_before, summary
 from real.pictures import label_of, run_picture
 from real.questions import Question, cells_of, load_questions, save_questions
 from real.served import check_words
-from real.study_engine import earlier_results, unasked
+from real.study_engine import WHAT, results_of, unasked
 from real.study_table import lost, merged, points, shared_cells
 from real.text_questions import ask_code, ask_document
 
@@ -94,7 +94,7 @@ def result(name, bytes_, scores, **changed):
         {"task": task, "length": length, "scores": one} for (task, length), one in scores.items()
     ]
     return {
-        "variant": name, "model": "m", "engine_args": {}, "questions_sha256": "0",
+        "what": WHAT, "variant": name, "model": "m", "engine_args": {}, "questions_sha256": "0",
         "token_bytes": bytes_, "cells": cells,
     } | changed  # fmt: skip
 
@@ -102,13 +102,13 @@ def result(name, bytes_, scores, **changed):
 def test_a_stopped_run_goes_on_and_no_other(tmp_path):
     path = tmp_path / "dense.json"
     run = result("dense", 100, {}) | {"questions": "q", "results": "r"}
-    fresh = earlier_results(run, path)
+    fresh = results_of(run, path)
     assert fresh["cells"] == []
     assert "questions" not in fresh
     path.write_text(json.dumps(result("dense", 100, {("a", 1): [1.0]})))
-    assert len(earlier_results(run, path)["cells"]) == 1
+    assert len(results_of(run, path)["cells"]) == 1
     with pytest.raises(UserError, match="made with another engine_args, questions_sha256"):
-        earlier_results(run | {"engine_args": {"seed": 1}, "questions_sha256": "1"}, path)
+        results_of(run | {"engine_args": {"seed": 1}, "questions_sha256": "1"}, path)
 
 
 def test_more_questions_are_added_to_those_asked(tmp_path):
@@ -117,7 +117,7 @@ def test_more_questions_are_added_to_those_asked(tmp_path):
     first = {"commit": "1", "command": "c", "count": 1, "machine": {"gpu": "x"}}
     path.write_text(json.dumps(result("dense", 100, {("a", 1): [1.0], ("b", 1): [1.0]}, **first)))
     run = {"results": "r", "commit": "1", "command": "c", "count": None}
-    found = earlier_results(result("dense", 100, {}) | run, path)
+    found = results_of(result("dense", 100, {}) | run, path)
     cells = {("a", 1): ["one", "two", "three"], ("b", 1): ["one"], ("c", 1): ["one"]}
     assert unasked(cells, found) == {("a", 1): ["two", "three"], ("c", 1): ["one"]}
     for name, answers in {("a", 1): [0.0, 0.5], ("c", 1): [0.25]}.items():
@@ -130,7 +130,7 @@ def test_more_questions_are_added_to_those_asked(tmp_path):
         tell_run(run | {"machine": {"gpu": gpu}}, found, has_answers=True)
     assert found["earlier"] == [first, first | {"count": None}]
     assert (found["count"], found["machine"]) == (None, {"gpu": "y"})
-    fresh = earlier_results(result("dense", 100, {}) | run, tmp_path / "none.json")
+    fresh = results_of(result("dense", 100, {}) | run, tmp_path / "none.json")
     tell_run(run | {"machine": {}}, fresh, has_answers=False)
     assert "earlier" not in fresh
 

@@ -31,25 +31,25 @@ class VllmInt4(RoundedCache):
 def _turned_and_rounded(x: torch.Tensor) -> torch.Tensor:
     """`x` `[..., D]` turned, rounded, and turned back."""
     width = x.shape[-1]
-    turned = (x.float() @ _turn(width, False).to(x.device)).to(x.dtype).float()
+    turned = (x.float() @ _turn(width, False, x.device)).to(x.dtype).float()
     least, most = turned.amin(-1, keepdim=True), turned.amax(-1, keepdim=True)
     step = ((most - least) / 15).clamp(min=1e-6)
     zero = _nearest(-least / step).clamp(0, 15)
     codes = _nearest(turned * (1 / step) + zero).clamp(0, 15)
     stored_step = (step.view(torch.int32) & -16).view(torch.float32)
     # Turning twice multiplies by the largest power of two in the head's width.
-    back = (codes - zero) * stored_step @ _turn(width, True).to(x.device)
+    back = (codes - zero) * stored_step @ _turn(width, True, x.device)
     return back / (width & -width)
 
 
 @cache
-def _turn(width: int, inverse: bool) -> torch.Tensor:
+def _turn(width: int, inverse: bool, device: torch.device) -> torch.Tensor:
     """What vLLM turns rows of so many numbers with, `[width, width]`, made on the CPU.
 
     Its kernel for GPUs is left out: with it one text's logits were not finite in a run, and were in
     the next.
     """
-    return single_rht(torch.eye(width), inverse)
+    return single_rht(torch.eye(width), inverse).to(device)
 
 
 def _nearest(x: torch.Tensor) -> torch.Tensor:

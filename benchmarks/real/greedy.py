@@ -13,41 +13,48 @@ GUESS = 32
 """Most tokens of an answer that are guessed at once."""
 
 
+class Guesses:
+    """What may follow two tokens: that which followed them in a text, where they stood last."""
+
+    def __init__(self, text: Sequence[int]):
+        self._text = list(text)
+        self._after = {pair: place for place, pair in enumerate(pairwise(text), 2)}
+
+    def __call__(self, before: int, last: int, most: int) -> list[int]:
+        """Up to `most` tokens; none where the two never stood together."""
+        place = self._after.get((before, last), len(self._text))
+        return self._text[place : place + min(most, GUESS)]
+
+
 def greedy_answer(
     model: transformers.PreTrainedModel,
     context: Context,
-    prompt: Sequence[int],
-    first: int,
+    begun: tuple[int, int],
     hook: AttentionHook,
     max_tokens: int,
     stop: Sequence[int],
-    like: Sequence[int] = (),
+    guesses: Guesses,
 ) -> list[int]:
-    """The answer to a prompt, of which `first` is the first token, up to the first token of `stop`,
-    without it.
+    """The answer to a prompt, up to the first token of `stop`, without it. `begun` are the last
+    token of the prompt and the first of the answer.
 
-    The context has read the prompt, and has no more than that when this is done. What followed the
-    last two tokens elsewhere in the prompt, or in `like`, the answer with another cache, is guessed
-    to follow here, too. Guessed tokens are computed at once, and kept while they are what the model
-    would have said: answers cost less, and differ where rounding turns a tie alone.
+    The context has read the prompt, and has no more than that when this is done. Tokens that are
+    guessed are computed at once, and kept while they are what the model would have said: answers
+    cost less, and differ where rounding turns a tie alone.
     """
-    start, answer = context.mark(), [first]
-    text = [*prompt, *like]
-    after = {pair: place for place, pair in enumerate(pairwise(text), 2)}  # the last one counts
-    while len(answer) < max_tokens and answer[-1] not in stop:
-        before = answer[-2] if len(answer) > 1 else prompt[-1]
-        place = after.get((before, answer[-1]), len(text))
-        guess = text[place : place + min(GUESS, max_tokens - 1 - len(answer))]
+    start, said = context.mark(), list(begun)  # with one token of the prompt before the answer
+    while len(said) <= max_tokens and said[-1] not in stop:
+        guess = guesses(said[-2], said[-1], max_tokens - len(said))
         if context.states is not None:
             guess = []  # states behind a part of a guess could not be had
-        said = logits_after(model, context, [answer[-1], *guess], hook).argmax(-1).tolist()
+        found = logits_after(model, context, [said[-1], *guess], hook).argmax(-1).tolist()
         right = 0
-        while right < len(guess) and guess[right] == said[right] and guess[right] not in stop:
+        while right < len(guess) and guess[right] == found[right] and guess[right] not in stop:
             right += 1
-        answer += said[: right + 1]
+        said += found[: right + 1]
         context.advance(right + 1)
     context.cut(start)
-    return before_stop(answer, stop)
+    return before_stop(said[1:], stop)
 
 
 def before_stop(ids: list[int], stop: Sequence[int]) -> list[int]:

@@ -19,7 +19,6 @@ done, and a run that was stopped goes on.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from rich.console import Console
 from rich.progress import track
 
 from real.caches import load_masks
+from real.earlier import check_same, earlier_results
 from real.greedy import stop_tokens
 from real.judged_texts import judged_samples
 from real.option_numbers import numbers
@@ -54,7 +54,7 @@ from vllm_leank.mask.checkpoint import ALL_GPUS, DTYPES, Checkpoint
 
 WHAT = "KL to full attention, attention found and points where the best far tokens are read alone"
 
-SAME = "what", "model", "dtype", "window", "masks", "shares", "least", "seed"
+SAME = "model", "dtype", "window", "masks", "shares", "least", "seed"
 """What must not have changed where results are added to others."""
 
 OF_ANSWERS = "questions_sha256", "answer_tokens"
@@ -211,19 +211,13 @@ def _earlier(path: Path | None, fresh: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: it was another run.
     """
-    if path is None or not path.exists():
+    if path is None:
         return fresh
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no results of this study: {error}") from error
-    if found.get("what") != WHAT:
-        raise UserError(f"{path}: no results of this study")
+    found = earlier_results(path, fresh, SAME)
     if not found["answers"]:
         found |= {name: fresh[name] for name in OF_ANSWERS}
-    same = (*SAME, *OF_ANSWERS) if fresh["questions_sha256"] else SAME
-    if changed := [name for name in same if found.get(name) != fresh[name]]:
-        raise UserError(f"{path}: made with another {', '.join(changed)}; move it away")
+    if fresh["questions_sha256"]:
+        check_same(path, found, fresh, OF_ANSWERS)
     return found
 
 

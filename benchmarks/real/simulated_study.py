@@ -13,7 +13,6 @@ stopped has asked about as many of each, and goes on where it was.
 """
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,8 @@ from rich.progress import track
 
 from real.answers import add_answers, scores_of, tell_run
 from real.caches import OTHERS, Variant, caches_of_group, check_groups, load_masks, served_mask
-from real.greedy import greedy_answer, stop_tokens
+from real.earlier import earlier_results
+from real.greedy import Guesses, greedy_answer, stop_tokens
 from real.questions import Question, cells_of, load_questions
 from real.served import DENSE
 from real.study_table import show
@@ -45,7 +45,7 @@ from vllm_leank.offline.plain_attention import plain_attention
 
 WHAT = "points of a real model with simulated KV caches"
 
-SAME = "what", "model", "window", "masks", "questions_sha256"
+SAME = "model", "window", "masks", "questions_sha256"
 """What must not have changed where results are added to others, nor may the model's dtype."""
 
 CHUNK = 4096
@@ -140,13 +140,14 @@ class Asker:
         for one in self.caches.variants:
             if one.begin is not None:
                 one.begin(model, context, prompt)
-        first = int(logits[-1].argmax())
-        found: dict[str, list[int]] = {}
+        begun = prompt[-1], int(logits[-1].argmax())
+        guesses, found = Guesses(prompt), {}
         for one in self.caches.variants:
-            dense = found.get(DENSE, ())
             found[one.name] = greedy_answer(
-                model, context, prompt, first, one.hook, max_tokens, self._stop, dense
+                model, context, begun, one.hook, max_tokens, self._stop, guesses
             )
+            if one.name == DENSE:  # what others may well say, too
+                guesses = Guesses([*prompt, *found[DENSE]])
         return found
 
     def scores(self, question: Question) -> dict[str, float]:
@@ -193,28 +194,6 @@ def in_order(
     ]
 
 
-def _earlier(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """What a run that was stopped has left, or `fresh`.
-
-    Raises:
-        UserError: it was another run.
-    """
-    if not path.exists():
-        return fresh
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        same = {name: found[name] for name in (*SAME, "dtype")}
-        names = [one["variant"] for one in found["variants"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: no results of this study: {error}") from error
-    changed = [name for name in SAME if same[name] != fresh[name]]
-    if names != [one["variant"] for one in fresh["variants"]]:
-        changed.append("variants")
-    if changed:
-        raise UserError(f"{path}: made with another {', '.join(changed)}; move it away")
-    return found
-
-
 def study(args: argparse.Namespace) -> dict[str, Any]:
     """Ask what is left, and write the results after each question.
 
@@ -237,7 +216,9 @@ def study(args: argparse.Namespace) -> dict[str, Any]:
             for one in caches.variants
         ],
     }
-    results = _earlier(args.out, fresh)
+    results = earlier_results(args.out, fresh, SAME)
+    if [one["variant"] for one in results["variants"]] != [one.name for one in caches.variants]:
+        raise UserError(f"{args.out}: made with another variants; move it away")
     by_name = {one["variant"]: one for one in results["variants"]}
     left = in_order(questions, args.count, by_name[DENSE])
     if left:

@@ -13,11 +13,14 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 from real.answers import add_answers, scores_of, tell_run
+from real.earlier import earlier_results
 from real.int4_rows import launch_with_rows
 from real.questions import Cell, Question, cells_of, load_questions
 from vllm_leank.bench.machine import machine
 from vllm_leank.bench.results import save_results
 from vllm_leank.errors import UserError
+
+WHAT = "points of a real model"
 
 SAME = "model", "engine_args", "questions_sha256"
 """What must not have changed where results are added to others."""
@@ -26,19 +29,14 @@ UNTOLD = "questions", "results", "int4_rows"
 """What results do not repeat: places of files, and what the command says of each run."""
 
 
-def earlier_results(run: dict[str, Any], path: Path) -> dict[str, Any]:
+def results_of(run: dict[str, Any], path: Path) -> dict[str, Any]:
     """What a run that was stopped, or asked fewer questions, has left; or none yet.
 
     Raises:
         UserError: it was another run.
     """
     fresh = {name: run[name] for name in run if name not in UNTOLD}
-    if not path.exists():
-        return fresh | {"what": "points of a real model", "cells": []}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if changed := [name for name in SAME if found.get(name) != run[name]]:
-        raise UserError(f"{path}: made with another {', '.join(changed)}; move it away")
-    return found
+    return earlier_results(path, fresh | {"what": WHAT, "cells": []}, SAME)
 
 
 def unasked(
@@ -79,7 +77,7 @@ def main() -> None:
     path = Path(run["results"])
     try:
         questions, _ = load_questions(Path(run["questions"]))
-        results = earlier_results(run, path)
+        results = results_of(run, path)
     except UserError as error:
         sys.exit(f"error: {error}")
     left = unasked(cells_of(questions, run["count"]), results)

@@ -1,0 +1,47 @@
+"""What tables about real models share: how rows are called, points with intervals, and KL of the
+1.5B.
+"""
+
+from figures import load
+from real.kl_picture import joined
+from real.pictures import label_of
+
+
+def interval(found):
+    cells = [f"{one:.1f}" for one in (found.value, found.low, found.high)]
+    value, low, high = ["0.0" if one == "-0.0" else one for one in cells]
+    return f"{value} ({low} to {high})"
+
+
+def archives():
+    """Masks that were served, and caches of others, on the same texts."""
+    return {row["name"]: row for row in joined(kl_results())["archives"]}
+
+
+def kl_results():
+    names = "many_8192", "many_30000", "vllm_8192", "kitty_8192", "others_30000"
+    return [load(f"kl_qwen_1.5b_{name}") for name in names]
+
+
+LEARNED_MASKS = ("leank pruned_70",)
+"""Of the 1.5B, as studies and KL of today have it: its name does not say so."""
+
+
+def named(name, learned=()):
+    """A row's name as pages have it, where masks of `learned` were learned as well."""
+    if name.startswith("leank packed, "):
+        name = f"leank bits_{name.removeprefix('leank packed, ').removesuffix(' bits')}"
+    kind, _, number = name.removeprefix("leank ").partition("_")
+    if not name.startswith("leank "):
+        return name
+    if kind == "bits":
+        return f"leank, {label_of(name)}"
+    way = "learned" if kind == "learned" or name in learned else "by Fisher"
+    return f"leank, {number}% of K pruned, {way}"
+
+
+def kl(row, length, kinds="kinds seen"):
+    return f"{row['lengths'][str(length)][kinds]['kl']:.4f}"
+
+
+KINDS = "kinds seen", "kinds unseen"

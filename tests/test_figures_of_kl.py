@@ -1,0 +1,179 @@
+"""KL and losses in the docs are what `benchmarks/results` has, to the digits shown."""
+
+import re
+
+import pytest
+from figures import RESULTS, line, load, text_of
+from figures_of_models import KINDS, LEARNED_MASKS, archives, kl, kl_results, named
+from real.kl_picture import FLOOR, draw, drawn, joined
+from real.learn_picture import draw as draw_losses
+
+from vllm_leank.errors import UserError
+
+
+def kl_cells(row, *lengths):
+    """Bytes of a token, how many times fewer than dense these are, and KL at each length."""
+    found = (kl(row, length, kinds) for length in lengths for kinds in KINDS)
+    return f"{row['token_bytes']:,.0f}", f"{row['x']:.2f}", *found
+
+
+def uniform_rows():
+    """Bits and channels where they save most, beside as many everywhere."""
+    for row in load("kl_smollm2_uniform_cpu")["archives"]:
+        name = row["name"].replace("packed, ", "").replace("70% pruned", "70% of K pruned")
+        yield line(name.replace("leank ", "leank, "), *kl_cells(row, 1024))
+
+
+def even_rows():
+    """The same on a larger model, at two lengths."""
+    known = archives()
+    for name in ("leank bits_4", "leank bits_2", "leank pruned_70", "leank fisher_70"):
+        yield line(named(name, LEARNED_MASKS), *kl_cells(known[name], 8192, 30000))
+    even = joined(load(f"kl_qwen_1.5b_even_{length}") for length in (8192, 30000))
+    for row in even["archives"]:
+        if row["name"] != FLOOR:
+            yield line(row["name"], *kl_cells(row, 8192, 30000))
+
+
+def halves_rows():
+    """Half of K pruned, as calibrated and as learned."""
+    learned = [load(f"kl_qwen_1.5b_learned_50_{n}")["archives"][0] for n in (8192, 30000)]
+    joint = learned[0] | {"lengths": learned[0]["lengths"] | learned[1]["lengths"]}
+    for title, row in (("by Fisher", archives()["leank pruned_50"]), ("learned", joint)):
+        yield line(title, *(kl(row, n, kinds) for n in (8192, 30000) for kinds in KINDS))
+
+
+def kl_rows():
+    for name, row in archives().items():
+        yield line(named(name, LEARNED_MASKS), *kl_cells(row, 8192, 30000))
+
+
+def directions_rows():
+    for row in load("kl_qwen_1.5b")["archives"]:
+        if row["name"].startswith("directions"):
+            yield line(row["name"], *kl_cells(row, 8192, 30000))
+
+
+def alike(row, *lengths):
+    """How alike the next token's distributions are."""
+    for length in lengths:
+        for kinds in KINDS:
+            yield f"{1 - row['lengths'][str(length)][kinds]['variation']:.1%}"
+
+
+def variation_rows():
+    for name, row in archives().items():
+        yield line(named(name, LEARNED_MASKS), *kl_cells(row)[:2], *alike(row, 8192, 30000))
+
+
+def small_kl_rows(length, *files):
+    """KL of a smaller model, and how alike distributions are."""
+    for row in joined(load(file) for file in files)["archives"]:
+        yield line(named(row["name"]), *kl_cells(row, length), *alike(row, length))
+
+
+SMALL_KL = "kl_qwen_0.5b_8192", "kl_qwen_0.5b_others_8192"
+
+
+def selection_rows():
+    """What choices of far tokens cost, and what better ones would."""
+    titles = {"bf16": "as they are", "bits_4": "4 bits", "bits_2": "2 bits"}
+    for name, row in load("selection_qwen_1.5b")["rows"].items():
+        stored, choice = name.split(", ")
+        cells = []
+        for length in ("16384", "32000"):
+            found = row["lengths"][length]
+            cells += [f"{found[kinds]['value']:.4f}" for kinds in ("kinds seen", "kinds unseen")]
+            cells.append(f"{found['found']:.0%}")
+        points = (f"{row['points'][asked]['value']:.0f}" for asked in ("16384", "32256"))
+        yield line(titles[stored], choice, *cells, *points)
+
+
+LEARNED = {
+    "fisher": "Fisher's, not learned",
+    "fisher second 0.002": "Fisher's, then stage 2 at 0.002",
+    "fisher second 0.01": "Fisher's, then stage 2 at 0.01",
+    "learned": "stage 1 from nothing",
+    "learned second 0.002": "stage 1, then stage 2 at 0.002",
+    "learned second 0.01": "stage 1, then stage 2 at 0.01",
+}
+
+
+def learned_rows():
+    """Masks of 70% by how they were found."""
+    rows = {row["name"]: row for row in load("kl_qwen_1.5b_learned")["archives"]}
+    found = {row["name"]: row for row in load("learn_qwen_1.5b")["masks"]}
+    text = (RESULTS / "verify_qwen_1.5b_learned.txt").read_text()
+    for name, title in LEARNED.items():
+        file = name.replace(" ", "_")
+        row = rows[f"leank {file}"]
+        cells = [kl(row, length, kinds) for length in (8192, 30000) for kinds in KINDS]
+        verdict = re.search(rf"==== {re.escape(file)}\.yaml ====.*?^(PASS|FAIL)", text, re.S | re.M)
+        yield line(title, f"{found[name]['loss']:.4f}", *cells, verdict[1] if verdict else "")
+
+
+def streaming_rows():
+    """Masks with a share of streaming heads, by who chose them."""
+    kinds = {"bits_4": "4 bits", "bits_2": "2 bits", "pruned_0.7": "70% of K pruned"}
+    masks = load("streaming_qwen_1.5b")["masks"]
+    for kind, title in kinds.items():
+        for end in ("", *(f"_{way}_{s}" for s in ("0.25", "0.5", "0.65") for way in HEADS)):
+            one = masks[kind + end]
+            (fits,) = (each for each in one["capacity"] if each["name"] == "leank")
+            yield line(
+                title,
+                f"{one['share']:.0%}" if end else "none",
+                HEADS[one["way"]] if end else "",
+                f"{one['far_token_bytes']:,}",
+                f"{one['saved']:.1%}",
+                f"{fits['ratio_in_decode']:.2f}x",
+                *(f"{one['kl'][n][which]['kl']:.4f}" for n in ("8192", "30000") for which in KINDS),
+            )
+
+
+HEADS = {"fisher": "Fisher", "duo": "DuoAttention"}
+
+
+@pytest.mark.parametrize(
+    ("page", "rows"),
+    [
+        ("docs/accuracy.md", kl_rows),
+        ("docs/accuracy.md", variation_rows),
+        ("docs/accuracy.md", uniform_rows),
+        ("docs/accuracy.md", even_rows),
+        ("docs/accuracy.md", halves_rows),
+        ("docs/accuracy.md", learned_rows),
+        ("docs/accuracy.md", streaming_rows),
+        ("benchmarks/real/README.md", directions_rows),
+        ("docs/accuracy.md", lambda: small_kl_rows(8192, *SMALL_KL)),
+        ("docs/accuracy.md", lambda: small_kl_rows(7936, "kl_smollm2_7936")),
+        ("docs/performance.md", selection_rows),
+    ],
+)
+def test_rows_are_those_of_the_results(page, rows):
+    assert "\n".join(rows()) in text_of(page)
+
+
+def test_the_picture_has_what_engines_have_and_caches_of_others(tmp_path):
+    results = joined(kl_results())
+    assert results["lengths"] == [8192, 30000]
+    assert all(len(row["lengths"]) == 2 for row in results["archives"])
+    names = [row["name"] for _, row in drawn(results)]
+    assert {"leank bits_2", "KIVI, 4 bits", "vLLM fp8"} <= set(names)
+    assert FLOOR not in names
+    assert not any("directions" in name for name in names)
+    draw(results, tmp_path / "kl.svg")
+    assert (tmp_path / "kl.svg").stat().st_size > 10_000
+    with pytest.raises(UserError, match="no archives"):
+        drawn(results | {"archives": []})
+
+
+def test_the_picture_of_learning_has_both_starts(tmp_path):
+    results = load("learn_qwen_1.5b")
+    draw_losses(results, tmp_path / "learning.svg")
+    assert (size := (tmp_path / "learning.svg").stat().st_size) > 10_000
+    checked = [row | {"held_out": [[0, 75, 150], [0.09, 0.08, 0.07]]} for row in results["masks"]]
+    draw_losses(results | {"masks": checked}, tmp_path / "checked.svg")
+    assert (tmp_path / "checked.svg").stat().st_size > size
+    with pytest.raises(UserError, match="no second stage from learned"):
+        draw_losses(results | {"masks": results["masks"][:4]}, tmp_path / "learning.svg")
