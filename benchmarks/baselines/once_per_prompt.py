@@ -9,8 +9,8 @@ from vllm_leank.offline.simulate import Archive
 
 @dataclass
 class OncePerPrompt:
-    """Remembers what an archive gave back of a prompt's far tokens, for the tokens of an answer to
-    read; `forget` them before another prompt.
+    """Keeps what an archive gave back of a prompt's far tokens, so that each token of an answer can
+    read it. `forget` it before the next prompt.
 
     For archives that round whole granules by themselves, as those of masks do.
     """

@@ -77,7 +77,7 @@ class PrunedByThinK(SimulatedPruning):
 
         if read.states is None:
             context.cut(replace(read, length=read.length - think.QUERIES))
-        else:  # those that it had there are not known
+        else:  # what they were there is not kept
             read_prompt(model, context, prompt[: -think.QUERIES], 4096)
         logits_after(model, context, prompt[-think.QUERIES :], watch)
         context.advance(think.QUERIES)

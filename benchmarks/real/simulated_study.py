@@ -103,7 +103,8 @@ class Caches:
         return cls(checkpoint, variants, told)
 
     def check(self, questions: Sequence[Question]) -> None:
-        """Refuse answers of which tokens would be far before it is known that they are right.
+        """Refuse answers so long that guessed tokens could become far, and be rounded, before it
+        is known whether they are right.
 
         Raises:
             UserError: an answer may be longer than what a mask keeps as it is.
@@ -218,7 +219,7 @@ def study(args: argparse.Namespace) -> dict[str, Any]:
     }
     results = earlier_results(args.out, fresh, SAME)
     if [one["variant"] for one in results["variants"]] != [one.name for one in caches.variants]:
-        raise UserError(f"{args.out}: made with another variants; move it away")
+        raise UserError(f"{args.out}: made with other variants; move it away")
     by_name = {one["variant"]: one for one in results["variants"]}
     left = in_order(questions, args.count, by_name[DENSE])
     if left:
@@ -256,7 +257,7 @@ def _all_scores(
         yield from track(answers, "questions", total=len(questions), console=CONSOLE)
     except BrokenProcessPool as error:
         raise UserError(
-            "a process ended, above it says why; fewer --workers need less memory"
+            "a process ended; what it said is above. Fewer --workers need less memory"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
