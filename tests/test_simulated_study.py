@@ -28,7 +28,7 @@ from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import save_mask
-from vllm_leank.offline.context import Context, logits_after, read_prompt
+from vllm_leank.offline.context import Context, logits, logits_after, read_prompt
 from vllm_leank.offline.served_archive import ServedArchive
 from vllm_leank.offline.simulate import SimulatedArchive
 
@@ -101,9 +101,9 @@ def test_guesses_save_steps(model, context, prompt, monkeypatch):
 
     def counted(*args):
         calls.append(args)
-        return logits_after(*args)
+        return logits(*args)
 
-    monkeypatch.setattr("real.greedy.logits_after", counted)
+    monkeypatch.setattr("real.greedy.logits", counted)
     wrong_once = [*expected[:5], expected[5] + 1, *expected[6:]]
     # Behind a wrong guess two more tokens stand after pairs that the text does not have.
     for like, steps in (((), ANSWER - 1), (expected, 1), (wrong_once, 4)):

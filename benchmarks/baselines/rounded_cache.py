@@ -6,11 +6,13 @@ which read prompts from the rounded cache, too.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from vllm_leank.kernels.sinks import sinks_of_rows, softmax
 
+from baselines.once_per_prompt import OncePerPrompt
 from vllm_leank.core.geometry import Geometry
 
 MODEL_BYTES = 2
@@ -60,11 +62,33 @@ class RoundedCache(ABC):
         return of_key, at - self.residual
 
 
+@dataclass(frozen=True)
+class Ends:
+    """How far queries read what is stored: all of them up to `first`, the last one up to `last`;
+    between, where `stored`, bool `[T, last - first]`.
+    """
+
+    first: int
+    last: int
+    stored: torch.Tensor
+
+    @classmethod
+    def of(cls, ends: torch.Tensor, least: int, device: torch.device) -> "Ends":
+        """Of those of each query, which ascend; up to `least` it makes no difference."""
+        first, last = (max(least, int(end)) for end in (ends[0], ends[-1]))
+        return cls(first, last, (torch.arange(first, last) < ends[:, None]).to(device))
+
+
 @dataclass
 class CacheHook:
-    """An attention hook under which queries read what a cache has rounded."""
+    """An attention hook under which queries read what a cache has rounded.
+
+    With `kept`, which rounds as the cache does, everything is rounded once, however many tokens
+    follow it: for answers that are computed token by token.
+    """
 
     cache: RoundedCache
+    kept: OncePerPrompt | None = None
 
     def __call__(
         self,
@@ -81,20 +105,62 @@ class CacheHook:
         Keys and values `[B, H, S, D]` are those of all tokens; gives `[B, T, num_heads, D]`.
         """
         B, num_heads, T, D = query.shape
-        S, H, sink = key.shape[2], key.shape[1], self.cache.sink
-        at_key = torch.arange(S, device=key.device)
-        at = torch.arange(S - T, S, device=key.device)
-        of_key, of_value = (
-            ((at_key >= sink) & (at_key < end[:, None])).repeat(num_heads // H, 1)
-            for end in self.cache.rounded(at)
-        )  # [group * T, S]
-        stored_key, stored_value = self.cache.round(layer, key[:, :, sink:], value[:, :, sink:])
-        stored_key = torch.cat([key[:, :, :sink].float(), stored_key], dim=2)
-        stored_value = torch.cat([value[:, :, :sink].float(), stored_value], dim=2)
+        S, H = key.shape[2], key.shape[1]
+        group = num_heads // H
+        of_key, of_value, hidden = _what_is_read(self.cache, S, T, key.device)
+        known = S - T  # tokens behind may be guesses
+        stored_key, stored_value = self._stored(
+            layer, key, value, known, max(of_key.last, of_value.last)
+        )
         rows = query.reshape(B, H, -1, D).float() * (D**-0.5 if scaling is None else scaling)
-        scores = torch.where(of_key, rows @ stored_key.mT, rows @ key.float().mT)
-        hidden = (at_key > at[:, None]).repeat(num_heads // H, 1)
-        sinks = sinks_of_rows(sink_scores, H, T)
-        weights = softmax(scores.masked_fill(hidden, float("-inf")), sinks)
-        output = (weights * of_value) @ stored_value + (weights * ~of_value) @ value.float()
+
+        first, last = of_key.first, of_key.last
+        scores = rows @ key[:, :, first:].float().mT
+        if first < last:
+            stored = rows @ stored_key[:, :, first:last].mT
+            own = of_key.stored.repeat(group, 1)
+            scores[..., : last - first] = stored.where(own, scores[..., : last - first])
+        scores.masked_fill_(hidden.repeat(group, 1), float("-inf"))
+        scores = torch.cat([rows @ stored_key[:, :, :first].mT, scores], dim=-1)
+        weights = softmax(scores, sinks_of_rows(sink_scores, H, T))
+
+        first, last = of_value.first, of_value.last
+        output = weights[..., :first] @ stored_value[:, :, :first]
+        output += weights[..., first:] @ value[:, :, first:].float()
+        if first < last:
+            change = stored_value[:, :, first:last] - value[:, :, first:last]
+            output += (weights[..., first:last] * of_value.stored.repeat(group, 1)) @ change
         return output.view(B, num_heads, T, D).transpose(1, 2).to(query.dtype)
+
+    def _stored(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, known: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V as stored, fp32, at least up to `last`; the sink's as they were. What is rounded
+        together with tokens behind `known` is not kept.
+        """
+        cache, end = self.cache, self.cache.sink
+        parts = [(key[:, :, :end].float(), value[:, :, :end].float())]
+        whole = max(known - end, 0)
+        whole -= whole % max(cache.residual, 1)
+        if self.kept is not None and whole:
+            end += whole
+            before = slice(cache.sink, end)
+            parts.append(self.kept(layer, cache.sink, key[:, :, before], value[:, :, before]))
+        if end < last:
+            parts.append(cache.round(layer, key[:, :, end:], value[:, :, end:]))
+        stored_key, stored_value = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        return stored_key, stored_value
+
+
+@lru_cache(maxsize=1)
+def _what_is_read(
+    cache: RoundedCache, S: int, T: int, device: torch.device
+) -> tuple[Ends, Ends, torch.Tensor]:
+    """For the last T of S tokens, alike in all layers: what is read as stored of K and of V, and
+    which keys behind the first of K are hidden, bool `[T, keys]`.
+    """
+    at = torch.arange(S - T, S)
+    least = min(cache.sink, S - T + 1)  # what comes first is stored as it is
+    of_key, of_value = (Ends.of(ends, least, device) for ends in cache.rounded(at))
+    hidden = torch.arange(of_key.first, S) > at[:, None]
+    return of_key, of_value, hidden.to(device)

@@ -44,12 +44,12 @@ def _turned_and_rounded(x: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _turn(width: int, inverse: bool, device: torch.device) -> torch.Tensor:
-    """What vLLM turns rows of so many numbers with, `[width, width]`, made on the CPU.
+    """What vLLM turns rows of so many numbers with, `[width, width]` of 1, -1 and 0.
 
-    Its kernel for GPUs is left out: with it one text's logits were not finite in a run, and were in
-    the next.
+    Asked of vLLM once, and not for each row: with its kernel for GPUs, which computes in bf16, one
+    text's logits were not finite in a run, and were in the next.
     """
-    return single_rht(torch.eye(width), inverse).to(device)
+    return single_rht(torch.eye(width, device=device), inverse).round()
 
 
 def _nearest(x: torch.Tensor) -> torch.Tensor:

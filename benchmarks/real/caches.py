@@ -49,6 +49,7 @@ class Variant:
         detail: what else is worth telling.
         begin: called for each prompt with the model, the context that has read it, and the prompt;
             None: there is nothing to do.
+        end: called when a prompt's answer is done.
         mask: the mask whose archive it is, if it is one's.
     """
 
@@ -58,6 +59,7 @@ class Variant:
     exact_tokens: int
     detail: dict[str, Any] = field(default_factory=dict)
     begin: Callable[[transformers.PreTrainedModel, Context, Sequence[int]], None] | None = None
+    end: Callable[[], None] | None = None
     mask: Mask | None = None
 
 
@@ -96,7 +98,7 @@ def served_mask(name: str, mask: Mask, window: Window, once: bool = False) -> Va
             "profiles": len({head for heads in mask.profiles for head in heads if head.stores}),
             "blind_heads": int(served.blind.sum()),
         },
-        begin=(lambda model, context, prompt: kept.forget()) if once else None,
+        end=kept.forget if once else None,
         mask=mask,
     )
 
@@ -119,8 +121,12 @@ def check_groups(groups: Sequence[str], allowed: Sequence[str]) -> None:
         raise UserError("--variants names a group twice")
 
 
-def caches_of_group(group: str, geometry: Geometry, window: Window) -> list[Variant]:
-    """Those of a group of `OTHERS`. `window` is of what has none of its own."""
+def caches_of_group(
+    group: str, geometry: Geometry, window: Window, once: bool = False
+) -> list[Variant]:
+    """Those of a group of `OTHERS`. `window` is of what has none of its own; `once` is that of
+    `served_mask`.
+    """
     if group == "think":
         return [think(geometry, window)]
     caches: dict[str, Callable[[], list[RoundedCache]]] = {
@@ -129,15 +135,19 @@ def caches_of_group(group: str, geometry: Geometry, window: Window) -> list[Vari
         "kitty": lambda: [Kitty()],
         "floor": lambda: [Unrounded()],
     }
-    return [
-        Variant(
-            cache.name,
-            CacheHook(cache),
-            cache.token_bytes(geometry),
-            cache.sink + cache.residual,
-        )
-        for cache in caches[group]()
-    ]
+    return [rounded_cache(cache, geometry, once) for cache in caches[group]()]
+
+
+def rounded_cache(cache: RoundedCache, geometry: Geometry, once: bool) -> Variant:
+    """A cache of somebody else."""
+    kept = OncePerPrompt(lambda layer, first, *both: cache.round(layer, *both)) if once else None
+    return Variant(
+        cache.name,
+        CacheHook(cache, kept),
+        cache.token_bytes(geometry),
+        cache.sink + cache.residual,
+        end=kept.forget if kept else None,
+    )
 
 
 def think(geometry: Geometry, window: Window) -> Variant:

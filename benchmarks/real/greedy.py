@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 import transformers
 
 from vllm_leank.mask.checkpoint import Checkpoint
-from vllm_leank.offline.attention_hook import AttentionHook
-from vllm_leank.offline.context import Context, logits_after
+from vllm_leank.offline.attention_hook import AttentionHook, hooked_attention
+from vllm_leank.offline.context import AfterContext, Context, logits
 
 GUESS = 32
 """Most tokens of an answer that are guessed at once."""
@@ -23,7 +24,7 @@ class Guesses:
     def __call__(self, before: int, last: int, most: int) -> list[int]:
         """Up to `most` tokens; none where the two never stood together."""
         place = self._after.get((before, last), len(self._text))
-        return self._text[place : place + min(most, GUESS)]
+        return self._text[place : place + most]
 
 
 def greedy_answer(
@@ -40,19 +41,23 @@ def greedy_answer(
 
     The context has read the prompt, and has no more than that when this is done. Tokens that are
     guessed are computed at once, and kept while they are what the model would have said: answers
-    cost less, and differ where rounding turns a tie alone.
+    cost less, and differ where rounding turns a tie alone. Behind a wrong guess fewer are guessed.
     """
     start, said = context.mark(), list(begun)  # with one token of the prompt before the answer
-    while len(said) <= max_tokens and said[-1] not in stop:
-        guess = guesses(said[-2], said[-1], max_tokens - len(said))
-        if context.states is not None:
-            guess = []  # states behind a part of a guess could not be had
-        found = logits_after(model, context, [said[-1], *guess], hook).argmax(-1).tolist()
-        right = 0
-        while right < len(guess) and guess[right] == found[right] and guess[right] not in stop:
-            right += 1
-        said += found[: right + 1]
-        context.advance(right + 1)
+    most = GUESS
+    with torch.no_grad(), hooked_attention(model, AfterContext(context, hook), context=context):
+        while len(said) <= max_tokens and said[-1] not in stop:
+            guess = guesses(said[-2], said[-1], min(most, max_tokens - len(said)))
+            if context.states is not None:
+                guess = []  # states behind a part of a guess could not be had
+            found = logits(model, context, [said[-1], *guess]).argmax(-1).tolist()
+            right = 0
+            while right < len(guess) and guess[right] == found[right] and guess[right] not in stop:
+                right += 1
+            if guess:
+                most = min(GUESS, 4 * (right + 1))
+            said += found[: right + 1]
+            context.advance(right + 1)
     context.cut(start)
     return before_stop(said[1:], stop)
 

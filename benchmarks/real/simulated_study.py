@@ -98,7 +98,7 @@ class Caches:
             window = Window(mask.sink, mask.recent)
             variants.append(served_mask(f"leank {name}", mask, window, once=True))
         for group in groups:
-            variants += caches_of_group(group, geometry, Window(args.sink, args.recent))
+            variants += caches_of_group(group, geometry, Window(args.sink, args.recent), once=True)
         told = {name: describe_mask(mask) for name, mask in masks.items()}
         return cls(checkpoint, variants, told)
 
@@ -147,6 +147,8 @@ class Asker:
             found[one.name] = greedy_answer(
                 model, context, begun, one.hook, max_tokens, self._stop, guesses
             )
+            if one.end is not None:
+                one.end()
             if one.name == DENSE:  # what others may well say, too
                 guesses = Guesses([*prompt, *found[DENSE]])
         return found
