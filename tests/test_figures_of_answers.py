@@ -56,6 +56,9 @@ def opening():
         if one := variants.get(name.replace("vLLM ", "vllm_")):
             assert shared_cells([variants["dense"], one]) == cells
             title, found = f"{name}, KL simulated", interval(points(one, cells))
+        else:
+            caches, asked = simulated()
+            found = interval(points(caches[name], asked))
         yield line(title, size, found, kl(row, 8192), kl(row, 30000), "", "")
 
 
@@ -63,13 +66,20 @@ SERVED = {"dense": "dense", "leank bits_2": "bits_2"}
 """Of simulated caches, what the study calls those that engines have."""
 
 
-def simulated():
+def simulated(model="qwen_1.5b", engines=None):
     """Simulated caches by name, and what all were asked, which the study asked engines, too."""
-    engines, _ = study()
-    results = load("simulated_qwen_1.5b")
-    assert results["questions_sha256"] == engines["dense"]["questions_sha256"]
+    engines = engines or study()[0]
+    results = load(f"simulated_{model}")
+    assert results["questions_sha256"] == merged(RESULTS / f"study_{model}")["questions_sha256"]
     found = {one["variant"]: one for one in results["variants"]}
     return found, shared_cells([*found.values(), *(engines[name] for name in SERVED.values())])
+
+
+def simulated_name(name):
+    """As pages have it."""
+    if name.endswith("everywhere"):
+        return name.removeprefix("leank ").replace("_", " ")
+    return named(name)
 
 
 def simulated_rows():
@@ -79,10 +89,29 @@ def simulated_rows():
     dense = found["dense"]
     for name, one in found.items():
         size = f"{one['token_bytes']:,.0f} ({dense['token_bytes'] / one['token_bytes']:.1f}x)"
-        title = name.removeprefix("leank ").replace("_", " ") if "everywhere" in name else name
         engine = f"{mean_points(engines[SERVED[name]], cells):.1f}" if name in SERVED else ""
         gap = interval(lost(one, dense, cells))
-        yield line(named(title), size, f"{mean_points(one, cells):.1f}", gap, engine)
+        yield line(simulated_name(name), size, f"{mean_points(one, cells):.1f}", gap, engine)
+
+
+def small_simulated_rows():
+    """What simulated caches lose on the smaller models."""
+    both = [
+        (*simulated("qwen_0.5b", small_study()), small_study()),
+        (*simulated("smollm2", smallest_study()), smallest_study()),
+    ]
+    asked = (f"{sum(cells.values())} questions, lost" for _, cells, _ in both)
+    yield line("", *asked)
+    yield "|---|---|---|"
+    for name in both[0][0]:
+        if name == "dense":
+            points_of = (
+                f"({mean_points(found[name], cells):.1f} points)" for found, cells, _ in both
+            )
+            yield line(name, *points_of)
+        else:
+            gaps = (interval(lost(found[name], found["dense"], cells)) for found, cells, _ in both)
+            yield line(simulated_name(name), *gaps)
 
 
 @cache
@@ -267,6 +296,7 @@ def streaming_points_rows():
         ("docs/accuracy.md", long_rows),
         ("docs/accuracy.md", streaming_points_rows),
         ("docs/accuracy.md", simulated_rows),
+        ("docs/accuracy.md", small_simulated_rows),
         ("masks/README.md", shipped_rows),
         ("docs/performance.md", selected_study_rows),
     ],
@@ -275,11 +305,18 @@ def test_rows_are_those_of_the_results(page, rows):
     assert "\n".join(rows()) in text_of(page)
 
 
-def test_masks_of_simulated_caches_are_those_at_hand():
-    (shipped,) = REPO.glob("masks/Qwen/Qwen2.5-Coder-1.5B-Instruct-2bit.yaml")
-    files = {"bits_2": shipped}
-    files |= {path.stem: path for path in (RESULTS / "simulated_qwen_1.5b_masks").iterdir()}
-    told = load("simulated_qwen_1.5b")["masks"]
+@pytest.mark.parametrize(
+    ("model", "shipped"),
+    [
+        ("qwen_1.5b", "Qwen/Qwen2.5-Coder-1.5B-Instruct"),
+        ("qwen_0.5b", "Qwen/Qwen2.5-Coder-0.5B-Instruct"),
+        ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ],
+)
+def test_masks_of_simulated_caches_are_those_at_hand(model, shipped):
+    files = {"bits_2": REPO / f"masks/{shipped}-2bit.yaml"}
+    files |= {path.stem: path for path in (RESULTS / f"simulated_{model}_masks").iterdir()}
+    told = load(f"simulated_{model}")["masks"]
     assert {name: one["sha256"] for name, one in told.items()} == {
         name: load_mask(path).sha256 for name, path in files.items()
     }
@@ -293,9 +330,9 @@ def test_the_readme_says_what_simulated_caches_lose():
         if name != "KIVI, 4 bits"
     }
     sentence = (
-        f"On {sum(cells.values())} of them, simulated, 2 bits lose {gaps['leank bits_2']} points, "
-        f"KIVI's 2 bits {gaps['KIVI']}, Kitty's {gaps['Kitty']}, ThinK's 70% of K pruned "
-        f"{gaps['ThinK']}, and KIVI's 4 bits none ("
+        f"Simulated caches were asked {sum(cells.values()):,} of them: 2 bits lose "
+        f"{gaps['leank bits_2']} points there, KIVI's 2 bits {gaps['KIVI']}, Kitty's "
+        f"{gaps['Kitty']}, ThinK's 70% of K pruned {gaps['ThinK']}, and KIVI's 4 bits none ("
     )
     assert sentence in " ".join(text_of("README.md").split())
     assert lost(found["KIVI, 4 bits"], found["dense"], cells).value < 0
@@ -315,3 +352,17 @@ def test_docs_say_what_simulated_caches_lose_against_2_bits(sentence, name):
     gap = lost(found[name], found["leank bits_2"], cells)
     text = " ".join(text_of("docs/accuracy.md").split())
     assert sentence.format(gap.value, gap.low, gap.high) in text
+
+
+def test_docs_say_where_simulated_caches_lose():
+    found, cells = simulated()
+    names = "KIVI, 2 bits", "Kitty, 2 bits, an eighth of K at 4", "leank bits_2"
+    kivi, kitty, mine = (
+        " and ".join(
+            f"{lost(found[name], found['dense'], some(cells, task)).value:.1f}"
+            for task in ("niah_multikey_2", "niah_multikey_3")
+        )
+        for name in names
+    )
+    sentence = f"KIVI loses {kivi} points there, Kitty {kitty}, leank's 2 bits {mine}"
+    assert sentence in " ".join(text_of("docs/accuracy.md").split())

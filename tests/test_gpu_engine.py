@@ -153,9 +153,12 @@ def test_a_prompt_whose_last_token_comes_alone_is_read_to_its_end(runner, tmp_pa
 
 
 @pytest.mark.parametrize("runner", runners((V2,), (V1,)), indirect=True)
-def test_preempted_requests_answer_alike(runner):
+def test_preempted_requests_answer_as_defined(runner):
     """A cache that is too small for all of them: those thrown out find their prompts in the prefix
     cache again, where another that asks the same still runs, and read what they had said once more.
+
+    That is another step than it was said in, so bf16 rounds otherwise, by up to a nat where the
+    model is of two minds. So each request is held against the definition.
     """
     (mask,) = find_masks(str(MODEL))
     asked = [
@@ -172,9 +175,14 @@ def test_preempted_requests_answer_alike(runner):
     with engine(MODEL, mask.path, num_gpu_blocks_override=2 * one_request, **options) as running:
         outputs_lost, hits = running.watch_preemptions(), running.watch_hits(of_preempted=True)
         answers = running.generate(asked, 400)
-    assert_same_up_to_ties(expected, answers)
     assert sum(lost > RECENT for lost in outputs_lost) >= 3, outputs_lost
     assert any(hits)
+    oracle = definition(load_mask(mask.path))
+    noise, errors = (
+        [mean_error([one], [prompt], oracle) for one, prompt in zip(given, asked, strict=True)]
+        for given in (expected, answers)
+    )
+    assert all(mine < 2 * its for mine, its in zip(errors, noise, strict=True)), (errors, noise)
 
 
 def test_two_starts_answer_alike():

@@ -5,6 +5,7 @@ import torch
 from baselines.group_rounding import round_groups
 from baselines.kitty import Kitty
 from baselines.kivi import Kivi
+from baselines.once_per_prompt import OncePerPrompt
 from baselines.rounded_cache import CacheHook, RoundedCache
 from baselines.unrounded import Unrounded
 from baselines.vllm_fp8 import VllmFp8
@@ -55,6 +56,35 @@ def test_queries_read_the_rounded_tokens_of_their_position(length):
         k, v = (one.repeat_interleave(2, dim=1) for one in (k, v))
         weights = (query[:, :, i : i + 1] @ k.mT * 64**-0.5).softmax(-1)
         torch.testing.assert_close(found[:, i], (weights @ v)[:, :, 0])
+
+
+@pytest.mark.parametrize("cache", [Kivi(2), Kitty(), Unrounded()])
+def test_what_is_kept_is_read_as_if_rounded_anew(cache):
+    """Also where tokens that were guessed wrongly had filled up a page."""
+    asked = []
+
+    def rounding(layer, first, key, value):
+        asked.append((first, key.shape[2]))
+        return cache.round(layer, key, value)
+
+    kept = OncePerPrompt(rounding)
+    once, anew = CacheHook(cache, kept), CacheHook(cache)
+    keys = random(1, 2, 460, 64)
+    values = keys.flip(2)
+    for known, queries in ((300, 1), (370, 60), (380, 30), (420, 40), (459, 1)):
+        end = known + queries
+        # Behind what is known stand guesses, which are others each time.
+        key, value = keys[:, :, :end].clone(), values[:, :, :end].clone()
+        key[:, :, known + 1 :], value[:, :, known + 1 :] = random(2, 1, 2, queries - 1, 64)
+        query = random(1, 4, queries, 64)
+        found, expected = (hook(0, query, key, value, None, None, None) for hook in (once, anew))
+        torch.testing.assert_close(found, expected)
+    assert len({first for first, _ in asked}) == len(asked)
+    page = max(cache.residual, 1)
+    assert sum(tokens for _, tokens in asked) == (459 - cache.sink) // page * page
+    kept.forget()
+    once(0, query, key * 2, value, None, None, None)
+    assert len(asked) == len({first for first, _ in asked}) + 1
 
 
 def test_groups_keep_their_ends_and_lose_half_a_step():

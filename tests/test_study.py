@@ -17,6 +17,7 @@ from real.study_engine import WHAT, results_of, unasked
 from real.study_table import lost, merged, points, shared_cells
 from real.text_questions import ask_code, ask_document
 
+from vllm_leank.bench.results import save_results
 from vllm_leank.errors import UserError
 
 CODE = '''
@@ -177,6 +178,29 @@ def test_the_picture_has_what_stores_another_number_of_bytes(tmp_path):
     for variants in (results["variants"][1:], results["variants"][:1]):
         with pytest.raises(UserError, match="no results of dense attention and another"):
             study_picture.drawn(results | {"variants": variants})
+
+
+def test_the_picture_has_simulated_caches_that_no_engine_has(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder, simulated, out = tmp_path / "study", tmp_path / "simulated.json", tmp_path / "out.svg"
+    scores = {("a", 1024): [1.0, 0.0]}
+    folder.mkdir()
+    for name, size in (("dense", 100), ("vllm_fp8", 50)):
+        one = result(name, size, scores) | {"model": "m", "questions_sha256": "q"}
+        save_results(one, folder / f"{name}.json")
+    caches = [result(name, 40, scores) for name in ("dense", "leank bits_2", "KIVI, 4 bits")]
+    told = {"questions_sha256": "q", "variants": caches}
+    save_results(told, simulated)
+    assert [one["variant"] for one in study_picture.others(told)] == ["KIVI, 4 bits"]
+    study_picture.draw_files([folder], out)
+    without = out.stat().st_size
+    study_picture.draw_files([folder, simulated], out)
+    assert out.stat().st_size > without
+    save_results(told | {"questions_sha256": "others"}, simulated)
+    with pytest.raises(UserError, match="were asked other questions"):
+        study_picture.draw_files([folder, simulated], out)
+    with pytest.raises(UserError, match="one file of simulated_study at most"):
+        study_picture.draw_files([folder, simulated, simulated], out)
 
 
 def test_the_command_of_a_picture_draws_it_or_says_why_not(tmp_path, monkeypatch, capsys):

@@ -1,11 +1,14 @@
 """A picture of what `study.py` measured: points over the bytes of a far token.
 
-    PYTHONPATH=benchmarks python -m real.study_picture study --out study.png
+    PYTHONPATH=benchmarks python -m real.study_picture study [simulated.json] --out study.png
 
-Points are of the questions that every variant was asked, with 95% intervals. Left out are choices
-of far tokens, which store as much, and caches of which nobody knows the bytes.
+Points are of the questions that every variant was asked, with 95% intervals; those that
+`simulated_study.py` found, of those that these were asked. Left out are choices of far tokens,
+which store as much, caches of which nobody knows the bytes, and simulations of what engines have.
 """
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,17 @@ from real.served import DENSE
 from real.study_table import merged, points, shared_cells
 from vllm_leank.errors import UserError
 from vllm_leank.mask.pictures import check_picture, new_figure, save_figure
+
+STYLES = {
+    "leank": ("C0", "o", "C0"),
+    "vLLM": ("C1", "s", "C1"),
+    "simulated": ("C2", "^", "white"),
+    DENSE: ("grey", "D", "grey"),
+}
+"""Color, marker and its inside, by whose a cache is."""
+
+LABELS = {"vLLM": ((8, -3), "left", "baseline"), "simulated": ((0, -13), "center", "top")}
+"""Offset and alignment of labels that do not stand above their marker."""
 
 
 def drawn(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -37,11 +51,20 @@ def _options(engine_args: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+def others(simulated: dict[str, Any]) -> list[dict[str, Any]]:
+    """Simulated caches that are drawn: all but what engines have."""
+    return [
+        one
+        for one in simulated["variants"]
+        if one["variant"] != DENSE and not one["variant"].startswith("leank ")
+    ]
+
+
+def draw(results: dict[str, Any], path: Path, simulated: dict[str, Any] | None = None) -> None:
     """Points over bytes.
 
     Raises:
-        UserError: the picture cannot be made.
+        UserError: the picture cannot be made, or the results are of different questions.
     """
     check_picture(path)
     variants = drawn(results)
@@ -49,9 +72,18 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
     found = {one["variant"]: points(one, cells) for one in variants}
+    asked = f"{sum(cells.values()):,} questions each"
+    rows_of = {title: [one for one in variants if _whose(one) == title] for title in STYLES}
+    if simulated is not None:
+        if simulated["questions_sha256"] != results["questions_sha256"]:
+            raise UserError("the simulated caches were asked other questions")
+        rows_of["simulated"] = others(simulated)
+        cells = shared_cells(simulated["variants"])
+        found |= {one["variant"]: points(one, cells) for one in rows_of["simulated"]}
+        asked += f", simulated caches {sum(cells.values()):,}"
     axes.axhline(found[DENSE].value, color="grey", linestyle="--", linewidth=0.8)
-    for title, color, marker in (("leank", "C0", "o"), ("vLLM", "C1", "s"), (DENSE, "grey", "D")):
-        rows = [one for one in variants if _whose(one) == title]
+    for title, rows in rows_of.items():
+        color, marker, face = STYLES[title]
         xs = [one["token_bytes"] / 1024 for one in rows]
         each = [found[one["variant"]] for one in rows]
         ys = [one.value for one in each]
@@ -59,16 +91,20 @@ def draw(results: dict[str, Any], path: Path) -> None:
             [y - (y if one.low is None else one.low) for y, one in zip(ys, each, strict=True)],
             [(y if one.high is None else one.high) - y for y, one in zip(ys, each, strict=True)],
         ]
-        axes.errorbar(xs, ys, yerr=reach, fmt=marker, color=color, capsize=3, label=title)
+        if not rows:
+            continue
+        axes.errorbar(
+            xs, ys, yerr=reach, fmt=marker, color=color, markerfacecolor=face, capsize=3,
+            label=title,
+        )  # fmt: skip
         told = set[str]()
         for x, y, one in zip(xs, ys, rows, strict=True):
             label = label_of(one["variant"])
             if label not in told:  # ways to prune as many channels are at the same place
-                beside = title == "vLLM"
+                place, ha, va = LABELS.get(title, ((0, 10), "center", "baseline"))
                 axes.annotate(
                     label.replace("% ", "%\n"), (x, y), textcoords="offset points",
-                    xytext=(8, -3) if beside else (0, 10), ha="left" if beside else "center",
-                    fontsize="small",
+                    xytext=place, ha=ha, va=va, fontsize="small",
                 )  # fmt: skip
             told.add(label)
     highest = max(one.value for one in found.values())
@@ -78,10 +114,23 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.margins(x=0.1)
-    axes.set_title(f"{results['model']}: {sum(cells.values()):,} questions each", fontsize="medium")
+    axes.set_title(f"{results['model']}: {asked}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="lower left")
     save_figure(figure, path)
+
+
+def draw_files(paths: Sequence[Path], out: Path) -> None:
+    """`draw` of a study's folder, and of a file of simulated caches if there is one.
+
+    Raises:
+        UserError: as `draw`, or there are more.
+    """
+    folder, *files = paths
+    if len(files) > 1:
+        raise UserError("give a folder of real.study, and one file of simulated_study at most")
+    simulated = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    draw(merged(folder), out, *simulated)
 
 
 def _whose(variant: dict[str, Any]) -> str:
@@ -91,4 +140,4 @@ def _whose(variant: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_picture(__doc__, "real.study", lambda folder, out: draw(merged(folder), out))
+    run_picture(__doc__, "real.study, and simulated_study", draw_files, nargs="+")
