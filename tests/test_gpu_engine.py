@@ -288,10 +288,11 @@ def test_needles_are_found_among_the_best_tokens(runner):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", ["codes", "whole channels"])
 def test_two_gpus_select_what_one_selects(kind, tiny_llama, tmp_path):
-    """Each for its own heads, in a random model that misses what is not read. Where rounding turns
-    a choice, one token's error is a hundred times the others': so there are prompts enough that
-    means tell something, too. (Of two prompts they are up to 1.7 times as large when one engine
-    reads them in other chunks.)
+    """Each for its own heads, in a random model that misses what is not read.
+
+    Where rounding turns a choice, one token's error is a hundred times the others': so there are
+    prompts enough that means tell something, too. (Of two prompts they are up to 1.7 times as
+    large when one engine reads them in other chunks.)
     """
     model = AutoModelForCausalLM.from_pretrained(tiny_llama(layers=8), dtype=torch.float16)
     model.save_pretrained(tmp_path)

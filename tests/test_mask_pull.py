@@ -99,6 +99,14 @@ def test_what_is_no_mask_leaves_nothing(site, home, leank, path, message):
     assert not home.exists() or not list(home.iterdir())
 
 
+@pytest.mark.parametrize("source", ["Qwen/Qwen3-8B", "masks", "none.yaml"])
+def test_a_models_id_is_no_file(home, leank, source):
+    code, _, said = leank("mask", "pull", source)
+    assert code != 0
+    assert f"{source}: no such file; give the path of a mask file, or an https address" in said
+    assert not home.exists()
+
+
 def test_another_file_than_was_meant_is_not_kept(home, leank, repo):
     code, _, said = leank("mask", "pull", repo / MASK, "--sha256", "0" * 64)
     assert code != 0

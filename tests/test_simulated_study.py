@@ -19,6 +19,7 @@ from baselines.rounded_cache import CacheHook
 from byte_tokenizer import byte_tokenizer
 from mask_samples import coded_mask
 from real import simulated_study
+from real.caches import caches_of_group
 from real.greedy import Guesses, greedy_answer
 from real.questions import Question, save_questions
 from real.simulated_study import Asker, Caches, full_attention, in_order, parser
@@ -111,6 +112,41 @@ def test_guesses_save_steps(model, context, prompt, monkeypatch):
         ask = partial(greedy_answer, model, context, (prompt[-1], 7), full_attention, ANSWER)
         assert ask((), Guesses([*prompt, *like])) == expected
         assert len(calls) == steps
+
+
+def test_wrong_guesses_make_fewer(model, context, prompt, monkeypatch):
+    sizes = []
+
+    def next_number(model, context, ids):
+        """A model that counts."""
+        sizes.append(len(ids) - 1)
+        found = torch.zeros(len(ids), 1000)
+        return found.scatter(1, torch.tensor(ids)[:, None] + 1, 1.0)
+
+    monkeypatch.setattr("real.greedy.logits", next_number)
+    guesses = Guesses([1, 2, 3, *[900] * 60, *range(5, 200)])
+    answer = greedy_answer(model, context, (1, 2), full_attention, 100, (), guesses)
+    assert answer == list(range(2, 102))
+    assert sizes == [32, 0, 0, 8, 32, 32, 19]
+
+
+@pytest.mark.parametrize("group", ["kivi", "kitty"])
+def test_caches_of_others_are_rounded_once_a_prompt(context, model, group):
+    geometry = Geometry.from_hf_config(model.config)
+    one = caches_of_group(group, geometry, WINDOW, once=True)[0]
+    rounded, rounding = [], one.hook.cache.round
+
+    def watch(layer, key, value):
+        rounded.append(layer)
+        return rounding(layer, key, value)
+
+    one.hook.cache.round = watch
+    for _ in range(2):
+        for _ in range(3):
+            logits_after(model, context, [1], one.hook)
+        one.end()
+    assert sorted(rounded) == [0, 0, 1, 1]
+    assert all(other.end is None for other in caches_of_group(group, geometry, WINDOW))
 
 
 def test_far_tokens_are_rounded_once(folder, context):

@@ -180,25 +180,30 @@ def test_the_picture_has_what_stores_another_number_of_bytes(tmp_path):
             study_picture.drawn(results | {"variants": variants})
 
 
-def test_the_picture_has_simulated_caches_that_no_engine_has(tmp_path):
+def test_the_picture_has_simulated_caches_that_no_engine_has(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     folder, simulated, out = tmp_path / "study", tmp_path / "simulated.json", tmp_path / "out.svg"
     scores = {("a", 1024): [1.0, 0.0]}
     folder.mkdir()
     for name, size in (("dense", 100), ("vllm_fp8", 50)):
-        one = result(name, size, scores) | {"model": "m", "questions_sha256": "q"}
-        save_results(one, folder / f"{name}.json")
-    caches = [result(name, 40, scores) for name in ("dense", "leank bits_2", "KIVI, 4 bits")]
-    told = {"questions_sha256": "q", "variants": caches}
+        save_results(result(name, size, scores), folder / f"{name}.json")
+    names = "dense", "leank bits_2", "KIVI, 4 bits", "vLLM fp8", "nothing rounded"
+    caches = [result(name, 40, scores) for name in names]
+    told = {"model": "m", "questions_sha256": "0", "variants": caches}
     save_results(told, simulated)
-    assert [one["variant"] for one in study_picture.others(told)] == ["KIVI, 4 bits"]
+    labels = []
+    monkeypatch.setattr(
+        study_picture, "label_of", lambda name: labels.append(name) or label_of(name)
+    )
     study_picture.draw_files([folder], out)
-    without = out.stat().st_size
+    assert labels == ["vllm_fp8", "dense"]
+    labels.clear()
     study_picture.draw_files([folder, simulated], out)
-    assert out.stat().st_size > without
-    save_results(told | {"questions_sha256": "others"}, simulated)
-    with pytest.raises(UserError, match="were asked other questions"):
-        study_picture.draw_files([folder, simulated], out)
+    assert labels == ["vllm_fp8", "KIVI, 4 bits", "dense"]
+    for name in ("model", "questions_sha256"):
+        save_results(told | {name: "another"}, simulated)
+        with pytest.raises(UserError, match=f"are of another {name}"):
+            study_picture.draw_files([folder, simulated], out)
     with pytest.raises(UserError, match="one file of simulated_study at most"):
         study_picture.draw_files([folder, simulated, simulated], out)
 

@@ -11,7 +11,7 @@ import torch
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.offline.divergence import ROWS, Divergence, divergence
-from vllm_leank.offline.intervals import ratio_estimate, share_estimate
+from vllm_leank.offline.intervals import Estimate, ratio_estimate, share_estimate
 from vllm_leank.offline.prompts import Sample
 from vllm_leank.offline.verify.asking import ask_until
 from vllm_leank.offline.verify.comparison import Comparison, Group
@@ -113,6 +113,7 @@ def test_a_check_is_sure_when_its_interval_keeps_to_one_side():
     for asked, sure in ((0.1, True), (0.5, False), (0.99, True)):
         assert Check("x", "kl", share_estimate(10, 20), asked, True).sure is sure
     assert Check("x", "kl", None, 0.5, None).sure
+    assert not Check("x", "kl", Estimate(0.1, None, None), 0.5, True).sure
 
 
 @pytest.mark.parametrize("bad", [(1.1, 0, 0), (0, -1, 0), (0, math.nan, 0), (0, 0, 2)])
@@ -235,9 +236,12 @@ def test_the_longest_length_that_fits_is_chosen():
         UserError, match=r"it takes about \d+ minutes with up to 1,024 tokens"
     ) as it:
         choose_plan(PACE, WINDOW, work, lengths, 5)
+    assert str(it.value).endswith("or a smaller --max-tokens, --needles or --texts")
     minutes = int(str(it.value).split("--minutes ")[1].split(",")[0])
     assert choose_plan(PACE, WINDOW, work, lengths, 60 * minutes)
     longer = Work(4, 3, 40, [9000] * 8)
+    with pytest.raises(UserError, match="--max-tokens, --needles or --max-prompts"):
+        choose_plan(PACE, WINDOW, longer, lengths, 5)
     plan = choose_plan(PACE, WINDOW, longer, [4096], 1e5)
     # Prompts are cut to the longest length.
     assert plan.data == pytest.approx(8 * (PACE.reading(4096) + PACE.comparing(4096)))

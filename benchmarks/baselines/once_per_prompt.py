@@ -12,7 +12,7 @@ class OncePerPrompt:
     """Keeps what an archive gave back of a prompt's far tokens, so that each token of an answer can
     read it. `forget` it before the next prompt.
 
-    For archives that round whole granules by themselves, as those of masks do.
+    For archives that round granules or pages by themselves, and are asked for whole ones alone.
     """
 
     archive: Archive

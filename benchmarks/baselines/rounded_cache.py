@@ -73,9 +73,9 @@ class Ends:
     stored: torch.Tensor
 
     @classmethod
-    def of(cls, ends: torch.Tensor, least: int, device: torch.device) -> "Ends":
-        """Of those of each query, which ascend; up to `least` it makes no difference."""
-        first, last = (max(least, int(end)) for end in (ends[0], ends[-1]))
+    def of(cls, ends: torch.Tensor, device: torch.device) -> "Ends":
+        """Of those of each query, int `[T]`, which ascend."""
+        first, last = int(ends[0]), int(ends[-1])
         return cls(first, last, (torch.arange(first, last) < ends[:, None]).to(device))
 
 
@@ -83,12 +83,19 @@ class Ends:
 class CacheHook:
     """An attention hook under which queries read what a cache has rounded.
 
-    With `kept`, which rounds as the cache does, everything is rounded once, however many tokens
-    follow it: for answers that are computed token by token.
+    With `once` everything is rounded once, however many tokens follow it: for answers that are
+    computed token by token. `forget` it before the next prompt.
     """
 
     cache: RoundedCache
-    kept: OncePerPrompt | None = None
+    once: bool = False
+
+    def __post_init__(self) -> None:
+        self._kept = OncePerPrompt(lambda layer, first, *both: self.cache.round(layer, *both))
+
+    def forget(self) -> None:
+        """Begin another prompt."""
+        self._kept.forget()
 
     def __call__(
         self,
@@ -142,10 +149,10 @@ class CacheHook:
         parts = [(key[:, :, :end].float(), value[:, :, :end].float())]
         whole = max(known - end, 0)
         whole -= whole % max(cache.residual, 1)
-        if self.kept is not None and whole:
+        if self.once and whole:
             end += whole
             before = slice(cache.sink, end)
-            parts.append(self.kept(layer, cache.sink, key[:, :, before], value[:, :, before]))
+            parts.append(self._kept(layer, cache.sink, key[:, :, before], value[:, :, before]))
         if end < last:
             parts.append(cache.round(layer, key[:, :, end:], value[:, :, end:]))
         stored_key, stored_value = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
@@ -160,7 +167,9 @@ def _what_is_read(
     which keys behind the first of K are hidden, bool `[T, keys]`.
     """
     at = torch.arange(S - T, S)
-    least = min(cache.sink, S - T + 1)  # what comes first is stored as it is
-    of_key, of_value = (Ends.of(ends, least, device) for ends in cache.rounded(at))
+    # The sink's tokens are stored as they are, so it makes no difference how they are read.
+    of_key, of_value = (
+        Ends.of(ends.minimum(at + 1).clamp(min=0), device) for ends in cache.rounded(at)
+    )
     hidden = torch.arange(of_key.first, S) > at[:, None]
     return of_key, of_value, hidden.to(device)

@@ -46,10 +46,13 @@ def _turned_and_rounded(x: torch.Tensor) -> torch.Tensor:
 def _turn(width: int, inverse: bool, device: torch.device) -> torch.Tensor:
     """What vLLM turns rows of so many numbers with, `[width, width]` of 1, -1 and 0.
 
-    Asked of vLLM once, and not for each row: with its kernel for GPUs, which computes in bf16, one
-    text's logits were not finite in a run, and were in the next.
+    Asked of vLLM once, and checked, and not for each row: with its kernel for GPUs, which computes
+    in bf16, one text's logits were not finite in a run, and were in the next. Where that kernel is
+    at hand, vLLM takes it for tensors of any device, so the CPU cannot be asked instead.
     """
-    return single_rht(torch.eye(width, device=device), inverse).round()
+    turn = single_rht(torch.eye(width, device=device), inverse).round()
+    assert torch.equal(turn @ turn.mT, (width & -width) * torch.eye(width, device=device))
+    return turn
 
 
 def _nearest(x: torch.Tensor) -> torch.Tensor:

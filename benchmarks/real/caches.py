@@ -49,7 +49,7 @@ class Variant:
         detail: what else is worth telling.
         begin: called for each prompt with the model, the context that has read it, and the prompt;
             None: there is nothing to do.
-        end: called when a prompt's answer is done.
+        end: to be called when a prompt's answer is done, where far tokens are rounded once.
         mask: the mask whose archive it is, if it is one's.
     """
 
@@ -140,13 +140,13 @@ def caches_of_group(
 
 def rounded_cache(cache: RoundedCache, geometry: Geometry, once: bool) -> Variant:
     """A cache of somebody else."""
-    kept = OncePerPrompt(lambda layer, first, *both: cache.round(layer, *both)) if once else None
+    hook = CacheHook(cache, once)
     return Variant(
         cache.name,
-        CacheHook(cache, kept),
+        hook,
         cache.token_bytes(geometry),
         cache.sink + cache.residual,
-        end=kept.forget if kept else None,
+        end=hook.forget if once else None,
     )
 
 

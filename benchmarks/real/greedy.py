@@ -41,15 +41,15 @@ def greedy_answer(
 
     The context has read the prompt, and has no more than that when this is done. Tokens that are
     guessed are computed at once, and kept while they are what the model would have said: answers
-    cost less, and differ where rounding turns a tie alone. Behind a wrong guess fewer are guessed.
+    cost less, and differ where rounding turns a tie alone. After a guess the next is of at most
+    four tokens, and four for each that was right.
     """
     start, said = context.mark(), list(begun)  # with one token of the prompt before the answer
-    most = GUESS
+    # States behind a part of a guess could not be had.
+    most = GUESS if context.states is None else 0
     with torch.no_grad(), hooked_attention(model, AfterContext(context, hook), context=context):
         while len(said) <= max_tokens and said[-1] not in stop:
             guess = guesses(said[-2], said[-1], min(most, max_tokens - len(said)))
-            if context.states is not None:
-                guess = []  # states behind a part of a guess could not be had
             found = logits(model, context, [said[-1], *guess]).argmax(-1).tolist()
             right = 0
             while right < len(guess) and guess[right] == found[right] and guess[right] not in stop:

@@ -2,15 +2,17 @@
 
     PYTHONPATH=benchmarks python -m real.study_picture study [simulated.json] --out study.png
 
-Points are of the questions that every variant was asked, with 95% intervals; those that
-`simulated_study.py` found, of those that these were asked. Left out are choices of far tokens,
-which store as much, caches of which nobody knows the bytes, and simulations of what engines have.
+Points are of the questions that every variant was asked, with 95% intervals; those of simulated
+caches (`simulated_study.py`) of what all of these were asked. Left out are choices of far tokens,
+which store as much, caches of which nobody knows the bytes, and simulations of leank's and vLLM's.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from baselines.unrounded import Unrounded
 
 from real.pictures import label_of, run_picture
 from real.served import DENSE
@@ -52,19 +54,16 @@ def _options(engine_args: dict[str, Any]) -> dict[str, Any]:
 
 
 def others(simulated: dict[str, Any]) -> list[dict[str, Any]]:
-    """Simulated caches that are drawn: all but what engines have."""
-    return [
-        one
-        for one in simulated["variants"]
-        if one["variant"] != DENSE and not one["variant"].startswith("leank ")
-    ]
+    """Simulated caches that are drawn: all but leank's and vLLM's, which engines can be asked."""
+    known = DENSE, "leank ", "vLLM ", Unrounded.name
+    return [one for one in simulated["variants"] if not one["variant"].startswith(known)]
 
 
 def draw(results: dict[str, Any], path: Path, simulated: dict[str, Any] | None = None) -> None:
-    """Points over bytes.
+    """Points over bytes, of a study's `results` and, if given, `simulated` caches.
 
     Raises:
-        UserError: the picture cannot be made, or the results are of different questions.
+        UserError: the picture cannot be made, or the results are of different models or questions.
     """
     check_picture(path)
     variants = drawn(results)
@@ -75,14 +74,17 @@ def draw(results: dict[str, Any], path: Path, simulated: dict[str, Any] | None =
     asked = f"{sum(cells.values()):,} questions each"
     rows_of = {title: [one for one in variants if _whose(one) == title] for title in STYLES}
     if simulated is not None:
-        if simulated["questions_sha256"] != results["questions_sha256"]:
-            raise UserError("the simulated caches were asked other questions")
+        for name in ("model", "questions_sha256"):
+            if simulated.get(name) != results[name]:
+                raise UserError(f"the simulated caches are of another {name}")
         rows_of["simulated"] = others(simulated)
         cells = shared_cells(simulated["variants"])
         found |= {one["variant"]: points(one, cells) for one in rows_of["simulated"]}
         asked += f", simulated caches {sum(cells.values()):,}"
     axes.axhline(found[DENSE].value, color="grey", linestyle="--", linewidth=0.8)
     for title, rows in rows_of.items():
+        if not rows:
+            continue
         color, marker, face = STYLES[title]
         xs = [one["token_bytes"] / 1024 for one in rows]
         each = [found[one["variant"]] for one in rows]
@@ -91,8 +93,6 @@ def draw(results: dict[str, Any], path: Path, simulated: dict[str, Any] | None =
             [y - (y if one.low is None else one.low) for y, one in zip(ys, each, strict=True)],
             [(y if one.high is None else one.high) - y for y, one in zip(ys, each, strict=True)],
         ]
-        if not rows:
-            continue
         axes.errorbar(
             xs, ys, yerr=reach, fmt=marker, color=color, markerfacecolor=face, capsize=3,
             label=title,

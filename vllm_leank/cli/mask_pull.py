@@ -30,8 +30,9 @@ def pull(
     from vllm_leank.core.atomic import write_atomically
     from vllm_leank.mask.file import parse_mask_bytes
     from vllm_leank.mask.folders import make_user_folder
-    from vllm_leank.mask.pull import check_digest, fetch, name_of
+    from vllm_leank.mask.pull import check_digest, check_source, fetch, name_of
 
+    check_source(source)
     target = make_user_folder() / name_of(source) if out is None else out
     check_new(target, overwrite)
     data = fetch(source)

@@ -16,6 +16,18 @@ SECONDS = 30
 """That a server may be silent."""
 
 
+def check_source(source: str) -> None:
+    """Refuse what is neither an address nor a file, such as a model's id.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if "://" not in source and not Path(source).is_file():
+        raise UserError(
+            f"{source}: no such file; give the path of a mask file, or an https address of one"
+        )
+
+
 def fetch(source: str) -> bytes:
     """The bytes of a mask file, from an https address or a path.
 

@@ -110,7 +110,8 @@ def choose_plan(
     minutes = math.ceil(1.2 * plan.seconds / 60)
     raise UserError(
         f"on this machine it takes about {minutes} minutes with up to {plan.longest:,} tokens; "
-        f"give --minutes {minutes}, or a smaller --max-tokens, --texts or --max-prompts"
+        f"give --minutes {minutes}, or a smaller --max-tokens, --needles or "
+        f"{'--max-prompts' if work.data else '--texts'}"
     )
 
 

@@ -75,9 +75,13 @@ class Check:
 
     @property
     def sure(self) -> bool:
-        """Whether the whole interval lies on one side of what is asked."""
-        if self.measured is None or self.measured.low is None or self.measured.high is None:
+        """Whether the whole interval lies on one side of what is asked, where anything was judged.
+        A single prompt has none.
+        """
+        if self.measured is None:
             return True
+        if self.measured.low is None or self.measured.high is None:
+            return False
         return not self.measured.low < self.asked < self.measured.high
 
 

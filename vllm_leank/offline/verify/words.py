@@ -72,8 +72,8 @@ def remarks(findings: Findings) -> list[str]:
     lines = []
     if unsure := [check for check in findings.checks if not check.sure]:
         lines.append(
-            f"not sure, as their intervals reach over what is asked: {_named(unsure)}; more "
-            "--texts, --needles or --data would tell"
+            "not sure, as their intervals reach over what is asked, or one prompt has none: "
+            f"{_named(unsure)}; more --texts, --needles or --data would tell"
         )
     if len(kl := findings.layer_kl):
         bits = findings.layer_bits
