@@ -220,21 +220,62 @@ SHIPPED = {
 """Masks for each model: in the study, and as files end."""
 
 
+MODELS = {
+    "Qwen/Qwen2.5-Coder-1.5B-Instruct": (
+        "study_qwen_1.5b",
+        ("kl_qwen_1.5b_many_8192", "kl_qwen_1.5b_many_30000"),
+    ),
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct": ("study_qwen_0.5b", ("kl_qwen_0.5b_8192",)),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("study_smollm2", ("kl_smollm2_7936",)),
+}
+"""For each model with masks that ship: results of points, and of KL."""
+
+
+def shipped():
+    """Masks for real models: model, title, the mask, and points that were had with it, those of
+    dense attention, and of which questions.
+    """
+    variants = study()[0], small_study(), smallest_study()
+    for path, known in zip(MODELS, variants, strict=True):
+        for title, (name, end) in SHIPPED.items():
+            cells = shared_cells([known["dense"], known[name]])
+            mask = load_mask(REPO / f"masks/{path}-{end}.yaml")
+            yield path, title, name, mask, known[name], known["dense"], cells
+
+
 def shipped_rows():
     """All masks for real models: what `leank verify` said, and points that they lose."""
-    for path, known in (
-        ("Qwen/Qwen2.5-Coder-1.5B-Instruct", study()[0]),
-        ("Qwen/Qwen2.5-Coder-0.5B-Instruct", small_study()),
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", smallest_study()),
-    ):
-        model = path.partition("/")[2]
-        for title, (name, end) in SHIPPED.items():
-            mask = load_mask(REPO / f"masks/{path}-{end}.yaml")
-            verdict = mask.evaluation["verify"].partition(":")[0]
-            cells = shared_cells([known["dense"], known[name]])
-            gap = interval(lost(known[name], known["dense"], cells))
-            dense = f"{mean_points(known['dense'], cells):.1f}"
-            yield line(model, title, verdict, f"{gap}, of {dense}")
+    for path, title, _, mask, one, dense, cells in shipped():
+        verdict = mask.evaluation["verify"].partition(":")[0]
+        gap = interval(lost(one, dense, cells))
+        yield line(
+            path.partition("/")[2], title, verdict, f"{gap}, of {mean_points(dense, cells):.1f}"
+        )
+
+
+def evaluations():
+    """What masks say of themselves, but for verify's words: mask, and entries."""
+    for path, _, name, mask, one, dense, cells in shipped():
+        folder, files = MODELS[path]
+        kl = {}
+        for file in files:
+            (row,) = (row for row in load(file)["archives"] if row["name"] == f"leank {name}")
+            kl |= {length: found["kinds seen"]["kl"] for length, found in row["lengths"].items()}
+        points_of = f"{mean_points(one, cells):.1f} of dense's {mean_points(dense, cells):.1f}"
+        yield (
+            mask,
+            {
+                "study": f"benchmarks/results/{folder}",
+                "points": f"{points_of}, {sum(cells.values()):,} questions",
+                "kl": kl,
+                "kl_study": ", ".join(f"benchmarks/results/{file}.json" for file in files),
+            },
+        )
+
+
+def test_masks_say_what_was_measured_of_them():
+    for mask, told in evaluations():
+        assert {name: mask.evaluation[name] for name in told} == told, mask.path
 
 
 def selected_study_rows():
@@ -304,20 +345,12 @@ def test_rows_are_those_of_the_results(page, rows):
     assert "\n".join(rows()) in text_of(page)
 
 
-@pytest.mark.parametrize(
-    ("model", "shipped"),
-    [
-        ("qwen_1.5b", "Qwen/Qwen2.5-Coder-1.5B-Instruct"),
-        ("qwen_0.5b", "Qwen/Qwen2.5-Coder-0.5B-Instruct"),
-        ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-    ],
-)
-def test_masks_of_simulated_caches_are_those_at_hand(model, shipped):
-    files = {"bits_2": REPO / f"masks/{shipped}-2bit.yaml"}
-    files |= {path.stem: path for path in (RESULTS / f"simulated_{model}_masks").iterdir()}
+@pytest.mark.parametrize("model", ["qwen_1.5b", "qwen_0.5b", "smollm2"])
+def test_masks_of_simulated_caches_are_those_at_hand(model):
+    folder = RESULTS / f"simulated_{model}_masks"
     told = load(f"simulated_{model}")["masks"]
     assert {name: one["sha256"] for name, one in told.items()} == {
-        name: load_mask(path).sha256 for name, path in files.items()
+        path.stem: load_mask(path).sha256 for path in folder.iterdir()
     }
 
 

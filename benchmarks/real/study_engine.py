@@ -22,7 +22,7 @@ from vllm_leank.errors import UserError
 
 WHAT = "points of a real model"
 
-SAME = "model", "engine_args", "questions_sha256"
+SAME = "model", "engine_args", "mask", "questions_sha256"
 """What must not have changed where results are added to others."""
 
 UNTOLD = "questions", "results", "int4_rows"
