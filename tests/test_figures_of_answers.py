@@ -95,21 +95,16 @@ def simulated_rows():
 
 def small_simulated_rows():
     """What simulated caches lose on the smaller models."""
-    both = [
-        (*simulated("qwen_0.5b", small_study()), small_study()),
-        (*simulated("smollm2", smallest_study()), smallest_study()),
-    ]
-    asked = (f"{sum(cells.values())} questions, lost" for _, cells, _ in both)
-    yield line("", *asked)
+    both = simulated("qwen_0.5b", small_study()), simulated("smollm2", smallest_study())
+    counts = [sum(cells.values()) for _, cells in both]
+    yield line("lost", f"0.5B, {counts[0]} questions", f"135M, {counts[1]} questions")
     yield "|---|---|---|"
     for name in both[0][0]:
         if name == "dense":
-            points_of = (
-                f"({mean_points(found[name], cells):.1f} points)" for found, cells, _ in both
-            )
-            yield line(name, *points_of)
+            had = (f"({mean_points(found[name], cells):.1f} points)" for found, cells in both)
+            yield line(name, *had)
         else:
-            gaps = (interval(lost(found[name], found["dense"], cells)) for found, cells, _ in both)
+            gaps = (interval(lost(found[name], found["dense"], cells)) for found, cells in both)
             yield line(simulated_name(name), *gaps)
 
 

@@ -53,6 +53,8 @@ def test_masks_are_kept_and_judged_alike_as_files(model, tmp_path, monkeypatch):
         its, mine = found[f"{bits} bits everywhere"], rows[f"leank {bits}_bits_everywhere"]
         assert mine["kl"] == pytest.approx(its["kl"], rel=1e-3)
         assert mine["texts"] == 2
+        assert mine["kl_by_text"] == pytest.approx(its["kl_by_text"], rel=1e-3)
+        assert min(mine["kl_by_text"]) < mine["kl"] < max(mine["kl_by_text"])
     assert rows["nothing rounded"]["kl"] < rows["leank 4_bits_everywhere"]["kl"] / 10
     assert rows["leank 4_bits_everywhere"]["kl"] < rows["leank 2_bits_everywhere"]["kl"]
     with pytest.raises(SystemExit, match="has files already"):

@@ -68,7 +68,9 @@ class Found:
         self.tokens.append(len(found.kl))
 
     def means(self) -> dict[str, Any]:
-        """Per token; with two texts or more, KL has an interval at 95%."""
+        """Per token; with two texts or more, KL has an interval at 95%. KL by text, in an order that
+        is alike for all caches, tells two of them apart better than their intervals do.
+        """
         tokens = sum(self.tokens)
         kl = ratio_estimate(self.kl, self.tokens)
         interval = {} if kl.low is None else {"low": round(kl.low, 7), "high": round(kl.high, 7)}
@@ -79,6 +81,9 @@ class Found:
             "top1": round(sum(self.agree) / tokens, 4),
             "tokens": tokens,
             "texts": len(self.tokens),
+            "kl_by_text": [
+                round(total / count, 7) for total, count in zip(self.kl, self.tokens, strict=True)
+            ],
         }
 
 
