@@ -68,8 +68,8 @@ class Found:
         self.tokens.append(len(found.kl))
 
     def means(self) -> dict[str, Any]:
-        """Per token; with two texts or more, KL has an interval at 95%. KL by text, in an order that
-        is alike for all caches, tells two of them apart better than their intervals do.
+        """Per token; with two texts or more, KL has an interval at 95%. By text, in an order alike
+        for all caches, it tells two of them apart better than their intervals do.
         """
         tokens = sum(self.tokens)
         kl = ratio_estimate(self.kl, self.tokens)
