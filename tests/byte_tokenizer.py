@@ -1,5 +1,8 @@
 """A tokenizer for tests: no vocabulary has to be learned or downloaded."""
 
+import shutil
+from pathlib import Path
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -14,3 +17,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         single="<s> $A", special_tokens=[("<s>", 256)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def copy_with_bytes(model: Path, target: Path) -> Path:
+    """A copy of a model that reads and writes bytes."""
+    shutil.copytree(model, target)
+    byte_tokenizer().save_pretrained(target)
+    return target

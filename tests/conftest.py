@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -102,12 +101,9 @@ def mask_file(tiny_llama_dir: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def with_tokenizer(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a tokenizer of bytes, under a name of its own."""
-    from byte_tokenizer import byte_tokenizer
+    from byte_tokenizer import copy_with_bytes
 
-    model = tmp_path_factory.mktemp("models") / "Tiny-1B"
-    shutil.copytree(tiny_llama_dir, model)
-    byte_tokenizer().save_pretrained(model)
-    return model
+    return copy_with_bytes(tiny_llama_dir, tmp_path_factory.mktemp("models") / "Tiny-1B")
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """The study of KL: what it writes of each cache, and what it leaves out."""
 
 import json
-import shutil
 
 import pytest
 from baselines.kivi import Kivi
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import copy_with_bytes
 from real import kl
 
 from vllm_leank.mask.file import load_mask
@@ -13,10 +12,7 @@ from vllm_leank.mask.file import load_mask
 
 @pytest.fixture(scope="module")
 def model(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kl") / "model"
-    shutil.copytree(tiny_llama(layers=2), folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return copy_with_bytes(tiny_llama(layers=2), tmp_path_factory.mktemp("kl") / "model")
 
 
 def study(model, out, monkeypatch, *options):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import copy_with_bytes
 
 from vllm_leank import cli
 from vllm_leank.core.window import Window
@@ -337,10 +336,9 @@ def test_bad_options_end_in_one_message_and_no_file(
 
 
 def test_generated_data_over_any_tokenizer(leank, tiny_llama_dir, tmp_path):
-    shutil.copytree(tiny_llama_dir, tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    model = copy_with_bytes(tiny_llama_dir, tmp_path / "model")
     (tmp_path / "essay.txt").write_text("Some prose. More of it!")
-    options = arguments(tmp_path / "model", "", tmp_path / "m", text=tmp_path / "essay.txt")
+    options = arguments(model, "", tmp_path / "m", text=tmp_path / "essay.txt")
     del options[options.index("--data") : options.index("--data") + 2]
     code, _, err = leank(*options, "--min-tokens", 600, "--max-tokens", 700, "--chunk", 256)
     assert code == 0, err

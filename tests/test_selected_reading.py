@@ -1,7 +1,6 @@
 """Far tokens that are chosen in several ways, beside the definition and full attention."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from archive_definition import PACKED
 from baselines.far_tokens import Coded, FarTokens, unrounded
 from baselines.selected_reading import ALL, EVERYTHING, WAYS, Choice, SelectedReading
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import copy_with_bytes
 from mask_samples import MODEL, coded_mask, geometry_of, random_mask, statistics_of
 from oracle import Oracle
 from real import selection_study
@@ -221,9 +220,7 @@ def test_rows_are_means_over_tokens_and_questions():
 
 
 def test_the_study_writes_what_it_finds_and_goes_on(folder, tmp_path, monkeypatch, capsys):
-    model, out = tmp_path / "model", tmp_path / "out.json"
-    shutil.copytree(folder, model)
-    byte_tokenizer().save_pretrained(model)
+    model, out = copy_with_bytes(folder, tmp_path / "model"), tmp_path / "out.json"
     save_mask(coded_mask(folder), tmp_path / "codes.yaml")
     questions = [Question("a", 600, "x" * 500, ("x",), 3), Question("b", 600, "y" * 480, ("y",), 3)]
     save_questions(questions, tmp_path / "questions.gz")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import torch
 from baselines.kivi import Kivi
 from baselines.once_per_prompt import OncePerPrompt
 from baselines.rounded_cache import CacheHook
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import copy_with_bytes
 from mask_samples import coded_mask
 from real import simulated_study
 from real.caches import caches_of_group
@@ -198,9 +197,7 @@ REQUIRED = "--questions", "none", "--out", "none"
 
 @pytest.fixture(scope="module")
 def folder_with_tokenizer(folder, tmp_path_factory):
-    target = tmp_path_factory.mktemp("simulated") / "model"
-    shutil.copytree(folder, target)
-    byte_tokenizer().save_pretrained(target)
+    target = copy_with_bytes(folder, tmp_path_factory.mktemp("simulated") / "model")
     save_mask(coded_mask(folder), target / "codes.yaml")
     return target
 

@@ -3,12 +3,11 @@
 import html
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import copy_with_bytes
 from mask_samples import full_mask, random_mask
 from recall.demo import MODEL
 from recall.tasks import make_sample
@@ -23,9 +22,7 @@ from vllm_leank.offline.verify.texts import file_samples
 @pytest.fixture(scope="module")
 def with_tokenizer(tiny_llama_dir, tmp_path_factory):
     """A random model that reads text, with a mask of nothing and one of everything beside it."""
-    directory = tmp_path_factory.mktemp("verify") / "tiny"
-    shutil.copytree(tiny_llama_dir, directory)
-    byte_tokenizer().save_pretrained(directory)
+    directory = copy_with_bytes(tiny_llama_dir, tmp_path_factory.mktemp("verify") / "tiny")
     save_mask(full_mask(directory), directory / "full.yaml")
     save_mask(random_mask(directory, [0]), directory / "none.yaml")
     return directory
