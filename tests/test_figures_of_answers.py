@@ -349,6 +349,14 @@ def test_masks_of_simulated_caches_are_those_at_hand(model):
     }
 
 
+def test_the_readme_says_how_many_greedy_texts_loop():
+    dense, two = (load(f"long_qwen_1.5b/{name}")["ways"]["greedy"] for name in ("dense", "bits_2"))
+    assert (
+        f"Of {two['answers']} greedy texts of up to 4,000 tokens {two['loops']} [ended in a loop]"
+        f"(docs/accuracy.md#long-answers), {dense['loops']} with dense attention."
+    ) in " ".join(text_of("README.md").split())
+
+
 def test_the_readme_says_what_simulated_caches_lose():
     found, cells = simulated()
     gaps = {

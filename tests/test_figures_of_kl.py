@@ -184,3 +184,21 @@ def test_the_picture_of_learning_has_both_starts(tmp_path):
     assert (tmp_path / "checked.svg").stat().st_size > size
     with pytest.raises(UserError, match="no second stage from learned"):
         draw_losses(results | {"masks": results["masks"][:4]}, tmp_path / "learning.svg")
+
+
+def test_docs_say_how_near_verify_it_would_be_at_30000_tokens():
+    """The same top-1 of kinds of text that `leank verify` has, too."""
+    known = archives()
+
+    def same(name):
+        found = [known[name]["lengths"]["30000"][kind] for kind in ("python", "tables", "prose")]
+        tokens = sum(one["tokens"] for one in found)
+        return f"{sum(one['top1'] * one['tokens'] for one in found) / tokens:.1%}"
+
+    four, two, learned, fisher = map(
+        same, ("leank bits_4", "leank bits_2", "leank pruned_70", "leank fisher_70")
+    )
+    assert (
+        f"is {four} with 4 bits, {two} with 2, {learned} with 70% pruned, learned, and {fisher} by "
+        "Fisher, where it asks for 95%"
+    ) in " ".join(text_of("docs/accuracy.md").split())
