@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from typing import get_args
 
 import pytest
 from rich.console import Console
@@ -80,6 +81,16 @@ def test_variants():
     pruned = serve.variant_args("leank-pruned", options)["additional_config"]["leank"]
     assert pruned == {"mask": "m.yaml", "sink": 64, "prefill": "pruned"}
     assert serve.parse_variants("leank, flash") == ["leank", "flash"]
+
+
+@pytest.mark.engine
+def test_caches_are_of_vllm():
+    """vLLM has them by these names, and does not ask for an attention backend's."""
+    from vllm.config.cache import CacheDType
+
+    assert set(serve.OTHER_CACHES) < set(get_args(CacheDType))
+    for name in serve.OTHER_CACHES:
+        assert serve.variant_args(name, {}) == {"kv_cache_dtype": name}
 
 
 @pytest.mark.parametrize(

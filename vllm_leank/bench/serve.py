@@ -13,11 +13,14 @@ from vllm_leank.core.capacity import EIGHT_BIT_CACHE
 from vllm_leank.errors import UserError
 from vllm_leank.version import SUPPORTED_VLLM
 
-VARIANTS = ("flash", f"flash-{EIGHT_BIT_CACHE}", "leank", "leank-pruned")
-"""vLLM's FlashAttention in the model's dtype and in 8-bit floats; leank, and leank reading prompts
-pruned."""
+DEFAULT_VARIANTS = "flash", f"flash-{EIGHT_BIT_CACHE}", "leank"
+"""vLLM's FlashAttention in the model's dtype and in 8-bit floats, and leank."""
 
-DEFAULT_VARIANTS = ",".join(one for one in VARIANTS if "pruned" not in one)
+OTHER_CACHES = "int4_per_token_head", "turboquant_4bit_nc"
+"""vLLM's caches of 4 bits, which bring attention of their own: `kv_cache_dtype`."""
+
+VARIANTS = (*DEFAULT_VARIANTS, "leank-pruned", *OTHER_CACHES)
+"""These, and leank reading prompts pruned."""
 
 STDERR = 2
 """File descriptor: stdout is for results."""
@@ -50,6 +53,8 @@ def parse_variants(text: str) -> list[str]:
 
 def variant_args(variant: str, leank: dict[str, Any]) -> dict[str, Any]:
     """The engine arguments in which a variant differs; `leank` are leank's options."""
+    if variant in OTHER_CACHES:
+        return {"kv_cache_dtype": variant}
     backend, *words = variant.split("-")
     if backend == "flash":
         cache = {"kv_cache_dtype": words[0]} if words else {}

@@ -104,7 +104,7 @@ def serve(
     variants: Annotated[
         str,
         typer.Option(help=f"What to run: {', '.join(VARIANTS)}."),
-    ] = DEFAULT_VARIANTS,
+    ] = ",".join(DEFAULT_VARIANTS),
     mask: Annotated[
         Path | None, typer.Option(help="Mask file.", show_default="looked up by model")
     ] = None,
