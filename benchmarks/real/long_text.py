@@ -1,4 +1,4 @@
-r"""Whether long answers go round in circles: 50 prompts, thousands of tokens, greedy and sampled.
+r"""Whether long answers go round in circles: 200 prompts, thousands of tokens, greedy and sampled.
 
     PYTHONPATH=benchmarks python -m real.long_text --model models/qwen-1.5b --out long \
         --variants dense,4bit.yaml,2bit.yaml
@@ -26,7 +26,14 @@ from vllm_leank.offline.intervals import ratio_estimate, wilson
 TOPICS = (
     "a lighthouse keeper", "the history of bread", "how rivers change", "a chess tournament",
     "the first railways", "a village school", "bees and their hives", "an old clockmaker",
-    "the night sky in winter", "a voyage round the world",
+    "the night sky in winter", "a voyage round the world", "a mountain rescue", "the art of glass",
+    "how volcanoes erupt", "a market in autumn", "the invention of printing", "a family of bakers",
+    "whales and their songs", "a retired detective", "the tides of the sea", "a journey by balloon",
+    "a hospital at night", "the history of salt", "how forests grow", "an orchestra on tour",
+    "the first telephones", "a harbour town", "ants and their colonies", "a young inventor",
+    "the moons of Jupiter", "a walk across a desert", "a library in a storm", "the history of tea",
+    "how glaciers move", "a football season", "the building of bridges", "a small theatre",
+    "birds that migrate", "a letter from abroad", "the weather in spring", "a sailing race",
 )  # fmt: skip
 FORMS = (
     "Write a long story about {}.",
@@ -35,7 +42,7 @@ FORMS = (
     "Write a dialogue of many pages about {}.",
     "Write a Python program of several modules that simulates {}, with comments.",
 )
-"""One prompt of each topic and form: 50."""
+"""One prompt of each topic and form: 200."""
 
 LOOP = 192
 """Tokens at an answer's end that are one run again and again, if it ends in a loop."""
@@ -120,7 +127,7 @@ def main() -> None:
     )
     add_options(parser)
     parser.add_argument("--tokens", type=int, default=4000, help="of an answer, at most")
-    parser.add_argument("--count", type=int, help="of prompts; default: all 50")
+    parser.add_argument("--count", type=int, help="of prompts; default: all 200")
     parser.add_argument("--temperature", type=float, default=0.8, help="of sampled answers")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
