@@ -249,6 +249,13 @@ FAULTS = (
         "test_managers.py",
     ),
     Fault(
+        "pages that a prompt's last token fills are not offered",
+        "serving/vllm/prompt_pages.py",
+        "request.num_computed_tokens >= request.num_prompt_tokens:",
+        "request.num_computed_tokens >= request.num_prompt_tokens - 1:",
+        "test_managers.py::test_a_last_token_that_comes_alone_offers_the_pages_that_it_fills",
+    ),
+    Fault(
         "a replay that goes on past the prompt is taken for decode",
         "serving/metadata.py",
         PROMPTS,

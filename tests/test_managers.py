@@ -218,6 +218,18 @@ def test_an_equal_prompt_shares_whole_pages_of_the_prompt_only(prompt, block):
     assert server.free == free
 
 
+def test_a_last_token_that_comes_alone_offers_the_pages_that_it_fills():
+    server = Server(Window(64, 256), block=32)
+    first, second = (server.request(name, range(576)) for name in "ab")
+    server.prefill(first, chunk=575)
+    assert server.prefill(second) == 544
+    pages, shared = (
+        [block.block_id for block in server.table(one, ARCHIVE)] for one in (first, second)
+    )
+    assert len(pages) == full_pages(server, first) == 10
+    assert pages == shared
+
+
 @pytest.mark.parametrize("prompt", [100, 576, 1000])
 def test_generated_tokens_are_never_found_in_the_prefix_cache(prompt):
     server = Server(Window(64, 256))

@@ -34,6 +34,8 @@ def share_prompts_only(window_manager: type, archive_manager: type) -> None:
     @functools.wraps(cache_blocks)
     def cache_prompt_blocks(self: Any, request: "Request", num_computed_tokens: int) -> None:
         if serves(self):
+            if request.num_computed_tokens >= request.num_prompt_tokens:
+                return  # the step that completed the prompt has offered all there is
             num_computed_tokens = min(num_computed_tokens, request.num_prompt_tokens - 1)
         cache_blocks(self, request, num_computed_tokens)
 
