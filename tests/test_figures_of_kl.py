@@ -3,12 +3,14 @@
 import re
 
 import pytest
-from figures import RESULTS, line, load, text_of
+from figures import REPO, RESULTS, line, load, text_of
 from figures_of_models import KINDS, LEARNED_MASKS, archives, kl, kl_results, named
 from real.kl_picture import FLOOR, draw, drawn, joined
 from real.learn_picture import draw as draw_losses
 
 from vllm_leank.errors import UserError
+from vllm_leank.mask.file import load_mask
+from vllm_leank.offline.intervals import ratio_estimate
 
 
 def kl_cells(row, *lengths):
@@ -41,6 +43,24 @@ def halves_rows():
     joint = learned[0] | {"lengths": learned[0]["lengths"] | learned[1]["lengths"]}
     for title, row in (("by Fisher", archives()["leank pruned_50"]), ("learned", joint)):
         yield line(title, *(kl(row, n, kinds) for n in (8192, 30000) for kinds in KINDS))
+
+
+def paired_rows():
+    """70% of K pruned, by Fisher and learned, and what that saves, text by text."""
+    cells = {"by Fisher": [], "learned": [], "less, by text": []}
+    for length in (8192, 30000):
+        rows = {row["name"]: row for row in load(f"kl_qwen_1.5b_70_{length}")["archives"]}
+        both = rows["leank fisher_70"], rows["leank pruned_70"]
+        for kinds in KINDS:
+            cells["by Fisher"].append(kl(both[0], length, kinds))
+            cells["learned"].append(kl(both[1], length, kinds))
+            fisher, learned = (one["lengths"][str(length)][kinds]["kl_by_text"] for one in both)
+            gaps = [a - b for a, b in zip(fisher, learned, strict=True)]
+            found = ratio_estimate(gaps, [1.0] * len(gaps))
+            low, high = (f"{one:.4f}" for one in (found.low, found.high))
+            cells["less, by text"].append(f"{found.value:.4f} ({low} to {high})")
+    for title, found in cells.items():
+        yield line(title, *found)
 
 
 def kl_rows():
@@ -78,7 +98,7 @@ def small_kl_rows(length, *files):
         yield line(named(row["name"]), *kl_cells(row, length), *alike(row, length))
 
 
-SMALL_KL = "kl_qwen_0.5b_8192", "kl_qwen_0.5b_others_8192", "kl_qwen_0.5b_vllm_8192"
+SMALL_KL = tuple(f"kl_qwen_0.5b_{name}8192" for name in ("", "few_bits_", "others_", "vllm_"))
 SMALLEST_KL = "kl_smollm2_7936", "kl_smollm2_vllm_7936"
 
 
@@ -149,6 +169,7 @@ HEADS = {"fisher": "Fisher", "duo": "DuoAttention"}
         ("docs/accuracy.md", uniform_rows),
         ("docs/accuracy.md", even_rows),
         ("docs/accuracy.md", halves_rows),
+        ("docs/accuracy.md", paired_rows),
         ("docs/accuracy.md", learned_rows),
         ("docs/accuracy.md", streaming_rows),
         ("benchmarks/real/README.md", directions_rows),
@@ -202,3 +223,24 @@ def test_docs_say_how_near_verify_it_would_be_at_30000_tokens():
         f"is {four} with 4 bits, {two} with 2, {learned} with 70% pruned, learned, and {fisher} by "
         "Fisher, where it asks for 95%"
     ) in " ".join(text_of("docs/accuracy.md").split())
+
+
+@pytest.mark.parametrize(
+    ("row", "mask"),
+    [("4 bits", "4bit"), ("2 bits", "2bit"), ("70%", "70pruned")],
+)
+def test_docs_and_masks_say_what_verify_said_at_the_longest_length(row, mask):
+    text = (RESULTS / "verify_qwen_1.5b_32768.txt").read_text()
+    name = f"Qwen2.5-Coder-1.5B-Instruct-{mask}.yaml"
+    said = re.search(rf"==== {re.escape(name)} ====.*?^(PASS|FAIL)$", text, re.S | re.M)
+    tokens = re.findall(r"^(\S+) tokens +\S+ +(\S+%) .*? (0\.\d{4}) \(", said[0], re.M)
+    (short, short_top1, _), (long, long_top1, _) = tokens
+    worst = max(re.findall(r" (0\.\d{4}) \(", said[0]))
+    kept, asked = re.search(r"right answers kept: (\d+) of (\d+)", said[0]).groups()
+    top1 = f"{short_top1} at {short} tokens, {long_top1} at {long}"
+    learned = " (learned)" if row == "70%" else ""
+    cells = f"{row}, as shipped{learned}", top1, worst, f"{kept} of {asked}", said[1]
+    assert f"| {line(*cells)}" in text_of("docs/accuracy.md")
+    assert load_mask(REPO / "masks/Qwen" / name).evaluation["verify"] == (
+        f"{said[1]}: top-1 {top1.replace(', ', ' and ')}, {kept} of {asked} answers kept"
+    )

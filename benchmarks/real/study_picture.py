@@ -78,9 +78,10 @@ def draw(results: dict[str, Any], path: Path, simulated: dict[str, Any] | None =
             if simulated.get(name) != results[name]:
                 raise UserError(f"the simulated caches are of another {name}")
         rows_of["simulated"] = others(simulated)
-        cells = shared_cells(simulated["variants"])
-        found |= {one["variant"]: points(one, cells) for one in rows_of["simulated"]}
-        asked += f", simulated caches {sum(cells.values()):,}"
+        others_cells = shared_cells(simulated["variants"])
+        found |= {one["variant"]: points(one, others_cells) for one in rows_of["simulated"]}
+        if others_cells != cells:
+            asked += f", simulated caches {sum(others_cells.values()):,}"
     axes.axhline(found[DENSE].value, color="grey", linestyle="--", linewidth=0.8)
     for title, rows in rows_of.items():
         if not rows:
