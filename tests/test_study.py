@@ -292,4 +292,4 @@ def test_loops_are_told_from_text():
     assert said_before([1] * 103) == pytest.approx(0.99)
     told = summary([text, text + [5] * 1000])
     assert (told["loops"], told["mean_tokens"], told["answers"]) == (1, 1500, 2)
-    assert len(set(prompts())) == 50
+    assert len(set(prompts())) == 200
