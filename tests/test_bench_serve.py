@@ -110,6 +110,16 @@ def test_options_are_checked_before_an_engine_starts(leank, repo, options, messa
     assert message in err
 
 
+@pytest.mark.parametrize("cache", serve.OTHER_CACHES)
+def test_caches_of_4_bits_are_refused_on_a_cpu(monkeypatch, cache):
+    """vLLM would take them there, and make them 8-bit floats."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=f"'{cache}', which vLLM has on GPUs alone"):
+        serve.parse_variants(f"flash,{cache}")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert serve.parse_variants(f"flash,{cache}") == ["flash", cache]
+
+
 def test_so_are_the_model_and_its_mask(leank, tiny_llama_dir):
     code, _, err = leank("bench", "serve", "/no/model")
     assert (code, err) == (2, "leank: /no/model: no such directory\n")

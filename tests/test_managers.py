@@ -218,6 +218,22 @@ def test_an_equal_prompt_shares_whole_pages_of_the_prompt_only(prompt, block):
     assert server.free == free
 
 
+def test_answers_have_nothing_to_offer(monkeypatch):
+    """Nor is it looked for: a step visits every request."""
+    server = Server(Window(64, 256))
+    request = server.request("a", range(1000))
+    server.prefill(request)
+    managers = server.manager.coordinator.single_type_managers
+    offered = []
+    for manager in managers:
+        monkeypatch.setattr(manager, "cache_blocks", lambda one, *_, **__: offered.append(one))
+    server.decode(request, range(100))
+    assert not offered
+    other = server.request("b", range(2000, 3000))
+    server.prefill(other)
+    assert offered.count(other) >= len(managers)
+
+
 def test_a_last_token_that_comes_alone_offers_the_pages_that_it_fills():
     server = Server(Window(64, 256), block=32)
     first, second = (server.request(name, range(576)) for name in "ab")

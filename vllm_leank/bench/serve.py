@@ -42,12 +42,17 @@ def parse_variants(text: str) -> list[str]:
     """Variants from `flash,leank`.
 
     Raises:
-        UserError: one of them is unknown.
+        UserError: one of them is unknown, or not for this machine.
     """
+    import torch
+
     variants = [part.strip() for part in text.split(",")]
     for variant in variants:
         if variant not in VARIANTS:
             raise UserError(f"--variants has {variant!r}; allowed: {', '.join(VARIANTS)}")
+        # On a CPU vLLM takes these names, too, but makes them 8-bit floats.
+        if variant in OTHER_CACHES and not torch.cuda.is_available():
+            raise UserError(f"--variants has {variant!r}, which vLLM has on GPUs alone")
     return variants
 
 

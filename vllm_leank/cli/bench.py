@@ -147,7 +147,8 @@ def serve(
     """Compare whole engines: requests at once, decode speed, time to first and per token.
 
     One variant after the other gets the same prompts of random tokens. The file of --out is written
-    anew after each.
+    anew after each. Variants are flash, flash-fp8, leank, leank-pruned, and vLLM's caches of 4
+    bits, int4_per_token_head and turboquant_4bit_nc.
     """
     from vllm_leank.bench import serve as serving
     from vllm_leank.bench.report_serve import print_serve
