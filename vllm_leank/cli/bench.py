@@ -147,7 +147,7 @@ def serve(
     """Compare whole engines: requests at once, decode speed, time to first and per token.
 
     One variant after the other gets the same prompts of random tokens. The file of --out is written
-    anew after each. Variants are flash, flash-fp8, leank, leank-pruned, and vLLM's caches of 4
+    anew after each. Beside the default variants there are leank-pruned, and vLLM's caches of 4
     bits, int4_per_token_head and turboquant_4bit_nc.
     """
     from vllm_leank.bench import serve as serving
