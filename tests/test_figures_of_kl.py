@@ -49,26 +49,26 @@ def paired_rows():
     """70% of K pruned, by Fisher and learned, and what that saves, text by text."""
     cells = {"by Fisher": [], "learned": [], "less, by text": []}
     for length in (8192, 30000):
-        rows = {row["name"]: row for row in load(f"kl_qwen_1.5b_70_{length}")["archives"]}
-        both = rows["leank fisher_70"], rows["leank pruned_70"]
+        fisher, learned = paired(length)
         for kinds in KINDS:
-            cells["by Fisher"].append(kl(both[0], length, kinds))
-            cells["learned"].append(kl(both[1], length, kinds))
+            cells["by Fisher"].append(kl(fisher, length, kinds))
+            cells["learned"].append(kl(learned, length, kinds))
             cells["less, by text"].append(paired_gap(length, kinds)[1])
     for title, found in cells.items():
         yield line(title, *found)
 
 
+def paired(length):
+    """Fisher's mask and the learned one, on the same texts."""
+    rows = {row["name"]: row for row in load(f"kl_qwen_1.5b_70_{length}")["archives"]}
+    return rows["leank fisher_70"], rows["leank pruned_70"]
+
+
 def paired_gap(length, *kinds):
     """How much less KL the learned mask has than Fisher's, in the mean over texts."""
-    rows = {row["name"]: row for row in load(f"kl_qwen_1.5b_70_{length}")["archives"]}
     fisher, learned = (
-        [
-            value
-            for each in kinds
-            for value in rows[f"leank {name}_70"]["lengths"][str(length)][each]["kl_by_text"]
-        ]
-        for name in ("fisher", "pruned")
+        [value for each in kinds for value in row["lengths"][str(length)][each]["kl_by_text"]]
+        for row in paired(length)
     )
     gaps = [a - b for a, b in zip(fisher, learned, strict=True)]
     found = ratio_estimate(gaps, [1.0] * len(gaps))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_leank.bench.machine import require_gpu
 from vllm_leank.core.capacity import EIGHT_BIT_CACHE
 from vllm_leank.errors import UserError
 from vllm_leank.version import SUPPORTED_VLLM
@@ -20,7 +21,7 @@ OTHER_CACHES = "int4_per_token_head", "turboquant_4bit_nc"
 """vLLM's caches of 4 bits, which bring attention of their own: `kv_cache_dtype`."""
 
 VARIANTS = (*DEFAULT_VARIANTS, "leank-pruned", *OTHER_CACHES)
-"""These, and leank reading prompts pruned."""
+"""All there are: leank may read prompts pruned as well."""
 
 STDERR = 2
 """File descriptor: stdout is for results."""
@@ -44,15 +45,13 @@ def parse_variants(text: str) -> list[str]:
     Raises:
         UserError: one of them is unknown, or not for this machine.
     """
-    import torch
-
     variants = [part.strip() for part in text.split(",")]
     for variant in variants:
         if variant not in VARIANTS:
             raise UserError(f"--variants has {variant!r}; allowed: {', '.join(VARIANTS)}")
-        # On a CPU vLLM takes these names, too, but makes them 8-bit floats.
-        if variant in OTHER_CACHES and not torch.cuda.is_available():
-            raise UserError(f"--variants has {variant!r}, which vLLM has on GPUs alone")
+        if variant in OTHER_CACHES:
+            # On a CPU vLLM takes these names, too, but makes them 8-bit floats.
+            require_gpu(f"--variants {variant}")
     return variants
 
 
