@@ -45,3 +45,19 @@ def kl(row, length, kinds="kinds seen"):
 
 
 KINDS = "kinds seen", "kinds unseen"
+
+
+def served_engines():
+    """Engines of the 1.5B under load, by cache. Dense attention is first: FlashAttention 3."""
+    turboquant, flash = load("serve_qwen_1.5b_turboquant")["variants"]
+    (int4,) = load("serve_qwen_1.5b_int4")["variants"]
+    _, fp8, four = load("serve_qwen_1.5b_fp8")["variants"]
+    (two,) = load("serve_qwen_1.5b_2_3c07c68")["variants"]
+    return {
+        "dense": flash,
+        "vLLM fp8": fp8,
+        "vLLM turboquant_4bit_nc": turboquant,
+        "vLLM int4_per_token_head": int4,
+        "leank, 4 bits": four,
+        "leank, 2 bits": two,
+    }

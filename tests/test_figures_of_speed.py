@@ -4,6 +4,7 @@ to the digits shown.
 
 import pytest
 from figures import line, load, text_of
+from figures_of_models import served_engines
 from long_context import fit_lines, measured_lines, read_lines
 
 DENSE, FOUR, TWO, ONE = "vLLM, dense", "leank, 4 bits", "leank, 2 bits", "leank, 1 bit"
@@ -75,16 +76,9 @@ def engine_rows(engines):
 
 
 def real_rows():
-    """An engine of a real model under load."""
-    yield from served_rows("serve_qwen_1.5b", {4: FOUR, 2: TWO})
-
-
-def beside_fp8_rows():
-    """The same beside vLLM's 8-bit cache, two engines of a host at a time."""
-    flash, fp8, four = load("serve_qwen_1.5b_fp8")["variants"]
-    (two,) = load("serve_qwen_1.5b_2_469eadf")["variants"]
-    engines = {"vLLM, FlashAttention 3": flash, "vLLM, fp8": fp8, FOUR: four, TWO: two}
-    yield from engine_rows(engines)
+    """An engine of a real model under load, with vLLM's caches and ours."""
+    engines = served_engines()
+    yield from engine_rows({"vLLM, FlashAttention 3": engines.pop("dense"), **engines})
 
 
 def apart_rows():
@@ -201,7 +195,6 @@ def long_attention_rows():
         ("docs/performance.md", serve_rows),
         ("docs/performance.md", smaller_rows),
         ("docs/performance.md", real_rows),
-        ("docs/performance.md", beside_fp8_rows),
         ("docs/performance.md", apart_rows),
         ("docs/performance.md", rebuilt_rows),
         ("README.md", mixed_rows),
@@ -228,15 +221,38 @@ def test_docs_say_how_long_a_first_start_takes():
     assert f"It was [{before:.0f} s](" in said
 
 
-def test_docs_say_that_two_engines_ran_at_once():
-    fp8, two = load("serve_qwen_1.5b_fp8"), load("serve_qwen_1.5b_2_469eadf")
-    assert fp8["date"] == two["date"]
+def test_docs_say_what_other_runs_of_the_real_model_had():
+    fp8, beside = load("serve_qwen_1.5b_fp8"), load("serve_qwen_1.5b_2_469eadf")
+    assert fp8["date"] == beside["date"]
     assert [one["preempted"] for one in fp8["variants"]] == [0, 1, 0]
+    flash, four = (_served(one) for one in load("serve_qwen_1.5b_4")["variants"])
+    before, now, then = (
+        load(name)["variants"][0]
+        for name in ("serve_qwen_1.5b_2", "serve_qwen_1.5b_2_3c07c68", "serve_qwen_1.5b_2_469eadf")
+    )
+    ms, alone = (f"{one['decode']['tpot_p50_ms']:.1f}" for one in (then, now))
     said = " ".join(text_of("docs/performance.md").split())
-    assert "both commands at the same time on two cards" in said
-    before = load("serve_qwen_1.5b_2")["variants"][0]
-    now, then = (f"{one['decode']['tpot_p50_ms']:.1f}" for one in (two["variants"][0], before))
-    assert f"2 bits took {now} ms per token there instead of {then}" in said
+    assert f"an earlier run of commit e17ca4a had {flash}, {four} and {_served(before)}" in said
+    assert f"had {_served(fp8['variants'][0])} with FlashAttention" in said
+    found = "[2 bits](../benchmarks/results/serve_qwen_1.5b_2_469eadf.json)"
+    assert f"{found} had {_served(then)} there, {ms} ms per token instead of {alone}" in said
+
+
+def _served(one):
+    return f"{one['decode']['tokens_per_s']:,.0f}"
+
+
+def test_docs_say_how_vllm_s_small_caches_are_served():
+    engines = served_engines()
+    flash = engines["dense"]
+    turboquant, int4 = (
+        flash["decode"]["tokens_per_s"] / engines[f"vLLM {name}"]["decode"]["tokens_per_s"]
+        for name in ("turboquant_4bit_nc", "int4_per_token_head")
+    )
+    first = engines["vLLM int4_per_token_head"]["ttft_s"]["median"] / flash["ttft_s"]["median"]
+    said = " ".join(text_of("docs/performance.md").split())
+    assert f"decode {turboquant:.1f} and {int4:.1f} times as slowly as the dense cache" in said
+    assert f"a prompt takes int4 {first:.0f} times as long" in said
 
 
 def test_docs_say_what_was_tried_and_left():
@@ -259,16 +275,14 @@ def test_docs_say_what_was_tried_and_left():
     assert f"through memory as well took {memory} ms" in said
 
 
-def test_the_readme_says_how_the_real_model_is_served():
-    engines = [*load("serve_qwen_1.5b_4")["variants"], *load("serve_qwen_1.5b_2")["variants"]]
+def test_the_readme_says_how_a_larger_shape_is_served():
+    engines = [*load("serve_full_4")["variants"], *load("serve_full_2")["variants"]]
     dense, four, two = (
         f"{one['concurrent']} {{}}{one['decode']['tokens_per_s']:,.0f}" for one in engines
     )
-    (beside,) = load("serve_qwen_1.5b_2_469eadf")["variants"]
     said = (
         f"{dense.format('requests and ')} tokens/s dense, {four.format('and ')} with 4 bits, "
-        f"{two.format('and ')} with 2 bits "
-        f"({beside['decode']['tokens_per_s']:,.0f} in another run, beside a second engine)"
+        f"{two.format('and ')} with 2 bits"
     )
     assert said in " ".join(text_of("README.md").split())
 
