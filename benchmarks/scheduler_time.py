@@ -105,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=[*ENGINES])
     parser.add_argument("--requests", type=int, nargs="+", default=[16, 82, 194])
     parser.add_argument("--prompt-tokens", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=60)
@@ -116,7 +117,7 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     for requests in args.requests:
         for repeat in range(args.repeats):
-            for name in ENGINES:
+            for name in args.engines:
                 with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                     found = pool.submit(
                         measure, name, requests, args.prompt_tokens, args.steps

@@ -242,6 +242,20 @@ def _served(one):
     return f"{one['decode']['tokens_per_s']:,.0f}"
 
 
+def test_docs_say_what_the_scheduler_takes():
+    rows = load("scheduler_time")["rows"]
+    assert {row["requests"] for row in rows} == {82}
+
+    def range_of(engine):
+        times = [row["schedule_ms"] for row in rows if row["engine"] == engine]
+        assert len(times) == 4
+        return f"{min(times):.2f} to {max(times):.2f}"
+
+    said = " ".join(text_of("docs/performance.md").split())
+    assert f"it takes {range_of('plain')} ms to make a step of 82 requests with plain" in said
+    assert f"{range_of('leank')} with leank, which has two kinds of pages" in said
+
+
 def test_docs_say_how_vllm_s_small_caches_are_served():
     engines = served_engines()
     flash = engines["dense"]
