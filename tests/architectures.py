@@ -101,7 +101,7 @@ MASKS_FROM_ELSEWHERE = (
 """Of those that are taken, what transformers has no code for."""
 
 LATENT = "multi-head latent attention (MLA)"
-HYBRID = "state-space or linear-attention layers beside full attention"
+HYBRID = "other state-space or linear-attention layers beside full attention"
 NO_FULL = "no full attention"
 ALIBI = "ALiBi"
 SOFT_CAP = "a logits soft cap"

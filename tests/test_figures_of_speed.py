@@ -289,6 +289,23 @@ def test_docs_say_what_was_tried_and_left():
     assert f"through memory as well took {memory} ms" in said
 
 
+def test_docs_say_how_fast_a_real_model_s_codes_are_read():
+    four, two = (load(f"attention_qwen_1.5b_{bits}")["cases"][0] for bits in (4, 2))
+    assert (four["batch"], four["length"]) == (two["batch"], two["length"]) == (64, 32768)
+    gains, bounds = (
+        [_times(one["mean"][name]) for one in (four, two)]
+        for name in ("speedup_flash", "bound_flash")
+    )
+    said = " ".join(text_of("docs/performance.md").split())
+    assert f"it is {gains[0]} as fast as FlashAttention 3 with the [4 bits]" in said
+    assert f"{gains[1]} with the [2 bits]" in said
+    assert f"where bytes would allow {bounds[0]} and {bounds[1]}" in said
+    wide = load("attention_packed_2_h200")["cases"][0]["mean"]["speedup_flash"]
+    said = " ".join(text_of("README.md").split())
+    assert f"runs {wide:.1f}x as fast as FlashAttention 3 on an H200 with masks of random" in said
+    assert f"{two['mean']['speedup_flash']:.1f}x with the 1.5B's" in said
+
+
 def test_the_readme_says_how_a_larger_shape_is_served():
     engines = [*load("serve_full_4")["variants"], *load("serve_full_2")["variants"]]
     dense, four, two = (
@@ -298,7 +315,10 @@ def test_the_readme_says_how_a_larger_shape_is_served():
         f"{dense.format('requests and ')} tokens/s dense, {four.format('and ')} with 4 bits, "
         f"{two.format('and ')} with 2 bits"
     )
-    assert said in " ".join(text_of("README.md").split())
+    (beside,) = load("serve_qwen_1.5b_2_469eadf")["variants"]
+    readme = " ".join(text_of("README.md").split())
+    assert said in readme
+    assert f"2 bits had {_served(beside)} tokens/s in another run, while a second engine" in readme
 
 
 def test_the_readme_says_how_fast_codes_are_read():
