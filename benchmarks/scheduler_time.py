@@ -27,6 +27,7 @@ REPO = Path(__file__).parents[1]
 MODEL = REPO / "benchmarks" / "recall" / "model"
 MASK = REPO / "masks" / "leank" / "recall.yaml"
 CACHE_GIB = 4
+BATCHED_TOKENS = 2048
 ENGINES: dict[str, dict[str, Any]] = {
     "plain": {},
     "leank": {
@@ -74,7 +75,9 @@ def measure(name: str, requests: int, prompt_tokens: int, steps: int) -> dict[st
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_num_seqs=requests,
-        max_model_len=prompt_tokens + requests + steps + 64,
+        max_num_batched_tokens=BATCHED_TOKENS,
+        # Early requests decode until the last prompt is read.
+        max_model_len=prompt_tokens + 2 * requests * -(-prompt_tokens // BATCHED_TOKENS) + steps,
         **ENGINES[name],
     )
     engine = LLMEngine.from_engine_args(args)

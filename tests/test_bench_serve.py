@@ -101,6 +101,12 @@ def test_caches_are_of_vllm():
         (["--engine-args", "[]"], "--engine-args is not a JSON object"),
         (["--mask", "/no/mask"], "cannot be read"),
         (["--pages", "5"], "pages is 5, but must be a share"),
+        (["--pages", "inf"], "pages is inf, but must be a share"),
+        (["--variants", "flash", "--sink", "64"], "--sink would change nothing"),
+        (["--engine-args", '{"additional_config": {}}'], "has additional_config, which --variants"),
+        (["--max-model-len", "32255"], "--max-model-len is 32255; prompts of 32000 tokens that"),
+        (["--variants", "flash,leank-pruned", "--pages", "0.1"], "with prefill: exact alone"),
+        (["--seed", "-1"], "greater than or equal to 0"),
         (["--out", "/no/such/folder/r.json"], "no such directory"),
     ],
 )
@@ -147,8 +153,9 @@ def test_an_engine_that_fails_is_named(monkeypatch):
     assert run_with(monkeypatch, 0, {"concurrent": 3}) == {"variant": "leank", "concurrent": 3}
 
 
-def figures(variant, concurrent, tokens_per_s, ttft, tpot):
+def figures(variant, concurrent, tokens_per_s, ttft, tpot, steps=256):
     decode = {"tokens_per_s": tokens_per_s, "tpot_p50_ms": tpot, "tpot_p99_ms": 2 * tpot}
+    decode["steps"] = steps
     return {
         "variant": variant,
         "concurrent": concurrent,
@@ -169,7 +176,7 @@ def test_ratios_and_their_table(monkeypatch, capsys):
         "ttft": 1.05,
         "tpot_p50": 0.5,
     }
-    load = {"model": "m", "prompt_tokens": 32000}
+    load = {"model": "m", "prompt_tokens": 32000, "steady_steps": 256}
     print_serve({"load": load, "variants": variants, "ratios": ratios})
     shown = capsys.readouterr().out
     for text in ("1,500", "(1.50x)", "(2.00x)", "54", "20.00", "32,000"):
@@ -180,9 +187,29 @@ def test_first_tokens_that_were_not_timed(capsys):
     variants = [figures(name, 1, 9.0, None, 8.0) for name in ("flash", "leank")]
     (ratio,) = ratios = serve.ratios(variants)
     assert (ratio["ttft"], ratio["tpot_p50"]) == (None, 1)
-    load = {"model": "m", "prompt_tokens": 524000}
+    load = {"model": "m", "prompt_tokens": 524000, "steady_steps": 256}
     print_serve({"load": load, "variants": variants, "ratios": ratios})
     assert " - " in capsys.readouterr().out
+
+
+def test_what_was_measured_is_shown_where_a_later_engine_fails(leank, repo, monkeypatch):
+    shown = figures("flash", 2, 99.0, None, 1.0, steps=3)
+
+    def run_variant(variant, run):
+        if variant == "flash":
+            return shown
+        raise UserError(f"{variant}: no memory")
+
+    monkeypatch.setattr(serve, "run_variant", run_variant)
+    code, out, err = leank(
+        *("bench", "serve", repo / "benchmarks/recall/model", "--variants", "flash,leank"),
+        *("--mask", repo / "masks/leank/recall.yaml", "--prompt-tokens", 400),
+        *("--output-tokens", 8),
+    )
+    assert code == 2
+    assert "leank: no memory" in err
+    assert "flash" in out
+    assert "flash: 3 steps of the 8 asked for" in " ".join(out.split())
 
 
 @pytest.mark.engine

@@ -91,6 +91,7 @@ def test_the_study_makes_masks_and_goes_on(with_tokenizer, tmp_path, monkeypatch
     words[words.index("500")] = "500,560"
     streaming_study.main(words)
     after = json.loads((tmp_path / "study.json").read_text())
+    assert after["heads"] == results["heads"]
     assert after["masks"]["bits_2"]["kl"].keys() == {"500", "560"}
     assert after["masks"]["bits_2"]["kl"]["500"] == results["masks"]["bits_2"]["kl"]["500"]
     assert "bits_2_duo_0.5" in capsys.readouterr().out

@@ -1,8 +1,10 @@
 """`leank mask learn`: the two stages, interrupted runs, other ratios, and what is refused."""
 
+import copy
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from vllm_leank.errors import UserError
 from vllm_leank.learn.checks import served_loss
 from vllm_leank.learn.data import Data, Shuffled
 from vllm_leank.learn.distillation import Distiller
+from vllm_leank.learn.fingerprint import fingerprint
 from vllm_leank.learn.run import learn
 from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, _used, run_stage
 from vllm_leank.mask.file import load_mask
@@ -208,6 +211,33 @@ def test_a_state_of_something_else_is_refused(tiny_llama_dir, jsonl, tmp_path):
         run(tiny_llama_dir, jsonl, state)
 
 
+def test_a_state_of_other_weights_is_refused(tiny_llama_dir, jsonl, tmp_path):
+    """Though they are in a folder of that name, and of the same shape."""
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    state = tmp_path / "s.state"
+    recipe = replace(RECIPE, steps=1)
+    run(model, jsonl, state, recipe=recipe)
+    file = model / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights["model.norm.weight"][3] += 0.5
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match="is of a run with model_sha256 "):
+        run(model, jsonl, state, recipe=recipe)
+
+
+def test_models_are_told_apart_by_config_and_weights(tiny_llama_dir):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    found = [fingerprint(model), fingerprint(copy.deepcopy(model))]
+    model.config.rope_parameters = model.config.rope_parameters | {"rope_theta": 7.0}
+    found.append(fingerprint(model))
+    model.lm_head.weight.data[0, 0] *= -1
+    found.append(fingerprint(model.bfloat16()))
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
 def test_two_processes_average_their_gradients(tiny_llama_dir, jsonl, tmp_path):
     """Each on one sample; alone, one process sees the mean of both."""
     script = tmp_path / "leank.py"
@@ -322,6 +352,7 @@ def test_the_command_writes_mask_state_and_picture(leank, tiny_llama_dir, jsonl,
         ("text", "/no/such/file", "--data brings its own"),
         ("recent", "256", "no sample has far tokens"),
         ("out", "/no/such/folder/m.yaml", "no such directory"),
+        ("state", "/no/such/folder/m.state", "no such directory"),
         ("picture", "m.jpeg2", ".png, .svg, .pdf"),
     ],
 )

@@ -99,7 +99,7 @@ def test_what_is_no_mask_leaves_nothing(site, home, leank, path, message):
     assert not home.exists() or not list(home.iterdir())
 
 
-@pytest.mark.parametrize("source", ["Qwen/Qwen3-8B", "masks", "none.yaml"])
+@pytest.mark.parametrize("source", ["Qwen/Qwen3-8B", "masks", "none.yaml", "m" * 300 + ".yaml"])
 def test_a_models_id_is_no_file(home, leank, source):
     code, _, said = leank("mask", "pull", source)
     assert code != 0
@@ -122,6 +122,12 @@ def test_other_addresses_are_not_opened(address, monkeypatch):
     monkeypatch.setattr(urllib.request, "build_opener", None)
     with pytest.raises(UserError, match="https addresses and paths only"):
         pull.fetch(address)
+
+
+def test_an_address_that_cannot_be_read_is_refused(home, leank):
+    code, _, said = leank("mask", "pull", "https://[bad/x.yaml")
+    assert code == 2
+    assert "https://[bad/x.yaml: no address" in said
 
 
 def test_no_server_is_one_sentence():

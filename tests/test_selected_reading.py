@@ -15,7 +15,7 @@ from oracle import Oracle
 from real import selection_study
 from real.questions import Question, save_questions
 from real.selection_cells import Simulated
-from real.selection_study import OF_ANSWERS, SAME, WHAT, _earlier, choices_of
+from real.selection_study import OF_ANSWERS, OF_TEXTS, SAME, WHAT, _earlier, choices_of
 from real.selection_table import rows_of
 from tiny_models import load_tiny
 
@@ -177,7 +177,10 @@ def test_shares_are_those_of_engines():
 
 def results(**changed):
     """Of a study that has found nothing yet."""
-    same = dict.fromkeys((*SAME, *OF_ANSWERS), 0) | {"what": WHAT, "questions_sha256": "a"}
+    same = dict.fromkeys((*SAME, *OF_ANSWERS, *OF_TEXTS), 0) | {
+        "what": WHAT,
+        "questions_sha256": "a",
+    }
     return same | {"texts": [], "answers": []} | changed
 
 
@@ -193,6 +196,10 @@ def test_a_stopped_run_goes_on_and_no_other(tmp_path):
     assert (found["questions_sha256"], found["texts"]) == ("b", [1])
     with pytest.raises(UserError, match="made with another least"):
         _earlier(path, results(least=256))
+    with pytest.raises(UserError, match="made with another judged"):
+        _earlier(path, results(judged=4))
+    path.write_text(json.dumps(results(texts=[1], judged=4)))
+    assert _earlier(path, results(judged=0, unseen=2))["judged"] == 4  # only asks
     path.write_text(json.dumps(results(answers=[1])))
     assert _earlier(path, results(questions_sha256=None))["questions_sha256"] == "a"
     with pytest.raises(UserError, match="made with another questions_sha256"):
@@ -246,3 +253,7 @@ def test_the_study_writes_what_it_finds_and_goes_on(folder, tmp_path, monkeypatc
     assert 0.5 < row["lengths"]["700"]["found"] < 1
     with pytest.raises(SystemExit, match="another least"):
         study("--least", 320)
+    with pytest.raises(SystemExit, match="another bf16"):
+        study("--no-bf16")
+    with pytest.raises(SystemExit, match="another judged"):
+        study("--judged", 2)

@@ -92,6 +92,15 @@ def test_another_file_is_refused(tmp_path, content):
         load_questions(path)
 
 
+@pytest.mark.parametrize("kept", [15, -30, -4])
+def test_a_file_that_was_cut_is_refused(tmp_path, kept):
+    path = tmp_path / "questions.gz"
+    text = "".join(f'{{"task": "{number}"}}\n' for number in range(99))
+    path.write_bytes(gzip.compress(text.encode())[:kept])
+    with pytest.raises(UserError, match="no file of questions"):
+        load_questions(path)
+
+
 def result(name, bytes_, scores, **changed):
     cells = [
         {"task": task, "length": length, "scores": one} for (task, length), one in scores.items()

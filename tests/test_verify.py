@@ -216,6 +216,33 @@ def test_without_a_tokenizer_needles_are_refused(leank, tiny_llama_dir, with_tok
     assert "cannot be loaded by transformers" in err
 
 
+def write_prompts(path, *lengths):
+    path.write_text(
+        "".join(json.dumps({"prompt_token_ids": [7] * length}) + "\n" for length in lengths)
+    )
+    return ("--data", path, "--texts", 0, "--needles", 0, *WINDOW)
+
+
+def test_short_prompts_are_nothing_to_compare(leank, with_tokenizer, tmp_path):
+    mask = ("--mask", with_tokenizer / "full.yaml")
+    code, out, err = leank("verify", with_tokenizer, *mask, *write_prompts(tmp_path / "d", 65, 70))
+    assert (code, out) == (2, "")
+    assert "nothing was compared; d: " in err
+    assert "2 prompts without far tokens were left out" in err
+    code, _, err = leank("verify", with_tokenizer, *mask, *write_prompts(tmp_path / "d", 20, 9))
+    assert code == 2
+    assert "nothing to compare; give prompts with far tokens" in err
+
+
+def test_a_short_prompt_may_come_first(leank, with_tokenizer, tmp_path):
+    prompts = write_prompts(tmp_path / "d", 20, 600)
+    code, out, err = leank(
+        "verify", with_tokenizer, "--mask", with_tokenizer / "full.yaml", *prompts
+    )
+    assert code == 3, err
+    assert "1 prompts without far tokens were left out" in out
+
+
 def test_prompts_are_read_with_their_answers_or_without(recall_data):
     samples = file_samples(recall_data, Checkpoint.open(str(MODEL)), max_samples=17, room=40)
     assert {name for name, _ in samples} == {recall_data.name}

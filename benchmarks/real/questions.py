@@ -11,8 +11,10 @@ question counts the tokens of its prompt and of its answer, as in RULER.
 import argparse
 import gzip
 import hashlib
+import io
 import json
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -66,13 +68,13 @@ def load_questions(path: Path) -> tuple[list[Question], str]:
     """
     try:
         packed = path.read_bytes()
-        with gzip.open(path) as file:
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
             text = file.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
             raise UserError(f"{path}: more than {MOST_BYTES >> 20} MiB of questions")
         lines = [json.loads(line) for line in text.decode().splitlines()]
         questions = [Question(**line | {"references": tuple(line["references"])}) for line in lines]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: no file of questions: {error}") from error
     if not questions:
         raise UserError(f"{path}: no questions")

@@ -39,7 +39,7 @@ from real.option_numbers import numbers
 from real.questions import Question, cells_of, load_questions
 from real.selection_cells import Simulated
 from real.selection_table import rows_of, show
-from real.unseen_texts import unseen_texts
+from real.unseen_texts import digest_of, unseen_texts
 from vllm_leank.bench.results import describe_mask, header, save_results
 from vllm_leank.core.selection import (
     DENSE_LAYERS,
@@ -54,11 +54,14 @@ from vllm_leank.mask.checkpoint import ALL_GPUS, DTYPES, Checkpoint
 
 WHAT = "KL to full attention, attention found and points where the best far tokens are read alone"
 
-SAME = "model", "dtype", "window", "masks", "shares", "least", "seed"
+SAME = "model", "dtype", "window", "masks", "bf16", "shares", "least", "seed"
 """What must not have changed where results are added to others."""
 
 OF_ANSWERS = "questions_sha256", "answer_tokens"
 """Nor this where there are answers."""
+
+OF_TEXTS = "judged", "unseen", "unseen_sha256"
+"""Nor this where there are texts: they are numbered together, so some would be judged twice."""
 
 CONSOLE = Console(stderr=True, highlight=False)
 
@@ -90,6 +93,7 @@ class Study:
     results: dict[str, Any]
     checkpoint: Checkpoint
     simulated: Simulated
+    texts: dict[str, str]
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Study":
@@ -109,6 +113,7 @@ class Study:
             raise UserError(f"{args.model}: this study runs on one GPU; give --device cuda or cpu")
         model = checkpoint.load(args.dtype, device)
         questions = args.questions and load_questions(args.questions)[1]
+        texts = unseen_texts(args.texts) if args.unseen and args.judged else {}
         fresh = {
             **header(WHAT, args.commit, "python -m real.selection_study"),
             "model": checkpoint.id,
@@ -120,6 +125,10 @@ class Study:
             "segment": SEGMENT,
             "dense_layers": DENSE_LAYERS,
             "seed": args.seed,
+            "bf16": not args.no_bf16,
+            "judged": args.judged,
+            "unseen": args.unseen,
+            "unseen_sha256": digest_of(texts),
             "questions_sha256": questions,
             "answer_tokens": args.answer_tokens,
             "skipped": [],
@@ -127,17 +136,16 @@ class Study:
             "answers": [],
         }
         simulated = Simulated(model, window, stores, choices, args.seed)
-        return cls(args, _earlier(args.out, fresh), checkpoint, simulated)
+        return cls(args, _earlier(args.out, fresh), checkpoint, simulated, texts)
 
     def judge_texts(self) -> None:
         """KL and attention found, length by length."""
         args = self.args
-        texts = unseen_texts(args.texts) if args.unseen else {}
         key = "length", "group", "kind", "number"
         done = {tuple(cell[name] for name in key) for cell in self.results["texts"]}
         for length in numbers(args.lengths, int):
             samples, left_out = judged_samples(
-                self.checkpoint, texts, length, args.judged, args.unseen, args.seed
+                self.checkpoint, self.texts, length, args.judged, args.unseen, args.seed
             )
             for line in set(left_out) - set(self.results["skipped"]):
                 CONSOLE.print(line)
@@ -214,10 +222,14 @@ def _earlier(path: Path | None, fresh: dict[str, Any]) -> dict[str, Any]:
     if path is None:
         return fresh
     found = earlier_results(path, fresh, SAME)
-    if not found["answers"]:
-        found |= {name: fresh[name] for name in OF_ANSWERS}
-    if fresh["questions_sha256"]:
-        check_same(path, found, fresh, OF_ANSWERS)
+    for names, is_there, is_asked in (
+        (OF_ANSWERS, found["answers"], fresh["questions_sha256"]),
+        (OF_TEXTS, found["texts"], fresh["judged"]),
+    ):
+        if not is_there:
+            found |= {name: fresh[name] for name in names}
+        if is_asked:
+            check_same(path, found, fresh, names)
     return found
 
 

@@ -32,7 +32,7 @@ from real.caches import served_mask
 from real.judged_texts import SEEN, UNSEEN, judged_samples
 from real.kl import CONSOLE, add_samples, judge, row_of
 from real.option_numbers import numbers
-from real.unseen_texts import unseen_texts
+from real.unseen_texts import digest_of, unseen_texts
 from vllm_leank.bench.results import describe_mask, header, save_results
 from vllm_leank.cli.capacity_table import capacity_json
 from vllm_leank.cli.sizes import parse_size
@@ -105,6 +105,7 @@ class Study:
         self.window = Window(args.sink, args.recent)
         self.checkpoint = Checkpoint.open(args.model)
         layers = len(self.checkpoint.geometry.layers)
+        self.texts = unseen_texts(args.texts) if args.unseen else {}
         self.weights = dict(_weights_of(path, layers) for path in args.weights_of or ())
 
     def jobs(self) -> Iterator[Job]:
@@ -234,7 +235,6 @@ class Study:
                 mask = load_mask(masks[job.name])
                 results["masks"][job.name] = self._described(job, mask)
         dense = results["dense_token_bytes"]
-        texts = unseen_texts(args.texts) if args.unseen else {}
         for length in self.lengths:
             missing = [
                 job.name for job in self.jobs()
@@ -243,7 +243,7 @@ class Study:
             if not missing:
                 continue
             samples, left_out = judged_samples(
-                self.checkpoint, texts, length, args.judged, args.unseen, args.seed
+                self.checkpoint, self.texts, length, args.judged, args.unseen, args.seed
             )
             for line in left_out:
                 CONSOLE.print(line)
@@ -264,7 +264,9 @@ class Study:
         names = ("sink", "recent", "seed", "dtype", "prompts", "max_tokens", "judged", "unseen")
         names += ("steps", "rate", "reg", "train_tokens", "gpu_memory", "tokens")
         settings = {name: getattr(self.args, name) for name in names}
-        settings |= {"model": self.checkpoint.id, "weights_of": sorted(self.weights)}
+        weights = {f"{bits:g}": list(map(float, found)) for bits, found in self.weights.items()}
+        settings |= {"model": self.checkpoint.id, "weights": weights}
+        settings |= {"unseen_sha256": digest_of(self.texts)}
         path = self.args.out / "settings.json"
         if not path.exists():
             save_results(settings, path)
@@ -278,9 +280,22 @@ class Study:
 
     def _begun(self, path: Path, heads: dict[str, Any], found: dict[str, Scores]) -> dict[str, Any]:
         """What a run that was stopped has left, or none yet."""
+        # Ways and shares may have been added.
+        told = {
+            "heads": {
+                way: {name: value for name, value in one.items() if name != "scores"}
+                | {"file": f"heads_{way}.json"}
+                for way, one in heads.items()
+            },
+            "in_common": {
+                f"{share:g}": self._in_common(found, share)
+                for share in self.shares
+                if len(found) > 1
+            },
+        }
         if path.exists():
             left: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return left
+            return left | {name: left[name] | new for name, new in told.items()}
         geometry = self.checkpoint.geometry
         return {
             **header(
@@ -292,13 +307,7 @@ class Study:
             "model": self.checkpoint.id,
             "dtype": self.args.dtype,
             "window": {"sink": self.window.sink, "recent": self.window.recent},
-            "heads": {way: {k: v for k, v in one.items() if k != "scores"} | {
-                "file": f"heads_{way}.json"} for way, one in heads.items()},
-            "in_common": {
-                f"{share:g}": self._in_common(found, share)
-                for share in self.shares
-                if len(found) > 1
-            },
+            **told,
             "dense_token_bytes": round(2 * ITEMSIZE * float(np.prod(geometry.shape))),
             "capacity": {"gpu_memory": self.args.gpu_memory, "tokens": self.args.tokens},
             "skipped": {},

@@ -9,7 +9,9 @@ writes, for machines that have none and for runs that are to read the same.
 
 import argparse
 import gettext
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +42,11 @@ def unseen_texts(folder: Path | None = None) -> dict[str, str]:
     pieces["perl"] = _files(["/usr/share/perl", "/usr/share/perl5", "/usr/lib"], ".pm", r"/perl")
     pieces["c++"] = _files([str(Path(torch.__file__).parent / "include")], ".h")
     return {kind: _joined(texts) for kind, texts in pieces.items()}
+
+
+def digest_of(texts: dict[str, str]) -> str:
+    """A sha256 of the texts."""
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
 
 def unseen_prompts(

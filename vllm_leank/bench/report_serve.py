@@ -12,7 +12,7 @@ def print_serve(results: dict[str, Any]) -> None:
     load = results["load"]
     table = Table(
         title=f"{load['model']}, prompts of {load['prompt_tokens']:,} tokens",
-        caption="in brackets: against the first",
+        caption="\n".join(["in brackets: against the first", *_short(results)]),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -38,6 +38,16 @@ def print_serve(results: dict[str, Any]) -> None:
             }
         table.add_row(one["variant"], *cells.values(), f"{decode['tpot_p99_ms']:.2f}")
     Console().print(table)
+
+
+def _short(results: dict[str, Any]) -> list[str]:
+    """Of variants that decoded steadily for fewer steps than were asked for."""
+    asked = results["load"]["steady_steps"]
+    return [
+        f"{one['variant']}: {steps} steps of the {asked} asked for; others may fit more requests"
+        for one in results["variants"]
+        if (steps := one["decode"]["steps"]) < asked
+    ]
 
 
 def _seconds(time: float | None) -> str:

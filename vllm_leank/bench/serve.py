@@ -69,6 +69,20 @@ def variant_args(variant: str, leank: dict[str, Any]) -> dict[str, Any]:
     return {"attention_backend": "leank", "additional_config": {"leank": options}}
 
 
+def refuse_args_of_variants(arguments: dict[str, Any]) -> None:
+    """Refuse engine arguments in which variants differ, and which they would replace.
+
+    Raises:
+        UserError: there are some.
+    """
+    of_variants = "attention_backend", "kv_cache_dtype", "additional_config"
+    if found := [name for name in of_variants if name in arguments]:
+        raise UserError(
+            f"--engine-args has {', '.join(found)}, which --variants, --mask, --sink, --recent and "
+            "--pages say"
+        )
+
+
 def parse_engine_args(text: str | None) -> dict[str, Any]:
     """More engine arguments, from a JSON object.
 

@@ -18,6 +18,7 @@ from vllm_leank.cli.options import (
     one_model,
 )
 from vllm_leank.cli.outputs import check_new
+from vllm_leank.errors import UserError
 
 app = typer.Typer(help="Measure speed and capacity.", no_args_is_help=True)
 
@@ -139,7 +140,7 @@ def serve(
     time_limit: Annotated[
         float, typer.Option(help="Seconds to wait for steady decoding of a variant.")
     ] = 600,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
     out: Out = None,
     overwrite: Overwrite = False,
     commit: Commit = None,
@@ -153,10 +154,11 @@ def serve(
     from vllm_leank.bench import serve as serving
     from vllm_leank.bench.report_serve import print_serve
     from vllm_leank.bench.results import SERVE, describe_mask, header, save_results
-    from vllm_leank.core.options import KEY, parse_options
+    from vllm_leank.core.options import parse_options
     from vllm_leank.core.selection import whole_or_share
     from vllm_leank.mask.checkpoint import Checkpoint
     from vllm_leank.mask.lookup import resolve_mask
+    from vllm_leank.mask.settings import plan_settings
 
     model = one_model(model, model_option, "leank bench serve MODEL --mask mask.yaml")
     if out is not None:
@@ -173,7 +175,14 @@ def serve(
         "skip_tokenizer_init": True,
         "seed": 0,
     }
-    common |= serving.parse_engine_args(engine_args)
+    common |= (more := serving.parse_engine_args(engine_args))
+    serving.refuse_args_of_variants(more)
+    longest, least = common["max_model_len"], prompt_tokens + output_tokens
+    if isinstance(longest, int) and 0 < longest < least:
+        raise UserError(
+            f"--max-model-len is {longest}; prompts of {prompt_tokens} tokens that generate "
+            f"{output_tokens} need {least}, and more until the last one has started"
+        )
     given: dict[str, Any] = {
         "mask": None if mask is None else str(mask),
         "sink": sink,
@@ -181,7 +190,15 @@ def serve(
         "pages": whole_or_share(pages),
     }
     leank = {name: value for name, value in given.items() if value is not None}
-    parse_options({KEY: leank})
+    asked = {
+        variant: parse_options(serving.variant_args(variant, leank)["additional_config"])
+        for variant in chosen
+        if variant.startswith("leank")
+    }
+    if leank and not asked:
+        raise UserError(
+            f"--{', --'.join(leank)} would change nothing: --variants has no engine of leank"
+        )
     load = {
         "prompt_tokens": prompt_tokens,
         "steady_steps": output_tokens,
@@ -191,19 +208,26 @@ def serve(
         "limit_s": time_limit,
     }
     results = header(SERVE, commit) | {"load": {"model": model} | load}
-    if any(name.startswith("leank") for name in chosen):
+    if asked:
         overrides = common.get("hf_overrides")
         geometry = Checkpoint.open(model, overrides=overrides).geometry
         found = resolve_mask(given["mask"], model, geometry, overrides=overrides)
         results["mask"] = describe_mask(found)
+        for options in asked.values():
+            plan_settings(found, options, itemsize=2)
     results["variants"] = []
-    for variant in chosen:
-        arguments = common | serving.variant_args(variant, leank)
-        results["variants"].append(serving.run_variant(variant, load | {"engine_args": arguments}))
-        results["ratios"] = serving.ratios(results["variants"])
-        if out is not None:
-            save_results(results, out)
-    print_serve(results)
+    try:
+        for variant in chosen:
+            arguments = common | serving.variant_args(variant, leank)
+            one = serving.run_variant(variant, load | {"engine_args": arguments})
+            results["variants"].append(one)
+            results["ratios"] = serving.ratios(results["variants"])
+            if out is not None:
+                save_results(results, out)
+    finally:
+        # What was measured before an engine failed is shown all the same.
+        if results["variants"]:
+            print_serve(results)
 
 
 @app.command()

@@ -92,7 +92,7 @@ def learn(
     chunk: Annotated[
         int, typer.Option(help="Prompt tokens computed at once; fewer take less memory.")
     ] = 4096,
-    seed: Annotated[int, typer.Option(help="Of the data.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the data.")] = 0,
     dtype: Dtype = "auto",
     device: Device = None,
     hf_overrides: Overrides = None,
@@ -125,6 +125,7 @@ def learn(
         raise UserError("--reg goes with --from nothing: it is of the stage that others leave out")
     check_new(out, overwrite)
     state = state or out.with_name(out.name + ".state")
+    check_new(state, overwrite=True)
     if picture is not None:
         from vllm_leank.mask.pictures import check_picture
 

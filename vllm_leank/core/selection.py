@@ -52,7 +52,9 @@ def whole_or_share(pages: float | None) -> float | None:
     """What a number means that came as a float: above 1 it counts tokens, which are whole. None is
     as it was.
     """
-    return int(pages) if pages is not None and pages > 1 and pages == int(pages) else pages
+    if pages is None or not math.isfinite(pages):
+        return pages
+    return int(pages) if pages > 1 and pages == int(pages) else pages
 
 
 @dataclass(frozen=True)

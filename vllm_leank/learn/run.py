@@ -13,6 +13,7 @@ from vllm_leank.learn.checks import PATIENCE, Checks
 from vllm_leank.learn.data import Data
 from vllm_leank.learn.display import Display
 from vllm_leank.learn.distillation import Distiller
+from vllm_leank.learn.fingerprint import fingerprint
 from vllm_leank.learn.signals import stop_on_signals
 from vllm_leank.learn.stage_runner import StageRunner
 from vllm_leank.learn.stages import Progress, Recipe, Refinement, Selection
@@ -88,6 +89,7 @@ def learn(
         geometry = checkpoint.geometry
         settings: dict[str, Any] = {
             "model": checkpoint.id,
+            "model_sha256": fingerprint(model),
             "geometry": geometry.as_dict(),
             "sink": request.window.sink,
             "recent": request.window.recent,

@@ -20,9 +20,11 @@ def check_source(source: str) -> None:
     """Refuse what is neither an address nor a file, such as a model's id.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or the address is not https.
     """
-    if "://" not in source and not Path(source).is_file():
+    if "://" in source:
+        _check_https(source)
+    elif not _is_file(source):
         raise UserError(
             f"{source}: no such file; give the path of a mask file, or an https address of one"
         )
@@ -80,6 +82,13 @@ def name_of(source: str) -> str:
     if not re.fullmatch(r"[\w.-]+\.ya?ml", name):
         raise UserError(f"{source}: does not end in the name of a .yaml file; name it with --out")
     return name
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _check_https(address: str) -> None:

@@ -103,11 +103,10 @@ def find_material(checkpoint: Checkpoint, window: Window, request: Request) -> M
         probe = probe or found.context
     if faults and not kinds:
         notes.append(f"needles were left out: {faults[0]}")
-    for _, (prompt, answer) in request.data:
-        probe = probe or (prompt + answer)[-shortest:]
-    if not probe:
+    data = [prompt + answer for _, (prompt, answer) in request.data]
+    probe = probe or max(data, key=len, default=[])[-shortest:]
+    if len(probe) <= COMPARED:
         advice = "give prompts with far tokens by --data prompts.jsonl"
         raise UserError("; ".join(["nothing to compare", *notes, advice]))
-    assert len(probe) > COMPARED
     candidates = [longest] if request.max_tokens else lengths[::-1]
     return Material(candidates, shortest, probe, count, kinds, notes)

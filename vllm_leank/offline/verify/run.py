@@ -106,7 +106,8 @@ class Run:
         """All of it.
 
         Raises:
-            UserError: there is too little time, or the model's attention is not what masks are for.
+            UserError: there is too little time or nothing with far tokens, or the model's attention
+                is not what masks are for.
         """
         seen = Measured(notes=list(self.material.notes))
         pace = self._pace()
@@ -125,6 +126,8 @@ class Run:
             self._data(samples, seen, until=begin + scale * (plan.texts + plan.data))
         if self.material.kinds:
             self._needles(pace, plan, seen)
+        if not (seen.texts or seen.data or seen.needles):
+            raise UserError("; ".join(["nothing was compared", *seen.notes]))
         return seen
 
     def _pace(self) -> Pace:
