@@ -56,6 +56,24 @@ def assert_served(model, loaded=None, **args):
         assert_as_defined(loaded or as_vllm_runs_it(model), mask, leank, PROMPTS, answers)
 
 
+def test_prompts_that_only_begin_alike_find_the_beginning(saved):
+    """Sliding layers keep pages at the end of a beginning that was seen twice."""
+    model = saved("gemma3_text")
+    start, *tails = prompts_of([600, 150, 151, 152, 153])
+    found = []
+    for mask in (None, full_mask(model)):
+        options = {"enable_prefix_caching": True, "max_num_batched_tokens": 256}
+        with engine(model, mask, **options, **LIMITS) as one:
+            hits = one.watch_hits()
+            answers = [one.generate([start + tail], 4)[0] for tail in tails]
+            found.append((hits, answers))
+    (plain_hits, expected), (hits, answers) = found
+    assert_same(answers, expected, 1e-4)
+    for plain, ours in zip(plain_hits, hits, strict=True):
+        assert (ours > 0) == (plain > 0)
+    assert min(hits[2:]) > 500
+
+
 @pytest.mark.parametrize("model_type", long_but(MODELS, "gemma3_text", "gpt_oss"))
 def test_architectures(model_type, saved):
     assert_served(saved(model_type))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from baselines.ends_whole import EndsWhole, whole_layers
 from baselines.group_rounding import round_groups
 from baselines.kitty import Kitty
 from baselines.kivi import Kivi
@@ -10,6 +11,7 @@ from baselines.unrounded import Unrounded
 from baselines.vllm_fp8 import VllmFp8
 from baselines.vllm_int4 import VllmInt4
 from baselines.vllm_turboquant import VllmTurboQuant
+from real.caches import vllm_caches
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.offline.plain_attention import plain_attention
@@ -135,9 +137,10 @@ def test_kitty_gives_the_largest_channels_of_a_page_more_bits():
         (Unrounded(), 28 * 1024, 0),
         (VllmFp8(), 28 * 512, 0.002),
         (VllmInt4(), 28 * 2 * 2 * (64 + 4), 0.02),
-        (VllmTurboQuant("turboquant_k8v4", 28), 4 * 1024 + 24 * 2 * (128 + 68), 0.02),
-        (VllmTurboQuant("turboquant_4bit_nc", 28), 4 * 1024 + 24 * 2 * (66 + 68), 0.02),
-        (VllmTurboQuant("turboquant_3bit_nc", 28), 4 * 1024 + 24 * 2 * (50 + 52), 0.08),
+        (EndsWhole(VllmFp8(), 28), 4 * 1024 + 24 * 512, 0.002),
+        (VllmTurboQuant("turboquant_k8v4"), 28 * 2 * (128 + 68), 0.02),
+        (VllmTurboQuant("turboquant_4bit_nc"), 28 * 2 * (66 + 68), 0.02),
+        (VllmTurboQuant("turboquant_3bit_nc"), 28 * 2 * (50 + 52), 0.08),
         (Kivi(4), 28 * 2 * 2 * (64 + 16), 0.01),
         (Kivi(2), 28 * 2 * 2 * (32 + 16), 0.2),
         (Kitty(), 28 * 2 * (36 + 5 + 36), 0.4),
@@ -153,7 +156,13 @@ def test_bytes_and_errors(cache, token_bytes, worst):
 
 
 def test_turboquant_leaves_the_outer_layers():
-    cache = VllmTurboQuant("turboquant_3bit_nc", 28)
+    assert whole_layers(28) == [0, 1, 26, 27]
+    assert [whole_layers(layers) for layers in (1, 3)] == [[], [0, 2]]
+    named = {cache.name: cache for cache in vllm_caches(28)}
+    assert list(named)[2:4] == [
+        "vLLM fp8, 4 layers whole", "vLLM int4_per_token_head, 4 layers whole"
+    ]  # fmt: skip
+    cache = named["vLLM turboquant_3bit_nc"]
     key, value = random(1, 2, 32, 128), random(1, 2, 32, 128)
     for layer in range(28):
         is_same = torch.equal(cache.round(layer, key, value)[0], key)

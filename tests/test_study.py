@@ -132,6 +132,22 @@ def test_results_say_which_mask_it_was(with_tokenizer, mask_file):
         assert one.engine_args["additional_config"]["leank"]["mask"] == str(mask_file)
 
 
+def test_caches_of_vllm_may_leave_layers_as_they_are(tiny_llama):
+    checkpoint = Checkpoint.open(str(tiny_llama(layers=6)))
+    rounded, ends = (served(word, checkpoint) for word in ("fp8", "fp8@ends"))
+    assert (rounded.name, rounded.engine_args) == ("vllm_fp8", {"kv_cache_dtype": "fp8"})
+    assert ends.name == "vllm_fp8_ends"
+    assert ends.engine_args == {
+        "kv_cache_dtype": "fp8",
+        "kv_cache_dtype_skip_layers": ["0", "1", "4", "5"],
+    }
+    layer = 2 * 2 * 64
+    assert (rounded.token_bytes, ends.token_bytes) == (6 * layer, (2 + 4 * 2) * layer)
+    assert served("turboquant_4bit_nc", checkpoint).token_bytes < rounded.token_bytes + 4 * layer
+    with pytest.raises(UserError, match=r"fp8@0\.1; vLLM's caches have @ends alone"):
+        served("fp8@0.1", checkpoint)
+
+
 def test_more_questions_are_added_to_those_asked(tmp_path):
     """What was asked is not asked again, and both runs are told."""
     path = tmp_path / "dense.json"

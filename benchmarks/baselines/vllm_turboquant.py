@@ -5,12 +5,9 @@ from vllm.model_executor.layers.quantization.turboquant.centroids import get_cen
 from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 from vllm.v1.attention.backends.turboquant_attn import _build_hadamard
 
-from baselines.rounded_cache import MODEL_BYTES, RoundedCache
+from baselines.rounded_cache import RoundedCache
 from baselines.vllm_fp8 import e4m3
 from vllm_leank.core.geometry import Geometry
-
-WHOLE_LAYERS = 2
-"""First layers, and as many last ones, that vLLM leaves as they are."""
 
 
 class VllmTurboQuant(RoundedCache):
@@ -19,30 +16,23 @@ class VllmTurboQuant(RoundedCache):
     K is divided by its norm (fp16), turned by a Hadamard matrix and rounded to the centroids of a
     normal distribution; what they give is brought to norm 1 again where the preset says so. V is
     rounded evenly from the smallest to the largest number of a token and head, with step and
-    smallest number in fp16. vLLM leaves the first two and the last two layers as they are.
+    smallest number in fp16. vLLM leaves the first two and the last two layers as they are: see
+    `EndsWhole`.
     """
 
-    def __init__(self, preset: str, num_layers: int):
-        self.preset, self.num_layers = preset, num_layers
+    def __init__(self, preset: str):
+        self.preset = preset
         self.name = f"vLLM {preset}"
 
     def layer_bytes(self, geometry: Geometry, layer: int) -> float:
-        if self._is_whole(layer):
-            return 2 * geometry.num_kv_heads * geometry.head_dim * MODEL_BYTES
         config = TurboQuantConfig.from_cache_dtype(self.preset, geometry.head_dim)
         return geometry.num_kv_heads * config.slot_size_aligned
 
     def round(
         self, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._is_whole(layer):
-            return key.float(), value.float()
         config = TurboQuantConfig.from_cache_dtype(self.preset, key.shape[-1])
         return _centroids(key.float(), config), _even(value.float(), config.value_quant_bits)
-
-    def _is_whole(self, layer: int) -> bool:
-        count = min(WHOLE_LAYERS, self.num_layers // 2)
-        return not count <= layer < self.num_layers - count
 
 
 def _centroids(key: torch.Tensor, config: TurboQuantConfig) -> torch.Tensor:

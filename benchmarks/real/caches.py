@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from baselines.ends_whole import EndsWhole
 from baselines.kitty import Kitty
 from baselines.kivi import Kivi
 from baselines.once_per_prompt import OncePerPrompt
@@ -169,5 +170,10 @@ def vllm_caches(num_layers: int) -> list[RoundedCache]:
     from baselines.vllm_int4 import VllmInt4
     from baselines.vllm_turboquant import VllmTurboQuant
 
-    presets = [VllmTurboQuant(preset, num_layers) for preset in TURBOQUANT]
-    return [VllmFp8(), VllmInt4(), *presets]
+    whole = VllmFp8(), VllmInt4()
+    presets = map(VllmTurboQuant, TURBOQUANT)
+    return [
+        *whole,
+        *(EndsWhole(cache, num_layers) for cache in whole),
+        *(EndsWhole(cache, num_layers, cache.name) for cache in presets),
+    ]

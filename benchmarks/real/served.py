@@ -14,6 +14,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from baselines.ends_whole import whole_layers
 from baselines.rounded_cache import MODEL_BYTES
 from rich.console import Console
 
@@ -25,7 +26,7 @@ from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.file import load_mask
 
-DENSE = "dense"
+DENSE, ENDS = "dense", "ends"
 
 CONSOLE = Console(stderr=True, highlight=False)
 
@@ -52,10 +53,10 @@ class Served:
 
 def served(word: str, checkpoint: Checkpoint) -> Served:
     """What a word of `--variants` stands for: `dense`, a mask's file, one with `@` and the leank
-    option `pages`, or a `kv_cache_dtype`.
+    option `pages`, or a `kv_cache_dtype`, or one with `@ends`, where some layers stay as they are.
 
     Raises:
-        UserError: the file is no mask.
+        UserError: the file is no mask, or there is no such word.
     """
     geometry = checkpoint.geometry
     dense = 2.0 * MODEL_BYTES * math.prod(geometry.shape)
@@ -73,9 +74,17 @@ def served(word: str, checkpoint: Checkpoint) -> Served:
         name = f"{path.stem}_pages_{pages}" if pages else path.stem
         size, exact = mask_token_bytes(mask), mask.sink + mask.recent
         return Served(name, arguments, size, exact, describe_mask(mask))
-    known = {cache.name.removeprefix("vLLM "): cache for cache in vllm_caches(len(geometry.layers))}
+    num_layers = len(geometry.layers)
+    known = {cache.name.removeprefix("vLLM "): cache for cache in vllm_caches(num_layers)}
+    arguments: dict[str, Any] = {"kv_cache_dtype": name}
+    if pages == ENDS:
+        whole = whole_layers(num_layers)
+        arguments["kv_cache_dtype_skip_layers"] = list(map(str, whole))
+        word, name = f"{name}, {len(whole)} layers whole", f"{name}_{ENDS}"
+    elif pages:
+        raise UserError(f"--variants has {word}; vLLM's caches have @{ENDS} alone")
     size = known[word].token_bytes(geometry) if word in known else None
-    return Served(f"vllm_{word}", {"kv_cache_dtype": word}, size)
+    return Served(f"vllm_{name}", arguments, size)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +93,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants",
         default=DENSE,
-        help="dense, masks' files, MASK@PAGES, kv_cache_dtypes; with commas",
+        help="dense, masks' files, MASK@PAGES, kv_cache_dtypes, such as fp8, or fp8@ends, where "
+        "the first and last two layers stay as they are; with commas",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--engine-args", metavar="JSON", help="more arguments of every engine")

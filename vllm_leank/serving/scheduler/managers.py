@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
@@ -31,8 +31,8 @@ class LeanKManager(FullAttentionManager):
         self._window = kv_cache_spec.window
         self._record_new_block_ids &= self._reads_unwritten
         # The managers of one coordinator have the same pool.
-        groups = self.block_pool.__dict__.setdefault("_leank_groups", [])
-        groups.append(self.kv_cache_group_id)
+        groups = self.block_pool.__dict__.setdefault("_leank_groups", {})
+        groups[self.kv_cache_group_id] = self.block_size
         if len(groups) > 2:
             raise RuntimeError(
                 "vLLM split leank's cache into more than two groups, which would waste most of it; "
@@ -136,9 +136,11 @@ class ExactArchiveManager(ArchiveManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Pages of running requests that begin with the same prompt, as many as there are.
 
-        The hit's length is `max_length`, as these pages never limit one: a prompt is read from
-        dense pages, whose hit vLLM then cuts these to. The page in which compaction of the prompt
-        ends is not among them, since what lies behind the end is this request's own.
+        They never limit a hit, as a prompt is read from dense pages: its length is that of the
+        dense pages. It is no longer than that, since vLLM takes the longest hit of all groups for a
+        prefix that prompts share, and has sliding layers keep their pages at its end. The page in
+        which compaction of the prompt ends is not among those found, since what lies behind the end
+        is this request's own.
         """
         # All but the last token may be found; a request that starts again asks with its answer,
         # but comes with hashes of its prompt alone.
@@ -152,7 +154,30 @@ class ExactArchiveManager(ArchiveManager):
             *args,
             **kwargs,
         )
-        return blocks, max_length
+        return blocks, cls._dense_hit(
+            block_hashes, max_length, kv_cache_group_ids, block_pool, kwargs["alignment_tokens"]
+        )
+
+    @staticmethod
+    def _dense_hit(
+        block_hashes: BlockHashList,
+        max_length: int,
+        archive_groups: Sequence[int],
+        block_pool: BlockPool,
+        alignment: int,
+    ) -> int:
+        """Tokens, in whole `alignment`, whose dense pages are there."""
+        ((group, block),) = (
+            (group, block)
+            for group, block in block_pool._leank_groups.items()
+            if group not in archive_groups
+        )
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, block)
+        pages = min(max_length // block, len(hashes))
+        absent = (
+            page for page in range(pages) if not block_pool.get_cached_block(hashes[page], [group])
+        )
+        return next(absent, pages) * block // alignment * alignment
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Let others share the pages that compaction of the request's prompt fills."""
