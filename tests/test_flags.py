@@ -59,6 +59,7 @@ NOT_HERE = {
     "--prefill-context-parallel-size": {"parallel_config.prefill_context_parallel_size": 2},
     "--enable-dbo": {"parallel_config.enable_dbo": True},
     "--ubatch-size": {"parallel_config.ubatch_size": 2},
+    "--enable-return-routed-experts": {"aux_output_config.enable_return_routed_experts": True},
 }
 """Flags that vLLM itself does not let pass on one CPU: what they set."""
 
@@ -106,3 +107,12 @@ def test_what_vllm_does_not_let_pass_here(tiny_llama_dir, options, flag):
         setattr(getattr(config, part), name, value)
     (reason,) = flags.refused_flags(config)
     assert flag in reason
+
+
+def test_an_interval_of_pages_fits_the_masks(tiny_llama_dir, options):
+    line = ["serve", str(tiny_llama_dir), "--attention-backend", "leank", "--skip-tokenizer-init"]
+    line += ["--additional-config", json.dumps(options), "--prefix-cache-retention-interval"]
+    (reason,) = examine([*line, "1000"]).reasons
+    assert reason.startswith("--prefix-cache-retention-interval is 1000; with this mask it must be")
+    fits = int(reason.rsplit(" ", 1)[1])
+    assert examine([*line, str(3 * fits)]).reasons == ()

@@ -19,6 +19,7 @@ from vllm_cache import cache_configs, vllm_config
 from vllm_leank.core.formats import NATIVE
 from vllm_leank.core.pages import LEAST_BLOCK
 from vllm_leank.core.window import Window
+from vllm_leank.serving.scheduler.managers import ArchiveManager
 from vllm_leank.serving.scheduler.specs import WindowSpec
 
 ARCHIVE, WINDOW = 0, 1
@@ -299,15 +300,29 @@ def test_a_preempted_request_does_not_take_its_answer_from_anothers_prompt():
     assert server.prefill(request) < 500
 
 
-@pytest.mark.parametrize(("block", "prompt"), [(64, 200), (64, 1000), (256, 500), (256, 4000)])
-def test_responses_say_how_much_of_a_prompt_was_cached(block, prompt):
-    """Archive pages, which prompts are not read from, take nothing from it."""
-    server = Server(Window(64, 256), block)
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("block", "prompt"), [(64, 288), (64, 1000), (256, 500), (256, 4000)])
+def test_responses_say_how_much_of_a_prompt_was_cached(block, prompt, exact):
+    """Archive pages, of which there are fewer, take nothing from it."""
+    server = Server(Window(64, 256, exact=exact), block)
     request = server.request("a", range(prompt))
     server.prefill(request)
     told = server.manager.estimate_cached_tokens(request)
     longer = server.request("b", range(prompt + 50))
     assert told >= server.prefill(longer) >= told // block * block > 0
+
+
+def test_tokens_that_were_taken_up_are_not_counted_as_compacted():
+    server = Server(Window(64, 256, exact=False), 64)
+    server.prefill(server.request("a", range(1003)))
+    archive = next(
+        one for one in server.manager.coordinator.single_type_managers
+        if isinstance(one, ArchiveManager)
+    )  # fmt: skip
+    assert archive.compacted == 672
+    found = server.prefill(server.request("b", range(1003)))
+    assert found == 960
+    assert archive.compacted == 672 + 32
 
 
 @pytest.mark.parametrize("exact", [True, False])

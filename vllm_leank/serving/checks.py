@@ -1,5 +1,6 @@
 """What leank refuses at startup: each with what, why, and the flag to change."""
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -126,6 +127,7 @@ def judge(vllm_config: "VllmConfig") -> "tuple[Settings | None, list[str]]":
         return None, [*reasons, str(error)]
     if "recent" not in faults:
         reasons.extend(_drafts(vllm_config, settings.window.recent))
+    reasons.extend(_retention(vllm_config, settings))
     return None if faults else settings, reasons
 
 
@@ -198,6 +200,17 @@ def _mixed(config: "VllmConfig", options: Options) -> Iterator[str]:
         )
     if kind == STATES and config.cache_config.enable_prefix_caching:
         yield f"prefix caching is for models without {kind}: add {NO_PREFIX_CACHING}"
+
+
+def _retention(config: "VllmConfig", settings: "Settings") -> Iterator[str]:
+    """vLLM compares it with pages only when the model has been loaded."""
+    interval, plan = config.cache_config.prefix_cache_retention_interval, settings.plan
+    pages = math.lcm(plan.window_block, plan.archive_block)
+    if interval and interval % pages:
+        yield (
+            f"--prefix-cache-retention-interval is {interval}; with this mask it must be 0 or a "
+            f"multiple of {pages}"
+        )
 
 
 def _flags(config: "VllmConfig") -> Iterator[str]:

@@ -87,11 +87,19 @@ REFUSED = (
         # For models of this kind vLLM makes one itself; they are refused as models.
         lambda config: config.diffusion_config is not None and not config.model_config.is_diffusion,
     ),
+    # vLLM keeps them by the prefix cache's pages, and expects those of answers to push old ones
+    # out; leank has none of these, and its archive is no measure of what is found.
+    Refused(
+        "--enable-return-routed-experts",
+        "routed experts are not returned with leank: remove --enable-return-routed-experts",
+        lambda config: config.aux_output_config.enabled,
+    ),
 )
 
 SOME_VALUES = {
     "--additional-config": "leank's options under the key `leank`; others must be right as well",
     "--attention-backend": "`leank`",
+    "--aux-output-config": "all but `enable_return_routed_experts`",
     "--attention-config": "all but `backend_per_kind`: leank serves all layers or none",
     "--convert": "`auto` and `none`: leank serves text generation",
     "--disable-sliding-window": "for models without sliding layers",
@@ -100,6 +108,7 @@ SOME_VALUES = {
     "--pipeline-parallel-size": "1, for models with sliding layers or states",
     "--dtype": "on a GPU 16 bits",
     "--kv-cache-dtype": "the model's own: far tokens are made small by a mask of bits",
+    "--prefix-cache-retention-interval": "0; with sliding layers multiples of leank's pages",
     "--runner": "`auto` and `generate`: leank serves text generation",
     "--spec-method": "as `--speculative-config`",
     "--spec-model": "as `--speculative-config`",
@@ -155,7 +164,7 @@ WORKS = {
         --model --tokenizer --tokenizer-mode --trust-remote-code --seed --hf-config-path
         --allowed-local-media-path --allowed-media-domains --revision --code-revision
         --tokenizer-revision --max-model-len --quantization --quantization-config
-        --allow-deprecated-quantization --enforce-eager --enable-return-routed-experts
+        --allow-deprecated-quantization --enforce-eager
         --return-sampling-mask --max-logprobs --logprobs-mode --use-fp64-gumbel
         --enable-trace-replay --skip-tokenizer-init --enable-prompt-embeds --served-model-name
         --config-format --hf-token --hf-overrides --model-class-overrides --generation-config
@@ -203,7 +212,7 @@ WORKS = {
         --enable-fault-tolerance --fault-tolerance-config""",
     "Cache, scheduler and compilation": """
         --gpu-memory-utilization --kv-cache-memory-bytes --num-gpu-blocks-override
-        --prefix-cache-retention-interval --prefix-caching-hash-algo
+        --prefix-caching-hash-algo
         --kv-events-config
         --max-num-batched-tokens --max-num-scheduled-tokens --max-num-seqs
         --max-num-active-seqs --max-num-queued-reqs --max-num-queued-tokens
@@ -218,7 +227,7 @@ WORKS = {
         --per-request-spec-decode-metrics --kv-cache-metrics --kv-cache-metrics-sample
         --custom-histogram-buckets --cudagraph-metrics --enable-layerwise-nvtx-tracing
         --enable-mfu-metrics --enable-logging-iteration-details --jit-monitor-mode
-        --jit-monitor-verbose --aux-output-config --profiler-config --watchdog-config""",
+        --jit-monitor-verbose --profiler-config --watchdog-config""",
 }
 """Flags that mean what they mean without leank, by what they are for."""
 

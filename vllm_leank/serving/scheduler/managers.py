@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 from vllm_leank.core.pages import LEAST_BLOCK
 from vllm_leank.serving.scheduler.specs import LeanKSpec
 from vllm_leank.serving.scheduler.usage import Usage
-from vllm_leank.serving.vllm.prompt_pages import share_prompts_only
+from vllm_leank.serving.vllm.prompt_pages import count_without_archive, share_prompts_only
 from vllm_leank.serving.vllm.statistics import hook_statistics
 
 
@@ -58,6 +58,7 @@ class ArchiveManager(LeanKManager):
         self._boundaries: dict[str, int] = {}
         # Here, since there are managers in the scheduler's process alone.
         hook_statistics(ArchiveManager, Usage)
+        count_without_archive(ArchiveManager)
 
     def get_num_blocks_to_allocate(
         self,
@@ -243,4 +244,4 @@ class ExactWindowManager(WindowManager):
 
     def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        share_prompts_only(ExactWindowManager, ExactArchiveManager)
+        share_prompts_only(ExactWindowManager)

@@ -87,6 +87,8 @@ class PrunedArchiveManager(ArchiveManager):
     ) -> None:
         """Take up the pages of a prefix; see the base class."""
         pages = self._taken_up(new_computed_blocks, num_local_computed_tokens)
+        # What was taken up was compacted before.
+        self._boundaries[request_id] = self._window.boundary(num_local_computed_tokens)
         super().add_local_computed_blocks(
             request_id, pages, len(pages) * self.block_size, num_external_computed_tokens
         )

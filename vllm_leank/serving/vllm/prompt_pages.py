@@ -1,5 +1,5 @@
 """What the prefix cache gets and gives where prompts are read exactly: pages of prompts, and not of
-answers. For vLLM 0.32 and 0.33.
+answers; and what responses say of it. For vLLM 0.32 and 0.33.
 
 Goes when a cache spec can say which pages are not to be found.
 """
@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-def share_prompts_only(window_manager: type, archive_manager: type) -> None:
+def share_prompts_only(window_manager: type) -> None:
     """Keep answers out of the prefix cache, in all groups of layers: of a request only the pages of
     its prompt, less the last token's, are offered and found. So it is for coordinators that have a
-    `window_manager`. Pages of an `archive_manager` never shorten a hit, and so do not count in what
-    responses say was cached.
+    `window_manager`.
     """
     from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -26,7 +25,6 @@ def share_prompts_only(window_manager: type, archive_manager: type) -> None:
         return
     cache_blocks = KVCacheCoordinator.cache_blocks
     get_computed_blocks = KVCacheManager.get_computed_blocks
-    estimate_cached_tokens = KVCacheManager.estimate_cached_tokens
 
     def serves(coordinator: KVCacheCoordinator) -> bool:
         return any(isinstance(one, window_manager) for one in coordinator.single_type_managers)
@@ -47,25 +45,35 @@ def share_prompts_only(window_manager: type, archive_manager: type) -> None:
         with _hashes_of_prompt(request, self.block_pool.hash_block_size):
             return get_computed_blocks(self, request, *args, **kwargs)
 
+    KVCacheCoordinator.cache_blocks = cache_prompt_blocks
+    KVCacheManager.get_computed_blocks = get_prompt_blocks
+    KVCacheCoordinator._leank_hooked = True
+
+
+def count_without_archive(archive_manager: type) -> None:
+    """Leave pages of an `archive_manager` out of what responses say was cached: there are fewer of
+    them, as they hold far tokens alone.
+    """
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    if "_leank_hooked" in KVCacheManager.__dict__:
+        return
+    estimate_cached_tokens = KVCacheManager.estimate_cached_tokens
+
     @functools.wraps(estimate_cached_tokens)
-    def count_prompt_tokens(self: Any, request: "Request") -> int:
-        if not serves(self.coordinator):
+    def count_dense_tokens(self: Any, request: "Request") -> int:
+        managers = self.coordinator.single_type_managers
+        if not any(isinstance(one, archive_manager) for one in managers):
             return estimate_cached_tokens(self, request)
-        groups = zip(
-            self.coordinator.single_type_managers,
-            self.get_blocks(request.request_id).blocks,
-            strict=True,
-        )
+        groups = zip(managers, self.get_blocks(request.request_id).blocks, strict=True)
         return min(
             max((block.block_hash_num_tokens or 0 for block in blocks), default=0)
             for manager, blocks in groups
             if not isinstance(manager, archive_manager)
         )
 
-    KVCacheCoordinator.cache_blocks = cache_prompt_blocks
-    KVCacheManager.estimate_cached_tokens = count_prompt_tokens
-    KVCacheManager.get_computed_blocks = get_prompt_blocks
-    KVCacheCoordinator._leank_hooked = True
+    KVCacheManager.estimate_cached_tokens = count_dense_tokens
+    KVCacheManager._leank_hooked = True
 
 
 @contextmanager
