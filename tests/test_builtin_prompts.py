@@ -6,6 +6,7 @@ import pytest
 import transformers
 
 from vllm_leank.errors import UserError
+from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.offline.builtin_prompts import builtin_prompts
 from vllm_leank.offline.written_prompts import OPENINGS, written_prompts
 
@@ -22,6 +23,7 @@ class Letters:
         return list(text.encode())
 
     encode_rest = encode
+    encode_question = Checkpoint.encode_question
 
 
 def texts(prompts):

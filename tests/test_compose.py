@@ -9,7 +9,7 @@ from mask_samples import statistics_of
 from vllm_leank import cli
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
-from vllm_leank.mask.compose import compose, read_streaming_heads
+from vllm_leank.mask.compose import _filled, compose, read_streaming_heads
 from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.mask import Mask
@@ -45,6 +45,17 @@ def test_intersection_is_filled_up_with_the_first_masks_slowest_pairs():
     # 16..31 and 16 of the other 48: pairs (31, 63), (30, 62), ... turn slowest.
     other = mask_of([(0, 0), (0, 0), (16, 32), (0, 0)], align=16)
     assert kept(compose([wide, other]))[2] == [*range(16, 32), *range(48, 64)]
+
+
+def test_pairs_of_a_part_of_the_channels():
+    """Of the first 32 channels pairs are 16 apart; the others are not turned at all."""
+    part = Geometry(2, 2, 64, 1e4, {"rope_type": "default", "partial_rotary_factor": 0.5})
+    wide = mask_of([(0, 32), (0, 64), (0, 0), (0, 0)], align=16, geometry=part)
+    keep = np.zeros((2, 2, 64), bool)
+    keep[0, 0, :8] = keep[0, 1, :8] = True
+    filled = _filled(keep, wide.keep, 16, part)
+    assert np.flatnonzero(filled[0, 0]).tolist() == [*range(8), *range(12, 16), *range(28, 32)]
+    assert np.flatnonzero(filled[0, 1]).tolist() == [*range(8), *range(32, 40)]
 
 
 def test_union_is_filled_up_with_the_slowest_pairs():

@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,17 @@ def test_large_files_are_not_read(run, tmp_path):
     with (tmp_path / "huge.pth").open("wb") as file:
         file.truncate(importer.MAX_BYTES + 1)
     assert "larger than" in run(tmp_path / "huge.pth")[1]
+
+
+def test_files_that_unpack_to_more_are_not_unpacked(run, pth, tmp_path):
+    """torch.save packs nothing, and what is packed may be a thousand times as large."""
+    source = pth(torch.zeros(importer.MAX_BYTES // 4 + 4096))
+    packed = tmp_path / "packed.pth"
+    with zipfile.ZipFile(source) as plain, zipfile.ZipFile(packed, "w") as archive:
+        for member in plain.infolist():
+            archive.writestr(member.filename, plain.read(member), zipfile.ZIP_DEFLATED)
+    assert packed.stat().st_size < importer.MAX_BYTES / 100
+    assert "packed.pth: unpacks to " in run(packed)[1]
 
 
 def test_factors_are_rounded_as_in_training(run, tsv):

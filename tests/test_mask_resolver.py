@@ -9,7 +9,8 @@ from mask_samples import bits_mask
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
-from vllm_leank.mask.checkpoint import Checkpoint, is_path
+from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.mask.configs import is_path
 from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.lookup import find_masks, list_masks, mask_of_bits, resolve_mask

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -23,6 +24,7 @@ from vllm_leank.core.capacity import (
     estimate_pool,
     leank_capacity,
 )
+from vllm_leank.core.formats.packed import CODE_CLASSES
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.hf_config import longest_request
 from vllm_leank.core.window import Window
@@ -31,6 +33,8 @@ from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.lookup import find_masks
 from vllm_leank.mask.plain_config import count_weights, plain_config
+from vllm_leank.offline.allocate import class_widths
+from vllm_leank.offline.even_bits import even_bits
 
 (BUNDLED,) = find_masks("leank/recall")
 
@@ -103,7 +107,7 @@ def test_plan_as_a_table(recall):
     ("overrides", "longest"),
     [
         ({}, 32768),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 65536),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}}, 65536),
         ({"max_position_embeddings": 131072}, 131072),
     ],
     ids=["as it is", "scaled", "of a longer config"],
@@ -438,3 +442,18 @@ def test_plan_without_a_mask_suggests_bits(leank, tiny_llama_dir):
     assert code == 2
     assert f"leank mask calibrate {tiny_llama_dir} --bits 2" in err
     assert "or plan without a mask: --bits 2" in err
+
+
+def test_memory_of_nothing_is_refused(recall):
+    code, _, err = recall("--kv-cache-memory", "0", "--bits", 2, "--max-model-len", 4096)
+    assert code == 2
+    assert "no memory is left for the cache" in err
+
+
+@pytest.mark.parametrize("head_dim", [96, 160, 192, 224])
+def test_heads_have_as_many_bits_as_they_can(head_dim):
+    """Channels are in classes of powers of two, so not all of these can have 8 bits."""
+    found = even_bits(2, 2, head_dim, 8)
+    most = (class_widths(head_dim) @ np.array(CODE_CLASSES)).max() / head_dim
+    assert found.k_bits.mean() == found.v_bits.mean() == most
+    assert 5 < most < 8

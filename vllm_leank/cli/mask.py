@@ -81,7 +81,7 @@ def import_file(
 
 def find(name: str) -> "Mask":
     """The mask in a file, or the user's or the package's one for a model id."""
-    from vllm_leank.mask.checkpoint import is_path
+    from vllm_leank.mask.configs import is_path
     from vllm_leank.mask.file import load_mask
     from vllm_leank.mask.lookup import broken_masks, find_masks, most_careful, preferred
 

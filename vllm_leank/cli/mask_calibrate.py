@@ -113,7 +113,7 @@ def calibrate(
             show_default="all",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of built-in prompts and drawn labels.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of built-in prompts and drawn labels.")] = 0,
     dtype: Dtype = "auto",
     device: Device = None,
     hf_overrides: Overrides = None,

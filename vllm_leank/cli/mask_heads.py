@@ -64,7 +64,8 @@ def heads(
     measured = measure_heads(checkpoint.load(dtype, device), prompts.ids, window)
     shares = high_frequency_share(measured.energy, checkpoint.geometry)
     ranked = [
-        (float(shares[layer, head]), layer, head) for layer, head in np.ndindex(*shares.shape)
+        (float(shares[row, head]), checkpoint.geometry.layers[row], head)
+        for row, head in np.ndindex(*shares.shape)
     ]
     ranked.sort(key=lambda entry: -entry[0])
     if out is not None:

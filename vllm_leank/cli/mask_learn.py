@@ -168,7 +168,7 @@ def learn(
         from vllm_leank.mask.pictures import draw_learning
 
         held_out = learned.checks.steps, learned.checks.losses
-        draw_learning(picture, learned.factors, learned.mask.keep, learned.losses, held_out)
+        draw_learning(picture, learned.factors, learned.mask, learned.losses, held_out)
         print(f"{picture}: factors and losses")
 
 

@@ -22,7 +22,7 @@ def prompts(
     ] = 2048,
     sink: Sink = SINK,
     recent: Recent = RECENT,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Write the built-in prompts to a file, as the other commands take it by --data.

@@ -113,9 +113,9 @@ def _keep_table(mask: Mask) -> Table:
     table.add_column("layer", justify="right")
     table.add_column("per KV head")
     table.add_column("K kept", justify="right")
-    for index, counts in enumerate(mask.kept_counts):
+    for layer, counts in zip(mask.geometry.layers, mask.kept_counts, strict=True):
         share = counts.sum() / (mask.geometry.num_kv_heads * mask.geometry.head_dim)
-        table.add_row(str(index), " ".join(f"{count:3d}" for count in counts), f"{share:.1%}")
+        table.add_row(str(layer), " ".join(f"{count:3d}" for count in counts), f"{share:.1%}")
     return table
 
 
@@ -123,9 +123,10 @@ def _bits_table(mask: Mask) -> Table:
     table = Table(title="mean bits", title_justify="left")
     for name in ("layer", "K", "V", "K per KV head", "V per KV head"):
         table.add_column(name, justify="right")
-    for index, (k_bits, v_bits) in enumerate(zip(mask.k_bits, mask.v_bits, strict=True)):
+    rows = zip(mask.geometry.layers, mask.k_bits, mask.v_bits, strict=True)
+    for layer, k_bits, v_bits in rows:
         table.add_row(
-            str(index),
+            str(layer),
             f"{k_bits.mean():.2f}",
             f"{v_bits.mean():.2f}",
             *(" ".join(f"{head:4.1f}" for head in bits.mean(-1)) for bits in (k_bits, v_bits)),

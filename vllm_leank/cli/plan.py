@@ -193,6 +193,8 @@ def plan(
         pool = estimate_pool(gpu_memory, gpu_memory_utilization, weights // tp, other)
         facts |= {"gpu_bytes": gpu_memory, "weight_bytes": weights, "other_bytes": other}
     assert pool is not None
+    if pool <= 0:
+        raise UserError("no memory is left for the cache: give more by --kv-cache-memory")
     if not settings.window.exact:
         facts["while_computed"] = pruned_prefill(
             settings.plan, settings.window, pool, max_model_len, max_num_batched_tokens,

@@ -44,7 +44,8 @@ class Geometry:
     def __post_init__(self) -> None:
         if self.served_layers is not None:
             layers = tuple(self.served_layers)
-            every = layers == tuple(range(self.num_layers))
+            # Files say how many layers there are: nothing that long is made.
+            every = len(layers) == self.num_layers and layers == tuple(range(len(layers)))
             object.__setattr__(self, "served_layers", None if every else layers)
         object.__setattr__(self, "layers_without_rope", tuple(self.layers_without_rope))
         theta = self.rope_theta

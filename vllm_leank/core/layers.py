@@ -15,6 +15,9 @@ from vllm_leank.core.pages import LEAST_BLOCK, pages
 from vllm_leank.core.states import STATES, StateLayers, count_states, keeps_states, state_bytes
 from vllm_leank.errors import UserError
 
+MAX_LAYERS = 4096
+"""More than any model has: what files say is no reason to make longer lists."""
+
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 HYBRID = "hybrid"
@@ -50,6 +53,11 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
     """
     get = fields_of(config)
     count, kinds = required(get, "num_hidden_layers"), get("layer_types")
+    if type(count) is not int or not 1 <= count <= MAX_LAYERS:
+        raise UserError(
+            f"the model's config has num_hidden_layers {count}; it must be a whole number from 1 "
+            f"to {MAX_LAYERS}"
+        )
     if kinds is None or (keeps_states(config) and set(kinds) == {HYBRID}):
         # Without `layer_types` all layers slide, or none does.
         return (SLIDING if window_of(get) else FULL,) * count

@@ -27,7 +27,7 @@ def draw_bits(path: Path, mask: Mask) -> None:
     for column, (name, bits) in enumerate({"K": mask.k_bits, "V": mask.v_bits}.items()):
         channels = figure.add_subplot(grid[0, column])
         image = channels.imshow(bits.reshape(L * H, D), aspect="auto", cmap="viridis", norm=norm)
-        label_layers(channels, L, H)
+        label_layers(channels, mask.geometry.layers, H)
         channels.set(title=f"{name}: {bits.mean():.2f} bits", xlabel=f"{name} channel")
         bar = figure.colorbar(image, ax=channels, label="bits")
         bar.set_ticks([0.5, 2, 4.5, 9, 14.5], labels=[str(kind) for kind in classes])

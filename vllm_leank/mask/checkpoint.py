@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.served_models import Attention
 from vllm_leank.errors import UserError
+from vllm_leank.mask.configs import overridden, text_config, understood, whole_config
 from vllm_leank.mask.loading import load_part, load_weights
 from vllm_leank.mask.names import model_name
 from vllm_leank.mask.plain_config import count_weights, plain_config
@@ -73,18 +74,21 @@ class Checkpoint:
         """
         hub, path = dict(hub or {}), _folder(path)
         if overrides:
-            override = whole_config(path, hub)
-            override.update(dict(overrides))
+            override = overridden(path, hub, overrides)
         plain = None if hub or override is not None else plain_config(path)
-        if plain is None:
-            config = text_config(path, hub) if override is None else override.get_text_config()
-            attention = Attention.of(config)
-        else:
-            config, attention = plain, Attention.of(plain)
-        if reasons := "; ".join(attention.refusals()):
+        with understood(path):
+            if plain is not None:
+                config: Any = plain
+            elif override is None:
+                config = text_config(path, hub)
+            else:
+                config = override.get_text_config()
+            reasons = "; ".join(Attention.of(config).refusals())
+        if reasons:
             raise UserError(f"{path}: leank cannot serve this model: {reasons}")
         name = model_id or model_name(path)
-        geometry = Geometry.from_hf_config(config)
+        with understood(path):
+            geometry = Geometry.from_hf_config(config)
         return cls(path, name, geometry, plain, hub, override, tokenizer_path)
 
     @functools.cached_property
@@ -108,11 +112,34 @@ class Checkpoint:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, after the tokens that begin a sequence."""
-        return self.tokenizer.encode(text, verbose=False)
+        return self._encode(text)
 
     def encode_rest(self, text: str) -> list[int]:
         """Token ids of a text that continues another."""
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return self._encode(text, add_special_tokens=False)
+
+    def encode_question(self, text: str) -> list[int]:
+        """Token ids of what a user asks, in the chat template, or plainly where there is none."""
+        if not self.tokenizer.chat_template:
+            return self.encode(text)
+        import jinja2
+
+        messages = [{"role": "user", "content": text}]
+        try:
+            asked = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self.path}: its chat template takes no question: {error}") from error
+        return self.encode_rest(asked)
+
+    def _encode(self, text: str, **options: Any) -> list[int]:
+        tokenizer = self.tokenizer
+        try:
+            ids: list[int] = tokenizer.encode(text, verbose=False, **options)
+        except Exception as error:  # tokenizers raise nothing else
+            raise UserError(f"{self.path}: its tokenizer cannot read a text: {error}") from error
+        return ids
 
     def max_tokens(self, limit: int) -> int:
         """`limit`, or the longest context of the model if that is shorter."""
@@ -211,36 +238,6 @@ class Checkpoint:
     def _whole_config(self) -> Any:
         """The config, not of its text part alone."""
         return whole_config(self.path, self.hub) if self.override is None else self.override
-
-
-def is_path(model: str) -> bool:
-    """Whether a model is named by a path, whatever is there: it begins as no hub id does, has more
-    parts than one, or its first part is a folder here.
-    """
-    begins = model.startswith(("/", ".", "~")) or model.endswith(("/", ".json"))
-    folder, between, _ = model.partition("/")
-    return begins or model.count("/") > 1 or (bool(between) and Path(folder).is_dir())
-
-
-def text_config(path: str, hub: Mapping[str, Any]) -> Any:
-    """The config of a text model, or of the text part of a multimodal one; `hub` has options of
-    `from_pretrained`.
-
-    Raises:
-        UserError: there is no such checkpoint, or its config cannot be loaded.
-    """
-    return whole_config(path, hub).get_text_config()
-
-
-def whole_config(path: str, hub: Mapping[str, Any]) -> Any:
-    """The config of a model; see `text_config`."""
-    if not Path(path).is_dir() and is_path(path):
-        raise UserError(f"{path}: no such directory")
-    if Path(path).is_dir() and not Path(path, "config.json").is_file():
-        raise UserError(f"{path}: has no config.json, so it is no model")
-    import transformers
-
-    return load_part(transformers.AutoConfig, path, **hub)
 
 
 def _class_of(config: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_leank.core.geometry import Geometry
+from vllm_leank.core.layers import MAX_LAYERS
 from vllm_leank.core.pages import MAX_HEAD_DIM
 from vllm_leank.core.window import GRANULE, MOST
 from vllm_leank.errors import shortened
@@ -32,9 +33,10 @@ def check_model_id(model: str) -> None:
 def check_geometry(geometry: Geometry) -> None:
     """Shapes that kernels and pages are made for, and RoPE settings that can be written."""
     for name in ("num_layers", "num_kv_heads"):
-        if getattr(geometry, name) < 1:
+        if not 1 <= (found := getattr(geometry, name)) <= MAX_LAYERS:
             raise MaskError(
-                f"is {getattr(geometry, name)}; it must be at least 1", loc=("geometry", name)
+                f"is {found}; it must be at least 1, and at most {MAX_LAYERS}",
+                loc=("geometry", name),
             )
     layers = geometry.layers
     if list(layers) != sorted(set(layers) & set(range(geometry.num_layers))) or not layers:
@@ -61,6 +63,14 @@ def check_geometry(geometry: Geometry) -> None:
         check_plain(geometry.rope_scaling, ("geometry", "rope_scaling"))
         if not isinstance(geometry.rope_scaling["rope_type"], str):
             raise MaskError("must be text", loc=("geometry", "rope_scaling", "rope_type"))
+        partial = geometry.rope_scaling.get("partial_rotary_factor")
+        if partial is None:
+            return
+        if type(partial) not in (int, float) or not 0 < partial <= 1:
+            raise MaskError(
+                f"is {shortened(str(partial))}; it must be a number above 0, and at most 1",
+                loc=("geometry", "rope_scaling", "partial_rotary_factor"),
+            )
 
 
 def check_align(align: int, head_dim: int) -> None:

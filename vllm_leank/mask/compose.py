@@ -24,6 +24,7 @@ from vllm_leank.errors import UserError
 from vllm_leank.mask.bits import BitsArray, bits_of_keep
 from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.mask import BITS_ALIGN, Mask
+from vllm_leank.mask.rope_pairs import channel_pairs
 from vllm_leank.mask.statistics import Statistics
 from vllm_leank.mask.tsv import parse_tsv
 from vllm_leank.version import __version__
@@ -186,9 +187,10 @@ def _joined_keep(masks: Sequence[Mask], by: By) -> _Joined:
         )
     keeps = np.stack([mask.keep for mask in masks])
     if by == "intersection":
-        keep = _filled(np.logical_and.reduce(keeps), first.keep, align)
+        keep = _filled(np.logical_and.reduce(keeps), first.keep, align, first.geometry)
     else:
-        keep = _filled(np.logical_or.reduce(keeps), np.ones_like(first.keep), align)
+        every = np.ones_like(first.keep)
+        keep = _filled(np.logical_or.reduce(keeps), every, align, first.geometry)
     statistics = _first_statistics(masks)
     return _Joined(align if statistics is None else BITS_ALIGN, *bits_of_keep(keep), statistics)
 
@@ -217,14 +219,18 @@ def _first_statistics(masks: Sequence[Mask]) -> Statistics | None:
     return next((mask.statistics for mask in masks if mask.statistics is not None), None)
 
 
-def _filled(keep: BoolArray, allowed: BoolArray, align: int) -> BoolArray:
+def _filled(keep: BoolArray, allowed: BoolArray, align: int, geometry: Geometry) -> BoolArray:
     """`keep` with as many more of the `allowed` channels as its heads lack to multiples of `align`.
 
-    Both are `[L, H, D]`. Channels of slow RoPE pairs come first, and of a pair the first one.
+    Both are `[L, H, D]`. Channels that are not turned come first, then those of slow RoPE pairs,
+    and of a pair the first one.
     """
-    half = keep.shape[-1] // 2
-    slowness = np.arange(keep.shape[-1]) % half
-    order = np.argsort(-(keep * 2 + allowed) * half - slowness, axis=-1, kind="stable")
+    channels = keep.shape[-1]
+    slowness = np.full(channels, channels)
+    if geometry.rope_theta is not None:
+        pairs = channel_pairs(geometry)
+        slowness[pairs] = np.arange(len(pairs))[:, None]
+    order = np.argsort(-(keep * 2 + allowed) * 2 * channels - slowness, axis=-1, kind="stable")
     counts = keep.sum(axis=-1, keepdims=True)
     wanted = -(-counts // align) * align
     filled = np.zeros_like(keep)

@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import io
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,23 @@ def _read(path: Path) -> bytes:
     return read_bounded(path, MAX_BYTES, "masks", mask_error)
 
 
+def _check_unpacked(data: bytes, path: Path) -> None:
+    """Refuse archives that unpack to more than a mask has; torch.save packs nothing."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise MaskError(f"is damaged: {error}", path=path) from error
+    if size > MAX_BYTES:
+        raise MaskError(f"unpacks to {size} bytes; masks have at most {MAX_BYTES}", path=path)
+
+
 def _read_mask(data: bytes, path: Path, geometry: Geometry) -> npt.NDArray[np.bool_]:
     """The tensor of a `.pth` file as bool `[L, H, D]`."""
     import torch
 
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        _check_unpacked(data, path)
     try:
         with warnings.catch_warnings(action="ignore"):
             value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

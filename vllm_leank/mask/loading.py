@@ -6,6 +6,9 @@ from typing import Any
 from vllm_leank.errors import UserError
 from vllm_leank.mask.hub import work_offline_without_a_hub
 
+MALFORMED = TypeError, AttributeError, LookupError, RecursionError
+"""What reading a file of another form than is written down ends in."""
+
 
 def load_part(kind: Any, path: str, what: str = "", **options: Any) -> Any:
     """`kind.from_pretrained(path)`, where `kind` is a class of transformers; errors call it `what`.
@@ -15,9 +18,11 @@ def load_part(kind: Any, path: str, what: str = "", **options: Any) -> Any:
     """
     if not Path(path).is_dir():
         work_offline_without_a_hub()
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError, *MALFORMED) as error:
         # What follows is every model that there is.
         why = str(error).partition("\nModel type should be one of")[0]
         raise UserError(f"{path}: {what}cannot be loaded by transformers: {why}") from error

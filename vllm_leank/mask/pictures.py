@@ -46,13 +46,13 @@ def check_matplotlib() -> None:
 def draw_learning(
     path: Path,
     factors: npt.NDArray[np.float64],
-    keep: npt.NDArray[np.bool_],
+    mask: "Mask",
     losses: Sequence[Sequence[float]],
     held_out: tuple[Sequence[int], Sequence[float]] = ((), ()),
 ) -> None:
-    """Factors `[L, H, D]` with what `keep` chose, and the losses of the stages in their order, of
-    which some may have no steps. `held_out` are numbers of steps of the last stage, and the losses
-    after these on samples that are not learned from.
+    """Factors `[L, H, D]` with what `mask` keeps of them, and the losses of the stages in their
+    order, of which some may have no steps. `held_out` are numbers of steps of the last stage, and
+    the losses after these on samples that are not learned from.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -63,11 +63,11 @@ def draw_learning(
     left, middle, right = figure.subplots(1, 3, width_ratios=(5, 5, 4))
     for axes, image, title in (
         (left, factors, "factors"),
-        (middle, factors * keep, "factors of kept channels"),
+        (middle, factors * mask.keep, "factors of kept channels"),
     ):
         shown = axes.imshow(image.reshape(L * H, D), vmin=0, vmax=1, aspect="auto", cmap="magma")
         axes.set(title=title)
-        label_layers(axes, L, H)
+        label_layers(axes, mask.geometry.layers, H)
     figure.colorbar(shown, ax=middle)
     begin = last = 0
     for number, stage in enumerate(losses, start=1):
@@ -105,7 +105,7 @@ def draw_mask(path: Path, mask: Mask) -> None:
 
     channels = figure.add_subplot(grid[0, 1])
     channels.imshow(mask.keep.reshape(L * H, D), aspect="auto", cmap="Greys", vmin=0, vmax=1)
-    label_layers(channels, L, H)
+    label_layers(channels, mask.geometry.layers, H)
     channels.set(title=f"kept channels: {mask.k_kept:.1%} of K, {mask.v_kept:.1%} of V")
 
     counts = figure.add_subplot(grid[1, 0])
@@ -132,11 +132,12 @@ def _draw_frequencies(axes: "Axes", mask: Mask) -> None:
     axes.set_xlabel("pair, and in how many tokens it turns once")
 
 
-def label_layers(axes: "Axes", num_layers: int, num_heads: int) -> None:
+def label_layers(axes: "Axes", layers: Sequence[int], num_heads: int) -> None:
     """Name axes over channels and over the heads of one layer after the other."""
+    num_layers = len(layers)
     axes.set(xlabel="K channel", ylabel=f"layer ({num_heads} KV heads each)")
     ticks = range(0, num_layers, max(1, num_layers // 16))
-    axes.set_yticks([layer * num_heads - 0.5 for layer in ticks], [str(layer) for layer in ticks])
+    axes.set_yticks([row * num_heads - 0.5 for row in ticks], [str(layers[row]) for row in ticks])
 
 
 def smoothed(values: Sequence[float], width: int = 20) -> npt.NDArray[np.float64]:

@@ -42,6 +42,8 @@ def plain_config(path: str) -> Mapping[str, Any] | None:
         return None  # transformers' own default is none that the other numbers give
     if config["model_type"] == "mistral" and "sliding_window" not in config:
         return None  # transformers takes it for a model whose layers all slide
+    if config["model_type"] in ("qwen2", "qwen3") and _slides(config):
+        return None  # which layers do is for transformers to say
     if config.get("head_dim") is not None and not _is_count(config["head_dim"]):
         return None
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -51,6 +53,12 @@ def plain_config(path: str) -> Mapping[str, Any] | None:
     if "type" in rope or type(theta) not in (int, float):
         return None
     return config
+
+
+def _slides(config: Mapping[str, Any]) -> bool:
+    """Whether layers of a Qwen may slide; `sliding_window` alone, which all have, says nothing."""
+    window, used = config.get("sliding_window"), config.get("use_sliding_window")
+    return bool(window) and used is not False and not config.get("layer_types")
 
 
 def count_weights(config: Mapping[str, Any]) -> int:

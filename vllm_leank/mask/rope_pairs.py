@@ -24,7 +24,7 @@ def channel_pairs(geometry: Geometry) -> npt.NDArray[np.int64]:
     """
     if geometry.rope_theta is None:
         raise UserError(NO_ROPE)
-    partial = (geometry.rope_scaling or {}).get("partial_rotary_factor", 1)
+    partial = (geometry.rope_scaling or {}).get("partial_rotary_factor") or 1
     pairs = int(geometry.head_dim * partial) // 2
     return np.arange(pairs)[:, None] + np.array([0, pairs])
 

@@ -13,7 +13,7 @@ import numpy as np
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.offline.local_texts import Texts, library_sources, prose
-from vllm_leank.offline.needles import Generated
+from vllm_leank.offline.needles import UNREAD, Generated
 from vllm_leank.offline.prompts import Sample
 from vllm_leank.offline.tasks import multivalue, retrieval
 
@@ -74,19 +74,10 @@ def builtin_prompts(
 
 def _question(checkpoint: Checkpoint, number: int, length: int, seed: int) -> Sample:
     """A generated task in the chat template, or as plain text where there is none."""
-
-    def chat(text: str) -> list[int]:
-        if not checkpoint.tokenizer.chat_template:
-            return checkpoint.encode(text)
-        messages = [{"role": "user", "content": text}]
-        return checkpoint.encode_rest(
-            checkpoint.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        )
-
     tasks = (retrieval, multivalue)
-    return Generated(tasks, chat, checkpoint.encode_rest, length, length, seed)(number)
+    return Generated(
+        tasks, checkpoint.encode_question, checkpoint.encode_rest, length, length, seed
+    )(number)
 
 
 def _text_sample(checkpoint: Checkpoint, pieces: Iterator[str], length: int) -> Sample:
@@ -97,7 +88,10 @@ def _text_sample(checkpoint: Checkpoint, pieces: Iterator[str], length: int) -> 
         before = len(text)
         while len(text) - before < 8 * (length - len(ids)):
             text += next(pieces)
+        found = len(ids)
         ids = checkpoint.encode(text)
+        if len(ids) <= found:
+            raise UserError(UNREAD)
     ids = ids[:length]
     answer = min(ANSWER, length // 2)
     return Sample(ids[:-answer], ids[-answer:])

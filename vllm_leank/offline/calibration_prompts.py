@@ -78,7 +78,8 @@ def calibration_prompts(
             max_tokens=max_tokens,
             digest=digest,
         )
-        source = {"data": data.name, "data_sha256": digest.hexdigest()}
+        name = data.name.encode(errors="backslashreplace").decode()
+        source = {"data": name, "data_sha256": digest.hexdigest()}
     else:
         named = built_in_samples(checkpoint, window, max_tokens, count or BUILT_IN, seed)
         ids = [sample.prompt + sample.answer for _, sample in named]

@@ -28,7 +28,8 @@ def even_bits(layers: int, heads: int, head_dim: int, bits: float) -> Allocation
     loss = side_costs(by_variance(equal), widths)[0]
     sizes = np.add.outer(of_side, of_side)
     losses = np.add.outer(loss, loss)
-    wanted = bits * 2 * head_dim
+    # Of 96 channels not all can have 8 bits.
+    wanted = min(bits * 2 * head_dim, int(sizes.max()))
     low, high = int(sizes[sizes <= wanted].max()), int(sizes[sizes >= wanted].min())
     share = (wanted - low) / (high - low) if high > low else 0.0
     turns = np.floor(np.arange(layers * heads + 1) * share)

@@ -51,6 +51,11 @@ class Generated:
         return fit(sample, lambda made: len(made.prompt) + len(made.answer), length)
 
 
+UNREAD = (
+    "the model's tokenizer does not know the built-in prompts: longer ones have no more tokens; "
+    "write prompts of the model's own kind to a file, and give it with --data"
+)
+
 FULL = 0.95
 """Share of the wanted tokens that is near enough."""
 
@@ -61,9 +66,11 @@ def fit(make: Callable[[int], T], count: Callable[[T], int], tokens: int) -> T:
     More pieces have more tokens, of which `count` tells the number.
 
     Raises:
-        UserError: not even one piece fits.
+        UserError: not even one piece fits, or more pieces have no more tokens.
     """
     small, large = count(make(8)), count(make(24))
+    if large <= small:
+        raise UserError(UNREAD)
     per_piece = max(1, (large - small) / 16)
     size = max(1, 8 + math.floor((tokens - small) / per_piece))
     best, fits, exceeds = None, 0, math.inf

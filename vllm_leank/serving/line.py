@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from vllm_leank.core.options import KEY, Options, parse_options
 from vllm_leank.core.other_layers import NO_PREFIX_CACHING, STATES, other_layers
 from vllm_leank.errors import UserError
-from vllm_leank.mask.checkpoint import Checkpoint, is_path
+from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.mask.configs import is_path
 from vllm_leank.serving.vllm.backend_name import BACKEND
 
 if TYPE_CHECKING:

@@ -57,7 +57,7 @@ def kl_by_layer(findings: Findings) -> str:
     figure = new_figure(9, 4)
     axes = figure.subplots()
     kl = findings.layer_kl
-    layers = np.arange(len(kl))
+    layers = findings.setting.served.mask.geometry.layers
     axes.bar(layers, kl, color="C0", label="KL, this layer alone")
     axes.set(xlabel="layer", ylabel="KL, nats per token")
     bits = axes.twinx()

@@ -134,8 +134,10 @@ class Findings:
         mask, window = setting.served.mask, setting.served.window
         selection = setting.served.selection
         layers = [
-            {"kl": round(float(kl), 7), "bits": round(float(bits), 3)}
-            for kl, bits in zip(self.layer_kl, self.layer_bits, strict=False)
+            {"layer": layer, "kl": round(float(kl), 7), "bits": round(float(bits), 3)}
+            for layer, kl, bits in zip(
+                mask.geometry.layers, self.layer_kl, self.layer_bits, strict=False
+            )
         ]
         return {
             "outcome": self.outcome.name.lower(),
