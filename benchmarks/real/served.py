@@ -93,8 +93,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants",
         default=DENSE,
-        help="dense, masks' files, MASK@PAGES, kv_cache_dtypes, or such a one with @ends, where the "
-        "first and last two layers stay as they are; with commas",
+        help="dense, masks' files, MASK@PAGES, kv_cache_dtypes, or such a one with @ends: the "
+        "first and last two layers stay as they are; all with commas",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--engine-args", metavar="JSON", help="more arguments of every engine")
