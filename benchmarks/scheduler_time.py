@@ -26,7 +26,11 @@ from vllm_leank.errors import UserError
 REPO = Path(__file__).parents[1]
 MODEL = REPO / "benchmarks" / "recall" / "model"
 MASK = REPO / "masks" / "leank" / "recall.yaml"
-CACHE_GIB = 4
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 BATCHED_TOKENS = 2048
 ENGINES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -59,11 +63,7 @@ def take_times(scheduler: object) -> dict[str, list[float]]:
 
 def measure(name: str, requests: int, prompt_tokens: int, steps: int) -> dict[str, float]:
     """Median milliseconds of a decode step of that many requests. For a process of its own."""
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
+    os.environ |= ENVIRONMENT
     import numpy as np
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
@@ -98,8 +98,10 @@ def measure(name: str, requests: int, prompt_tokens: int, steps: int) -> dict[st
     times = take_times(scheduler)
     for _ in range(steps):
         engine.step()
-    if len(scheduler.running) != requests:
-        raise UserError(f"{len(scheduler.running)} of {requests} requests decoded at the end")
+    decoding = len(scheduler.running)
+    engine.engine_core.shutdown()
+    if decoding != requests:
+        raise UserError(f"{decoding} of {requests} requests decoded at the end")
     return {f"{name}_ms": statistics.median(found) for name, found in times.items()}
 
 
