@@ -1,6 +1,7 @@
 """`leank mask`: what it prints, and that faults end in one message and exit code 2."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -105,6 +106,17 @@ def test_show_of_bits(leank, tmp_path):
         "0.002",
     ):
         assert text in out
+
+
+def test_layers_have_the_numbers_of_the_model(leank, tmp_path):
+    """As `leank mask compose --dense-layers` takes them."""
+    geometry = Geometry(8, 2, 128, 5e5, None, (3, 7))
+    for mask in (packed_mask(geometry), Mask.full(geometry, model="org/name")):
+        save_mask(mask, tmp_path / "m.yaml", overwrite=True)
+        code, out, _ = leank("mask", "show", tmp_path / "m.yaml")
+        assert code == 0
+        table = out[out.rindex("per KV head") if not mask.is_packed else out.rindex("V per KV") :]
+        assert re.findall(r"^\W*(\d+) ", table, re.MULTILINE)[:2] == ["3", "7"]
 
 
 def test_show_by_model_id(leank, mask_file, monkeypatch):
