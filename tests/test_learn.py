@@ -25,7 +25,9 @@ from vllm_leank.learn.distillation import Distiller
 from vllm_leank.learn.fingerprint import fingerprint
 from vllm_leank.learn.run import learn
 from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, _used, run_stage
+from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.file import load_mask
+from vllm_leank.offline.calibration_prompts import calibration_prompts
 from vllm_leank.offline.mask_request import MaskRequest
 from vllm_leank.offline.prompts import Sample
 
@@ -223,6 +225,18 @@ def test_a_state_of_other_weights_is_refused(tiny_llama_dir, jsonl, tmp_path):
     safetensors.torch.save_file(weights, file, {"format": "pt"})
     with pytest.raises(UserError, match="is of a run with model_sha256 "):
         run(model, jsonl, state, recipe=recipe)
+
+
+def test_a_file_of_any_name_can_be_told(tiny_llama_dir, jsonl, tmp_path):
+    """Masks are text, and the name is in them: it must not be lost when all is done."""
+    odd = tmp_path / "\udcff.jsonl"
+    odd.write_bytes(jsonl.read_bytes())
+    found = run(tiny_llama_dir, odd, tmp_path / "s.state", recipe=replace(RECIPE, steps=1))
+    assert found.mask.provenance["data"] == "\\udcff.jsonl"
+    prompts = calibration_prompts(
+        Checkpoint.open(str(tiny_llama_dir)), odd, Window(32, 32), max_tokens=500
+    )
+    assert prompts.provenance["data"] == "\\udcff.jsonl"
 
 
 def test_models_are_told_apart_by_config_and_weights(tiny_llama_dir):

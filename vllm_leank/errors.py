@@ -10,7 +10,12 @@ class UserError(ValueError):
     """
 
     def __init__(self, *reasons: str) -> None:
-        super().__init__(*(one.encode(errors="backslashreplace").decode() for one in reasons))
+        super().__init__(*map(printable, reasons))
+
+
+def printable(text: str) -> str:
+    """A text that terminals and files can hold, whatever bytes a file's name in it is made of."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def shortened(value: Any) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from vllm_leank.core.bounded import read_bounded
 from vllm_leank.core.window import Window
-from vllm_leank.errors import UserError
+from vllm_leank.errors import UserError, printable
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.offline.calibration_prompts import built_in_samples
 from vllm_leank.offline.known_tokens import MOST_OF_A_PROMPT, check_known, reader
@@ -95,7 +95,7 @@ class Data:
                 Shuffled(taught, seed),
                 held_out,
                 {
-                    "data": self.file.name,
+                    "data": printable(self.file.name),
                     "data_sha256": digest.hexdigest(),
                     "samples": len(taught),
                     "held_out": len(held_out),
@@ -168,7 +168,7 @@ def _essay(path: Path) -> tuple[list[str], dict[str, str]]:
         raise UserError(f"{path}: not UTF-8 text") from error
     if not pieces:
         raise UserError(f"{path}: has no text")
-    return pieces, {"text": path.name, "text_sha256": hashlib.sha256(data).hexdigest()}
+    return pieces, {"text": printable(path.name), "text_sha256": hashlib.sha256(data).hexdigest()}
 
 
 def without_held_out(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_leank.errors import UserError
+from vllm_leank.errors import UserError, printable
 from vllm_leank.learn.checks import PATIENCE, Checks
 from vllm_leank.learn.data import Data
 from vllm_leank.learn.display import Display
@@ -149,7 +149,7 @@ def _start_settings(recipe: Recipe | Refinement, given: Mask | None) -> dict[str
     """What tells one start from another."""
     if given is not None:
         assert given.path is not None
-        return {"start": given.path.name, "start_sha256": given.sha256}
+        return {"start": printable(given.path.name), "start_sha256": given.sha256}
     return {"start": NOTHING if isinstance(recipe, Recipe) else FISHER}
 
 

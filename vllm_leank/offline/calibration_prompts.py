@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_leank.core.window import GRANULE, Window
-from vllm_leank.errors import UserError
+from vllm_leank.errors import UserError, printable
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.offline.builtin_prompts import Named, builtin_prompts
 from vllm_leank.offline.fisher import QUERIES
@@ -78,8 +78,7 @@ def calibration_prompts(
             max_tokens=max_tokens,
             digest=digest,
         )
-        name = data.name.encode(errors="backslashreplace").decode()
-        source = {"data": name, "data_sha256": digest.hexdigest()}
+        source = {"data": printable(data.name), "data_sha256": digest.hexdigest()}
     else:
         named = built_in_samples(checkpoint, window, max_tokens, count or BUILT_IN, seed)
         ids = [sample.prompt + sample.answer for _, sample in named]
