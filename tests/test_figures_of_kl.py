@@ -178,6 +178,38 @@ def streaming_rows():
             )
 
 
+def test_docs_say_who_chooses_streaming_heads_better():
+    masks = load("streaming_qwen_1.5b")["masks"]
+    cells = [(length, which) for length in ("8192", "30000") for which in KINDS]
+
+    def wins(share, *kinds):
+        pairs = [[masks[f"{kind}_{way}_{share}"]["kl"] for way in HEADS] for kind in kinds]
+        found = [
+            first[length][which]["kl"] < second[length][which]["kl"]
+            for first, second in pairs
+            for length, which in cells
+        ]
+        return sum(found), len(found)
+
+    every, codes = ("bits_4", "bits_2", "pruned_0.7"), ("bits_4", "bits_2")
+    of_all = {share: wins(share, *every) for share in ("0.25", "0.5", "0.65")}
+    half, most = (wins(share, *codes) for share in ("0.5", "0.65"))
+    more = [
+        masks[f"pruned_0.7_fisher_{share}"]["far_token_bytes"]
+        / masks[f"pruned_0.7_duo_{share}"]["far_token_bytes"]
+        - 1
+        for share in of_all
+    ]
+    said = " ".join(text_of("docs/accuracy.md").split())
+    assert "Fisher's KL is lower in {} of {} figures".format(*of_all["0.25"]) in said
+    assert "At 50% it is lower in {} of {}, at 65% in {} of {}".format(
+        *of_all["0.5"], *of_all["0.65"]
+    ) in said  # fmt: skip
+    assert f"{min(more):.0%} to {max(more):.0%} more bytes" in said
+    assert half[1] == most[1] == 8
+    assert f"with bits it is {half[0]} and {most[0]} of 8" in said
+
+
 HEADS = {"fisher": "Fisher", "duo": "DuoAttention"}
 
 
