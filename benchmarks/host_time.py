@@ -13,7 +13,6 @@ import argparse
 import cProfile
 import json
 import pstats
-import shlex
 import statistics
 import sys
 import time
@@ -175,8 +174,8 @@ def main() -> None:
             one = choose_format(mask)
             take(one.name, batch, our_layers(mask, one, batch, args.query_heads))
     if args.out:
-        result = header("host time of decode attention, eager, of one layer", args.commit)
-        result["command"] = shlex.join(["python", "benchmarks/host_time.py", *sys.argv[1:]])
+        program = "python benchmarks/host_time.py"
+        result = header("host time of decode attention, eager, of one layer", args.commit, program)
         result |= {"masks": list(map(describe_mask, masks)), "query_heads": args.query_heads}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         save_results(result | {"rows": rows}, args.out)

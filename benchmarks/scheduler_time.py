@@ -11,7 +11,6 @@ of its own, and the engines take turns, several times.
 import argparse
 import multiprocessing
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -129,8 +128,8 @@ def main() -> None:
                     ).result()
                 rows.append({"engine": name, "requests": requests, "repeat": repeat, **found})
                 print(rows[-1], flush=True)
-    results = header("scheduler's time in decode steps", args.commit)
-    results["command"] = shlex.join(["python", "benchmarks/scheduler_time.py", *sys.argv[1:]])
+    program = "python benchmarks/scheduler_time.py"
+    results = header("scheduler's time in decode steps", args.commit, program)
     results |= {"prompt_tokens": args.prompt_tokens, "steps": args.steps, "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_results(results, args.out)

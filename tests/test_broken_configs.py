@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -48,6 +50,17 @@ def test_configs(changed, change):
 def test_a_config_without_end(changed):
     with pytest.raises(UserError):
         Checkpoint.open(changed("[" * 200_000))
+
+
+def test_a_config_that_is_right_needs_no_hub(tiny_llama_dir):
+    """What says what is wrong takes a tenth of a second, and is imported when something is."""
+    code = (
+        "import sys; from vllm_leank.mask.checkpoint import Checkpoint\n"
+        f"Checkpoint.open({str(tiny_llama_dir)!r})\n"
+        "print({'huggingface_hub', 'transformers', 'torch'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_overrides(tiny_llama_dir):

@@ -327,7 +327,7 @@ def test_tokens_that_were_taken_up_are_not_counted_as_compacted():
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_request_keeps_the_hashes_of_all_its_blocks(exact):
-    """Others than the prefix cache go by them: vLLM stores routed experts under these."""
+    """They are vLLM's, which adds to them: the look-up of a prompt alone takes none away."""
     server = Server(Window(64, 256, exact=exact))
     request = server.request("a", range(512))
     counts = []

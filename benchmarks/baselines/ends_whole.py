@@ -2,7 +2,8 @@
 
 import torch
 
-from baselines.rounded_cache import MODEL_BYTES, RoundedCache
+from baselines.rounded_cache import RoundedCache
+from baselines.unrounded import Unrounded
 from vllm_leank.core.geometry import Geometry
 
 WHOLE_LAYERS = 2
@@ -27,13 +28,12 @@ class EndsWhole(RoundedCache):
         self.name = name or f"{cache.name}, {len(self.whole)} layers whole"
 
     def layer_bytes(self, geometry: Geometry, layer: int) -> float:
-        if layer in self.whole:
-            return 2 * geometry.num_kv_heads * geometry.head_dim * MODEL_BYTES
-        return self.cache.layer_bytes(geometry, layer)
+        return self._of(layer).layer_bytes(geometry, layer)
 
     def round(
         self, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer in self.whole:
-            return key.float(), value.float()
-        return self.cache.round(layer, key, value)
+        return self._of(layer).round(layer, key, value)
+
+    def _of(self, layer: int) -> RoundedCache:
+        return Unrounded() if layer in self.whole else self.cache

@@ -44,7 +44,7 @@ def _short(results: dict[str, Any]) -> list[str]:
     """Of variants that decoded steadily for fewer steps than were asked for."""
     asked = results["load"]["steady_steps"]
     return [
-        f"{one['variant']}: {steps} steps of the {asked} asked for; others may fit more requests"
+        f"{one['variant']}: {steps} steps of the {asked} asked for; more requests may fit"
         for one in results["variants"]
         if (steps := one["decode"]["steps"]) < asked
     ]

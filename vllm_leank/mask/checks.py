@@ -17,6 +17,9 @@ from vllm_leank.errors import shortened
 from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.strict_yaml import Loc
 
+MAX_HEADS = 4096
+"""More KV heads than any model has, as `MAX_LAYERS`."""
+
 _MODEL_ID = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})?")
 _UNWRITABLE = re.compile("[\ud800-\udfff]")
 
@@ -32,10 +35,10 @@ def check_model_id(model: str) -> None:
 
 def check_geometry(geometry: Geometry) -> None:
     """Shapes that kernels and pages are made for, and RoPE settings that can be written."""
-    for name in ("num_layers", "num_kv_heads"):
-        if not 1 <= (found := getattr(geometry, name)) <= MAX_LAYERS:
+    for name, most in (("num_layers", MAX_LAYERS), ("num_kv_heads", MAX_HEADS)):
+        if not 1 <= (found := getattr(geometry, name)) <= most:
             raise MaskError(
-                f"is {found}; it must be at least 1, and at most {MAX_LAYERS}",
+                f"is {found}; it must be at least 1, and at most {most}",
                 loc=("geometry", name),
             )
     layers = geometry.layers
@@ -64,9 +67,7 @@ def check_geometry(geometry: Geometry) -> None:
         if not isinstance(geometry.rope_scaling["rope_type"], str):
             raise MaskError("must be text", loc=("geometry", "rope_scaling", "rope_type"))
         partial = geometry.rope_scaling.get("partial_rotary_factor")
-        if partial is None:
-            return
-        if type(partial) not in (int, float) or not 0 < partial <= 1:
+        if partial is not None and not (type(partial) in (int, float) and 0 < partial <= 1):
             raise MaskError(
                 f"is {shortened(str(partial))}; it must be a number above 0, and at most 1",
                 loc=("geometry", "rope_scaling", "partial_rotary_factor"),

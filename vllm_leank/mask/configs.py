@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
-from vllm_leank.mask.loading import MALFORMED, load_part
+from vllm_leank.mask.loading import is_malformed, load_part
 
 
 def is_path(model: str) -> bool:
@@ -47,13 +47,11 @@ def understood(path: str) -> Iterator[None]:
     Raises:
         UserError: it is, or says what cannot be.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     try:
         yield
-    except UserError:
-        raise
-    except (ValueError, StrictDataclassError, *MALFORMED) as error:
+    except Exception as error:
+        if isinstance(error, UserError) or not is_malformed(error):
+            raise
         why = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path}: its config cannot be understood ({why}); fetch config.json again, or correct "

@@ -6,8 +6,14 @@ from typing import Any
 from vllm_leank.errors import UserError
 from vllm_leank.mask.hub import work_offline_without_a_hub
 
-MALFORMED = TypeError, AttributeError, LookupError, RecursionError
-"""What reading a file of another form than is written down ends in."""
+
+def is_malformed(error: Exception) -> bool:
+    """Whether it is what reading a config of another form than is written down ends in."""
+    # Takes a tenth of a second, and most configs are as they should be.
+    from huggingface_hub.errors import StrictDataclassError
+
+    plain = ValueError, TypeError, AttributeError, LookupError, RecursionError
+    return isinstance(error, (*plain, StrictDataclassError))
 
 
 def load_part(kind: Any, path: str, what: str = "", **options: Any) -> Any:
@@ -18,11 +24,11 @@ def load_part(kind: Any, path: str, what: str = "", **options: Any) -> Any:
     """
     if not Path(path).is_dir():
         work_offline_without_a_hub()
-    from huggingface_hub.errors import StrictDataclassError
-
     try:
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError, StrictDataclassError, *MALFORMED) as error:
+    except Exception as error:
+        if not (isinstance(error, (OSError, ImportError)) or is_malformed(error)):
+            raise
         # What follows is every model that there is.
         why = str(error).partition("\nModel type should be one of")[0]
         raise UserError(f"{path}: {what}cannot be loaded by transformers: {why}") from error

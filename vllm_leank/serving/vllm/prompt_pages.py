@@ -80,7 +80,7 @@ def count_without_archive(archive_manager: type) -> None:
 def _hashes_of_prompt(request: "Request", block_size: int) -> Iterator[None]:
     """Have vLLM look up a prompt alone. A preempted request asks with the tokens that it has
     generated; within this it has the hashes of its prompt only, less the last token. Afterwards it
-    has all again, as vLLM keeps routed experts under them (`aux_output_config`).
+    has all again: they are vLLM's, which adds to them as answers grow.
     """
     hashes = request.block_hashes
     if request.num_tokens > request.num_prompt_tokens:
