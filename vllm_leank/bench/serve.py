@@ -70,7 +70,7 @@ def variant_args(variant: str, leank: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_args_of_variants(arguments: dict[str, Any]) -> None:
-    """Refuse engine arguments in which variants differ, and which they would replace.
+    """Refuse engine arguments that variants set, as they would be replaced.
 
     Raises:
         UserError: there are some.
@@ -79,7 +79,7 @@ def refuse_args_of_variants(arguments: dict[str, Any]) -> None:
     if found := [name for name in of_variants if name in arguments]:
         raise UserError(
             f"--engine-args has {', '.join(found)}, which --variants, --mask, --sink, --recent and "
-            "--pages say"
+            "--pages set"
         )
 
 

@@ -42,10 +42,10 @@ def whole_config(path: str, hub: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def understood(path: str) -> Iterator[None]:
-    """Have a config of another form end in a sentence.
+    """Turn what reading a malformed config ends in into a sentence.
 
     Raises:
-        UserError: it is, or says what cannot be.
+        UserError: the config is malformed, or says what cannot be.
     """
     try:
         yield

@@ -8,7 +8,7 @@ from vllm_leank.mask.hub import work_offline_without_a_hub
 
 
 def is_malformed(error: Exception) -> bool:
-    """Whether it is what reading a config of another form than is written down ends in."""
+    """Whether reading a malformed config ends in such an error."""
     # Takes a tenth of a second, and most configs are as they should be.
     from huggingface_hub.errors import StrictDataclassError
 

@@ -167,7 +167,7 @@ class ExactArchiveManager(ArchiveManager):
         block_pool: BlockPool,
         alignment: int,
     ) -> int:
-        """Tokens, in whole `alignment`, whose dense pages are there."""
+        """Tokens whose dense pages are in the prefix cache: a multiple of `alignment`."""
         ((group, block),) = (
             (group, block)
             for group, block in block_pool._leank_groups.items()
