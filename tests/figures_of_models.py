@@ -19,7 +19,7 @@ def archives():
 
 
 def kl_results():
-    names = "many_8192", "many_30000", "vllm_8192", "kitty_8192", "others_30000"
+    names = "many_8192", "many_30000", "vllm_8192", "vllm_ends_8192", "kitty_8192", "others_30000"
     return [load(f"kl_qwen_1.5b_{name}") for name in names]
 
 
@@ -29,6 +29,7 @@ LEARNED_MASKS = ("leank pruned_70",)
 
 def named(name, learned=()):
     """A row's name as pages have it, where masks of `learned` were learned as well."""
+    name = name.replace("vllm_", "vLLM ").replace("_ends", ", 4 layers whole")
     if name.startswith("leank packed, "):
         name = f"leank bits_{name.removeprefix('leank packed, ').removesuffix(' bits')}"
     kind, _, number = name.removeprefix("leank ").partition("_")
@@ -41,7 +42,8 @@ def named(name, learned=()):
 
 
 def kl(row, length, kinds="kinds seen"):
-    return f"{row['lengths'][str(length)][kinds]['kl']:.4f}"
+    found = row["lengths"].get(str(length))
+    return f"{found[kinds]['kl']:.4f}" if found else ""
 
 
 KINDS = "kinds seen", "kinds unseen"
@@ -49,15 +51,28 @@ KINDS = "kinds seen", "kinds unseen"
 
 def served_engines():
     """Engines of the 1.5B under load, by cache. Dense attention is first: FlashAttention 3."""
-    turboquant, flash = load("serve_qwen_1.5b_turboquant")["variants"]
+    flash, fp8 = load("serve_qwen_1.5b_flash")["variants"]
+    turboquant, _ = load("serve_qwen_1.5b_turboquant")["variants"]
     (int4,) = load("serve_qwen_1.5b_int4")["variants"]
-    _, fp8, four = load("serve_qwen_1.5b_fp8")["variants"]
-    (two,) = load("serve_qwen_1.5b_2_3c07c68")["variants"]
     return {
         "dense": flash,
         "vLLM fp8": fp8,
         "vLLM turboquant_4bit_nc": turboquant,
         "vLLM int4_per_token_head": int4,
-        "leank, 4 bits": four,
-        "leank, 2 bits": two,
+        **served_masks("1.5b", "pruned_50", "pruned_70", "bits_4", "bits_2", "bits_1.5", "bits_1"),
     }
+
+
+def served_masks(size, *masks):
+    """Engines of leank, each of a file of its own, by mask."""
+    found = {}
+    for mask in masks:
+        (one,) = load(f"serve_qwen_{size}_{mask}")["variants"]
+        found[named(f"leank {mask}", LEARNED_MASKS)] = one
+    return found
+
+
+def served_small():
+    """The same of the 0.5B, as far as it was served."""
+    (flash,) = load("serve_qwen_0.5b_flash")["variants"]
+    return {"dense": flash, **served_masks("0.5b", "bits_4", "bits_2")}

@@ -12,6 +12,7 @@ from vllm_leank.mask.file import load_mask
 
 DENSE, FOUR, TWO = "vLLM, dense", "leank, 4 bits", "leank, 2 bits"
 OTHERS = (
+    "vLLM fp8, 4 layers whole",
     "vLLM fp8",
     "vLLM turboquant_4bit_nc",
     "vLLM int4_per_token_head",
@@ -33,6 +34,7 @@ def study():
 def opening():
     """The README's first table."""
     variants, cells = study()
+    engines = {named(name): one for name, one in variants.items()}
     for title, name, key in zip(
         (DENSE, FOUR, TWO), (FLOOR, "leank bits_4", "leank bits_2"), ASKED_MOST, strict=True
     ):
@@ -47,7 +49,7 @@ def opening():
     for name in OTHERS:
         row = archives()[name]
         size = f"{row['token_bytes']:,.0f} ({row['x']:.1f}x)"
-        if one := variants.get(name.replace("vLLM ", "vllm_")):
+        if one := engines.get(name):
             assert shared_cells([variants["dense"], one]) == cells
             title, found = f"{name}, KL simulated", interval(points(one, cells))
         else:
@@ -147,7 +149,7 @@ def compared_rows(variants, learned=()):
         size = f"{one['token_bytes']:,.0f} ({dense['token_bytes'] / one['token_bytes']:.1f}x)"
         found = [f"{mean_points(each, cells):.1f}" for each in (dense, one)]
         gap = interval(lost(one, dense, cells))
-        yield line(title.replace("vllm_", "vLLM "), size, f"{sum(cells.values()):,}", *found, gap)
+        yield line(title, size, f"{sum(cells.values()):,}", *found, gap)
 
 
 def long_rows():
@@ -382,6 +384,20 @@ def test_the_readme_says_what_simulated_caches_lose():
     assert sentence in " ".join(text_of("README.md").split())
     assert cells == study()[1]
     assert lost(found["KIVI, 4 bits"], found["dense"], cells).value < 0
+
+
+def test_pages_say_what_fp8_loses_with_four_layers_as_they_are():
+    variants, cells = study()
+    whole, dense, two = (variants[name] for name in ("vllm_fp8_ends", "dense", "bits_2"))
+    gap = lost(whole, dense, cells)
+    layers = " ".join(whole["engine_args"]["kv_cache_dtype_skip_layers"])
+    said = f"(`--kv-cache-dtype-skip-layers {layers}`)"
+    readme, docs = (" ".join(text_of(p).split()) for p in ("README.md", "docs/accuracy.md"))
+    points_lost = f"{gap.value:.1f} points ({gap.low:.1f} to {gap.high:.1f})"
+    assert f"{said} it loses {points_lost}" in readme
+    assert f"{said} fp8 loses {gap.value:.1f} points, as 2 bits do at a quarter of its" in docs
+    assert f"{lost(two, dense, cells).value:.1f}" == f"{gap.value:.1f}"
+    assert round(whole["token_bytes"] / two["token_bytes"]) == 4
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ to the digits shown.
 
 import pytest
 from figures import line, load, text_of
-from figures_of_models import served_engines
+from figures_of_models import served_engines, served_small
 from long_context import fit_lines, measured_lines, read_lines
 
 DENSE, FOUR, TWO, ONE = "vLLM, dense", "leank, 4 bits", "leank, 2 bits", "leank, 1 bit"
@@ -77,8 +77,16 @@ def engine_rows(engines):
 
 def real_rows():
     """An engine of a real model under load, with vLLM's caches and ours."""
-    engines = served_engines()
-    yield from engine_rows({"vLLM, FlashAttention 3": engines.pop("dense"), **engines})
+    return dense_first(served_engines())
+
+
+def small_real_rows():
+    """The same of a smaller one."""
+    return dense_first(served_small())
+
+
+def dense_first(engines):
+    return engine_rows({"vLLM, FlashAttention 3": engines.pop("dense"), **engines})
 
 
 def apart_rows():
@@ -195,6 +203,7 @@ def long_attention_rows():
         ("docs/performance.md", serve_rows),
         ("docs/performance.md", smaller_rows),
         ("docs/performance.md", real_rows),
+        ("docs/performance.md", small_real_rows),
         ("docs/performance.md", apart_rows),
         ("docs/performance.md", rebuilt_rows),
         ("README.md", mixed_rows),
@@ -222,20 +231,25 @@ def test_docs_say_how_long_a_first_start_takes():
 
 
 def test_docs_say_what_other_runs_of_the_real_model_had():
-    fp8, beside = load("serve_qwen_1.5b_fp8"), load("serve_qwen_1.5b_2_469eadf")
-    assert fp8["date"] == beside["date"]
-    assert [one["preempted"] for one in fp8["variants"]] == [0, 1, 0]
-    flash, four = (_served(one) for one in load("serve_qwen_1.5b_4")["variants"])
-    before, now, then = (
-        load(name)["variants"][0]
-        for name in ("serve_qwen_1.5b_2", "serve_qwen_1.5b_2_3c07c68", "serve_qwen_1.5b_2_469eadf")
+    engines = served_engines()
+    assert {name for name, one in engines.items() if one["preempted"]} == {"vLLM fp8"}
+    earlier, beside = load("serve_qwen_1.5b_fp8"), load("serve_qwen_1.5b_2_469eadf")
+    assert earlier["date"] == beside["date"]
+    flash, fp8, four = (_served(one) for one in earlier["variants"])
+    first, second = (_served(one) for one in load("serve_qwen_1.5b_4")["variants"])
+    two, again, then = (
+        load(f"serve_qwen_1.5b_2{end}")["variants"][0] for end in ("", "_3c07c68", "_469eadf")
     )
-    ms, alone = (f"{one['decode']['tpot_p50_ms']:.1f}" for one in (then, now))
+    _, same_day = load("serve_qwen_1.5b_turboquant")["variants"]
+    ms, alone = (f"{one['decode']['tpot_p50_ms']:.1f}" for one in (then, engines["leank, 2 bits"]))
     said = " ".join(text_of("docs/performance.md").split())
-    assert f"an earlier run of commit e17ca4a had {flash}, {four} and {_served(before)}" in said
-    assert f"had {_served(fp8['variants'][0])} with FlashAttention" in said
+    assert f"where FlashAttention had {_served(same_day)} tokens/s." in said
+    assert (
+        f"FlashAttention had {first} and {flash}, fp8 {fp8}, 4 bits {second} and {four} (["
+    ) in said
+    assert f"2 bits {_served(two)} and {_served(again)} ([" in said
     found = "[2 bits](../benchmarks/results/serve_qwen_1.5b_2_469eadf.json)"
-    assert f"{found} had {_served(then)} there, {ms} ms per token instead of {alone}" in said
+    assert f"{found} had {_served(then)}, {ms} ms per token instead of {alone}" in said
 
 
 def _served(one):

@@ -8,7 +8,7 @@ calibration saw. Left out are archives that engines do not have; caches of other
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from vllm_leank.mask.pictures import check_picture, new_figure, save_figure
 FLOOR = "nothing rounded"
 OURS = "leank packed", "leank bits_", "leank pruned_"
 THEIRS = "vLLM", "KIVI", "Kitty", "ThinK"
+NEAR = 1.6
+"""Points are near each other whose bytes and KL are within this factor."""
 
 
 def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     check_picture(path)
     archives, lengths = drawn(results), results["lengths"]
     floor = next((row for row in results["archives"] if row["name"] == FLOOR), None)
-    figure = new_figure(5.5 * len(lengths), 5)
+    figure = new_figure(5.5 * len(lengths), 6.5)
     panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     for axes, length in zip(panels, lengths, strict=True):
         for ours, color, marker in ((True, "C0", "o"), (False, "C1", "s")):
@@ -77,13 +79,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
             ys = [row["lengths"][str(length)][SEEN]["kl"] for _, row in rows]
             label = "leank" if ours else "others, simulated"
             axes.plot(xs, ys, marker, color=color, label=label)
-            # Names of bits stand on the left; others on the right, below and above in turn.
-            for place, (x, y, (name, row)) in enumerate(zip(xs, ys, rows, strict=True)):
-                left = row["name"].startswith(OURS[:2])
+            for x, y, (name, _) in zip(xs, ys, rows, strict=True):
+                above = ours or _has_one_below(x, y, zip(xs, ys, strict=True))
                 axes.annotate(
                     name, (x, y), fontsize="x-small", textcoords="offset points",
-                    xytext=(-5 if left else 5, 4 if place % 2 or ours else -9),
-                    ha="right" if left else "left",
+                    xytext=(-5 if ours else 5, 4 if above else -9),
+                    ha="right" if ours else "left",
                 )  # fmt: skip
         if floor and str(length) in floor["lengths"]:
             level = floor["lengths"][str(length)][SEEN]["kl"]
@@ -98,6 +99,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     panels[0].set_ylabel("KL to full attention, nats per token")
     panels[0].legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 0.07))
     save_figure(figure, path)
+
+
+def _has_one_below(x: float, y: float, points: Iterable[tuple[float, float]]) -> bool:
+    """Whether a point so near that labels would meet is lower."""
+    return any(other < y < NEAR * other and 1 / NEAR < x / at < NEAR for at, other in points)
 
 
 if __name__ == "__main__":

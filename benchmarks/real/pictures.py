@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from baselines.ends_whole import WHOLE_LAYERS
+
+from real.served import ENDS
 from vllm_leank.errors import UserError
 
 
@@ -38,6 +41,7 @@ def label_of(name: str) -> str:
     """
     for prefix in ("leank packed, ", "leank ", "vLLM ", "vllm_"):
         name = name.removeprefix(prefix)
+    name = name.replace(f"_{ENDS}", f", {2 * WHOLE_LAYERS} layers whole")
     kind, _, number = name.partition("_")
     if kind == "bits":
         return f"{number} bit" if number == "1" else f"{number} bits"

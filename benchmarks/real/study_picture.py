@@ -28,7 +28,7 @@ STYLES = {
 }
 """Color, marker and its inside, by whose a cache is."""
 
-LABELS = {"vLLM": ((8, -3), "left", "baseline"), "simulated": ((0, -13), "center", "top")}
+LABELS = {"vLLM": ((8, -9), "left", "baseline"), "simulated": ((0, -13), "center", "top")}
 """Offset and alignment of labels that do not stand above their marker."""
 
 
