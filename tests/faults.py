@@ -185,10 +185,10 @@ FAULTS = (
         "test_kernels.py::test_decode_at_every_length_around_the_edges",
     ),
     Fault(
-        "a page is freed a step too early",
+        "a page is freed a granule too early",
         "core/window.py",
         "return range(self.sink, self.boundary(processed), GRANULE)",
-        "return range(self.sink, self.boundary(processed + 1), GRANULE)",
+        "return range(self.sink, self.boundary(processed + GRANULE), GRANULE)",
         "test_managers.py",
     ),
     Fault(
@@ -240,6 +240,34 @@ FAULTS = (
         f"{REMOVED}        last = self.req_to_blocks[request_id][-1:]\n"
         "        self.block_pool.free_blocks(last if free else [])\n",
         "test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
+    ),
+    Fault(
+        "pages of a request that waited are taken for freed",
+        "serving/scheduler/managers.py",
+        "        if request_id in self.req_to_blocks:  # one that waits holds none yet\n",
+        "        if True:\n",
+        "test_managers.py test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
+    ),
+    Fault(
+        "a request is thought to hold the page that its next token needs",
+        "core/window.py",
+        "return boundary + self.recent + GRANULE\n",
+        "return boundary + self.recent + GRANULE + 1\n",
+        "test_managers.py test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
+    ),
+    Fault(
+        "pages of a prompt that was just read are held on",
+        "serving/scheduler/managers.py",
+        "exact_until if in_prompt else moves_at\n",
+        "max(exact_until, moves_at)\n",
+        "test_managers.py",
+    ),
+    Fault(
+        "what was freed of a request is remembered when it starts again",
+        "serving/scheduler/managers.py",
+        "        self._frees_at.pop(request_id, None)\n",
+        "",
+        "test_managers.py test_manager_fuzz.py::test_every_read_finds_what_was_written_for_it",
     ),
     Fault(
         "answers are offered to the prefix cache",

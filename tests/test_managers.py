@@ -120,7 +120,9 @@ WINDOWS = [Window(0, 32), Window(32, 64), Window(64, 256), Window(64, 100)]
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix caching", "no prefix caching"])
 @pytest.mark.parametrize("block", [32, 64, 96])
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize(("prompt", "chunk"), [(1, 512), (31, 512), (640, 100), (1000, 512)])
+@pytest.mark.parametrize(
+    ("prompt", "chunk"), [(1, 512), (31, 512), (640, 100), (1000, 512), (1020, 1000)]
+)
 def test_a_request_holds_what_the_rule_says_at_every_step(prompt, chunk, window, block, caching):
     server = Server(window, block, caching=caching)
     free = server.free
@@ -400,6 +402,37 @@ def test_a_preempted_request_shares_no_page_that_holds_its_answer(prompt):
     assert shared == full_pages(server, request)
     server.decode(request, [1])
     server.check(request, prompt + 300)
+
+
+@pytest.mark.parametrize("prompt", [240, 1000])
+def test_a_prompt_shares_no_page_that_holds_the_answer_of_a_preempted_request(prompt):
+    """It would compact its own tokens, read exactly, into the other's answer."""
+    server = Server(Window(32, 64), 64)
+    request = server.request("a", range(prompt))
+    server.prefill(request)
+    server.decode(request, range(5000, 5300))
+    server.preempt(request)
+    server.prefill(request)
+    longer = server.request("b", [*range(prompt), *range(5000, 5300), *range(100)])
+    server.prefill(longer)
+    pages = zip(server.table(request, ARCHIVE), server.table(longer, ARCHIVE), strict=False)
+    assert sum(a is b for a, b in pages) == full_pages(server, request)
+
+
+@pytest.mark.parametrize("found", [640, 960])
+def test_an_attempt_to_start_leaves_nothing_behind(found):
+    """A request found a prefix and no room for the rest; when it starts, the prefix is gone."""
+    window = Window(64, 256, exact=False)
+    servers = tried, untried = Server(window), Server(window)
+    tried.manager.coordinator.remove_skipped_blocks("a", found, num_prompt_tokens=1000)
+    requests = [server.request("a", range(1000)) for server in servers]
+    for server, request in zip(servers, requests, strict=True):
+        server.start(request, 100)
+    while left := 1000 - requests[0].num_computed_tokens:
+        for server, request in zip(servers, requests, strict=True):
+            server.step(request, min(100, left))
+        assert tried.held(requests[0], WINDOW) == untried.held(requests[1], WINDOW)
+    assert len(untried.held(requests[1], WINDOW)) < 1000 // LEAST_BLOCK // 2
 
 
 def test_more_than_two_groups_are_refused():

@@ -97,6 +97,10 @@ class Window:
         excess = length - (self.sink + self.recent)
         return self.sink + excess // GRANULE * GRANULE * (excess > 0)
 
+    def moves_at(self, boundary: int) -> int:
+        """Tokens of a request at which its `boundary` moves on."""
+        return boundary + self.recent + GRANULE
+
     def exact_until(self, prompt: int) -> int:
         """Position below which queries read every key dense, for a prompt of `prompt` tokens."""
         return prompt if self.exact else 0

@@ -48,6 +48,9 @@ class LeanKManager(FullAttentionManager):
 class ArchiveManager(LeanKManager):
     """Gives a request archive pages for its archived tokens, not for the dense ones.
 
+    vLLM asks for every request in every step. As most steps need no page, what they need is looked
+    up: with a hundred requests a step may take the scheduler longer than the device.
+
     Attributes:
         compacted: tokens that were given a place in the archive so far, for `/metrics`.
     """
@@ -71,6 +74,8 @@ class ArchiveManager(LeanKManager):
         **kwargs: Any,
     ) -> int:
         """Blocks that `num_tokens` tokens need beyond those held; see the base class."""
+        if self._holds_enough(request_id, num_tokens):
+            return 0
         return super().get_num_blocks_to_allocate(
             request_id,
             self._window.archived(num_tokens),
@@ -85,11 +90,12 @@ class ArchiveManager(LeanKManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Allocate what `num_tokens` tokens need; see the base class."""
+        if self._holds_enough(request_id, num_tokens):
+            return []
         before = self._boundaries.get(request_id, self._window.sink)
-        boundary = self._window.boundary(num_tokens_main_model)
-        if boundary > before:
-            self._boundaries[request_id] = boundary
-            self.compacted += boundary - before
+        boundary = max(before, self._window.boundary(num_tokens_main_model))
+        self._boundaries[request_id] = boundary
+        self.compacted += boundary - before
         return super().allocate_new_blocks(
             request_id, self._window.archived(num_tokens), num_tokens_main_model
         )
@@ -98,6 +104,11 @@ class ArchiveManager(LeanKManager):
         """Forget a request that ends or is preempted; see the base class."""
         self._boundaries.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
+
+    def _holds_enough(self, request_id: str, num_tokens: int) -> bool:
+        """Whether a request's boundary is where it was when it last got pages."""
+        boundary = self._boundaries.get(request_id)
+        return boundary is not None and num_tokens < self._window.moves_at(boundary)
 
     def _offer(self, request: Request, tokens: int) -> None:
         """Offer the pages that the first `tokens` archive slots of a request fill to others."""
@@ -202,6 +213,11 @@ class WindowManager(LeanKManager):
     done.
     """
 
+    def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        # Tokens of a request before which no more of its pages are free.
+        self._frees_at: dict[str, int] = {}
+
     @property
     def _reads_unwritten(self) -> bool:
         """FlashAttention 3 loads longer pages by whole tiles, and a weight of 0 is no help against
@@ -222,11 +238,21 @@ class WindowManager(LeanKManager):
             processed_computed_tokens: tokens whose step has finished.
             num_prompt_tokens: prompt length; nothing is freed while it is unknown.
         """
-        if num_prompt_tokens is None:
+        least = self._frees_at.get(request_id, 0)
+        if num_prompt_tokens is None or processed_computed_tokens < least:
             return
         exact_until = self._window.exact_until(num_prompt_tokens)
         free = self._window.free_pages(processed_computed_tokens, exact_until, self.block_size)
         self._remove_blocks_in_range(request_id, free.start, free.stop)
+        if request_id in self.req_to_blocks:  # one that waits holds none yet
+            moves_at = self._window.moves_at(self._window.boundary(processed_computed_tokens))
+            in_prompt = processed_computed_tokens < exact_until
+            self._frees_at[request_id] = exact_until if in_prompt else moves_at
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget a request that ends or is preempted; see the base class."""
+        self._frees_at.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
 
 
 class ExactWindowManager(WindowManager):
@@ -244,4 +270,4 @@ class ExactWindowManager(WindowManager):
 
     def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        share_prompts_only(ExactWindowManager)
+        share_prompts_only(self.block_pool)

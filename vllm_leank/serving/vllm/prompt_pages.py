@@ -10,28 +10,29 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.request import Request
 
 
-def share_prompts_only(window_manager: type) -> None:
-    """Keep answers out of the prefix cache, in all groups of layers: of a request only the pages of
-    its prompt, less the last token's, are offered and found. So it is for coordinators that have a
-    `window_manager`.
+_PROMPTS_ONLY = "_leank_prompts_only"
+
+
+def share_prompts_only(block_pool: "BlockPool") -> None:
+    """Keep answers out of the prefix cache of `block_pool`, in all groups of layers: of a request
+    only the pages of its prompt, less the last token's, are offered and found.
     """
     from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
+    setattr(block_pool, _PROMPTS_ONLY, True)
     if "_leank_hooked" in KVCacheCoordinator.__dict__:
         return
     cache_blocks = KVCacheCoordinator.cache_blocks
     get_computed_blocks = KVCacheManager.get_computed_blocks
 
-    def serves(coordinator: KVCacheCoordinator) -> bool:
-        return any(isinstance(one, window_manager) for one in coordinator.single_type_managers)
-
     @functools.wraps(cache_blocks)
     def cache_prompt_blocks(self: Any, request: "Request", num_computed_tokens: int) -> None:
-        if serves(self):
+        if hasattr(self.block_pool, _PROMPTS_ONLY):
             if request.num_computed_tokens >= request.num_prompt_tokens:
                 return  # the step that completed the prompt has offered all there is
             num_computed_tokens = min(num_computed_tokens, request.num_prompt_tokens - 1)
@@ -40,7 +41,7 @@ def share_prompts_only(window_manager: type) -> None:
     @functools.wraps(get_computed_blocks)
     def get_prompt_blocks(self: Any, request: "Request", *args: Any, **kwargs: Any) -> Any:
         # 0.33 gives the longest hit as well.
-        if not serves(self.coordinator):
+        if not hasattr(self.block_pool, _PROMPTS_ONLY):
             return get_computed_blocks(self, request, *args, **kwargs)
         with _hashes_of_prompt(request, self.block_pool.hash_block_size):
             return get_computed_blocks(self, request, *args, **kwargs)
