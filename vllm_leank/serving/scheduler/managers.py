@@ -48,8 +48,8 @@ class LeanKManager(FullAttentionManager):
 class ArchiveManager(LeanKManager):
     """Gives a request archive pages for its archived tokens, not for the dense ones.
 
-    vLLM asks for every request in every step. As most steps need no page, what they need is looked
-    up: with a hundred requests a step may take the scheduler longer than the device.
+    vLLM asks for every request in every step, and with a hundred of them the host may take longer
+    for a step than the device. Most need no page: their boundaries say so at once.
 
     Attributes:
         compacted: tokens that were given a place in the archive so far, for `/metrics`.
