@@ -185,10 +185,11 @@ FAULTS = (
         "test_kernels.py::test_decode_at_every_length_around_the_edges",
     ),
     Fault(
-        "a page is freed a granule too early",
-        "core/window.py",
-        "return range(self.sink, self.boundary(processed), GRANULE)",
-        "return range(self.sink, self.boundary(processed + GRANULE), GRANULE)",
+        "a page is freed a step too early",
+        "serving/scheduler/managers.py",
+        "        least = self._frees_at.get(request_id, 0)\n",
+        "        processed_computed_tokens += 1\n"
+        "        least = self._frees_at.get(request_id, 0)\n",
         "test_managers.py",
     ),
     Fault(
@@ -257,9 +258,10 @@ FAULTS = (
     ),
     Fault(
         "pages of a prompt that was just read are held on",
-        "serving/scheduler/managers.py",
-        "exact_until if in_prompt else moves_at\n",
-        "max(exact_until, moves_at)\n",
+        "core/window.py",
+        "            return exact_until\n        return self.moves_at(self.boundary(processed))\n",
+        "            pass\n"
+        "        return max(exact_until, self.moves_at(self.boundary(processed)))\n",
         "test_managers.py",
     ),
     Fault(

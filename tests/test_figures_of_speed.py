@@ -252,6 +252,15 @@ def test_docs_say_what_other_runs_of_the_real_model_had():
     assert f"{found} had {_served(then)}, {ms} ms per token instead of {alone}" in said
 
 
+def test_docs_say_how_long_a_step_takes_for_each_request():
+    small, real = served_small(), served_engines()
+    engines = [small["leank, 4 bits"], small["leank, 2 bits"], real["leank, 1 bit"]]
+    each = [f"{1e3 * one['decode']['tpot_p50_ms'] / one['concurrent']:.0f}" for one in engines]
+    assert each[0] == each[1]
+    said = " ".join(text_of("docs/performance.md").split())
+    assert f"a step takes {each[0]} us for each request with either, and {each[2]} with 1" in said
+
+
 def _served(one):
     return f"{one['decode']['tokens_per_s']:,.0f}"
 

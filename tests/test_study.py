@@ -271,6 +271,8 @@ def test_the_command_of_a_picture_draws_it_or_says_why_not(tmp_path, monkeypatch
         ("learned_50", "50% pruned"),
         ("vllm_turboquant_4bit_nc", "TurboQuant 4bit_nc"),
         ("vLLM int4_per_token_head", "int4_per_token_head"),
+        ("vllm_fp8_ends", "fp8, 4 layers whole"),
+        ("vLLM fp8, 4 layers whole", "fp8, 4 layers whole"),
         ("Kitty, 2 bits, an eighth of K at 4", "Kitty, 2 bits"),
         ("2bit", "2bit"),
         ("dense", "dense"),

@@ -60,6 +60,25 @@ def test_boundary_moves_up_in_steps_and_keeps_recent_tokens_dense(window):
 
 
 @every_window
+def test_a_boundary_says_when_it_moves(window):
+    for length, after in pairwise(LENGTHS):
+        boundary = window.boundary(length)
+        assert (window.boundary(after) > boundary) == (after >= window.moves_at(boundary))
+
+
+@every_window
+@pytest.mark.parametrize("prompt", [0, 40, 1000, 1020])
+def test_nothing_more_is_free_before_it_is_said_to_be(window, prompt):
+    for processed, after in pairwise(LENGTHS):
+        free, more = (window.free_tokens(one, prompt) for one in (processed, after))
+        frees_at = window.frees_at(processed, prompt)
+        assert frees_at > processed
+        assert more == free or after >= frees_at
+        if processed >= prompt and after >= frees_at:
+            assert more != free
+
+
+@every_window
 def test_every_token_is_in_one_place(window):
     for length in [*range(1, 1200, 7), 1023, 1024, 1025]:
         places = [place(window, token, length) for token in range(length)]

@@ -9,11 +9,19 @@ from vllm_leank.core.geometry import Geometry
 WHOLE_LAYERS = 2
 """First layers, and as many last ones: as many as vLLM's TurboQuant leaves."""
 
+ENDS = "ends"
+"""What asks for it behind a cache's name, and ends the names of files."""
+
 
 def whole_layers(num_layers: int) -> list[int]:
     """The numbers of the layers that are left; of short models half of them."""
     count = min(WHOLE_LAYERS, num_layers // 2)
     return [*range(count), *range(num_layers - count, num_layers)]
+
+
+def whole_name(name: str, layers: int = 2 * WHOLE_LAYERS) -> str:
+    """What tables call a cache that leaves so many layers."""
+    return f"{name}, {layers} layers whole"
 
 
 class EndsWhole(RoundedCache):
@@ -25,7 +33,7 @@ class EndsWhole(RoundedCache):
         assert (cache.sink, cache.residual) == (0, 0)
         self.cache = cache
         self.whole = frozenset(whole_layers(num_layers))
-        self.name = name or f"{cache.name}, {len(self.whole)} layers whole"
+        self.name = name or whole_name(cache.name, len(self.whole))
 
     def layer_bytes(self, geometry: Geometry, layer: int) -> float:
         return self._of(layer).layer_bytes(geometry, layer)

@@ -8,7 +8,7 @@ calibration saw. Left out are archives that engines do not have; caches of other
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
             ys = [row["lengths"][str(length)][SEEN]["kl"] for _, row in rows]
             label = "leank" if ours else "others, simulated"
             axes.plot(xs, ys, marker, color=color, label=label)
-            for x, y, (name, _) in zip(xs, ys, rows, strict=True):
-                above = ours or _has_one_below(x, y, zip(xs, ys, strict=True))
+            points = list(zip(xs, ys, strict=True))
+            for (x, y), (name, _) in zip(points, rows, strict=True):
+                above = ours or _has_one_below(x, y, points)
                 axes.annotate(
                     name, (x, y), fontsize="x-small", textcoords="offset points",
                     xytext=(-5 if ours else 5, 4 if above else -9),
@@ -101,7 +102,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _has_one_below(x: float, y: float, points: Iterable[tuple[float, float]]) -> bool:
+def _has_one_below(x: float, y: float, points: Sequence[tuple[float, float]]) -> bool:
     """Whether a point so near that labels would meet is lower."""
     return any(other < y < NEAR * other and 1 / NEAR < x / at < NEAR for at, other in points)
 

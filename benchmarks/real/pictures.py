@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from baselines.ends_whole import WHOLE_LAYERS
+from baselines.ends_whole import ENDS, whole_name
 
-from real.served import ENDS
 from vllm_leank.errors import UserError
 
 
@@ -41,7 +40,8 @@ def label_of(name: str) -> str:
     """
     for prefix in ("leank packed, ", "leank ", "vLLM ", "vllm_"):
         name = name.removeprefix(prefix)
-    name = name.replace(f"_{ENDS}", f", {2 * WHOLE_LAYERS} layers whole")
+    if name.endswith(f"_{ENDS}"):
+        name = whole_name(name.removesuffix(f"_{ENDS}"))
     kind, _, number = name.partition("_")
     if kind == "bits":
         return f"{number} bit" if number == "1" else f"{number} bits"

@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from baselines.ends_whole import whole_layers
+from baselines.ends_whole import ENDS, whole_layers, whole_name
 from baselines.rounded_cache import MODEL_BYTES
 from rich.console import Console
 
@@ -26,7 +26,7 @@ from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.file import load_mask
 
-DENSE, ENDS = "dense", "ends"
+DENSE = "dense"
 
 CONSOLE = Console(stderr=True, highlight=False)
 
@@ -80,7 +80,7 @@ def served(word: str, checkpoint: Checkpoint) -> Served:
     if pages == ENDS:
         whole = whole_layers(num_layers)
         arguments["kv_cache_dtype_skip_layers"] = list(map(str, whole))
-        word, name = f"{name}, {len(whole)} layers whole", f"{name}_{ENDS}"
+        word, name = whole_name(name, len(whole)), f"{name}_{ENDS}"
     elif pages:
         raise UserError(f"--variants has {word}; vLLM's caches have @{ENDS} alone")
     size = known[word].token_bytes(geometry) if word in known else None

@@ -127,7 +127,7 @@ class Window:
         """
         if self.exact:
             return length
-        return min(length, self.sink + self.recent + GRANULE - 1 + in_flight)
+        return min(length, self.moves_at(self.sink) - 1 + in_flight)
 
     def compaction(self, before: int, after: int, exact_until: int) -> range:
         """Tokens that the step from `before` to `after` computed tokens moves to the archive.
@@ -146,6 +146,12 @@ class Window:
         if processed < exact_until:
             return range(0)
         return range(self.sink, self.boundary(processed), GRANULE)
+
+    def frees_at(self, processed: int, exact_until: int) -> int:
+        """Processed tokens at which more than those `free_tokens` may be free."""
+        if processed < exact_until:
+            return exact_until
+        return self.moves_at(self.boundary(processed))
 
     def free_pages(self, processed: int, exact_until: int, block: int) -> range:
         """Window pages of `block` tokens that hold none but `free_tokens`, by their numbers."""

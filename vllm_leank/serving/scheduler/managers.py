@@ -245,9 +245,9 @@ class WindowManager(LeanKManager):
         free = self._window.free_pages(processed_computed_tokens, exact_until, self.block_size)
         self._remove_blocks_in_range(request_id, free.start, free.stop)
         if request_id in self.req_to_blocks:  # one that waits holds none yet
-            moves_at = self._window.moves_at(self._window.boundary(processed_computed_tokens))
-            in_prompt = processed_computed_tokens < exact_until
-            self._frees_at[request_id] = exact_until if in_prompt else moves_at
+            self._frees_at[request_id] = self._window.frees_at(
+                processed_computed_tokens, exact_until
+            )
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget a request that ends or is preempted; see the base class."""

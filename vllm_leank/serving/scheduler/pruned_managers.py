@@ -15,7 +15,7 @@ from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_blo
 from vllm.v1.request import Request
 
 from vllm_leank.core.pages import LEAST_BLOCK
-from vllm_leank.core.window import GRANULE, Window
+from vllm_leank.core.window import Window
 from vllm_leank.serving.scheduler.managers import ArchiveManager, WindowManager
 from vllm_leank.serving.scheduler.specs import LeanKSpec, PrunedWindowSpec
 
@@ -50,7 +50,7 @@ class PrunedArchiveManager(ArchiveManager):
             **kwargs,
         )
         # What comes after these pages, as far as it needs no other.
-        longest = max(found, window.sink) + window.recent + GRANULE - 1
+        longest = window.moves_at(max(found, window.sink)) - 1
         length = window.prefix(min(longest, max_length), block)
         for pages in blocks:
             del pages[window.archived(length) // block :]
