@@ -332,6 +332,13 @@ FAULTS = (
         "test_window.py",
     ),
     Fault(
+        "who is left in the end counts as a full engine",
+        "bench/steady.py",
+        "return stretch.is_full, len(stretch.steps), stretch.running",
+        "return True, len(stretch.steps), stretch.running",
+        "test_bench_serve.py",
+    ),
+    Fault(
         "drafts find no archive page",
         "serving/scheduler/managers.py",
         "request_id, self._window.archived(num_tokens), num_tokens_main_model",

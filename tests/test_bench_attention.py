@@ -15,6 +15,7 @@ from cache_builder import relative_rms
 from mask_samples import coded_mask
 from vllm_leank.kernels import reference
 from vllm_leank.kernels.channels import layer_channels
+from vllm_leank.kernels.decode import decode
 
 from vllm_leank.bench import pools, results
 from vllm_leank.bench.cases import Case, parse_case, parse_layers
@@ -113,6 +114,25 @@ def test_pages_hold_what_a_query_reads_and_no_page_is_shared(
         archived = range(WINDOW.sink, int(WINDOW.boundary(length)))
         dense = {token // window_block for token in range(length) if token not in archived}
         assert batch.window_table[0].nonzero().flatten().tolist() == sorted(dense)
+
+
+def test_a_layer_that_stores_nothing_is_read(tiny_llama_dir, few_programs):
+    """Masks of 1 bit have such layers."""
+    mask = coded_mask(tiny_llama_dir)
+    k_bits, v_bits = mask.k_bits.copy(), mask.v_bits.copy()
+    k_bits[0] = v_bits[0] = 0
+    mask = replace(mask, k_bits=k_bits, v_bits=v_bits)
+    plan, case = plan_settings(mask, Options(), 2).plan, Case(3, 500, WINDOW)
+    tables = pools.Tables.shuffled(case, plan.layer(0), 2, torch.device("cpu"))
+    channels = layer_channels(*mask.layer(0, range(2)))
+    cache = pools.layer_cache(plan.layer(0), channels, case, tables, torch.float32)
+    assert plan.layer(0).archive_page_bytes == 0
+    assert cache.side.shape == cache.archive_pages.shape == (tables.archive_pages, 0)
+    query = torch.randn(3, 4, 64)
+    output, expected = (torch.full_like(query, float("nan")) for _ in range(2))
+    decode(query, output, cache, tables.batches[0], 0.125)
+    reference.attend(query, expected, cache, tables.batches[0], 0.125)
+    assert relative_rms(output, expected) < 1e-5
 
 
 def fake_flash(q, k, v, out, block_table, seqused_k, softmax_scale, k_descale=None, **_):

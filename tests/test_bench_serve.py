@@ -9,12 +9,13 @@ from rich.console import Console
 
 from vllm_leank.bench import serve
 from vllm_leank.bench.report_serve import print_serve
-from vllm_leank.bench.steady import SteadyState, Step
+from vllm_leank.bench.steady import FEWEST_STEPS, SteadyState, Step
 from vllm_leank.errors import UserError
 
 
-def decode(time, running, latency=0.01):
-    return Step(time, running, new_tokens=running, latencies=(latency,) * running)
+def decode(time, running, latency=0.01, waiting=0):
+    latencies = (latency,) * running
+    return Step(time, running, waiting, new_tokens=running, latencies=latencies)
 
 
 def watch(*steps):
@@ -38,7 +39,7 @@ def test_steady_is_all_running_decode_and_no_prompt():
         decode(8.0, 3, latency=0.02),
         decode(8.5, 3),
     )
-    stretch = state.longest
+    stretch = state.best
     assert state.current is stretch
     assert (stretch.running, len(stretch.steps), stretch.begin, stretch.seconds) == (3, 3, 7.0, 1.5)
     assert stretch.tokens_per_s == 9 / 1.5
@@ -55,19 +56,35 @@ def test_a_preemption_begins_another_stretch():
         Step(4, 3, new_tokens=3, preempted=1),
         decode(5, 3),
     )
-    assert (state.longest.running, len(state.longest.steps)) == (4, 3)
+    assert (state.best.running, len(state.best.steps)) == (4, 3)
     assert (state.current.running, len(state.current.steps)) == (3, 2)
     assert (state.preempted, state.peak) == (1, 4)
 
 
 def test_of_equally_long_stretches_the_fuller_counts():
-    assert watch(decode(1, 4), Step(2, 5), decode(3, 5)).longest.running == 5
-    assert watch(decode(1, 5), Step(2, 5), decode(3, 4)).longest.running == 5
+    assert watch(decode(1, 4), Step(2, 5), decode(3, 5)).best.running == 5
+    assert watch(decode(1, 5), Step(2, 5), decode(3, 4)).best.running == 5
+
+
+@pytest.mark.parametrize("steps", [FEWEST_STEPS - 1, FEWEST_STEPS])
+def test_a_full_engine_counts_and_not_who_is_left_in_the_end(steps):
+    """Requests of this engine outgrow their room before many steps are over."""
+    full = [decode(time, 48, waiting=9) for time in range(steps)]
+    preempts = Step(steps, 47, 10, new_tokens=47, preempted=1)
+    state = watch(*full, preempts)
+    assert not state.settled(99)
+    left = [decode(steps + 1 + time, 20) for time in range(98)]
+    for step in left:
+        state.add(step)
+    enough = steps == FEWEST_STEPS
+    assert (state.best.running, len(state.best.steps)) == ((48, steps) if enough else (20, 98))
+    assert state.settled(99) == enough
+    assert state.settled(98)
 
 
 def test_without_steady_steps_there_is_none():
-    assert not watch(Step(1, 1), Step(2, 1, prompt_tokens=9, new_tokens=1)).longest.steps
-    assert not watch(Step(1, 0)).longest.steps
+    assert not watch(Step(1, 1), Step(2, 1, prompt_tokens=9, new_tokens=1)).best.steps
+    assert not watch(Step(1, 0)).best.steps
 
 
 def test_variants():

@@ -138,7 +138,7 @@ class _Load:
         deadline = time.perf_counter() + self.run.limit_s
         while self.engine.has_unfinished_requests() and time.perf_counter() < deadline:
             self.engine.step()
-            if len(state.current.steps) == self.run.steady_steps:
+            if state.settled(self.run.steady_steps):
                 break
         self.engine.abort_request(requests)
         return state
@@ -159,7 +159,7 @@ def measure(run: Run) -> dict[str, Any]:
     state = load.fill()
     done = time.perf_counter()
     load.engine.engine_core.shutdown()
-    stretch = state.longest
+    stretch = state.best
     if not stretch.steps:
         raise UserError(
             "the engine never had all running requests decode at once; give --time-limit or "

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+FEWEST_STEPS = 16
+"""Steps of a full engine that are enough for figures."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -51,6 +54,14 @@ class Stretch:
         return self.steps[-1].running if self.steps else 0
 
     @property
+    def is_full(self) -> bool:
+        """Whether requests wait for room, and there are enough steps.
+
+        They waited in all of them: who gets room computes a prompt, which ends the stretch.
+        """
+        return len(self.steps) >= FEWEST_STEPS and self.steps[-1].waiting > 0
+
+    @property
     def seconds(self) -> float:
         """How long it took."""
         return self.steps[-1].time - self.begin
@@ -71,15 +82,22 @@ class SteadyState:
 
     Attributes:
         current: the stretch that the last step belongs to, empty after any other step.
-        longest: the longest so far; of equally long ones that with more requests.
+        best: the longest so far of a full engine, if there is one, else the longest; of equally
+            long ones that with more requests. An engine may be full for few steps only, as its
+            requests outgrow their room: those that are left in the end decode for longer, but are
+            not what it can do.
         peak: most requests that ever ran.
         preempted: preemptions so far.
     """
 
     def __init__(self) -> None:
-        self.current = self.longest = Stretch(0.0)
+        self.current = self.best = Stretch(0.0)
         self.peak = self.preempted = 0
-        self._last = 0.0
+        self._last, self._waiting = 0.0, 0
+
+    def settled(self, steps: int) -> bool:
+        """Whether there are so many steady steps, or the engine was full and is not any more."""
+        return len(self.current.steps) >= steps or (self.best.is_full and not self._waiting)
 
     def add(self, step: Step) -> None:
         """Take the next step."""
@@ -87,12 +105,12 @@ class SteadyState:
             self.current = Stretch(self._last)
         if step.is_decode:
             self.current.steps.append(step)
-        if self._rank(self.current) > self._rank(self.longest):
-            self.longest = self.current
+        if self._rank(self.current) > self._rank(self.best):
+            self.best = self.current
         self.peak = max(self.peak, step.running)
         self.preempted += step.preempted
-        self._last = step.time
+        self._last, self._waiting = step.time, step.waiting
 
     @staticmethod
-    def _rank(stretch: Stretch) -> tuple[int, int]:
-        return len(stretch.steps), stretch.running
+    def _rank(stretch: Stretch) -> tuple[bool, int, int]:
+        return stretch.is_full, len(stretch.steps), stretch.running
