@@ -49,6 +49,9 @@ def kl(row, length, kinds="kinds seen"):
 KINDS = "kinds seen", "kinds unseen"
 
 
+MASKS_SERVED = "pruned_50", "pruned_70", "bits_4", "bits_2", "bits_1.5", "bits_1"
+
+
 def served_engines():
     """Engines of the 1.5B under load, by cache. Dense attention is first: FlashAttention 3."""
     flash, fp8 = load("serve_qwen_1.5b_flash")["variants"]
@@ -59,20 +62,29 @@ def served_engines():
         "vLLM fp8": fp8,
         "vLLM turboquant_4bit_nc": turboquant,
         "vLLM int4_per_token_head": int4,
-        **served_masks("1.5b", "pruned_50", "pruned_70", "bits_4", "bits_2", "bits_1.5", "bits_1"),
+        **served_masks("qwen_1.5b", LEARNED_MASKS),
     }
 
 
-def served_masks(size, *masks):
+def served_small(model):
+    """The same of a smaller model: 0.5B or 135M."""
+    flash, fp8 = load(f"serve_{model}_flash")["variants"]
+    (turboquant,), (int4,) = (
+        load(f"serve_{model}_{name}")["variants"] for name in ("turboquant", "int4")
+    )
+    return {
+        "dense": flash,
+        "vLLM fp8": fp8,
+        "vLLM turboquant_4bit_nc": turboquant,
+        "vLLM int4_per_token_head": int4,
+        **served_masks(model),
+    }
+
+
+def served_masks(model, learned=()):
     """Engines of leank, each of a file of its own, by mask."""
     found = {}
-    for mask in masks:
-        (one,) = load(f"serve_qwen_{size}_{mask}")["variants"]
-        found[named(f"leank {mask}", LEARNED_MASKS)] = one
+    for mask in MASKS_SERVED:
+        (one,) = load(f"serve_{model}_{mask}")["variants"]
+        found[named(f"leank {mask}", learned)] = one
     return found
-
-
-def served_small():
-    """The same of the 0.5B, as far as it was served."""
-    (flash,) = load("serve_qwen_0.5b_flash")["variants"]
-    return {"dense": flash, **served_masks("0.5b", "bits_4", "bits_2")}

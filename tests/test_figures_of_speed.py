@@ -80,13 +80,29 @@ def real_rows():
     return dense_first(served_engines())
 
 
-def small_real_rows():
-    """The same of a smaller one."""
-    return dense_first(served_small())
-
-
 def dense_first(engines):
     return engine_rows({"vLLM, FlashAttention 3": engines.pop("dense"), **engines})
+
+
+def small_real_rows():
+    """Two smaller models side by side; no figures of engines that were not full."""
+    models = [served_small(model) for model in ("qwen_0.5b", "smollm2")]
+    for name in models[0]:
+        cells = []
+        for engines in models:
+            one, dense = engines[name], engines["dense"]
+            if one["waiting"]:
+                cells += _beside(one["concurrent"], dense["concurrent"], "{}")
+                cells += _beside(*(of["decode"]["tokens_per_s"] for of in (one, dense)), "{:,.0f}")
+                cells.append(f"{one['decode']['tpot_p50_ms']:.1f}")
+            else:
+                cells += [""] * 3
+        yield line("vLLM, FlashAttention 3" if name == "dense" else name, *cells)
+
+
+def _beside(figure, dense, form):
+    """A figure and how much of dense attention's it is, but of that itself."""
+    return [form.format(figure) + (f" ({figure / dense:.2f}x)" if figure != dense else "")]
 
 
 def apart_rows():
@@ -252,13 +268,55 @@ def test_docs_say_what_other_runs_of_the_real_model_had():
     assert f"{found} had {_served(then)}, {ms} ms per token instead of {alone}" in said
 
 
-def test_docs_say_how_long_a_step_takes_for_each_request():
-    small, real = served_small(), served_engines()
-    engines = [small["leank, 4 bits"], small["leank, 2 bits"], real["leank, 1 bit"]]
-    each = [f"{1e3 * one['decode']['tpot_p50_ms'] / one['concurrent']:.0f}" for one in engines]
-    assert each[0] == each[1]
+def test_docs_say_how_small_models_are_served():
     said = " ".join(text_of("docs/performance.md").split())
-    assert f"a step takes {each[0]} us for each request with either, and {each[2]} with 1" in said
+    small = served_small("smollm2")
+    assert small["vLLM int4_per_token_head"]["decode"]["steps"] == 96
+    fp8, turboquant = small["vLLM fp8"], small["vLLM turboquant_4bit_nc"]
+    assert (fp8["waiting"], turboquant["waiting"]) == (0, 0)
+    assert f"{fp8['peak_running']} and {turboquant['peak_running']} of its requests ran" in said
+    assert f"told of the last {fp8['concurrent']} and {turboquant['concurrent']}, which" in said
+
+    four, two, one = (small[name] for name in (FOUR, TWO, ONE))
+    cases = [load(f"attention_smollm2_{bits}")["cases"][0] for bits in (4, 2)]
+    assert [case["batch"] for case in cases] == [four["concurrent"], two["concurrent"]]
+    assert {case["length"] for case in cases} == {7900}
+    reads = [f"{30 * case['mean']['ms']:.1f} ms for {case['batch']}" for case in cases]
+    assert f"is about {reads[0]} requests of 7,900 tokens" in said
+    assert f"and {reads[1]} with [2 bits](" in said
+    steps = [f"{one['decode']['tpot_p50_ms']:.1f}" for one in (four, two, one)]
+    assert f"took {steps[0]} and {steps[1]} ms. Most likely" in said
+    worst = f"{one['decode']['tpot_p99_ms']:.1f} at worst"
+    assert f"{one['concurrent']} requests with 1 bit took {steps[2]} ms in the median" in said
+    assert f"and {worst}, fewer than {two['concurrent']} with 2 bits" in said
+
+
+def test_docs_say_what_ran_with_the_scheduler_of_today():
+    masks = [
+        one
+        for model in ("qwen_0.5b", "smollm2")
+        for name, one in served_small(model).items()
+        if name.startswith("leank")
+    ]
+    assert [one["preempted"] for one in masks] == [0] * 12
+    most = max(one["concurrent"] for one in masks)
+    said = " ".join(text_of("docs/reliability.md").split())
+    assert f"two smaller models served up to {most} requests at once on an H200 with six" in said
+
+
+def test_docs_say_what_other_runs_of_a_small_model_had():
+    said = " ".join(text_of("docs/performance.md").split())
+    again, before, flash, two = (
+        _served(load(f"serve_qwen_0.5b_{name}")["variants"][0])
+        for name in ("bits_4_again", "bits_4_9689cc4", "flash_9689cc4", "bits_2_9689cc4")
+    )
+    folder = "../benchmarks/results/serve_qwen_0.5b"
+    assert (
+        f"had {_served(served_small('qwen_0.5b')[FOUR])} tokens/s, [{again}]({folder}_bits_4_again"
+        f".json) nine minutes later, and [{before}]({folder}_bits_4_9689cc4.json) on another host"
+    ) in said
+    dense = f"[FlashAttention]({folder}_flash_9689cc4.json) had {flash}"
+    assert f"{dense} and [2 bits]({folder}_bits_2_9689cc4.json) {two}." in said
 
 
 def _served(one):
