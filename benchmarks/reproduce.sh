@@ -63,7 +63,7 @@ run() {
 engine_tests() { # each in a process of its own, four at a time
     tests="$root/tests"
     python3 -m pytest -q --collect-only -p no:cacheprovider "$tests"/test_gpu_engine.py "$tests"/test_gpu_mixed.py >engine_tests.txt
-    sed -n "s|.*\(test_gpu_[a-z]*.py::\)|$tests/\1|p" |
+    sed -n "s|.*\(test_gpu_[a-z]*.py::\)|$tests/\1|p" engine_tests.txt |
         xargs -P 4 -n 1 python3 -m pytest -q -p no:cacheprovider
 }
 

@@ -4,7 +4,8 @@ import json
 from collections import Counter
 
 import pytest
-from mask_samples import random_mask
+from mask_samples import full_mask, random_mask
+from mixed_models import save_mixed
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.plugins import load_general_plugins
@@ -109,10 +110,23 @@ def test_what_vllm_does_not_let_pass_here(tiny_llama_dir, options, flag):
     assert flag in reason
 
 
-def test_an_interval_of_pages_fits_the_masks(tiny_llama_dir, options):
-    line = ["serve", str(tiny_llama_dir), "--attention-backend", "leank", "--skip-tokenizer-init"]
-    line += ["--additional-config", json.dumps(options), "--prefix-cache-retention-interval"]
-    (reason,) = examine([*line, "1000"]).reasons
+def with_interval(model, options, interval):
+    line = ["serve", str(model), "--attention-backend", "leank", "--skip-tokenizer-init"]
+    line += ["--additional-config", json.dumps(options)]
+    return examine([*line, "--prefix-cache-retention-interval", str(interval)]).reasons
+
+
+def test_an_interval_of_pages_is_for_sliding_layers(tiny_llama_dir, options):
+    (reason,) = with_interval(tiny_llama_dir, options, 960)
+    assert reason.startswith("--prefix-cache-retention-interval is 960; it is for models with slid")
+    assert with_interval(tiny_llama_dir, options, 0) == ()
+
+
+def test_an_interval_of_pages_fits_the_masks(tmp_path):
+    model = save_mixed("gemma3_text", tmp_path)
+    save_mask(full_mask(model), tmp_path / "mask.yaml")
+    options = {"leank": {"mask": str(tmp_path / "mask.yaml")}}
+    (reason,) = with_interval(model, options, 1000)
     assert reason.startswith("--prefix-cache-retention-interval is 1000; with this mask it must be")
     fits = int(reason.rsplit(" ", 1)[1])
-    assert examine([*line, str(3 * fits)]).reasons == ()
+    assert with_interval(model, options, 3 * fits) == ()

@@ -114,7 +114,7 @@ def serve(
     pages: Pages = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32000,
     output_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens per request that are measured.")
+        int, typer.Option(min=1, help="Tokens per request that are measured, at most.")
     ] = 256,
     num_prompts: Annotated[
         int, typer.Option(min=1, help="Prompts that are submitted at once: more than fit.")

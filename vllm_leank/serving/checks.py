@@ -205,12 +205,13 @@ def _mixed(config: "VllmConfig", options: Options) -> Iterator[str]:
 def _retention(config: "VllmConfig", settings: "Settings") -> Iterator[str]:
     """vLLM compares it with pages only when the model has been loaded."""
     interval, plan = config.cache_config.prefix_cache_retention_interval, settings.plan
+    told = f"--prefix-cache-retention-interval is {interval}"
+    if interval and other_layers(config.model_config.hf_text_config) is None:
+        yield f"{told}; it is for models with sliding layers: remove it"
+        return
     pages = math.lcm(plan.window_block, plan.archive_block)
     if interval and interval % pages:
-        yield (
-            f"--prefix-cache-retention-interval is {interval}; with this mask it must be 0 or a "
-            f"multiple of {pages}"
-        )
+        yield f"{told}; with this mask it must be 0 or a multiple of {pages}"
 
 
 def _flags(config: "VllmConfig") -> Iterator[str]:

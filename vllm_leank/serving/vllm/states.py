@@ -1,4 +1,4 @@
-"""States of layers beside leank's pages. For vLLM 0.32 and 0.33; run with 0.32 alone.
+"""States of layers beside leank's pages. For vLLM 0.32 and 0.33.
 
 Goes when `initialize_mamba_ssu_backend` and the runner look inside `UniformTypeKVCacheSpecs`, and
 when `_align_hybrid_block_size` leaves pages alone that need not be equal.

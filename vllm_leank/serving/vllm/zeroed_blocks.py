@@ -1,4 +1,4 @@
-"""New blocks of sliding layers are zeroed on CPU, too. For vLLM 0.32.
+"""New blocks of sliding layers are zeroed on CPU, too. For vLLM 0.32 and 0.33.
 
 Goes when `CPUModelRunner._zero_block_ids` zeroes the blocks of all attention layers, as the GPU's
 runner does.
