@@ -67,19 +67,26 @@ def test_of_equally_long_stretches_the_fuller_counts():
 
 
 @pytest.mark.parametrize("steps", [FEWEST_STEPS - 1, FEWEST_STEPS])
-def test_a_full_engine_counts_and_not_who_is_left_in_the_end(steps):
-    """Requests of this engine outgrow their room before many steps are over."""
-    full = [decode(time, 48, waiting=9) for time in range(steps)]
-    preempts = Step(steps, 47, 10, new_tokens=47, preempted=1)
-    state = watch(*full, preempts)
+def test_a_full_engine_counts_and_not_who_is_left(steps):
+    """Requests outgrow their room before many steps are over, and the fewer are left the longer
+    they have room.
+    """
+    state = watch(*(decode(time, 48, waiting=9) for time in range(steps)))
     assert not state.settled(99)
-    left = [decode(steps + 1 + time, 20) for time in range(98)]
-    for step in left:
-        state.add(step)
+    state.add(Step(steps, 47, 10, new_tokens=47, preempted=1))
     enough = steps == FEWEST_STEPS
-    assert (state.best.running, len(state.best.steps)) == ((48, steps) if enough else (20, 98))
     assert state.settled(99) == enough
+    for time in range(98):
+        state.add(decode(steps + 1 + time, 47, waiting=10))
+    assert (state.best.running, len(state.best.steps)) == ((48, steps) if enough else (47, 99))
     assert state.settled(98)
+
+
+def test_an_engine_that_nobody_waits_for_is_full_no_more():
+    full = [decode(time, 9, waiting=1) for time in range(FEWEST_STEPS)]
+    state = watch(*full, Step(98, 9, prompt_tokens=5, new_tokens=9), decode(99, 9))
+    assert state.settled(99)
+    assert state.best.steps == full
 
 
 def test_without_steady_steps_there_is_none():
@@ -170,12 +177,13 @@ def test_an_engine_that_fails_is_named(monkeypatch):
     assert run_with(monkeypatch, 0, {"concurrent": 3}) == {"variant": "leank", "concurrent": 3}
 
 
-def figures(variant, concurrent, tokens_per_s, ttft, tpot, steps=256):
+def figures(variant, concurrent, tokens_per_s, ttft, tpot, steps=256, waiting=9):
     decode = {"tokens_per_s": tokens_per_s, "tpot_p50_ms": tpot, "tpot_p99_ms": 2 * tpot}
     decode["steps"] = steps
     return {
         "variant": variant,
         "concurrent": concurrent,
+        "waiting": waiting,
         "decode": decode,
         "ttft_s": {"median": ttft},
     }
@@ -193,7 +201,7 @@ def test_ratios_and_their_table(monkeypatch, capsys):
         "ttft": 1.05,
         "tpot_p50": 0.5,
     }
-    load = {"model": "m", "prompt_tokens": 32000, "steady_steps": 256}
+    load = {"model": "m", "prompt_tokens": 32000, "steady_steps": 256, "num_prompts": 99}
     print_serve({"load": load, "variants": variants, "ratios": ratios})
     shown = capsys.readouterr().out
     for text in ("1,500", "(1.50x)", "(2.00x)", "54", "20.00", "32,000"):
@@ -204,9 +212,33 @@ def test_first_tokens_that_were_not_timed(capsys):
     variants = [figures(name, 1, 9.0, None, 8.0) for name in ("flash", "leank")]
     (ratio,) = ratios = serve.ratios(variants)
     assert (ratio["ttft"], ratio["tpot_p50"]) == (None, 1)
-    load = {"model": "m", "prompt_tokens": 524000, "steady_steps": 256}
+    load = {"model": "m", "prompt_tokens": 524000, "steady_steps": 256, "num_prompts": 9}
     print_serve({"load": load, "variants": variants, "ratios": ratios})
     assert " - " in capsys.readouterr().out
+
+
+def test_the_table_says_where_an_engine_was_not_full_or_not_for_long(monkeypatch, capsys):
+    monkeypatch.setattr(Console, "width", 100)
+    variants = [
+        figures("flash", 27, 1000.0, 1.0, 20.0),
+        figures("flash-fp8", 48, 1000.0, 1.0, 20.0, steps=97),
+        figures("int4_per_token_head", 48, 1000.0, 1.0, 20.0, steps=FEWEST_STEPS - 1),
+        figures("turboquant_4bit_nc", 20, 1000.0, 1.0, 20.0, waiting=0),
+        figures("leank", 99, 1500.0, 1.05, 10.0, waiting=0),
+        figures("flash", 26, 900.0, 1.0, 20.0),
+    ]
+    load = {"model": "m", "prompt_tokens": 32000, "steady_steps": 256, "num_prompts": 99}
+    print_serve({"load": load, "variants": variants, "ratios": serve.ratios(variants)})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.endswith(
+        "in brackets: against the first flash-fp8: full for 97 steps of the 256 asked for "
+        "int4_per_token_head: 15 steps of the 256 asked for; more requests may fit "
+        "turboquant_4bit_nc: nobody waited for room; more requests may fit "
+        "leank: all prompts ran at once; more may fit: raise --num-prompts"
+    )
+    # The first has nothing to be compared with, though its variant was run again.
+    assert shown.count("(0.96x)") == 1
+    assert "1,000 1.000 20.00" in shown
 
 
 def test_what_was_measured_is_shown_where_a_later_engine_fails(leank, repo, monkeypatch):

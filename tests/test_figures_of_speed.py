@@ -249,6 +249,8 @@ def test_docs_say_how_long_a_first_start_takes():
 def test_docs_say_what_other_runs_of_the_real_model_had():
     engines = served_engines()
     assert {name for name, one in engines.items() if one["preempted"]} == {"vLLM fp8"}
+    eight_bit = engines["vLLM fp8"]
+    assert (eight_bit["concurrent"], eight_bit["preempted"]) == (26, 1)
     earlier, beside = load("serve_qwen_1.5b_fp8"), load("serve_qwen_1.5b_2_469eadf")
     assert earlier["date"] == beside["date"]
     flash, fp8, four = (_served(one) for one in earlier["variants"])
@@ -259,6 +261,7 @@ def test_docs_say_what_other_runs_of_the_real_model_had():
     _, same_day = load("serve_qwen_1.5b_turboquant")["variants"]
     ms, alone = (f"{one['decode']['tpot_p50_ms']:.1f}" for one in (then, engines["leank, 2 bits"]))
     said = " ".join(text_of("docs/performance.md").split())
+    assert f"than 256 steps fp8 had {eight_bit['peak_running']} requests, until one was" in said
     assert f"where FlashAttention had {_served(same_day)} tokens/s." in said
     assert (
         f"FlashAttention had {first} and {flash}, fp8 {fp8}, 4 bits {second} and {four} (["
@@ -276,6 +279,12 @@ def test_docs_say_how_small_models_are_served():
     assert (fp8["waiting"], turboquant["waiting"]) == (0, 0)
     assert f"{fp8['peak_running']} and {turboquant['peak_running']} of its requests ran" in said
     assert f"told of the last {fp8['concurrent']} and {turboquant['concurrent']}, which" in said
+    int4, larger = (
+        served_small(model)["vLLM int4_per_token_head"] for model in ("smollm2", "qwen_0.5b")
+    )
+    most = int4["peak_running"], larger["peak_running"], small["dense"]["peak_running"]
+    told = "it had {} of them, and {} of the 0.5B, and dense attention had {} of the 135M."
+    assert told.format(*most) in said
 
     four, two, one = (small[name] for name in (FOUR, TWO, ONE))
     cases = [load(f"attention_smollm2_{bits}")["cases"][0] for bits in (4, 2)]

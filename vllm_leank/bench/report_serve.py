@@ -6,13 +6,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from vllm_leank.bench.steady import FEWEST_STEPS
+
 
 def print_serve(results: dict[str, Any]) -> None:
     """Print a row per variant; in brackets, against the first."""
     load = results["load"]
     table = Table(
         title=f"{load['model']}, prompts of {load['prompt_tokens']:,} tokens",
-        caption="\n".join(["in brackets: against the first", *_short(results)]),
+        caption="\n".join(["in brackets: against the first", *_remarks(results)]),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -22,9 +24,8 @@ def print_serve(results: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     table.add_column("per token, ms\np50", justify="right")
     table.add_column("\np99", justify="right")
-    against = {ratio["variant"]: ratio for ratio in results["ratios"]}
-    for one in results["variants"]:
-        ratio, decode = against.get(one["variant"]), one["decode"]
+    for one, ratio in zip(results["variants"], [None, *results["ratios"]], strict=True):
+        decode = one["decode"]
         cells = {
             "concurrent": f"{one['concurrent']}",
             "tokens_per_s": f"{decode['tokens_per_s']:,.0f}",
@@ -40,14 +41,24 @@ def print_serve(results: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _short(results: dict[str, Any]) -> list[str]:
-    """Of variants that decoded steadily for fewer steps than were asked for."""
-    asked = results["load"]["steady_steps"]
-    return [
-        f"{one['variant']}: {steps} steps of the {asked} asked for; more requests may fit"
-        for one in results["variants"]
-        if (steps := one["decode"]["steps"]) < asked
-    ]
+def _remarks(results: dict[str, Any]) -> list[str]:
+    """Of variants that were not full, or decoded steadily for fewer steps than were asked for."""
+    load = results["load"]
+    remarks = []
+    for one in results["variants"]:
+        steps, asked = one["decode"]["steps"], load["steady_steps"]
+        if one["concurrent"] == load["num_prompts"]:
+            remark = "all prompts ran at once; more may fit: raise --num-prompts"
+        elif not one["waiting"]:
+            remark = "nobody waited for room; more requests may fit"
+        elif steps < FEWEST_STEPS:
+            remark = f"{steps} steps of the {asked} asked for; more requests may fit"
+        elif steps < asked:
+            remark = f"full for {steps} steps of the {asked} asked for"
+        else:
+            continue
+        remarks.append(f"{one['variant']}: {remark}")
+    return remarks
 
 
 def _seconds(time: float | None) -> str:

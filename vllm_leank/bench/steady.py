@@ -82,10 +82,10 @@ class SteadyState:
 
     Attributes:
         current: the stretch that the last step belongs to, empty after any other step.
-        best: the longest so far of a full engine, if there is one, else the longest; of equally
-            long ones that with more requests. An engine may be full for few steps only, as its
-            requests outgrow their room: those that are left in the end decode for longer, but are
-            not what it can do.
+        best: of a full engine the stretch with most requests, and of these the longest; while
+            there is none, the longest of all. An engine may be full for few steps only, as its
+            requests outgrow their room: who is left then decodes for longer, but is not what the
+            engine can do.
         peak: most requests that ever ran.
         preempted: preemptions so far.
     """
@@ -93,11 +93,11 @@ class SteadyState:
     def __init__(self) -> None:
         self.current = self.best = Stretch(0.0)
         self.peak = self.preempted = 0
-        self._last, self._waiting = 0.0, 0
+        self._last, self._is_emptier = 0.0, False
 
     def settled(self, steps: int) -> bool:
-        """Whether there are so many steady steps, or the engine was full and is not any more."""
-        return len(self.current.steps) >= steps or (self.best.is_full and not self._waiting)
+        """Whether there are so many steady steps, or the engine was full and will not be again."""
+        return len(self.current.steps) >= steps or (self.best.is_full and self._is_emptier)
 
     def add(self, step: Step) -> None:
         """Take the next step."""
@@ -109,8 +109,9 @@ class SteadyState:
             self.best = self.current
         self.peak = max(self.peak, step.running)
         self.preempted += step.preempted
-        self._last, self._waiting = step.time, step.waiting
+        self._last, self._is_emptier = step.time, step.preempted > 0 or not step.waiting
 
     @staticmethod
-    def _rank(stretch: Stretch) -> tuple[bool, int, int]:
-        return stretch.is_full, len(stretch.steps), stretch.running
+    def _rank(stretch: Stretch) -> tuple[int, int, int]:
+        most = stretch.running if stretch.is_full else 0
+        return most, len(stretch.steps), stretch.running
