@@ -105,8 +105,8 @@ def row(
 def _fitting(
     name: str, tp: int, length: int, bits: int | None, pages: float | None, gpu: str, weights: int
 ) -> dict[str, float] | None:
-    """Requests that fit on GPUs of a size, in decode, and while prompts are computed: read exactly,
-    or pruned; None where the weights do not fit.
+    """Requests that run at once on GPUs of a size, and that fit while prompts are computed, which
+    are read exactly or pruned; None where the weights do not fit.
     """
     try:
         pool = estimate_pool(parse_size(gpu), UTILIZATION, weights)
@@ -116,13 +116,13 @@ def _fitting(
     exact = settings(name, tp, bits or BITS[0], pages, "exact")
     if bits is None:
         held = dense_capacity(exact.plan, pool, length)
-        return {"in_decode": held.in_decode, "in_prefill": held.in_prefill}
+        return {"at_once": held.at_once, "in_prefill": held.in_prefill}
     held = leank_capacity(exact.plan, exact.window, pool, length, in_flight)
-    found = {"in_decode": held.in_decode, "in_prefill": held.in_prefill}
+    found = {"at_once": held.at_once, "in_prefill": held.in_prefill}
     if pages is None:
         pruned = settings(name, tp, bits, None, "pruned")
         held = leank_capacity(pruned.plan, pruned.window, pool, length, in_flight)
-        found["in_pruned_prefill"] = held.in_prefill
+        found |= {"at_once_pruned": held.at_once, "in_pruned_prefill": held.in_prefill}
     return found
 
 
@@ -234,9 +234,9 @@ def _requests(found: dict[str, float] | None) -> str:
     if found is None:
         return "no weights"
     if found["in_prefill"] >= 1:
-        return f"{found['in_decode']:.1f}"
+        return f"{found['at_once']:.1f}"
     if found.get("in_pruned_prefill", 0) >= 1:
-        return f"{found['in_decode']:.1f}*"
+        return f"{found['at_once_pruned']:.1f}*"
     return "none"
 
 

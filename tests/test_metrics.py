@@ -89,6 +89,10 @@ def test_gauges_of_a_server(publish):
         ("prefill", plan.blocks_in_prefill(window, 8192)),
     ]:
         assert value("request_capacity", cache="leank", phase=phase, engine="0") == 1000 / blocks
+    # One prompt that is computed, and all others decode.
+    first, each = plan.blocks_in_prefill(window, 8192), plan.blocks_in_decode(window, 8192)
+    both = value("request_capacity", cache="leank", phase="both", engine="0")
+    assert both == pytest.approx(1 + (1000 - first) / each)
     assert value("request_capacity", cache="dense", phase="decode", engine="0") > 0
 
 

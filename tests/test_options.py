@@ -157,7 +157,7 @@ def test_report_of_a_hand_made_mask():
         "leank window: sink 64, recent 256 tokens dense",
         "leank cache: 640 bytes per far token against 1,024 dense (62.5%); archive pages of 64 "
         "tokens",
-        "leank capacity: 7.5 requests of 8,192 tokens in decode, 4.9 dense (1.53x), in 0.04 GiB",
+        "leank capacity: 5.6 requests of 8,192 tokens at once, 4.9 dense (1.15x), in 0.04 GiB",
     ]
 
 

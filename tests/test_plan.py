@@ -11,6 +11,7 @@ import pytest
 import torch
 import typer
 from archive_definition import plan_of
+from figures import load
 from mask_samples import random_mask
 from recall.demo import MODEL
 from rich.console import Console
@@ -27,16 +28,19 @@ from vllm_leank.core.capacity import (
 from vllm_leank.core.formats.packed import CODE_CLASSES
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.hf_config import longest_request
+from vllm_leank.core.options import Options
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
-from vllm_leank.mask.file import save_mask
+from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.lookup import find_masks
 from vllm_leank.mask.plain_config import count_weights, plain_config
+from vllm_leank.mask.settings import plan_settings
 from vllm_leank.offline.allocate import class_widths
 from vllm_leank.offline.even_bits import even_bits
 
 (BUNDLED,) = find_masks("leank/recall")
+REPO = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -58,13 +62,15 @@ def test_plan_says_what_a_server_says(recall):
     assert planned["window"] == {"sink": 64, "recent": 256}
     engines = {engine["name"]: engine for engine in planned["engines"]}
     assert [
-        (name, engine["far_token_bytes"], engine["archive_block"], round(engine["in_decode"], 1))
+        (name, engine["far_token_bytes"], engine["archive_block"], round(engine["at_once"], 1))
         for name, engine in engines.items()
     ] == [
         ("vLLM", 6144, None, 21.2),
         ("vLLM, fp8 cache", 3072, None, 42.3),
-        ("leank", 2432, 96, 48.9),
+        ("leank", 2432, 96, 46.3),
     ]
+    assert round(engines["leank"]["ratio_at_once"], 2) == 2.19
+    assert round(engines["leank"]["in_decode"], 1) == 48.9
     assert round(engines["leank"]["ratio_in_decode"], 2) == 2.31
     assert engines["leank"]["in_prefill"] < engines["vLLM"]["in_prefill"] == pytest.approx(21.17, 1)
 
@@ -98,7 +104,7 @@ def test_plan_as_a_table(recall):
     assert code == 0
     assert "sink 64, recent 256: cache of 1.00 GiB" in " ".join(out.split())
     assert "requests of 8,256 tokens that fit" in out
-    for text in ("48.9", "2.31x", "2,432"):
+    for text in ("46.3", "2.19x", "2,432"):
         assert text in out
     assert "would not start" not in out
 
@@ -156,7 +162,7 @@ def test_plan_says_what_a_step_reads(recall):
 @pytest.mark.parametrize("width", [80, 70])
 def test_the_table_loses_nothing_where_columns_are_few(width):
     """Names may wrap; numbers of seven digits are whole."""
-    most = Capacity(9_999_999, 9_999, 9_999_999, 9_999_999, 9_999_999)
+    most = Capacity(9_999_999, 9_999, 9_999_999, *[9_999_999] * 3)
     names = ["vLLM", "vLLM, fp8 cache", "leank"]
     file = io.StringIO()
     Console(file=file, width=width).print(capacity_table(dict.fromkeys(names, most), 1))
@@ -302,14 +308,16 @@ def test_sizes_for_people(size, text):
 
 
 def test_capacity_is_that_of_a_server_on_an_h200():
-    """What it reported with the mask that LeanK's authors released for Llama-3.1-8B: 47.5 requests.
-    Its far tokens have 73,984 bytes, as those of this mask.
+    """What it reported with the mask that LeanK's authors released for Llama-3.1-8B: 47.5 requests
+    in decode. Its far tokens have 73,984 bytes, as those of this mask. 46 came to run at once.
     """
     layers = [[64] * 8] * 23 + [[64] * 6 + [128] * 2] + [[0] * 8] * 8
     plan = plan_of(layers, 128, 2)
     assert (plan.archive_token_bytes, plan.archive_block) == (73_984, 64)
     pool = parse_size("110.61GiB")
-    assert round(leank_capacity(plan, Window(128, 768), pool, 32_768).in_decode, 1) == 47.5
+    found = leank_capacity(plan, Window(128, 768), pool, 32_768)
+    assert round(found.in_decode, 1) == 47.5
+    assert int(leank_capacity(plan, Window(128, 768), pool, 32_000).at_once) == 46
     assert round(dense_capacity(plan, pool, 32_768).in_decode, 1) == 27.7
 
 
@@ -320,6 +328,34 @@ def test_short_requests_gain_nothing():
     share = plan.dense_token_bytes * 32 / plan.block_bytes
     assert both["leank"].in_decode == pytest.approx(both["vLLM"].in_decode * share, rel=1e-3)
     assert both["leank"].in_decode == both["leank"].in_prefill
+    assert both["leank"].at_once == pytest.approx(both["leank"].in_decode)
+
+
+@pytest.mark.parametrize("model", ["qwen_1.5b", "qwen_0.5b", "smollm2"])
+@pytest.mark.parametrize("mask", ["bits_4", "bits_2", "pruned_70"])
+def test_as_many_requests_ran_at_once_as_is_said(model, mask):
+    """On a GPU, with the masks that ship."""
+    results = load(f"serve_{model}_{mask}")
+    (one,) = results["variants"]
+    loaded = next(
+        found
+        for path in (REPO / "masks").rglob("*.yaml")
+        if (found := load_mask(path)).sha256 == results["mask"]["sha256"]
+    )
+    settings = plan_settings(loaded, Options(), itemsize=2)
+    pool = one["engine"]["num_gpu_blocks"] * settings.plan.block_bytes
+    length = results["load"]["prompt_tokens"]
+    found = leank_capacity(settings.plan, settings.window, pool, length)
+    assert int(found.at_once) == one["concurrent"] == one["peak_running"] < found.in_decode - 2
+
+
+def test_where_not_even_one_prompt_fits_there_is_a_part_of_it():
+    plan, window = plan_of([[32, 0], [64, 32]], 64, 2), Window(64, 256)
+    blocks = plan.blocks_in_prefill(window, 8192)
+    for share, most in ((0.5, 0.5), (1, 1)):
+        found = leank_capacity(plan, window, int(share * blocks) * plan.block_bytes, 8192)
+        assert found.at_once == pytest.approx(most, rel=0.01)
+        assert found.at_once <= found.in_decode
 
 
 def test_estimates_name_what_takes_the_memory():

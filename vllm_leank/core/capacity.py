@@ -39,6 +39,8 @@ class Capacity:
         block_bytes: bytes of a block of the pool; None for dense caches, where it is an option.
         in_decode: requests that fit once their prompts are done, not rounded.
         in_prefill: requests that fit while their prompts are computed, not rounded.
+        at_once: requests of long prompts that come to run at once, not rounded: the last one's
+            prompt is computed while the others decode.
         step_bytes: what a decode step reads of a request; None: it was not asked for.
         window_block: tokens of a window page; None for dense caches.
     """
@@ -48,6 +50,7 @@ class Capacity:
     block_bytes: int | None
     in_decode: float
     in_prefill: float
+    at_once: float
     step_bytes: int | None = None
     window_block: int | None = None
 
@@ -59,12 +62,16 @@ def leank_capacity(
     while they are prompts.
     """
     blocks = pool_bytes // plan.block_bytes
+    in_decode = plan.blocks_in_decode(window, length)
+    in_prefill = plan.blocks_in_prefill(window, length, in_flight)
+    one, left = min(blocks / in_prefill, 1), max(blocks - in_prefill, 0)
     return Capacity(
         far_token_bytes=plan.archive_token_bytes,
         archive_block=plan.archive_block,
         block_bytes=plan.block_bytes,
-        in_decode=blocks / plan.blocks_in_decode(window, length),
-        in_prefill=blocks / plan.blocks_in_prefill(window, length, in_flight),
+        in_decode=blocks / in_decode,
+        in_prefill=blocks / in_prefill,
+        at_once=one + left / in_decode,
         window_block=plan.window_block,
     )
 
@@ -80,8 +87,8 @@ def dense_capacity(
     token_bytes = dense.dense_token_bytes
     held = token_bytes * length + dense.other_bytes(length)
     requests = pool_bytes / held
-    # All that is held is read.
-    return Capacity(token_bytes, None, None, requests, requests, held)
+    # All that is held is read, and a prompt holds no more than what is said after it.
+    return Capacity(token_bytes, None, None, requests, requests, requests, held)
 
 
 def compare(

@@ -67,7 +67,8 @@ def publish(vllm_config: "VllmConfig", stat_logger: Any) -> Observe:
     )
     gauge(
         "request_capacity",
-        "Requests of the longest length that an engine's cache holds, with leank and without it.",
+        "Requests of the longest length that an engine's cache holds, with leank and without it: "
+        "in decode, in prefill, or one in prefill while all others decode.",
         [
             ({**engine, **labels}, value)
             for engine in engines
@@ -133,4 +134,5 @@ def _capacity(name: str, cache: Capacity) -> list[tuple[Labels, float]]:
     return [
         ({"cache": name, "phase": "decode"}, cache.in_decode),
         ({"cache": name, "phase": "prefill"}, cache.in_prefill),
+        ({"cache": name, "phase": "both"}, cache.at_once),
     ]

@@ -61,11 +61,11 @@ def report(settings: Settings, num_blocks: int, length: int) -> list[str]:
     """
     plan = settings.plan
     pool = num_blocks * plan.block_bytes
-    fit = leank_capacity(plan, settings.window, pool, length).in_decode
-    dense = dense_capacity(plan, pool, length).in_decode
+    fit = leank_capacity(plan, settings.window, pool, length).at_once
+    dense = dense_capacity(plan, pool, length).at_once
     return [
         *describe(settings),
-        f"leank capacity: {fit:.1f} requests of {length:,} tokens in decode, {dense:.1f} dense "
+        f"leank capacity: {fit:.1f} requests of {length:,} tokens at once, {dense:.1f} dense "
         f"({fit / dense:.2f}x), in {pool / 2**30:.2f} GiB",
     ]
 
