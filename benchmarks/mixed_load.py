@@ -11,7 +11,7 @@ sent twice, so nothing is found in a prefix cache. Before that, a few are sent a
 The results are written anew after every cell. The minutes left are shared out evenly among the
 engines to come, and an engine's among its rates. Requests of a cell that are not done by then are
 given up: its figures are those of the others, and `failed` counts them. Exits with 1 if a cell is
-missing.
+missing, or requests of it failed or were given up.
 """
 
 import argparse
@@ -275,7 +275,7 @@ def main() -> int:
                 CONSOLE.print(f"{one.name}: {error}", style="red")
                 done({"variant": one.name, "rate": None, "error": str(error)})
     print(json.dumps(results, indent=1))
-    return 1 if any("error" in row for row in results["cells"]) else 0
+    return 1 if any("error" in row or row["failed"] for row in results["cells"]) else 0
 
 
 if __name__ == "__main__":

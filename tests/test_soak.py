@@ -130,11 +130,16 @@ def test_the_picture_leaves_out_what_was_not_measured(tmp_path):
     cell = {"ttft_ms": times, "itl_ms": times, "output_tokens_per_s": 9, "good_requests_per_s": 1}
     load = {"model": "m", "prompt_tokens": [2048, 32768], "output_tokens": [128, 1024]}
     missing = {"variant": "fp8", "rate": None, "error": "the server did not start"}
-    cells = [{"variant": one, "rate": 1.0} | cell for one in ("dense", "bits_4")] + [missing]
+    cell |= {"rate": 1.0, "failed": 0}
+    cells = [{"variant": one} | cell for one in ("dense", "bits_4")] + [missing]
+    # Who waited longest is not among its figures.
+    late = {"variant": "bits_2"} | cell | {"failed": 20}
+    cells.append(late)
     results = {"what": KIND, "load": load, "cells": cells}
     draw(results, tmp_path / "picture.svg")
     text = (tmp_path / "picture.svg").read_text()
     assert "<!-- bits_4 -->" in text
     assert "<!-- fp8 -->" not in text
-    with pytest.raises(UserError, match="no cell was measured"):
-        draw(results | {"cells": [missing]}, tmp_path / "picture.svg")
+    assert "<!-- bits_2 -->" not in text
+    with pytest.raises(UserError, match="no cell was measured whole"):
+        draw(results | {"cells": [missing, late]}, tmp_path / "picture.svg")

@@ -11,7 +11,7 @@ import torch
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.offline.divergence import ROWS, Divergence, divergence
-from vllm_leank.offline.intervals import Estimate, ratio_estimate, share_estimate
+from vllm_leank.offline.intervals import Estimate, ratio_estimate, share_estimate, wilson
 from vllm_leank.offline.prompts import Sample
 from vllm_leank.offline.verify.asking import ask_until
 from vllm_leank.offline.verify.comparison import Comparison, Group
@@ -79,11 +79,29 @@ def answers(dense, kept, wrong=3):
 def test_answers_count_where_dense_attention_is_right():
     found = answers(20, 18)
     assert (found.asked, found.dense_right, found.kept) == (23, 20, 18)
-    assert found.share == share_estimate(18, 20)
+    assert found.share == share_estimate([18], [20])
     assert found.judged
     assert not answers(15, 15).judged
     none = answers(0, 0)
     assert (none.share, none.judged) == (None, False)
+
+
+def test_answers_of_one_context_may_go_wrong_together():
+    """Five contexts of eight questions: all that is lost is in one, or it is spread."""
+
+    def lost(*of_each):
+        return Answers.of(
+            [
+                comparison([0.0], 1, (True, question >= of_one), unit)
+                for unit, of_one in enumerate(of_each)
+                for question in range(8)
+            ]
+        ).share
+
+    together, spread = lost(8, 0, 0, 0, 0), lost(2, 2, 2, 1, 1)
+    assert together.value == spread.value == 32 / 40
+    assert (spread.low, spread.high) == wilson(32, 40)
+    assert together.low < 0.5 < spread.low < spread.high < together.high == 1
 
 
 @pytest.mark.parametrize(
@@ -111,7 +129,7 @@ def test_every_group_must_pass():
 
 def test_a_check_is_sure_when_its_interval_keeps_to_one_side():
     for asked, sure in ((0.1, True), (0.5, False), (0.99, True)):
-        assert Check("x", "kl", share_estimate(10, 20), asked, True).sure is sure
+        assert Check("x", "kl", share_estimate([10], [20]), asked, True).sure is sure
     assert Check("x", "kl", None, 0.5, None).sure
     assert not Check("x", "kl", Estimate(0.1, None, None), 0.5, True).sure
 

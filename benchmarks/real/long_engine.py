@@ -15,7 +15,7 @@ from vllm_leank.bench.machine import machine
 from vllm_leank.bench.results import save_results
 
 
-def answers(llm: LLM, texts: list[str], params: SamplingParams) -> list[list[int]]:
+def answers(llm: LLM, texts: list[str], params: list[SamplingParams]) -> list[list[int]]:
     """Tokens after each text, in the chat template where there is one."""
     if llm.get_tokenizer().chat_template:
         chats: Any = [[{"role": "user", "content": text}] for text in texts]
@@ -33,9 +33,16 @@ def main() -> None:
     results = {name: value for name, value in run.items() if name != "results"}
     results |= {"machine": machine(), "ways": {}}
     for way, temperature in ways.items():
-        params = SamplingParams(
-            temperature=temperature, max_tokens=run["tokens"], seed=run["seed"], detokenize=False
-        )
+        # With one seed for all, answers would be drawn by the same chances.
+        params = [
+            SamplingParams(
+                temperature=temperature,
+                max_tokens=run["tokens"],
+                seed=run["seed"] + number,
+                detokenize=False,
+            )
+            for number in range(len(run["prompts"]))
+        ]
         results["ways"][way] = summary(answers(llm, run["prompts"], params))
         save_results(results, Path(run["results"]))
 

@@ -43,9 +43,18 @@ def _draws(n: int, seed: int) -> npt.NDArray[np.float64]:
     return draws.astype(np.float64)
 
 
-def share_estimate(right: int, n: int) -> Estimate:
-    """A share of `right` of `n`, with Wilson's interval."""
-    return Estimate(right / n, *wilson(right, n))
+def share_estimate(right: Sequence[int], n: Sequence[int]) -> Estimate:
+    """The share of all `right` in all `n`, each a count of every independent sample, say of the
+    questions about a prompt; `n` are above 0.
+
+    The interval is Wilson's, wider where bootstrap over the samples says so: questions about one
+    prompt may go wrong together.
+    """
+    drawn, all_right, of = ratio_estimate(right, n), sum(right), sum(n)
+    low, high = wilson(all_right, of)
+    if drawn.low is not None and drawn.high is not None:
+        low, high = min(low, drawn.low), max(high, drawn.high)
+    return Estimate(all_right / of, low, high)
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Whether what was measured is good enough."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -49,9 +50,11 @@ class Answers:
     def of(cls, comparisons: Sequence[Comparison]) -> "Answers":
         """Those among the comparisons."""
         asked = [one for one in comparisons if one.dense_right is not None]
-        dense = sum(bool(one.dense_right) for one in asked)
-        kept = sum(bool(one.dense_right and one.leank_right) for one in asked)
-        return cls(len(asked), dense, kept, share_estimate(kept, dense) if dense else None)
+        judged = [one for one in asked if one.dense_right]
+        dense = Counter((one.source, one.unit) for one in judged)
+        kept = Counter((one.source, one.unit) for one in judged if one.leank_right)
+        share = share_estimate([kept[one] for one in dense], [*dense.values()]) if dense else None
+        return cls(len(asked), dense.total(), kept.total(), share)
 
     @property
     def judged(self) -> bool:
