@@ -82,7 +82,13 @@ def draw(results: dict[str, Any], path: Path, simulated: dict[str, Any] | None =
         found |= {one["variant"]: points(one, others_cells) for one in rows_of["simulated"]}
         if others_cells != cells:
             asked += f", simulated caches {sum(others_cells.values()):,}"
-    axes.axhline(found[DENSE].value, color="grey", linestyle="--", linewidth=0.8)
+    dense = {DENSE: found[DENSE].value}
+    if simulated is not None:
+        # What they lost is to be seen against dense attention there.
+        (alike,) = (one for one in simulated["variants"] if one["variant"] == DENSE)
+        dense["simulated"] = points(alike, others_cells).value
+    for title, height in dense.items():
+        axes.axhline(height, color=STYLES[title][0], linestyle="--", linewidth=0.8)
     for title, rows in rows_of.items():
         if not rows:
             continue
