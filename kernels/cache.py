@@ -73,9 +73,7 @@ class LayerCache(Prepares):
     @cached_property
     def side(self) -> torch.Tensor:
         """The archive's pages in the dtype of what the format keeps beside K and V."""
-        pages, dtype = self.archive_pages.view(torch.uint8), self.codec.side_dtype
-        # Pages of a layer that stores nothing have no bytes, and torch may not view them as others.
-        return pages.view(dtype) if pages.shape[1] else pages.new_empty(pages.shape, dtype=dtype)
+        return self.archive_pages.view(torch.uint8).view(self.codec.side_dtype)
 
     @cached_property
     def tables(self) -> "Tables":

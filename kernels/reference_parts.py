@@ -139,7 +139,9 @@ def _pruned_part(
     # the last query's boundary are dense for some and archived for others: they are read from both
     # places, each under its own mask.
     count = max(row.after - window.boundary(row.before + 1) for row in rows)
-    token = torch.arange(sink + max(count, 0), device=device)
+    # A sink may be longer than all requests.
+    read = min(sink, max(row.after for row in rows))
+    token = torch.arange(read + max(count, 0), device=device)
     # [B, tokens]
     token = torch.where(token < sink, token, token - sink + window.boundary(start + 1))
     seen = token[:, None]

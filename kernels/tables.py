@@ -20,7 +20,9 @@ from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.window import Window
 
 NOMINAL_LENGTH = 8192
-"""Length of the request for which heads share a request's programs in proportion to their bytes."""
+"""Length of the request for which heads share a request's programs in proportion to their bytes; it
+is twice that of the window where that is more.
+"""
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,7 @@ class Tables:
             self.columns = self.order
         self.device = Device.of(device)
         self.archive_units = sum(units)
-        dense = (window.sink + window.recent) * 2 * layout.head_dim * layout.itemsize
-        far = NOMINAL_LENGTH - window.sink - window.recent
-        costs: list[float] = [
-            dense + far * layout.archive_format.token_bytes(profile, layout.itemsize)
-            for profile in layout.profiles
-        ]
-        # Half of an even share on top: in short requests all heads read the same.
-        costs = [cost + sum(costs) / len(costs) / 2 for cost in costs]
+        costs = head_costs(layout, window)
         # All of them now: while a CUDA graph is captured no tensor may come from the host.
         wave = codec.decode_shape(layout).wave
         self._work = {
@@ -165,6 +160,19 @@ def _share_work(
         programs=torch.tensor(rows, dtype=torch.int32),
         heads=torch.tensor(of_heads, dtype=torch.int32),
     )
+
+
+def head_costs(layout: CacheLayout, window: Window) -> list[float]:
+    """What each KV head has to do in a request, as shares of its programs go by."""
+    near = window.sink + window.recent
+    dense = near * 2 * layout.head_dim * layout.itemsize
+    far = max(NOMINAL_LENGTH, 2 * near) - near
+    costs = [
+        dense + far * layout.archive_format.token_bytes(profile, layout.itemsize)
+        for profile in layout.profiles
+    ]
+    # Half of an even share on top: in short requests all heads read the same.
+    return [cost + sum(costs) / len(costs) / 2 for cost in costs]
 
 
 def share_programs(costs: Sequence[float], programs: int) -> list[int]:

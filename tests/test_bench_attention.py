@@ -16,6 +16,7 @@ from mask_samples import coded_mask
 from vllm_leank.kernels import reference
 from vllm_leank.kernels.channels import layer_channels
 from vllm_leank.kernels.decode import decode
+from vllm_leank.kernels.descriptors import describe_pages
 
 from vllm_leank.bench import pools, results
 from vllm_leank.bench.cases import Case, parse_case, parse_layers
@@ -128,6 +129,10 @@ def test_a_layer_that_stores_nothing_is_read(tiny_llama_dir, few_programs):
     cache = pools.layer_cache(plan.layer(0), channels, case, tables, torch.float32)
     assert plan.layer(0).archive_page_bytes == 0
     assert cache.side.shape == cache.archive_pages.shape == (tables.archive_pages, 0)
+    # What kernels with tensor descriptors take; on a CPU they load through pointers.
+    for one in (plan.layer(0), plan_of(((0, 0), (64, 16)), 64, 2).layer(0)):
+        pages = pools.layer_cache(one, channels, case, tables, torch.bfloat16)
+        describe_pages(pages.window_pages, pages.archive_pages, one, 32, 32)
     query = torch.randn(3, 4, 64)
     output, expected = (torch.full_like(query, float("nan")) for _ in range(2))
     decode(query, output, cache, tables.batches[0], 0.125)

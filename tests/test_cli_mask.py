@@ -17,6 +17,8 @@ from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.settings import plan_settings
 
+LONG_NAME = 300 * "m"
+
 
 @pytest.fixture
 def mask_file(tmp_path):
@@ -184,3 +186,17 @@ def test_commands_take_one_model_as_argument_or_option(leank, command, monkeypat
         code, _, err = leank(*command.split(), *models.split())
         assert code == 2
         assert "no/such" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("mask", "show", LONG_NAME),
+        ("plan", LONG_NAME, "--kv-cache-memory", "1GiB", "--max-model-len", 512),
+    ],
+    ids=["mask", "plan"],
+)
+def test_names_that_no_file_can_have_end_in_one_message(leank, arguments):
+    code, out, err = leank(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.endswith("mmm...: a name too long for files\n")

@@ -202,6 +202,7 @@ def test_command(leank, tiny_llama_dir):
         (["a.yaml", "other.yaml"], "do not fit each other: rope_theta is 10000.0, not 500000.0"),
         (["a.yaml", "--dense-layers", "2"], "there is no layer 2"),
         (["a.yaml", "--dense-layers", "1-"], "like 0,1,30-31"),
+        (["a.yaml", "--dense-layers", "0,1-0"], "like 0,1,30-31"),
         (["a.yaml", "--streaming-share", "0.5"], "needs --streaming"),
         (["a.yaml", "--streaming", "none.tsv"], "No such file"),
         (["a.yaml", "--streaming", "heads.tsv", "--streaming-share", "2"], "between 0 and 1"),

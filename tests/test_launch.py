@@ -16,7 +16,7 @@ from vllm_leank.kernels.launch import (
     programs_of_any_few,
     tile_tokens,
 )
-from vllm_leank.kernels.tables import Tables, deal, share_programs
+from vllm_leank.kernels.tables import Tables, deal, head_costs, share_programs
 
 from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.core.pages import CacheLayout
@@ -200,6 +200,12 @@ def test_programs_go_to_the_heads_with_most_work(costs, programs):
     for cost, count, load in zip(costs, counts, loads, strict=True):
         if count > 1:
             assert cost / (count - 1) >= max(loads) or load == max(loads)
+
+
+@pytest.mark.parametrize("window", [Window(64, 256), Window(64, 8192), Window(64, 1 << 20)])
+def test_who_stores_more_costs_more_whatever_the_window(window):
+    costs = head_costs(layout((64, 0, 96, 0)), window)
+    assert costs[1] == costs[3] < costs[0] < costs[2]
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 24])

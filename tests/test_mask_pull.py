@@ -41,8 +41,11 @@ def site(tmp_path_factory, repo):
                 "/m.yaml": (repo / MASK).read_bytes(),
                 "/large.yaml": b"#" * (MAX_BYTES + 2),
                 "/wrong.yaml": b"format: another\n",
+                "/short.yaml": (repo / MASK).read_bytes(),
             }.get(self.path)
             self.send_response(404 if found is None else 200)
+            if self.path == "/short.yaml":
+                self.send_header("Content-Length", str(len(found) + 9))
             self.end_headers()
             self.wfile.write(found or b"")
 
@@ -87,16 +90,24 @@ def test_a_published_mask_is_kept_byte_by_byte(site, home, leank, repo):
         ("/none.yaml", "the server says 404"),
         ("/large.yaml", "larger than"),
         ("/wrong.yaml", "format"),
+        ("/short.yaml", "the server sent {size} of {more} bytes"),
         ("/plain.yaml", "https addresses and paths only"),
         ("/", "name it with --out"),
         ("/..%2Fm.yaml?x=.yaml", None),
     ],
 )
-def test_what_is_no_mask_leaves_nothing(site, home, leank, path, message):
+def test_what_is_no_mask_leaves_nothing(site, home, leank, repo, path, message):
     code, _, said = leank("mask", "pull", f"{site}{path}")
     assert code != 0
-    assert message is None or message in said
+    size = len((repo / MASK).read_bytes())
+    assert message is None or message.format(size=size, more=size + 9) in said
     assert not home.exists() or not list(home.iterdir())
+
+
+def test_a_mask_is_kept_where_servers_look(home, leank, repo, tmp_path):
+    (tmp_path / "mine.yml").write_bytes((repo / MASK).read_bytes())
+    assert leank("mask", "pull", tmp_path / "mine.yml")[0] == 0
+    assert [path.name for path in home.iterdir()] == ["mine.yaml"]
 
 
 @pytest.mark.parametrize("source", ["Qwen/Qwen3-8B", "masks", "none.yaml", "m" * 300 + ".yaml"])

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 
 import huggingface_hub.constants as hub
 import pytest
@@ -10,11 +11,13 @@ from mask_samples import bits_mask
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.errors import UserError
 from vllm_leank.mask.checkpoint import Checkpoint
+from vllm_leank.mask.checks import check_model_id
 from vllm_leank.mask.configs import is_path
 from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.file import save_mask
 from vllm_leank.mask.lookup import find_masks, list_masks, mask_of_bits, resolve_mask
 from vllm_leank.mask.mask import Mask
+from vllm_leank.mask.names import model_name
 
 SHORT = Geometry(2, 2, 64, 1e6, None)
 LONG = Geometry(2, 2, 64, 1e6, {"rope_type": "yarn", "factor": 4.0})
@@ -78,6 +81,26 @@ def test_local_directories(folder, tmp_path, monkeypatch, directory, found):
             assert find_masks(model, folder) == []
 
 
+@pytest.mark.parametrize(
+    ("directory", "name"),
+    [
+        ("/model", "model"),
+        ("/", "model"),
+        ("my model", "my-model"),
+        ("m\u00f6del (2)", "m-del-2"),
+        ("\u6a21\u578b", "model"),
+        ("a" * 120, "a" * 96),
+    ],
+)
+def test_directories_have_names_that_ids_may_have(tmp_path, monkeypatch, directory, name):
+    if not directory.startswith("/"):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / directory).mkdir()
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)
+    assert model_name(directory) == name
+    check_model_id(name)
+
+
 def test_a_name_without_organisation_is_no_hub_id(folder):
     assert find_masks("Model-7B", folder) == []
     assert find_masks("fork/Model-7B", folder) == []
@@ -120,6 +143,16 @@ def own(tmp_path, monkeypatch):
     folder = tmp_path / "data" / "vllm-leank" / "masks"
     folder.mkdir(parents=True)
     return folder
+
+
+def test_a_user_without_home_directory_is_told(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(UserError, match="no home directory: set HOME or XDG_DATA_HOME"):
+        find_masks("org/model-7b")
 
 
 def test_the_users_masks_win(own):

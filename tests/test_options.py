@@ -44,6 +44,7 @@ def test_options_are_read(given, options):
         ({"sink": -32}, "leank option sink is -32, but must be 0 or a multiple of 32"),
         ({"sink": 30}, "leank option sink is 30, but must be 0 or a multiple of 32"),
         ({"recent": 16}, "leank option recent is 16, but must be at least 32"),
+        ({"pages": 1 << 40}, "leank option pages is 1099511627776, but must be at most 268435456"),
         ({"mask": 3}, "leank option mask = 3: input should be a valid string"),
         ({"mask": ""}, "leank option mask = '': string should have at least 1 character"),
         (

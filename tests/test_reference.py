@@ -8,7 +8,7 @@ from vllm_leank.kernels import reference
 
 from vllm_leank.core.formats import NATIVE, known_formats
 from vllm_leank.core.profile import Profile
-from vllm_leank.core.window import Window
+from vllm_leank.core.window import MOST, Window
 
 COUNTS = (0, 16, 32, 48, 64, 96, 112, 128, 256)
 FP32_ERROR = 2e-6
@@ -183,6 +183,15 @@ def test_a_prefix_hit_does_not_change_the_result(hit):
     second = builder.share(first, prompt=300, hit=hit)
     for tokens in [(299 - hit), 1, 50, 1, 1]:
         step = builder.step([(second, tokens)])
+        assert relative_rms(builder.run(step, reference), step.expected) < FP32_ERROR
+
+
+def test_a_sink_longer_than_any_request_costs_nothing():
+    """Its tokens are not there to be read."""
+    builder = CacheBuilder((64, 0), 128, 2, Window(MOST, 64))
+    first, second = builder.add(290, 400), builder.add(20, 60)
+    for tokens in [[(first, 290), (second, 20)], [(second, 1), (first, 1)], [(first, 9)]]:
+        step = builder.step(tokens)
         assert relative_rms(builder.run(step, reference), step.expected) < FP32_ERROR
 
 

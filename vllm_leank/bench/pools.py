@@ -15,6 +15,9 @@ from vllm_leank.kernels.codecs import codec_of
 FILL_ITEMS = 1 << 26
 """Random numbers that are drawn at once."""
 
+EMPTY_ITEMS = 512
+"""Numbers between pages of a layer that stores nothing."""
+
 
 def fill_normal(tensor: torch.Tensor) -> torch.Tensor:
     """Fill a contiguous tensor of any floating dtype with normal numbers."""
@@ -81,11 +84,15 @@ def layer_cache(
     device = tables.batches[0].seq_lens.device
     heads, columns = len(layout.profiles), 2 * layout.head_dim
     window_shape = (tables.window_pages, heads, layout.window_block, columns)
-    archive_shape = (tables.archive_pages, layout.archive_page_bytes // layout.archive_itemsize)
+    items = layout.archive_page_bytes // layout.archive_itemsize
+    # Pages of a layer that stores nothing lie apart all the same, as other layers' parts of a page
+    # are between them in a server: else nothing could view them in another dtype.
+    archive_shape = tables.archive_pages, items or EMPTY_ITEMS
     codec = codec_of(layout.archive_format)
+    archive = _random(torch.empty(archive_shape, dtype=codec.dtype(dtype), device=device))
     cache = LayerCache(
         window_pages=fill_normal(torch.empty(window_shape, dtype=dtype, device=device)),
-        archive_pages=_random(torch.empty(archive_shape, dtype=codec.dtype(dtype), device=device)),
+        archive_pages=archive[:, :items],
         layout=layout,
         heads=channels.to(device).heads,
         window=case.window,

@@ -3,6 +3,7 @@
 Modules import what is slow (torch, transformers) inside the command that needs it.
 """
 
+import errno
 import sys
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from vllm_leank.cli import (
     serve,
     verify,
 )
-from vllm_leank.errors import UserError
+from vllm_leank.errors import UserError, shortened
 from vllm_leank.version import __version__
 
 app = typer.Typer(
@@ -76,4 +77,9 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"leank: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"leank: {shortened(error.filename)}: a name too long for files", file=sys.stderr)
         sys.exit(2)

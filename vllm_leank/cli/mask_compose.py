@@ -93,8 +93,8 @@ def _numbers(text: str) -> list[int]:
     numbers: set[int] = set()
     for part in text.split(",") if text else []:
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
-        if match is None:
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
             raise UserError(f"--dense-layers is {text!r}; write layers like 0,1,30-31")
-        first, last = match[1], match[2] or match[1]
-        numbers.update(range(int(first), int(last) + 1))
+        numbers.update(range(first, last + 1))
     return sorted(numbers)

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_leank.core.window import GRANULE
+from vllm_leank.core.window import GRANULE, MOST
+from vllm_leank.errors import shortened
 
 SEGMENT = 64
 """Tokens that are selected together; segment i has those from 64 * i on."""
@@ -40,6 +41,8 @@ def check_pages(pages: float) -> float:
             f"pages is {pages}, but must be a share of far tokens, such as 0.1, or a whole number "
             f"of tokens, at least {FEWEST_TOKENS}"
         )
+    if isinstance(pages, int) and pages > MOST:
+        raise ValueError(f"pages is {shortened(pages)}, but must be at most {MOST} tokens")
     if not pages > 0 or (isinstance(pages, float) and pages > 1):
         raise ValueError(
             f"pages is {pages}, but must be a share of far tokens above 0 and up to 1.0, or a "

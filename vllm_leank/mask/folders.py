@@ -8,11 +8,19 @@ from vllm_leank.errors import UserError
 
 
 def user_folder() -> Path:
-    """The user's folder of masks, which may not exist: `$XDG_DATA_HOME/vllm-leank/masks`."""
+    """The user's folder of masks, which may not exist: `$XDG_DATA_HOME/vllm-leank/masks`.
+
+    Raises:
+        UserError: nothing says where the user's folders are.
+    """
     data = os.environ.get("XDG_DATA_HOME", "")
     # Relative paths are to be ignored, says the XDG specification.
-    root = Path(data) if os.path.isabs(data) else Path.home() / ".local" / "share"
-    return root / "vllm-leank" / "masks"
+    if not os.path.isabs(data):
+        try:
+            data = str(Path.home() / ".local" / "share")
+        except RuntimeError as error:
+            raise UserError("the user has no home directory: set HOME or XDG_DATA_HOME") from error
+    return Path(data, "vllm-leank", "masks")
 
 
 def make_user_folder() -> Path:

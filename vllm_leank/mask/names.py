@@ -7,16 +7,24 @@ from pathlib import Path
 # A checkpoint's folder often has a name that says nothing; then the folder above it counts.
 _NAMELESS = {"model", "checkpoint", "hf"}
 
+MOST_LETTERS = 96
+"""Of a name, as on the hub."""
+
 
 def model_name(model: str) -> str:
-    """The hub id of a model, or the name of a local directory; that of the hub's cache has both."""
+    """The hub id of a model, or the name of a local directory; that of the hub's cache has both.
+
+    What an id may not have becomes a dash.
+    """
     if not os.path.isdir(model):
         return model
     path = Path(os.path.abspath(model))
     for part in path.parts:
         if cached := re.fullmatch(r"models--(.+?)--(.+)", part):
             return f"{cached[1]}/{cached[2]}"
-    return path.parent.name if path.name.lower() in _NAMELESS else path.name
+    is_nameless = path.name.lower() in _NAMELESS and path.parent.name
+    name = path.parent.name if is_nameless else path.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:MOST_LETTERS] or "model"
 
 
 def file_name(model_id: str, bits: float, streaming: float = 0) -> str:

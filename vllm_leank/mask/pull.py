@@ -43,6 +43,7 @@ def fetch(source: str) -> bytes:
     try:
         with opener.open(source, timeout=SECONDS) as reply:
             data: bytes = reply.read(MAX_BYTES + 1)
+            missing = reply.length if len(data) <= MAX_BYTES else 0
     except urllib.error.HTTPError as error:
         raise UserError(f"{source}: the server says {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -50,6 +51,8 @@ def fetch(source: str) -> bytes:
             raise
         reason = getattr(error, "reason", None) or error
         raise UserError(f"{source}: cannot be read: {reason}") from error
+    if missing:  # the connection was closed; nothing else says so
+        raise UserError(f"{source}: the server sent {len(data)} of {len(data) + missing} bytes")
     if len(data) > MAX_BYTES:
         raise UserError(f"{source}: larger than {MAX_BYTES} bytes, the limit for mask files")
     return data
@@ -72,7 +75,7 @@ def check_digest(source: str, data: bytes, expected: str | None) -> str:
 
 
 def name_of(source: str) -> str:
-    """The file's name: the last part of a path or an address.
+    """The file's name, with the ending that servers look for: the last part of a path or address.
 
     Raises:
         UserError: there is none that ends in .yaml.
@@ -81,7 +84,7 @@ def name_of(source: str) -> str:
     name = Path(path).name
     if not re.fullmatch(r"[\w.-]+\.ya?ml", name):
         raise UserError(f"{source}: does not end in the name of a .yaml file; name it with --out")
-    return name
+    return str(Path(name).with_suffix(".yaml"))
 
 
 def _is_file(path: str) -> bool:
