@@ -185,6 +185,7 @@ def figures(variant, concurrent, tokens_per_s, ttft, tpot, steps=256, waiting=9)
         "concurrent": concurrent,
         "waiting": waiting,
         "decode": decode,
+        "engine": {"max_num_seqs": 1024},
         "ttft_s": {"median": ttft},
     }
 
@@ -235,6 +236,15 @@ def test_the_table_says_where_an_engine_was_not_full_or_not_for_long(monkeypatch
         "int4_per_token_head: 15 steps of the 256 asked for; more requests may fit "
         "turboquant_4bit_nc: nobody waited for room; more requests may fit "
         "leank: all prompts ran at once; more may fit: raise --num-prompts"
+    )
+    # Few steps, but all that were asked for; and as many requests as the engine takes.
+    few = figures("flash", 8, 9.0, 1.0, 20.0, steps=8)
+    most = figures("leank", 9, 9.0, 1.0, 20.0) | {"engine": {"max_num_seqs": 9}}
+    of_few = {"load": load | {"steady_steps": 8}, "variants": [few, most]}
+    print_serve(of_few | {"ratios": serve.ratios([few, most])})
+    assert " ".join(capsys.readouterr().out.split()).endswith(
+        "in brackets: against the first "
+        "leank: as many as the engine may run; room may be left: raise max_num_seqs"
     )
     # The first has nothing to be compared with, though its variant was run again.
     assert shown.count("(0.96x)") == 1

@@ -1,6 +1,7 @@
 """Which mask a model gets, and what is said when there is none."""
 
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -84,21 +85,32 @@ def test_local_directories(folder, tmp_path, monkeypatch, directory, found):
 @pytest.mark.parametrize(
     ("directory", "name"),
     [
-        ("/model", "model"),
-        ("/", "model"),
         ("my model", "my-model"),
         ("m\u00f6del (2)", "m-del-2"),
-        ("\u6a21\u578b", "model"),
         ("a" * 120, "a" * 96),
     ],
 )
 def test_directories_have_names_that_ids_may_have(tmp_path, monkeypatch, directory, name):
-    if not directory.startswith("/"):
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / directory).mkdir()
-    monkeypatch.setattr(os.path, "isdir", lambda path: True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / directory).mkdir()
     assert model_name(directory) == name
     check_model_id(name)
+
+
+@pytest.mark.parametrize("directory", ["/", "/model", "\u6a21\u578b"])
+def test_a_folder_whose_name_says_nothing_is_called_after_its_config(
+    tmp_path, monkeypatch, directory
+):
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: contents[str(path)])
+    config = os.path.join(os.path.abspath(directory), "config.json")
+    names = set()
+    for number in range(2):
+        contents = {config: b"%d" % number}
+        names.add(model_name(directory))
+        check_model_id(model_name(directory))
+    assert len(names) == 2
+    assert all(re.fullmatch(r"model-[0-9a-f]{8}", name) for name in names)
 
 
 def test_a_name_without_organisation_is_no_hub_id(folder):

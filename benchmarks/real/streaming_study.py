@@ -6,9 +6,10 @@ r"""Streaming heads of a real model: found in two ways, composed into masks, and
 Ways are `fisher`, what `leank mask calibrate --streaming` goes by, and `duo`, DuoAttention's
 optimisation. Each gives every head a number; the lowest become streaming heads. From each way and
 share comes a mask of `--bits` and one that prunes `--ratio` of K. Told are the share of bytes saved
-and what fits, as `leank plan` computes it, and the KL divergence to full attention, as `kl.py`
-measures it. All is in the folder OUT: heads_WAY.json and heads_WAY.tsv (for `leank mask compose
---streaming`), masks/*.yaml (for `study.py --variants`), study.json. A run that was stopped goes on;
+and what fits in decode, as `leank plan` computes it, and the KL divergence to full attention, as
+`kl.py` measures it. All is in the folder OUT: heads_WAY.json and heads_WAY.tsv (for `leank mask
+compose --streaming`), masks/*.yaml (for `study.py --variants`), study.json. A run that was stopped
+goes on;
 with other settings give another folder.
 """
 

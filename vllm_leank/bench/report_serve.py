@@ -47,11 +47,13 @@ def _remarks(results: dict[str, Any]) -> list[str]:
     remarks = []
     for one in results["variants"]:
         steps, asked = one["decode"]["steps"], load["steady_steps"]
-        if one["concurrent"] == load["num_prompts"]:
+        if one["concurrent"] == one["engine"]["max_num_seqs"]:
+            remark = "as many as the engine may run; room may be left: raise max_num_seqs"
+        elif one["concurrent"] == load["num_prompts"]:
             remark = "all prompts ran at once; more may fit: raise --num-prompts"
         elif not one["waiting"]:
             remark = "nobody waited for room; more requests may fit"
-        elif steps < FEWEST_STEPS:
+        elif steps < min(FEWEST_STEPS, asked):
             remark = f"{steps} steps of the {asked} asked for; more requests may fit"
         elif steps < asked:
             remark = f"full for {steps} steps of the {asked} asked for"

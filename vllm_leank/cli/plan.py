@@ -125,7 +125,7 @@ def plan(
 ) -> None:
     """How many requests fit: vLLM's dense cache in 16 and 8 bits, and leank's.
 
-    Computed from the same pages that a server uses. With --kv-cache-memory what fits in decode is
+    Computed from the same pages that a server uses. With --kv-cache-memory what runs at once is
     exactly what its startup report says, which speaks of 32,768 tokens where --max-model-len is
     more; with --gpu-memory it is an estimate, as only vLLM can measure what it takes itself.
 

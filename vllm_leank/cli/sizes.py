@@ -17,7 +17,7 @@ def parse_size(text: str) -> int:
     Raises:
         typer.BadParameter: it is no size, or so few bytes that their unit must have been left out.
     """
-    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([a-z]*)", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in _UNITS:
         fault = "is no size"
     elif match[2] == "" and 0 < float(match[1]) < 2**20:

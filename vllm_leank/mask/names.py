@@ -1,5 +1,6 @@
 """What a model is called: the id that masks are made and found by."""
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -14,7 +15,8 @@ MOST_LETTERS = 96
 def model_name(model: str) -> str:
     """The hub id of a model, or the name of a local directory; that of the hub's cache has both.
 
-    What an id may not have becomes a dash.
+    What an id may not have becomes a dash. A folder whose name says nothing, as `/model`, is called
+    after its config.
     """
     if not os.path.isdir(model):
         return model
@@ -22,9 +24,18 @@ def model_name(model: str) -> str:
     for part in path.parts:
         if cached := re.fullmatch(r"models--(.+?)--(.+)", part):
             return f"{cached[1]}/{cached[2]}"
-    is_nameless = path.name.lower() in _NAMELESS and path.parent.name
-    name = path.parent.name if is_nameless else path.name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:MOST_LETTERS] or "model"
+    name = path.parent.name if path.name.lower() in _NAMELESS else path.name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:MOST_LETTERS]
+    return name or f"model-{_digest(path)}"
+
+
+def _digest(folder: Path) -> str:
+    """What tells a checkpoint from others that are mounted at the same place."""
+    try:
+        told = (folder / "config.json").read_bytes()
+    except OSError:
+        told = os.fsencode(folder)
+    return hashlib.sha256(told).hexdigest()[:8]
 
 
 def file_name(model_id: str, bits: float, streaming: float = 0) -> str:
