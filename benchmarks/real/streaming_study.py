@@ -9,8 +9,7 @@ share comes a mask of `--bits` and one that prunes `--ratio` of K. Told are the 
 and what fits in decode, as `leank plan` computes it, and the KL divergence to full attention, as
 `kl.py` measures it. All is in the folder OUT: heads_WAY.json and heads_WAY.tsv (for `leank mask
 compose --streaming`), masks/*.yaml (for `study.py --variants`), study.json. A run that was stopped
-goes on;
-with other settings give another folder.
+goes on; with other settings give another folder.
 """
 
 import argparse
