@@ -3,7 +3,7 @@
     python benchmarks/mixed_load_picture.py mixed_load.json --out mixed_load.png
 
 Points of latencies are medians, lines end at the 99th percentile. Cells of which requests failed or
-were given up are left out: their figures are those of the others, which waited least.
+were given up are left out.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from matplotlib.ticker import LogLocator, NullFormatter
-from mixed_load import KIND
+from mixed_load import KIND, is_whole
 
 from vllm_leank.bench.results import load_results
 from vllm_leank.errors import UserError
@@ -39,7 +39,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         UserError: no cell was measured, or the picture cannot be made.
     """
     check_picture(path)
-    cells = [cell for cell in results["cells"] if "error" not in cell and not cell["failed"]]
+    cells = list(filter(is_whole, results["cells"]))
     if not cells:
         raise UserError("no cell was measured whole")
     rates = sorted({cell["rate"] for cell in cells})

@@ -52,39 +52,44 @@ KINDS = "kinds seen", "kinds unseen"
 MASKS_SERVED = "pruned_50", "pruned_70", "bits_4", "bits_2", "bits_1.5", "bits_1"
 
 
-def served_engines():
-    """Engines of the 1.5B under load, by cache. Dense attention is first: FlashAttention 3."""
-    flash, fp8 = load("serve_qwen_1.5b_flash")["variants"]
-    turboquant, _ = load("serve_qwen_1.5b_turboquant")["variants"]
-    (int4,) = load("serve_qwen_1.5b_int4")["variants"]
-    return {
-        "dense": flash,
-        "vLLM fp8": fp8,
-        "vLLM turboquant_4bit_nc": turboquant,
-        "vLLM int4_per_token_head": int4,
-        **served_masks("qwen_1.5b", LEARNED_MASKS),
-    }
-
-
-def served_small(model):
-    """The same of a smaller model: 0.5B or 135M."""
+def served_engines(model="qwen_1.5b", learned=LEARNED_MASKS):
+    """Engines of a model under load, by cache. Dense attention is first: FlashAttention 3."""
     flash, fp8 = load(f"serve_{model}_flash")["variants"]
-    (turboquant,), (int4,) = (
-        load(f"serve_{model}_{name}")["variants"] for name in ("turboquant", "int4")
+    turboquant, int4 = (
+        load(f"serve_{model}_{name}")["variants"][0] for name in ("turboquant", "int4")
     )
     return {
         "dense": flash,
         "vLLM fp8": fp8,
         "vLLM turboquant_4bit_nc": turboquant,
         "vLLM int4_per_token_head": int4,
-        **served_masks(model),
+        **served_masks(model, learned),
     }
 
 
-def served_masks(model, learned=()):
+def served_small(model):
+    """The same of a smaller model, 0.5B or 135M, whose masks were all calibrated."""
+    return served_engines(model, learned=())
+
+
+def served_masks(model, learned):
     """Engines of leank, each of a file of its own, by mask."""
     found = {}
     for mask in MASKS_SERVED:
         (one,) = load(f"serve_{model}_{mask}")["variants"]
         found[named(f"leank {mask}", learned)] = one
     return found
+
+
+def requests_and_rate(one, dense):
+    """Requests at once and tokens per second, and how much of dense attention's that is, but of
+    itself.
+    """
+    cells = []
+    for form, (found, of_dense) in (
+        ("{}", (one["concurrent"], dense["concurrent"])),
+        ("{:,.0f}", (one["decode"]["tokens_per_s"], dense["decode"]["tokens_per_s"])),
+    ):
+        beside = "" if one is dense else f" ({found / of_dense:.2f}x)"
+        cells.append(form.format(found) + beside)
+    return cells

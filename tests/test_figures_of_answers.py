@@ -4,7 +4,15 @@ from functools import cache
 
 import pytest
 from figures import REPO, RESULTS, line, load, text_of
-from figures_of_models import LEARNED_MASKS, archives, interval, kl, named, served_engines
+from figures_of_models import (
+    LEARNED_MASKS,
+    archives,
+    interval,
+    kl,
+    named,
+    requests_and_rate,
+    served_engines,
+)
 from real.kl_picture import FLOOR
 from real.study_table import lost, mean_points, merged, points, shared_cells, some
 
@@ -68,16 +76,8 @@ def opening():
 def speed(name):
     """Requests at once and tokens per second, where an engine has the cache."""
     engines = served_engines()
-    dense = engines.pop("dense")
-    if name == DENSE:
-        return dense["concurrent"], f"{dense['decode']['tokens_per_s']:,.0f}"
-    if name not in engines:
-        return "", ""
-    count, rate = engines[name]["concurrent"], engines[name]["decode"]["tokens_per_s"]
-    return (
-        f"{count} ({count / dense['concurrent']:.2f}x)",
-        f"{rate:,.0f} ({rate / dense['decode']['tokens_per_s']:.2f}x)",
-    )
+    one = engines["dense"] if name == DENSE else engines.get(name)
+    return requests_and_rate(one, engines["dense"]) if one else ("", "")
 
 
 SERVED = {"dense": "dense", "leank bits_2": "bits_2"}

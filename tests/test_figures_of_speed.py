@@ -4,7 +4,7 @@ to the digits shown.
 
 import pytest
 from figures import line, load, text_of
-from figures_of_models import served_engines, served_small
+from figures_of_models import requests_and_rate, served_engines, served_small
 from long_context import fit_lines, measured_lines, read_lines
 
 DENSE, FOUR, TWO, ONE = "vLLM, dense", "leank, 4 bits", "leank, 2 bits", "leank, 1 bit"
@@ -62,17 +62,11 @@ def engine_rows(engines):
     """Engines under load, beside the first of them."""
     flash = next(iter(engines.values()))
     for name, one in engines.items():
-        decode, dense = one["decode"], flash["decode"]
-        cells = str(one["concurrent"]), f"{decode['tokens_per_s']:,.0f}"
         first = f"{one['ttft_s']['median']:.2f}"
         if one is not flash:
-            ratios = (
-                one["concurrent"] / flash["concurrent"],
-                decode["tokens_per_s"] / dense["tokens_per_s"],
-            )
-            cells = [f"{cell} ({ratio:.2f}x)" for cell, ratio in zip(cells, ratios, strict=True)]
             first += f" ({one['ttft_s']['median'] / flash['ttft_s']['median']:.2f}x)"
-        yield line(name, *cells, f"{decode['tpot_p50_ms']:.1f}", first)
+        tpot = f"{one['decode']['tpot_p50_ms']:.1f}"
+        yield line(name, *requests_and_rate(one, flash), tpot, first)
 
 
 def real_rows():
@@ -92,17 +86,11 @@ def small_real_rows():
         for engines in models:
             one, dense = engines[name], engines["dense"]
             if one["waiting"]:
-                cells += _beside(one["concurrent"], dense["concurrent"], "{}")
-                cells += _beside(*(of["decode"]["tokens_per_s"] for of in (one, dense)), "{:,.0f}")
-                cells.append(f"{one['decode']['tpot_p50_ms']:.1f}")
+                tpot = f"{one['decode']['tpot_p50_ms']:.1f}"
+                cells += [*requests_and_rate(one, dense), tpot]
             else:
                 cells += [""] * 3
         yield line("vLLM, FlashAttention 3" if name == "dense" else name, *cells)
-
-
-def _beside(figure, dense, form):
-    """A figure and how much of dense attention's it is, but of that itself."""
-    return [form.format(figure) + (f" ({figure / dense:.2f}x)" if figure != dense else "")]
 
 
 def apart_rows():
@@ -290,7 +278,7 @@ def test_docs_say_how_small_models_are_served():
     fp8, turboquant = small["vLLM fp8"], small["vLLM turboquant_4bit_nc"]
     assert (fp8["waiting"], turboquant["waiting"]) == (0, 0)
     assert f"{fp8['peak_running']} and {turboquant['peak_running']} of its requests ran" in said
-    assert f"told of the last {fp8['concurrent']} and {turboquant['concurrent']}, which" in said
+    assert f"told of the last {fp8['concurrent']} and {turboquant['concurrent']}, when" in said
     int4, larger = (
         served_small(model)["vLLM int4_per_token_head"] for model in ("smollm2", "qwen_0.5b")
     )

@@ -33,7 +33,7 @@ def main() -> None:
     results = {name: value for name, value in run.items() if name != "results"}
     results |= {"machine": machine(), "ways": {}}
     for way, temperature in ways.items():
-        # With one seed for all, answers would be drawn by the same chances.
+        # With one seed for all, every answer would draw the same random numbers.
         params = [
             SamplingParams(
                 temperature=temperature,

@@ -85,8 +85,8 @@ def layer_cache(
     heads, columns = len(layout.profiles), 2 * layout.head_dim
     window_shape = (tables.window_pages, heads, layout.window_block, columns)
     items = layout.archive_page_bytes // layout.archive_itemsize
-    # Pages of a layer that stores nothing lie apart all the same, as other layers' parts of a page
-    # are between them in a server: else nothing could view them in another dtype.
+    # A server's pages hold all layers, so they lie apart even for a layer that stores nothing. If
+    # they did not, torch could not view them in another dtype.
     archive_shape = tables.archive_pages, items or EMPTY_ITEMS
     codec = codec_of(layout.archive_format)
     archive = _random(torch.empty(archive_shape, dtype=codec.dtype(dtype), device=device))

@@ -15,12 +15,14 @@ from vllm_leank.core.pages import MAX_HEAD_DIM
 from vllm_leank.core.window import GRANULE, MOST
 from vllm_leank.errors import shortened
 from vllm_leank.mask.errors import MaskError
+from vllm_leank.mask.names import ID_LETTERS, MOST_LETTERS
 from vllm_leank.mask.strict_yaml import Loc
 
 MAX_HEADS = 4096
 """More KV heads than any model has, as `MAX_LAYERS`."""
 
-_MODEL_ID = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})?")
+_NAME = f"[{ID_LETTERS}]{{1,{MOST_LETTERS}}}"
+_MODEL_ID = re.compile(f"{_NAME}(/{_NAME})?")
 _UNWRITABLE = re.compile("[\ud800-\udfff]")
 
 

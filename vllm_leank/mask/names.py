@@ -8,8 +8,9 @@ from pathlib import Path
 # A checkpoint's folder often has a name that says nothing; then the folder above it counts.
 _NAMELESS = {"model", "checkpoint", "hf"}
 
+ID_LETTERS = "A-Za-z0-9._-"
 MOST_LETTERS = 96
-"""Of a name, as on the hub."""
+"""What names on the hub are made of, and how long they are at most."""
 
 
 def model_name(model: str) -> str:
@@ -25,7 +26,7 @@ def model_name(model: str) -> str:
         if cached := re.fullmatch(r"models--(.+?)--(.+)", part):
             return f"{cached[1]}/{cached[2]}"
     name = path.parent.name if path.name.lower() in _NAMELESS else path.name
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:MOST_LETTERS]
+    name = re.sub(f"[^{ID_LETTERS}]+", "-", name).strip("-._")[:MOST_LETTERS]
     return name or f"model-{_digest(path)}"
 
 

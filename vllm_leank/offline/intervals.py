@@ -50,11 +50,11 @@ def share_estimate(right: Sequence[int], n: Sequence[int]) -> Estimate:
     The interval is Wilson's, wider where bootstrap over the samples says so: questions about one
     prompt may go wrong together.
     """
-    drawn, all_right, of = ratio_estimate(right, n), sum(right), sum(n)
-    low, high = wilson(all_right, of)
+    drawn = ratio_estimate(right, n)
+    low, high = wilson(sum(right), sum(n))
     if drawn.low is not None and drawn.high is not None:
         low, high = min(low, drawn.low), max(high, drawn.high)
-    return Estimate(all_right / of, low, high)
+    return Estimate(drawn.value, low, high)
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:

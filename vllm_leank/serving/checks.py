@@ -204,13 +204,13 @@ def _mixed(config: "VllmConfig", options: Options) -> Iterator[str]:
 
 def _retention(config: "VllmConfig", settings: "Settings") -> Iterator[str]:
     """vLLM compares it with pages only when the model has been loaded."""
-    interval, plan = config.cache_config.prefix_cache_retention_interval, settings.plan
-    told = f"--prefix-cache-retention-interval is {interval}"
-    if interval and other_layers(config.model_config.hf_text_config) is None:
-        yield f"{told}; it is for models with sliding layers: remove it"
+    if not (interval := config.cache_config.prefix_cache_retention_interval):
         return
-    pages = math.lcm(plan.window_block, plan.archive_block)
-    if interval and interval % pages:
+    told = f"--prefix-cache-retention-interval is {interval}"
+    pages = math.lcm(settings.plan.window_block, settings.plan.archive_block)
+    if other_layers(config.model_config.hf_text_config) is None:
+        yield f"{told}; it is for models with sliding layers: remove it"
+    elif interval % pages:
         yield f"{told}; with this mask it must be 0 or a multiple of {pages}"
 
 

@@ -36,6 +36,11 @@ class Comparison:
     dense_right: bool | None = None
     leank_right: bool | None = None
 
+    @property
+    def context(self) -> Hashable:
+        """The same for prompts that have their context in common, and so are no two samples."""
+        return self.source, self.unit
+
     @classmethod
     def of(
         cls,
@@ -101,7 +106,7 @@ class Group:
         """
         sums: dict[Hashable, list[float]] = {}
         for one in comparisons:
-            unit = sums.setdefault((one.source, one.unit), [0.0, 0.0, 0.0])
+            unit = sums.setdefault(one.context, [0.0, 0.0, 0.0])
             for i, number in enumerate((one.found.total, one.found.agree, len(one.tokens))):
                 unit[i] += number
         kl, agree, tokens = zip(*sums.values(), strict=True)

@@ -51,8 +51,8 @@ class Answers:
         """Those among the comparisons."""
         asked = [one for one in comparisons if one.dense_right is not None]
         judged = [one for one in asked if one.dense_right]
-        dense = Counter((one.source, one.unit) for one in judged)
-        kept = Counter((one.source, one.unit) for one in judged if one.leank_right)
+        dense = Counter(one.context for one in judged)
+        kept = Counter(one.context for one in judged if one.leank_right)
         share = share_estimate([kept[one] for one in dense], [*dense.values()]) if dense else None
         return cls(len(asked), dense.total(), kept.total(), share)
 
