@@ -332,6 +332,27 @@ FAULTS = (
         "test_window.py",
     ),
     Fault(
+        "a sink longer than any request is read whole",
+        "kernels/reference_parts.py",
+        "read = min(sink, max(row.after for row in rows))",
+        "read = sink",
+        "test_reference.py",
+    ),
+    Fault(
+        "with a long window who stores more gets fewer programs",
+        "kernels/tables.py",
+        "far = max(NOMINAL_LENGTH, 2 * near) - near",
+        "far = NOMINAL_LENGTH - near",
+        "test_launch.py",
+    ),
+    Fault(
+        "capacity forgets that the last prompt needs room",
+        "core/capacity.py",
+        "at_once=one + left / in_decode",
+        "at_once=blocks / in_decode",
+        "test_plan.py",
+    ),
+    Fault(
         "who is left counts as a full engine",
         "bench/steady.py",
         "most = stretch.running if stretch.is_full else 0",
