@@ -19,7 +19,10 @@ def archives():
 
 
 def kl_results():
-    names = "many_8192", "many_30000", "vllm_8192", "vllm_ends_8192", "kitty_8192", "others_30000"
+    names = (
+        "many_8192", "many_30000", "vllm_8192", "vllm_ends_8192", "kitty_8192", "others_30000",
+        "vllm_ends_30000",
+    )  # fmt: skip
     return [load(f"kl_qwen_1.5b_{name}") for name in names]
 
 
@@ -52,24 +55,26 @@ KINDS = "kinds seen", "kinds unseen"
 MASKS_SERVED = "pruned_50", "pruned_70", "bits_4", "bits_2", "bits_1.5", "bits_1"
 
 
-def served_engines(model="qwen_1.5b", learned=LEARNED_MASKS):
-    """Engines of a model under load, by cache. Dense attention is first: FlashAttention 3."""
-    flash, fp8 = load(f"serve_{model}_flash")["variants"]
-    turboquant, int4 = (
-        load(f"serve_{model}_{name}")["variants"][0] for name in ("turboquant", "int4")
-    )
-    return {
-        "dense": flash,
-        "vLLM fp8": fp8,
-        "vLLM turboquant_4bit_nc": turboquant,
-        "vLLM int4_per_token_head": int4,
-        **served_masks(model, learned),
-    }
+def served_engines():
+    """Engines of the 1.5B under load, by cache. Dense attention is first: FlashAttention 3."""
+    vllm = _served_caches("qwen_1.5b", {"vLLM fp8, 4 layers whole": "fp8_ends"})
+    return vllm | served_masks("qwen_1.5b", LEARNED_MASKS)
 
 
 def served_small(model):
     """The same of a smaller model, 0.5B or 135M, whose masks were all calibrated."""
-    return served_engines(model, learned=())
+    return _served_caches(model, {}) | served_masks(model, learned=())
+
+
+def _served_caches(model, more):
+    """Of vLLM, and of `more` the files."""
+    flash, fp8 = load(f"serve_{model}_flash")["variants"]
+    files = more | {
+        "vLLM turboquant_4bit_nc": "turboquant",
+        "vLLM int4_per_token_head": "int4",
+    }
+    others = {name: load(f"serve_{model}_{file}")["variants"][0] for name, file in files.items()}
+    return {"dense": flash, "vLLM fp8": fp8, **others}
 
 
 def served_masks(model, learned):

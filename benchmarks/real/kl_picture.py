@@ -66,7 +66,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     check_picture(path)
     archives, lengths = drawn(results), results["lengths"]
     floor = next((row for row in results["archives"] if row["name"] == FLOOR), None)
-    figure = new_figure(5.5 * len(lengths), 6.5)
+    figure = new_figure(5.5 * len(lengths), 8.0)
     panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     for axes, length in zip(panels, lengths, strict=True):
         for ours, color, marker in ((True, "C0", "o"), (False, "C1", "s")):
@@ -94,7 +94,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         ticks = (2, 4, 8, 16)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
-        axes.margins(x=0.25)
+        axes.margins(x=0.32)
         axes.set_title(f"{results['model']}, {length:,} tokens", fontsize="medium")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("KL to full attention, nats per token")
