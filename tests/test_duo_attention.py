@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from baselines.duo_attention import KEYS, Mixer, learned_alphas, passkey_samples, passkeys
-from real import streaming_study
+from real import streaming_costs, streaming_study
 from tiny_models import wide_llama
 
 from vllm_leank.core.window import Window
@@ -87,7 +87,7 @@ def test_the_study_makes_masks_and_goes_on(with_tokenizer, tmp_path, monkeypatch
         assert row["kl"]["500"]["kinds seen"]["kl"] > 0
         assert row["capacity"][-1]["name"] == "leank"
     # What is there is not done again, a length that is new is.
-    monkeypatch.setattr(streaming_study, "measure", None)
+    monkeypatch.setattr(streaming_costs, "measure", None)
     words[words.index("500")] = "500,560"
     streaming_study.main(words)
     after = json.loads((tmp_path / "study.json").read_text())

@@ -18,59 +18,30 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers
-from baselines.duo_attention import RATE, REG, learned_alphas, passkey_samples
-from rich.console import Console
-from rich.table import Table
+from baselines.duo_attention import RATE, REG
 
 from real.caches import served_mask
-from real.judged_texts import SEEN, UNSEEN, judged_samples
+from real.judged_texts import judged_samples
 from real.kl import CONSOLE, add_samples, judge, row_of
 from real.option_numbers import numbers
+from real.streaming_costs import BY, DUO, FISHER, Costs, Scores
+from real.streaming_report import ITEMSIZE, described, show
 from real.unseen_texts import digest_of, unseen_texts
-from vllm_leank.bench.results import describe_mask, header, save_results
-from vllm_leank.cli.capacity_table import capacity_json
-from vllm_leank.cli.sizes import parse_size
-from vllm_leank.core.capacity import (
-    BATCHED_TOKENS,
-    STEPS_AT_ONCE,
-    UTILIZATION,
-    compare,
-    estimate_pool,
-)
-from vllm_leank.core.layers import sliding_layers, state_layers
-from vllm_leank.core.options import Options
+from vllm_leank.bench.results import header, save_results
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.learn.stages import Progress
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.compose import lowest_heads
 from vllm_leank.mask.file import load_mask, save_mask
 from vllm_leank.mask.mask import Mask
-from vllm_leank.mask.settings import plan_settings
-from vllm_leank.offline.calibrate_bits import Measured, measure, pruned_mask
-from vllm_leank.offline.calibration_prompts import (
-    CalibrationPrompts,
-    calibration_prompts,
-    longest_prompt,
-)
+from vllm_leank.offline.calibrate_bits import pruned_mask
 from vllm_leank.offline.mask_request import BitsRequest, MaskRequest
-from vllm_leank.offline.streaming import BY_OUTPUT, StreamingHeads, head_losses, streaming_heads
+from vllm_leank.offline.streaming import StreamingHeads, streaming_heads
 from vllm_leank.offline.weigh_layers import handed_out
-
-FISHER, DUO = "fisher", "duo"
-
-BY = {FISHER: BY_OUTPUT, DUO: "DuoAttention's alphas, learned by distillation on passkeys"}
-
-ITEMSIZE = 2
-"""Bytes of a number of the model as it is served."""
-
-Scores = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -104,6 +75,7 @@ class Study:
         self.lengths = numbers(args.lengths, int)
         self.window = Window(args.sink, args.recent)
         self.checkpoint = Checkpoint.open(args.model)
+        self.costs = Costs(self.checkpoint, self.window, args)
         layers = len(self.checkpoint.geometry.layers)
         self.texts = unseen_texts(args.texts) if args.unseen else {}
         self.weights = dict(_weights_of(path, layers) for path in args.weights_of or ())
@@ -118,79 +90,6 @@ class Study:
             for way in self.ways:
                 for kind, amount in kinds:
                     yield Job(kind, amount, way, share)
-
-    @cached_property
-    def model(self) -> transformers.PreTrainedModel:
-        """On its device."""
-        device = self.checkpoint.place(self.args.device, self.args.dtype)
-        return self.checkpoint.load(self.args.dtype, device)
-
-    @cached_property
-    def prompts(self) -> CalibrationPrompts:
-        """What `leank mask calibrate` reads."""
-        args = self.args
-        longest = longest_prompt(self.checkpoint, args.max_tokens, str(self.model.device))
-        return calibration_prompts(
-            self.checkpoint, None, self.window,
-            max_tokens=longest, count=args.prompts, seed=args.seed,
-        )  # fmt: skip
-
-    @cached_property
-    def measured(self) -> Measured:
-        """What channels cost."""
-        return measure(self.model, self.prompts, self.window, self.args.seed)
-
-    def heads(self, way: str) -> dict[str, Any]:
-        """What a way says of each head, from its file or found now."""
-        path = self.args.out / f"heads_{way}.json"
-        if path.exists():
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return found
-        start = time.monotonic()
-        if way == FISHER:
-            losses = head_losses(self.model, self.prompts.ids, self.window, seed=self.args.seed)
-            values, detail = losses / losses.max(), {"prompts": self.prompts.provenance}
-            scores = losses
-        else:
-            progress = self._optimised()
-            scores, values = progress.scores(), progress.factors.double().cpu().numpy()
-            detail = self._training() | {
-                "losses": [round(loss, 6) for loss in progress.losses],
-                "mean_alphas": [round(mean, 4) for mean in progress.means],
-            }
-        found = {
-            "model": self.checkpoint.id,
-            "by": BY[way],
-            **detail,
-            "seconds": round(time.monotonic() - start, 1),
-            "scores": scores.tolist(),
-        }
-        lines = ("\t".join(f"{value:.9f}" for value in row) + "\n" for row in values.clip(0, 1))
-        path.with_suffix(".tsv").write_text("".join(lines), encoding="utf-8")
-        save_results(found, path)
-        return found
-
-    def _training(self) -> dict[str, Any]:
-        args = self.args
-        names = ("steps", "rate", "reg", "train_tokens")
-        return {name: getattr(args, name) for name in names}
-
-    def _optimised(self) -> Progress:
-        args, start = self.args, time.monotonic()
-
-        def on_step(progress: Progress) -> None:
-            if progress.step % 20 == 0 or progress.step == args.steps:
-                CONSOLE.print(
-                    f"duo: step {progress.step}, loss {np.mean(progress.losses[-20:]):.5f}, mean "
-                    f"alpha {progress.means[-1]:.3f}, {time.monotonic() - start:.0f} s"
-                )
-
-        low, high = args.train_tokens // 2, args.train_tokens
-        source = passkey_samples(self.checkpoint, low, high, args.seed)
-        return learned_alphas(
-            self.model, source, self.window,
-            steps=args.steps, rate=args.rate, reg=args.reg, on_step=on_step,
-        )  # fmt: skip
 
     def make_masks(self, found: dict[str, Scores]) -> dict[str, Path]:
         """The files of all masks, by their names; made where they are missing."""
@@ -207,7 +106,7 @@ class Study:
         streaming: StreamingHeads | None = None
         if job.way is not None:
             streaming = streaming_heads(found[FISHER], job.share, found[job.way], BY[job.way])
-        measured = replace(self.measured, streaming=streaming)
+        measured = replace(self.costs.measured, streaming=streaming)
         if job.kind == "pruned":
             request = MaskRequest(self.checkpoint, job.amount, 32, self.window, job.share)
             return pruned_mask(request, measured)
@@ -226,14 +125,16 @@ class Study:
         self._check_same()
         path = args.out / "study.json"
         ways = list(dict.fromkeys([FISHER, *self.ways]))  # all are told of by Fisher's losses
-        heads = {way: self.heads(way) for way in ways}
+        heads = {way: self.costs.of_heads(way) for way in ways}
         found = {way: np.array(told["scores"]) for way, told in heads.items()}
         masks = self.make_masks(found)
         results = self._begun(path, heads, found)
         for job in self.jobs():
             if job.name not in results["masks"]:
                 mask = load_mask(masks[job.name])
-                results["masks"][job.name] = self._described(job, mask)
+                results["masks"][job.name] = described(
+                    self.checkpoint, mask, job.way, job.share, args.gpu_memory, args.tokens
+                )
         dense = results["dense_token_bytes"]
         for length in self.lengths:
             missing = [
@@ -249,7 +150,7 @@ class Study:
                 CONSOLE.print(line)
             results["skipped"][str(length)] = left_out
             variants = [served_mask(name, load_mask(masks[name]), self.window) for name in missing]
-            judged = judge(self.model, self.window, samples, variants)
+            judged = judge(self.costs.model, self.window, samples, variants)
             for one in variants:
                 row = row_of(one, judged[one.name], dense, length)
                 results["masks"][one.name]["kl"][str(length)] = row
@@ -321,31 +222,6 @@ class Study:
         first, second = (lowest_heads(scores, share) for scores in list(found.values())[:2])
         return {"both": int((first & second).sum()), "each": int(first.sum())}
 
-    def _described(self, job: Job, mask: Mask) -> dict[str, Any]:
-        """What a mask stores and saves, and what fits with it."""
-        config = self.checkpoint.plain or self.checkpoint.config
-        sliding, states = sliding_layers(config), state_layers(config, ITEMSIZE, 1)
-        settings = plan_settings(mask, Options(), ITEMSIZE, sliding=sliding, states=states)
-        plan = settings.plan
-        pool = estimate_pool(
-            parse_size(self.args.gpu_memory),
-            UTILIZATION,
-            self.checkpoint.weight_bytes(ITEMSIZE),
-        )
-        tokens, in_flight = self.args.tokens, STEPS_AT_ONCE * BATCHED_TOKENS
-        engines = compare(plan, settings.window, pool, tokens, in_flight)
-        return {
-            "way": job.way,
-            "share": job.share,
-            **describe_mask(mask),
-            "streaming": mask.provenance.get("streaming"),
-            "bits": round(mask.bits, 4),
-            "far_token_bytes": plan.archive_token_bytes,
-            "saved": round(1 - plan.archive_token_bytes / plan.dense_token_bytes, 4),
-            "capacity": capacity_json(engines),
-            "kl": {},
-        }
-
 
 def _weights_of(path: Path, layers: int) -> tuple[float, np.ndarray]:
     """Bits of a mask, and the weights of so many layers that it was made with.
@@ -357,31 +233,6 @@ def _weights_of(path: Path, layers: int) -> tuple[float, np.ndarray]:
     if len(told.get("layer_weights", ())) != layers or "bits" not in told:
         raise UserError(f"{path}: its provenance has no layer_weights of {layers} layers")
     return float(told["bits"]), np.array(told["layer_weights"])
-
-
-def show(results: dict[str, Any]) -> None:
-    """Print the table."""
-    table = Table("mask", "heads", "bytes", "saved", "x", "fit")
-    lengths = sorted({int(length) for row in results["masks"].values() for length in row["kl"]})
-    for length in lengths:
-        table.add_column(f"KL, {length:,}", justify="right")
-        table.add_column("other kinds", justify="right")
-    for name, row in results["masks"].items():
-        leank = row["capacity"][-1]
-        streaming = row["streaming"] or {"heads": 0}
-        cells = [
-            name, f"{streaming['heads']}", f"{row['far_token_bytes']:,}", f"{row['saved']:.1%}",
-            f"{1 / (1 - row['saved']):.2f}", f"{leank['ratio_in_decode']:.2f}x",
-        ]  # fmt: skip
-        for length in lengths:
-            found = row["kl"].get(str(length), {})
-            cells += [f"{found[kind]['kl']:.5f}" if kind in found else "-"
-                      for kind in (SEEN, UNSEEN)]  # fmt: skip
-        table.add_row(*cells)
-    console = Console(width=140, highlight=False)
-    console.print(table)
-    for share, common in results["in_common"].items():
-        console.print(f"share {share}: both ways choose {common['both']} of {common['each']} heads")
 
 
 def parser() -> argparse.ArgumentParser:
