@@ -16,7 +16,7 @@ from vllm_leank.offline.attention_hook import hooked_attention
 from vllm_leank.offline.calibrate import HeadStatistics, energy_mask, head_shares, measure_heads
 from vllm_leank.offline.calibration_prompts import calibration_prompts
 from vllm_leank.offline.mask_request import MaskRequest
-from vllm_leank.offline.prompts import read_prompts
+from vllm_leank.offline.prompts import read_samples
 
 THETA = 10000.0
 SHAPE = {
@@ -227,17 +227,17 @@ def write(path, *lines):
 
 def read(path, max_prompts=10, max_tokens=10):
     tokenize = lambda text: [len(word) for word in text.split()]  # noqa: E731
-    return read_prompts(
-        path, tokenize, vocab_size=97, max_prompts=max_prompts, max_tokens=max_tokens
-    )
+    limits = {"vocab_size": 97, "max_samples": max_prompts, "max_tokens": max_tokens}
+    samples = read_samples(path, tokenize, tokenize, **limits, room=0)
+    return [sample.prompt + sample.answer for sample in samples]
 
 
 def test_prompts(tmp_path):
     path = write(
         tmp_path / "p.jsonl",
-        '{"prompt_token_ids": [1, 2, 3], "answer": [4]}',
+        '{"prompt_token_ids": [1, 2, 3], "more": [4]}',
         "",
-        '{"prompt": "one three fifteen"}',
+        '{"prompt": "one three", "answer": "fifteen"}',
         "not looked at",
     )
     assert read(path, max_prompts=2) == [[1, 2, 3], [3, 5, 7]]

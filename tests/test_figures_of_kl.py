@@ -260,6 +260,14 @@ def test_docs_say_what_four_layers_left_as_they_are_save():
     said = " ".join(text_of("docs/accuracy.md").split())
     assert f"fp8 has {eight_bit} at the two lengths, and int4 {four_bit} ([" in said
     assert f"leank's 4 bits have {ours}, at {' and '.join(fewer)} times fewer" in said
+    two = rows["leank bits_2"]
+    nearer = [kl(fp8, length, kinds) < kl(two, length, kinds)
+              for length in (8192, 30000) for kinds in KINDS]  # fmt: skip
+    assert nearer == [True] * 4
+    assert "So fp8 is nearer than 2 bits in all four figures, at four times their bytes." in said
+    readme = " ".join(text_of("README.md").split())
+    size = f"{int4['token_bytes']:,.0f} bytes"
+    assert f"was simulated alone: KL {four_bit}, at {size}." in readme
     assert "within 10% of the table's at 8,192 tokens, and within 12% at 30,000." in said
     for length, apart in ((8192, 0.10), (30000, 0.12)):
         results = load(f"kl_qwen_1.5b_vllm_ends_{length}")

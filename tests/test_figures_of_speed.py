@@ -255,6 +255,7 @@ def test_docs_say_what_other_runs_of_the_real_model_had():
     earlier, beside = load("serve_qwen_1.5b_fp8"), load("serve_qwen_1.5b_2_469eadf")
     assert earlier["date"] == beside["date"]
     flash, fp8, four = (_served(one) for one in earlier["variants"])
+    assert earlier["variants"][1]["concurrent"] == 26
     first, second = (_served(one) for one in load("serve_qwen_1.5b_4")["variants"])
     two, again, then = (
         load(f"serve_qwen_1.5b_2{end}")["variants"][0] for end in ("", "_3c07c68", "_469eadf")
@@ -270,7 +271,8 @@ def test_docs_say_what_other_runs_of_the_real_model_had():
     assert f"bits_2_9689cc4.json) {sooner}. [TurboQuant](" in said
     assert f"where FlashAttention had {_served(same_day)}." in said
     assert (
-        f"FlashAttention had {first} and {flash}, fp8 {fp8}, 4 bits {second} and {four} (["
+        f"FlashAttention had {first} and {flash}, fp8 {fp8} (with 26 requests), 4 bits "
+        f"{second} and {four} (["
     ) in said
     assert f"2 bits {_served(two)} and {_served(again)} ([" in said
     found = "[2 bits](../benchmarks/results/serve_qwen_1.5b_2_469eadf.json)"
@@ -290,7 +292,10 @@ def test_docs_say_how_small_models_are_served():
         "{vLLM turboquant_4bit_nc} with TurboQuant and {vLLM int4_per_token_head} with int4."
     ).format(**held) in said
     int4 = served_small("qwen_0.5b")["vLLM int4_per_token_head"]
-    assert f"int4 had {int4['peak_running']} requests of the 0.5B until one was." in said
+    assert (
+        f"int4 ran {int4['peak_running']} requests of the 0.5B until one was; the table has the "
+        f"{int4['concurrent']} after that."
+    ) in said
 
     engines = [small[name] for name in (FOUR, TWO, ONE)]
     cases = [load(f"attention_smollm2_{bits}")["cases"][0] for bits in (4, 2, 1)]
@@ -342,7 +347,7 @@ def test_docs_say_what_other_runs_of_a_small_model_had():
     ) in said
     more = now["decode"]["tokens_per_s"] / earlier["decode"]["tokens_per_s"]
     assert f"{more:.1f}" == "1.5"
-    assert "one engine may have half as many tokens again" in said
+    assert "a run of such a small model may have half as many tokens again" in said
 
 
 def _served(one):
@@ -439,7 +444,18 @@ def test_the_readme_says_how_fast_codes_are_read():
         return f"{found[0]}, {found[1]} and {found[2]}"
 
     many, one = ([times(card, case, "speedup_flash") for card in (0, 1)] for case in (0, 1))
+    assert {len(results[0]["layers"]) for results in cases[0]} == {2}
+    real = [load(f"attention_qwen_1.5b_{bits}")["cases"] for bits in (4, 2)]
+    assert {len(results[0]["layers"]) for results in real} == {4}
+    batch, against, request = (
+        " and ".join(_times(results[case]["mean"][name]) for results in real)
+        for case, name in ((0, "speedup_flash"), (0, "speedup_flash_fp8"), (1, "speedup_flash"))
+    )
     said = " ".join(text_of("README.md").split())
+    assert (
+        f"with fp8 K and V the batch is {times(0, 0, 'speedup_flash_fp8')} as fast on the" in said
+    )
+    assert f"{batch} as fast for the batch, {against} against fp8, and {request} for one" in said
     assert (
         f"{many[0]} as fast as FlashAttention 3 on an H200, and {many[1]} on an H100, where bytes "
         f"would allow {times(0, 0, 'bound_flash')}. With one request of 131,072 tokens it is "

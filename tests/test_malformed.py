@@ -20,7 +20,7 @@ from vllm_leank.mask.errors import MaskError
 from vllm_leank.mask.file import MAX_BYTES, load_mask, save_mask
 from vllm_leank.mask.lookup import broken_masks, resolve_mask
 from vllm_leank.mask.text import dump_mask, parse_mask
-from vllm_leank.offline.prompts import MAX_LINE, read_prompts, read_samples
+from vllm_leank.offline.prompts import MAX_LINE, read_samples
 
 STEPS, MEGABYTES, CHARACTERS = 30_000_000, 500, 1000
 """What a refusal may take, of time (below) and of memory, and how long it may be."""
@@ -119,18 +119,18 @@ def test_prompts(tmp_path):
     def tokenize(text):
         return list(text.encode("ascii", "ignore"))
 
-    def both(path):
-        read_prompts(path, tokenize, max_prompts=9, **limits)
+    def without(path):
+        return read_samples(path, tokenize, tokenize, max_samples=9, room=0, **limits)
 
     for data in prompts(300 * TIMES):
         path.write_bytes(data)
-        assert refusal(both, path).startswith(f"{path}"), data[:200]
+        assert refusal(without, path).startswith(f"{path}"), data[:200]
         said = refusal(lambda path: read_samples(path, tokenize, tokenize, **limits), path)
         assert said.startswith(f"{path}"), data[:200]
     path.write_bytes(b" " * (MAX_LINE + 1))
-    assert "line 1: longer than" in refusal(both, path)
+    assert "line 1: longer than" in refusal(without, path)
     path.write_bytes(b'{"prompt_token_ids": [' + b"5," * (MAX_LINE // 3) + b"5]}")
-    assert len(read_prompts(path, tokenize, max_prompts=1, **limits)[0]) == 32
+    assert len(without(path)[0].prompt) == 32
 
 
 def test_bad_files_do_not_stand_in_the_way_of_the_others(tmp_path):

@@ -43,7 +43,7 @@ from vllm_leank.offline.builtin_prompts import Named
 from vllm_leank.offline.calibration_prompts import built_in_samples
 from vllm_leank.offline.context import Context, logits, read_prompt
 from vllm_leank.offline.known_tokens import reader
-from vllm_leank.offline.prompts import Sample, read_prompts
+from vllm_leank.offline.prompts import Sample, read_samples
 from vllm_leank.offline.simulate import SimulatedArchive
 
 LAST = 64
@@ -170,13 +170,16 @@ def read_texts(
     """
     count = args.prompts + args.held_out
     if args.data is not None:
-        prompts = read_prompts(
+        samples = read_samples(
             args.data,
             reader(checkpoint, checkpoint.encode),
+            reader(checkpoint, checkpoint.encode_rest),
             vocab_size=checkpoint.config.vocab_size,
-            max_prompts=count + args.judged,
+            max_samples=count + args.judged,
             max_tokens=args.max_tokens,
+            room=0,
         )
+        prompts = [sample.prompt + sample.answer for sample in samples]
         if len(prompts) < count + args.judged:
             raise UserError(f"{args.data}: has {len(prompts)} prompts, not {count + args.judged}")
         last = [(SEEN, ("data", Sample(ids[:-LAST], ids[-LAST:]))) for ids in prompts[count:]]

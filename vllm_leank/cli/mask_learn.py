@@ -100,8 +100,8 @@ def learn(
     state: Annotated[
         Path | None,
         typer.Option(
-            help="Where an interrupted run goes on from; of a finished run, stage 1 serves other "
-            "ratios.",
+            help="Where an interrupted run goes on from; of a finished run, calibration or stage 1 "
+            "serves other ratios.",
             show_default="OUT.state",
         ),
     ] = None,

@@ -18,14 +18,21 @@ def prompts(
     out: Annotated[Path, typer.Option(help="The JSONL file to write.")],
     count: Annotated[int, typer.Option("--prompts", min=1, help="How many.")] = 16,
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="The longest; others have lengths down to an eighth.")
-    ] = 2048,
+        int | None,
+        typer.Option(
+            min=1,
+            help="The longest; others have lengths down to an eighth.",
+            show_default="as of calibrate: what the model takes, up to 32,768 on a GPU and 2,048 "
+            "on a CPU",
+        ),
+    ] = None,
     sink: Sink = SINK,
     recent: Recent = RECENT,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
-    """Write the built-in prompts to a file, as the other commands take it by --data.
+    """Write the built-in prompts to a file, as the other commands take it by --data. Without
+    options it has what `calibrate` reads without --data.
 
     A start for a file of one's own: a line is a prompt, with its token ids, its answer's, and both
     as text for people.
@@ -33,14 +40,13 @@ def prompts(
     model = one_model(model, model_option, "leank mask prompts MODEL --out prompts.jsonl")
     check_new(out, overwrite)
     from vllm_leank.core.atomic import write_atomically
-    from vllm_leank.mask.checkpoint import Checkpoint
-    from vllm_leank.offline.calibration_prompts import built_in_samples
+    from vllm_leank.mask.checkpoint import Checkpoint, usable_device
+    from vllm_leank.offline.calibration_prompts import built_in_samples, longest_prompt
     from vllm_leank.offline.mask_request import window_of
 
     checkpoint = Checkpoint.open(model)
-    samples = built_in_samples(
-        checkpoint, window_of(sink, recent), checkpoint.max_tokens(max_tokens), count, seed
-    )
+    longest = longest_prompt(checkpoint, max_tokens, usable_device(None))
+    samples = built_in_samples(checkpoint, window_of(sink, recent), longest, count, seed)
     decode = checkpoint.tokenizer.decode
     lines = [
         {
@@ -56,5 +62,5 @@ def prompts(
         write_atomically(out, text.encode())
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}") from error
-    longest = max(len(one.prompt) + len(one.answer) for _, one in samples)
-    print(f"{out}: {len(lines)} prompts of up to {longest:,} tokens")
+    found = max(len(one.prompt) + len(one.answer) for _, one in samples)
+    print(f"{out}: {len(lines)} prompts of up to {found:,} tokens")

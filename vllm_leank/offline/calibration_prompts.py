@@ -12,7 +12,7 @@ from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.offline.builtin_prompts import Named, builtin_prompts
 from vllm_leank.offline.fisher import QUERIES
 from vllm_leank.offline.known_tokens import reader
-from vllm_leank.offline.prompts import read_prompts
+from vllm_leank.offline.prompts import read_samples
 
 FROM_DATA, BUILT_IN = 64, 16
 """How many prompts are read when it is not said."""
@@ -61,7 +61,8 @@ def calibration_prompts(
     count: int | None = None,
     seed: int = 0,
 ) -> CalibrationPrompts:
-    """The first `count` prompts of a JSONL file (`read_prompts`), or as many built-in ones.
+    """The first `count` prompts of a JSONL file (`read_samples`), or as many built-in ones, with
+    their answers.
 
     Prompts of a file are cut to their last `max_tokens`; built-in ones have lengths up to it.
 
@@ -70,19 +71,22 @@ def calibration_prompts(
     """
     if data is not None:
         digest = hashlib.sha256()
-        ids = read_prompts(
+        samples = read_samples(
             data,
             reader(checkpoint, checkpoint.encode),
+            reader(checkpoint, checkpoint.encode_rest),
             vocab_size=checkpoint.config.vocab_size,
-            max_prompts=count or FROM_DATA,
+            max_samples=count or FROM_DATA,
             max_tokens=max_tokens,
+            room=0,
             digest=digest,
         )
         source = {"data": printable(data.name), "data_sha256": digest.hexdigest()}
     else:
         named = built_in_samples(checkpoint, window, max_tokens, count or BUILT_IN, seed)
-        ids = [sample.prompt + sample.answer for _, sample in named]
+        samples = [sample for _, sample in named]
         source = {"data": "built-in"}
+    ids = [sample.prompt + sample.answer for sample in samples]
     lengths = [len(one) for one in ids]
     counts = {
         "prompts": len(ids),

@@ -26,40 +26,6 @@ class Sample(NamedTuple):
     answer: list[int]
 
 
-def read_prompts(
-    path: Path,
-    tokenize: Tokenize,
-    *,
-    vocab_size: int,
-    max_prompts: int,
-    max_tokens: int,
-    digest: "Hash | None" = None,
-) -> list[list[int]]:
-    """Token ids of the first `max_prompts` prompts, each cut to its last `max_tokens` tokens.
-
-    A line is `{"prompt_token_ids": [1, 2, ...]}` or `{"prompt": "text"}`; other keys (answers, say)
-    are not looked at, and blank lines are skipped. The end of a prompt is kept because questions
-    stand there. `digest` is fed with the whole file, which is read once.
-
-    Raises:
-        UserError: the file cannot be read, has a bad line, or no prompt.
-    """
-    prompts: list[list[int]] = []
-    for number, line in _lines(path, digest):
-        if len(prompts) == max_prompts:
-            if digest is None:
-                break
-            continue
-        try:
-            ids = _token_ids(_object(line), "prompt", tokenize, vocab_size)
-        except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from error
-        prompts.append(ids[-max_tokens:])
-    if not prompts:
-        raise UserError(f"{path}: has no prompts")
-    return prompts
-
-
 def read_samples(
     path: Path,
     tokenize: Tokenize,
@@ -71,16 +37,18 @@ def read_samples(
     room: int | None = None,
     digest: "Hash | None" = None,
 ) -> list[Sample]:
-    """Prompts with their answers; a prompt is cut at its start to `max_tokens` with the answer.
+    """Prompts with their answers; a prompt is cut at its start to `max_tokens` with the answer, as
+    questions stand at its end.
 
-    A line is as in `read_prompts`, with `"answer_token_ids"` or `"answer"` as well.
+    A line is `{"prompt_token_ids": [1, 2, ...]}` or `{"prompt": "text"}`, with `"answer_token_ids"`
+    or `"answer"` as well; other keys are not looked at, and blank lines are skipped.
     `tokenize_answer` gives the tokens of a text that continues another. Only the first
-    `max_samples` are read (None: all). `digest` is as in `read_prompts`.
+    `max_samples` are read (None: all). `digest` is fed with the whole file, which is read once.
 
     With `room`, lines may lack an answer: it is empty then, and the prompt leaves that many tokens.
 
     Raises:
-        UserError: the file cannot be read, has a bad line (no answer, say), or no sample.
+        UserError: the file cannot be read, has a bad line (no answer, say), or no prompt.
     """
     samples: list[Sample] = []
     for number, line in _lines(path, digest):
@@ -103,7 +71,7 @@ def read_samples(
             raise UserError(f"{path}, line {number}: {error}") from error
         samples.append(Sample(prompt[rest - max_tokens :], answer))
     if not samples:
-        raise UserError(f"{path}: has no samples")
+        raise UserError(f"{path}: has no prompts")
     return samples
 
 
