@@ -12,7 +12,7 @@ import pytest
 import torch
 from archive_definition import PACKED, plan_of
 from cache_builder import relative_rms
-from mask_samples import coded_mask
+from mask_samples import bits_mask, coded_mask
 from vllm_leank.kernels import reference
 from vllm_leank.kernels.channels import layer_channels
 from vllm_leank.kernels.decode import decode
@@ -22,6 +22,7 @@ from vllm_leank.bench import pools, results
 from vllm_leank.bench.cases import Case, parse_case, parse_layers
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.options import Options
+from vllm_leank.core.selection import Selection
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
 from vllm_leank.mask.file import save_mask
@@ -200,6 +201,18 @@ def test_everything_but_the_clock(attention, mask):
     from vllm_leank.bench.report_attention import print_attention
 
     print_attention(measured)
+
+
+def test_the_first_layers_read_all_as_in_engines(attention):
+    """With a selection, too: their bytes are those of all far tokens."""
+    mask = bits_mask(Geometry(3, 2, 64, 1e4, None), 4, "m")
+    bytes_of = []
+    for asked in (None, Selection.of(128)):
+        shape = attention.Shape(mask, [1, 2], 4, torch.bfloat16, asked)
+        (measured,) = attention.measure(shape, [Case(2, 900, WINDOW)], print, device="cpu")
+        bytes_of.append([one["bytes"] for one in measured["cases"][0]["layers"]])
+    (whole, rest), (first, selected) = bytes_of
+    assert first == whole == rest > selected
 
 
 @pytest.mark.parametrize("wrong", [1.02, float("nan")])

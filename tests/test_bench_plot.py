@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from vllm_leank.bench.plot import read_cases, series
+from vllm_leank.bench.plot import plot_speedup, read_cases, series
 from vllm_leank.bench.results import ATTENTION
+from vllm_leank.errors import UserError
 
 pytest.importorskip("matplotlib")
 
@@ -60,6 +61,8 @@ def test_the_picture(leank, file, tmp_path, name, magic):
         ("[]", "has no results of the kind 'decode attention'"),
         ('{"what": "engines under load"}', "has no results of the kind"),
         ('{"what": "decode attention", "mask": {"model": "m"}}', "lacks 'cases'"),
+        ('{"what": "decode attention", "mask": null, "cases": null}', "is not laid out"),
+        ('{"what": "decode attention", "mask": {"model": "m"}, "cases": []}', "has no cases"),
         (None, "cannot be read"),
     ],
 )
@@ -70,6 +73,29 @@ def test_other_files_are_refused(leank, tmp_path, text, message):
     assert code == 2
     assert message in err
     assert not (tmp_path / "p.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("length", None, "length of case 2 is None, not a positive number"),
+        ("length", "long", "length of case 2 is 'long', not a positive number"),
+        ("batch", 0, "batch of case 2 is 0, not a positive number"),
+        ("sink", [1], r"sink of case 2 is \[1\], not a number"),
+        ("recent", True, "recent of case 2 is True, not a number"),
+        ("archive_format", 4, "archive_format of case 2 is 4, not a text"),
+        ("mean", {"speedup_flash": None, "bound_flash": 1}, "speedup of case 2 is None"),
+        ("mean", {"speedup_flash": 1, "bound_flash": float("nan")}, "bound of case 2 is nan"),
+        ("mean", None, "is not laid out as a result file"),
+    ],
+)
+def test_values_that_cannot_be_drawn_are_refused(file, name, value, message):
+    results = json.loads(file.read_text())
+    results["cases"][1][name] = value
+    file.write_text(json.dumps(results))
+    with pytest.raises(UserError, match=f"r.json: {message}"):
+        plot_speedup([file], file.with_name("p.png"))
+    assert not file.with_name("p.png").exists()
 
 
 def test_other_pictures_are_refused(leank, file, tmp_path):

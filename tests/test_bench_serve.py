@@ -128,6 +128,10 @@ def test_caches_are_of_vllm():
         (["--pages", "inf"], "pages is inf, but must be a share"),
         (["--variants", "flash", "--sink", "64"], "--sink would change nothing"),
         (["--engine-args", '{"additional_config": {}}'], "has additional_config, which --variants"),
+        (
+            ["--engine-args", '{"model": "other"}'],
+            "has model; give it as the command's own argument",
+        ),
         (["--max-model-len", "32255"], "--max-model-len is 32255; prompts of 32000 tokens that"),
         (["--variants", "flash,leank-pruned", "--pages", "0.1"], "with prefill: exact alone"),
         (["--seed", "-1"], "greater than or equal to 0"),

@@ -251,6 +251,21 @@ def test_pruned_channels(leank, score, tiny_llama_dir, data, tmp_path):
     assert plan_settings(mask, Options(), itemsize=2).plan.archive_format.name == "auto"
 
 
+def test_prompts_without_far_tokens_are_left_out_and_not_counted(leank, tiny_llama_dir, tmp_path):
+    """A mask's provenance is of what made it."""
+    data, out = tmp_path / "mixed.jsonl", tmp_path / "m.yaml"
+    data.write_text("".join(
+        json.dumps({"prompt_token_ids": [7 + i % 50 for i in range(n)]}) + "\n"
+        for n in (600, 100, 90)
+    ))  # fmt: skip
+    options = ["--data", data, "--bits", 4, "--sink", 32, "--recent", 128, "--device", "cpu"]
+    code, _, err = leank("mask", "calibrate", tiny_llama_dir, *options, "--out", out)
+    assert code == 0, err
+    assert "2 of 3 prompts are too short for far tokens: left out" in err
+    told = load_mask(out).provenance
+    assert (told["prompts"], told["tokens"], told["longest_prompt"]) == (1, 600, 600)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

@@ -1,6 +1,7 @@
 """`leank mask`: what it prints, and that faults end in one message and exit code 2."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from mask_samples import coded_mask, packed_mask
 
+from vllm_leank.cli.outputs import check_new
 from vllm_leank.core.geometry import Geometry
 from vllm_leank.core.options import Options
+from vllm_leank.errors import UserError
 from vllm_leank.mask import lookup as mask_resolver
 from vllm_leank.mask.bits import profiles_of
 from vllm_leank.mask.file import load_mask, save_mask
@@ -186,6 +189,30 @@ def test_commands_take_one_model_as_argument_or_option(leank, command, monkeypat
         code, _, err = leank(*command.split(), *models.split())
         assert code == 2
         assert "no/such" in err
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(leank, tmp_path):
+    link, pipe, file = tmp_path / "link.yaml", tmp_path / "pipe", tmp_path / "file"
+    link.symlink_to("nothing.yaml")
+    os.mkfifo(pipe)
+    file.touch()
+    (tmp_path / "folder").mkdir()
+    for path, overwrite, message in (
+        (tmp_path / "folder", True, "folder: is a directory; name a file, as in "),
+        (tmp_path / "folder", False, "folder: is a directory; name a file, as in "),
+        (link, False, "link.yaml: exists already as a link to nothing.yaml; choose another name"),
+        (pipe, True, "pipe: is a device, pipe or socket, not a file"),
+        (tmp_path / LONG_NAME, True, "cannot be written: File name too long"),
+        (file / "m.yaml", True, "file: no such directory"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_new(path, overwrite)
+    check_new(link, True)
+    check_new(tmp_path / "m.yaml", False)
+    asked = "--ratio", 0.5, "--data", "x", "--out", tmp_path / "folder", "--overwrite"
+    code, _, err = leank("mask", "calibrate", "/none", *asked)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is a directory" in err
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,21 @@ def test_the_line_before_there_is_a_mask(serve, with_tokenizer, home):
     assert not home.exists()
 
 
+def test_prompts_for_a_mask_that_is_not_made_are_told_of(serve, with_tokenizer, own, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    code, _, err = serve(with_tokenizer, "--bits", 2, "--data", data, "--dry-run")
+    assert code == 2
+    assert f"{data}: no such file; --data has the prompts for a new mask" in err
+    code, _, err = serve(with_tokenizer, "--data", data, "--prompts", 3, "--dry-run")
+    assert code == 2
+    assert "--data and --prompts: for a mask that --bits makes; give --bits as well" in err
+    path = own("mine.yaml", bits=2)
+    line = [with_tokenizer, "--bits", 2, "--max-model-len", 2048, "--prompts", 3, "--dry-run"]
+    code, _, err = serve(*line)
+    assert code == 0, err
+    assert f"{path}: is served as it is; --prompts: for a new mask, not read" in err
+
+
 def test_a_mask_that_is_found_is_named(serve, with_tokenizer, own):
     own("other.yaml", bits=4)
     path = own("mine.yaml", bits=2)

@@ -4,8 +4,12 @@ import contextlib
 import importlib.util
 import json
 import shlex
+import signal
+import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -78,6 +82,8 @@ def test_tasks_may_be_named_alone_and_together():
         (["--lengths", "4k"], "--lengths is '4k'"),
         (["--lengths", "0"], "--lengths is '0'"),
         (["--tokenizer", "a,b"], "no commas in tokenizer"),
+        (["--compare", "dense", "--base-url", "http://localhost:8000"], "exclude each other"),
+        (["--compare", "dense", "--mask", "m.yaml"], "--mask would change nothing"),
     ],
 )
 def test_bad_options_are_refused(leank, args, message):
@@ -121,7 +127,7 @@ def server():
 def test_a_server_is_asked_for_the_model_first(leank, monkeypatch, server):
     monkeypatch.setattr(ruler, "require_lm_eval", lambda: None)
     asked = []
-    monkeypatch.setattr(evaluation, "_scores", lambda run, _: asked.append(run) or {"t": {}})
+    monkeypatch.setattr(evaluation, "_scores", lambda run, _: asked.append(run) or [(1024, {})])
     url, said = server
     ruler_of = "eval", "ruler", "--base-url", url, "--lengths", 1024
     code, _, err = leank(*ruler_of, "x")
@@ -172,6 +178,14 @@ def test_lengths_run_one_after_the_other_until_one_fails(leank, monkeypatch, ser
     code, out, _ = leank(*ruler_of)
     assert code == 0
     assert len(ran) == 3
+    # What came before the failure is shown, too.
+    monkeypatch.setattr(Done, "returncode", property(lambda _: 3 * (len(ran) == 5)))
+    code, early, err = leank(*ruler_of)
+    assert code == 2
+    assert "exit code 3" in err
+    assert [line.split() for line in early.splitlines() if "ruler_vt" in line] == [
+        ["ruler_vt", "1,024", "50.0%"]
+    ]
     assert [line.split() for line in out.splitlines() if "ruler_vt" in line] == [
         ["ruler_vt", "1,024", "50.0%"],
         ["ruler_vt", "2,048", "50.0%"],
@@ -190,14 +204,17 @@ def test_two_servers_in_one_call(leank, monkeypatch):
 
     def scores(run, lengths):
         assert (run.base_url, lengths) == ("http://there:1", [1024])
-        return {"ruler_vt": {1024: 0.75 if "leank" in happened[-1] else 1.0}}
+        yield 1024, {"ruler_vt": 0.75 if "leank" in happened[-1] else 1.0}
 
     monkeypatch.setattr(ruler, "require_lm_eval", lambda: None)
     monkeypatch.setattr("vllm_leank.offline.server.serving", serving)
     monkeypatch.setattr(evaluation, "_scores", scores)
     asked = ["eval", "ruler", "m", "--compare", "dense,leank", "--lengths", "1024"]
-    code, out, _ = leank(*asked, "--mask", "m.yaml", "--flags", "--seed 1")
+    code, out, err = leank(*asked, "--mask", "m.yaml", "--flags", "--seed 1")
     assert code == 0
+    assert [line for line in err.splitlines() if line.startswith("$")] == [
+        f"$ vllm serve {shlex.join(words)}" for words in happened[::2]
+    ]
     dense = ["m", "--max-model-len", "1280", "--seed", "1"]
     mask = ["--additional-config", '{"leank": {"mask": "m.yaml"}}']
     chosen = [*dense, "--attention-backend", "leank", *mask]
@@ -208,3 +225,48 @@ def test_two_servers_in_one_call(leank, monkeypatch):
     code, _, err = leank(*asked[:4], "dense,pruned", "--dry-run")
     assert code == 2
     assert "it takes dense and leank" in err
+
+
+def test_scores_are_shown_though_the_next_server_fails(leank, monkeypatch):
+    @contextlib.contextmanager
+    def serving(words):
+        if "leank" in words:
+            raise UserError("the server did not start; its log is above")
+        yield "http://there:1"
+
+    monkeypatch.setattr(ruler, "require_lm_eval", lambda: None)
+    monkeypatch.setattr("vllm_leank.offline.server.serving", serving)
+    monkeypatch.setattr(evaluation, "_scores", lambda run, _: [(1024, {"ruler_vt": 0.875})])
+    code, out, err = leank("eval", "ruler", "m", "--compare", "dense,leank", "--lengths", 1024)
+    assert code == 2
+    assert "did not start" in err
+    assert ["ruler_vt", "1,024", "87.5%"] in [line.split() for line in out.splitlines()]
+
+
+SERVES = """
+import signal, sys, time
+from vllm_leank.offline.server import free_port, started
+
+port = free_port()
+serve = "import http.server, signal; signal.alarm(30); http.server.test("
+serve += f"http.server.SimpleHTTPRequestHandler, port={port}, bind='127.0.0.1')"
+try:
+    with started([sys.executable, "-c", serve], port, log=2) as url:
+        print(url, flush=True)
+        time.sleep(60)
+finally:
+    print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, flush=True)
+"""
+
+
+def test_a_server_ends_with_who_started_it(tmp_path):
+    (tmp_path / "health").touch()
+    command = [sys.executable, "-c", SERVES]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        url = process.stdout.readline().strip()
+        urllib.request.urlopen(f"{url}/health", timeout=10).close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        assert process.stdout.read() == "True\n"
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        urllib.request.urlopen(f"{url}/health", timeout=10)

@@ -19,14 +19,16 @@ from byte_tokenizer import copy_with_bytes
 from vllm_leank import cli
 from vllm_leank.core.window import Window
 from vllm_leank.errors import UserError
-from vllm_leank.learn.checks import served_loss
+from vllm_leank.learn.checks import Checks, served_loss
 from vllm_leank.learn.data import Data, Shuffled
 from vllm_leank.learn.distillation import Distiller
 from vllm_leank.learn.fingerprint import fingerprint
 from vllm_leank.learn.run import learn
 from vllm_leank.learn.stages import Progress, Recipe, Selection, Stage, _used, run_stage
+from vllm_leank.learn.state import State
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.mask.file import load_mask
+from vllm_leank.mask.statistics import STATISTICS, Statistics
 from vllm_leank.offline.calibration_prompts import calibration_prompts
 from vllm_leank.offline.mask_request import MaskRequest
 from vllm_leank.offline.prompts import Sample
@@ -213,6 +215,41 @@ def test_a_state_of_something_else_is_refused(tiny_llama_dir, jsonl, tmp_path):
         run(tiny_llama_dir, jsonl, state)
 
 
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        ("settings", "lacks the settings of 'first'"),
+        ("second", "lacks the settings of 'second'"),
+        ("not JSON", "lacks the settings of 'first'"),
+        ("first.losses", "lacks the tensor 'first.losses'"),
+        ("second.first_moment", "lacks the tensor 'second.first_moment'"),
+        ("checks.best", "lacks the tensor 'checks.best'"),
+        ("start.v_mean", "lacks the tensor 'start.v_mean'"),
+    ],
+)
+def test_a_state_that_lacks_something_is_refused(tmp_path, left_out, message):
+    path, ones = tmp_path / "s.state", torch.ones(1, 1, 2)
+    checks = Checks([0], [1.0], np.ones((1, 1, 2)))
+    statistics = Statistics(*(np.ones((1, 1, 2), np.float16) for _ in STATISTICS))
+    whole = State({"a": 1}, {}, Progress.start(ones), Progress.start(ones), checks, statistics)
+    whole.save(path)
+    assert State.resume(path, {"a": 1}, {}, "cpu").checks.losses == [1.0]
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load_file(path)
+    if left_out == "settings":
+        del metadata["settings"]
+    elif left_out == "second":
+        metadata["settings"] = json.dumps({"first": {"a": 1}, "second": None})
+    elif left_out == "not JSON":
+        metadata["settings"] = "{"
+    else:
+        del tensors[left_out]
+    safetensors.torch.save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=f"s.state: {message}, so it is no whole state of a run"):
+        State.resume(path, {"a": 1}, {}, "cpu")
+
+
 def test_a_state_of_other_weights_is_refused(tiny_llama_dir, jsonl, tmp_path):
     """Though they are in a folder of that name, and of the same shape."""
     model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
@@ -377,6 +414,15 @@ def test_bad_options_end_in_one_message_and_no_file(
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == [jsonl]
+
+
+def test_two_outputs_cannot_be_one_file(leank, tiny_llama_dir, jsonl, tmp_path):
+    out = tmp_path / "m.png"
+    for options in ({"state": out}, {"state": tmp_path / "." / "m.png"}, {"picture": out}):
+        code, _, err = leank(*arguments(tiny_llama_dir, jsonl, out, **options))
+        assert code == 2
+        assert f"{out}: --out and --{next(iter(options))} would write the same file" in err
     assert sorted(tmp_path.iterdir()) == [jsonl]
 
 

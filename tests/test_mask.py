@@ -370,6 +370,21 @@ def test_save_never_overwrites_unasked_and_leaves_nothing_behind(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "m.yaml"]
 
 
+def test_what_a_killed_process_left_is_not_in_the_way(tmp_path):
+    """Process ids repeat in containers; and names may be as long as the file system takes them."""
+    mask = parse_mask(GOOD)
+    for path in (tmp_path / "m.yaml", tmp_path / f"{'m' * 250}.yaml"):
+        left = path.with_name(f".{path.name}.{os.getpid()}.part")
+        if len(left.name) <= 255:
+            left.write_text("part")
+        save_mask(mask, path)
+        assert path.read_text() == GOOD
+        usual = tmp_path / "usual"
+        usual.touch()
+        assert path.stat().st_mode == usual.stat().st_mode
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_readers_never_see_half_a_mask(tmp_path):
     path = tmp_path / "m.yaml"
     mask = Mask.full(Geometry(64, 16, 128, 1e4, None))

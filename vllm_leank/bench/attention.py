@@ -23,7 +23,7 @@ from vllm_leank.bench.pools import Tables, layer_cache
 from vllm_leank.bench.timing import copies_needed, eager_ms, graph_ms, read_limit, release
 from vllm_leank.core.page_sizes import plan_cache
 from vllm_leank.core.plan import CachePlan
-from vllm_leank.core.selection import Selection, unparted
+from vllm_leank.core.selection import Selection, selection_of, unparted
 from vllm_leank.errors import UserError
 from vllm_leank.kernels import reference
 from vllm_leank.kernels.batch import Batch
@@ -187,12 +187,13 @@ def _time_flash(
 def _time_layer(shape: Shape, case: Case, query: torch.Tensor, layer: int) -> dict[str, Any]:
     """Time our decode on the pages of a layer of the mask."""
     layout = shape.plan.layer(layer)
-    read = case.read_bytes(layout, shape.selection)
+    selection = selection_of(shape.selection, layer)
+    read = case.read_bytes(layout, selection)
     device = query.device
     tables = Tables.shuffled(case, layout, copies_needed(read, device), device)
     channels = layer_channels(*shape.mask.layer(layer, range(shape.kv_heads)))
     cache = layer_cache(layout, channels, case, tables, shape.dtype)
-    cache = replace(cache, selection=shape.selection)
+    cache = replace(cache, selection=selection)
     output = torch.full_like(query, float("nan"))
     calls = [decode_call(query, output, cache, batch, shape.scale) for batch in tables.batches]
     figures = {

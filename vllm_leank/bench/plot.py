@@ -1,5 +1,6 @@
 """Draws the speed-up of decode attention against context length and batch."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from vllm_leank.bench.results import ATTENTION, load_results
 from vllm_leank.core.formats import NATIVE
-from vllm_leank.errors import UserError
+from vllm_leank.errors import UserError, shortened
 from vllm_leank.mask.pictures import check_picture, save_figure
 
 AXES = {"length": "context length, tokens", "batch": "batch, requests"}
@@ -54,7 +55,7 @@ def read_cases(path: Path) -> list[dict[str, Any]]:
     """
     results = load_results(path, ATTENTION)
     try:
-        return [
+        cases = [
             {
                 "model": results["mask"]["model"],
                 **{name: case[name] for name in SERIES[1:]},
@@ -63,8 +64,36 @@ def read_cases(path: Path) -> list[dict[str, Any]]:
             }
             for case in results["cases"]
         ]
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise UserError(f"{path}: lacks {error}, so it is no whole result file") from error
+    except TypeError as error:
+        raise UserError(f"{path}: is not laid out as a result file: {error}") from error
+    if not cases:
+        raise UserError(f"{path}: has no cases, so there is nothing to draw")
+    for number, case in enumerate(cases, 1):
+        for name, value in case.items():
+            if not _is_valid(name, value):
+                raise UserError(
+                    f"{path}: {name} of case {number} is {shortened(value)}, not {_kind(name)}; "
+                    "give a file as `leank bench attention` wrote it"
+                )
+    return cases
+
+
+def _kind(name: str) -> str:
+    """What a case's value must be."""
+    if name in ("model", "archive_format"):
+        return "a text"
+    return "a positive number" if name in ("speedup", "bound", *AXES) else "a number"
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    kind = _kind(name)
+    if kind == "a text":
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < math.inf and (value > 0 or kind == "a number")
 
 
 def series(cases: Sequence[dict[str, Any]], over: str) -> dict[str, list[dict[str, Any]]]:

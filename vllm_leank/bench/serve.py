@@ -70,7 +70,8 @@ def variant_args(variant: str, leank: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_args_of_variants(arguments: dict[str, Any]) -> None:
-    """Refuse engine arguments that variants set, as they would be replaced.
+    """Refuse engine arguments that variants set, as they would be replaced, and another model than
+    results would name.
 
     Raises:
         UserError: there are some.
@@ -81,6 +82,8 @@ def refuse_args_of_variants(arguments: dict[str, Any]) -> None:
             f"--engine-args has {', '.join(found)}, which --variants, --mask, --sink, --recent and "
             "--pages set"
         )
+    if "model" in arguments:
+        raise UserError("--engine-args has model; give it as the command's own argument, MODEL")
 
 
 def parse_engine_args(text: str | None) -> dict[str, Any]:

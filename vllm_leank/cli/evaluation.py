@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Run benchmarks against a running server.", no_args_is_help=True)
 
+DEFAULT_URL = "http://localhost:8000"
+"""Where `vllm serve` listens by default."""
+
+Part = tuple[int, dict[str, float]]
+"""A length, and each task's score at it."""
+
 
 @app.callback()
 def group() -> None:
@@ -29,7 +36,9 @@ def group() -> None:
 @app.command()
 def ruler(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The model's name on the server.")],
-    base_url: Annotated[str, typer.Option(help="The server.")] = "http://localhost:8000",
+    base_url: Annotated[
+        str | None, typer.Option(help="The server.", show_default=DEFAULT_URL)
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(help="The model's tokenizer: a directory or hub id.", show_default="MODEL"),
@@ -83,12 +92,12 @@ def ruler(
     with its extras api and ruler.
     """
     from vllm_leank.offline.ruler import Ruler, chosen_tasks, require_lm_eval
-    from vllm_leank.offline.ruler_scores import Scores
+    from vllm_leank.offline.ruler_scores import join_scores
     from vllm_leank.offline.server import check_serves, serving
 
     run = Ruler(
         model=model,
-        base_url=base_url,
+        base_url=DEFAULT_URL if base_url is None else base_url,
         tokenizer=tokenizer or model,
         tasks=chosen_tasks(tasks),
         concurrency=concurrency,
@@ -99,6 +108,11 @@ def ruler(
     asked = _lengths(lengths)
     if compare is None and (mask is not None or flags):
         raise UserError("--mask and --flags go with --compare: a running server has its own")
+    if compare is not None and base_url is not None:
+        raise UserError(
+            "--base-url and --compare exclude each other: --compare starts servers of its own, on "
+            "free ports; give one"
+        )
     servers = {} if compare is None else server_lines(compare, model, max(asked), mask, flags)
     if dry_run:
         for name, words in servers.items() or [("", None)]:
@@ -108,15 +122,21 @@ def ruler(
                 print(shlex.join(_place(run, name).command(length)))
         return
     require_lm_eval()
-    measured: dict[str, Scores] = {}
-    if not servers:
-        check_serves(run.server, model)
-        measured["score"] = _scores(run, asked)
-    for name, words in servers.items():
-        print(shlex.join(["$ vllm", "serve", *words]), file=sys.stderr, flush=True)
-        with serving(words) as url:
-            measured[name] = _scores(replace(_place(run, name), base_url=url), asked)
-    _print(measured, asked)
+    measured: dict[str, list[Part]] = {}
+    try:
+        if not servers:
+            check_serves(run.server, model)
+            for part in _scores(run, asked):
+                measured.setdefault("score", []).append(part)
+        for name, words in servers.items():
+            print(f"$ {shlex.join(['vllm', 'serve', *words])}", file=sys.stderr, flush=True)
+            with serving(words) as url:
+                for part in _scores(replace(_place(run, name), base_url=url), asked):
+                    measured.setdefault(name, []).append(part)
+    finally:
+        # What was measured before a server or lm_eval failed is shown all the same.
+        if measured:
+            _print({name: join_scores(parts) for name, parts in measured.items()}, asked)
 
 
 def server_lines(
@@ -125,13 +145,16 @@ def server_lines(
     """What follows `vllm serve` for each server that is compared, by its name.
 
     Raises:
-        UserError: another name than dense and leank, or flags that cannot be read.
+        UserError: another name than dense and leank, a mask that none of them reads, or flags that
+            cannot be read.
     """
     from vllm_leank.offline.ruler import SLACK
 
     names = [name.strip() for name in compare.split(",")]
     if not set(names) <= {"dense", "leank"} or len(set(names)) < len(names):
         raise UserError(f"--compare is {compare!r}; it takes dense and leank, as in dense,leank")
+    if mask is not None and "leank" not in names:
+        raise UserError(f"--mask would change nothing: --compare is {compare}, without leank")
     try:
         common = [model, "--max-model-len", str(longest + SLACK), *shlex.split(flags)]
     except ValueError as error:
@@ -147,16 +170,15 @@ def _place(run: "Ruler", name: str) -> "Ruler":
     return replace(run, out=run.out / name) if run.out is not None and name else run
 
 
-def _scores(run: "Ruler", lengths: list[int]) -> "Scores":
-    """Every task's score, from a run of lm_eval for each length.
+def _scores(run: "Ruler", lengths: list[int]) -> Iterator[Part]:
+    """Each length and every task's score at it, from a run of lm_eval for each.
 
     Raises:
         UserError: lm_eval fails.
     """
-    from vllm_leank.offline.ruler_scores import join_scores, read_scores
+    from vllm_leank.offline.ruler_scores import read_scores
     from vllm_leank.offline.server import STDERR
 
-    parts = []
     with tempfile.TemporaryDirectory() as folder:
         kept = run if run.out is not None else replace(run, out=Path(folder))
         assert kept.out is not None
@@ -172,8 +194,7 @@ def _scores(run: "Ruler", lengths: list[int]) -> "Scores":
             )
             if done.returncode:
                 raise UserError(f"lm_eval ended with exit code {done.returncode}; its log is above")
-            parts.append((length, read_scores(kept.out / str(length), length)))
-    return join_scores(parts)
+            yield length, read_scores(kept.out / str(length), length)
 
 
 def _print(measured: "dict[str, Scores]", lengths: list[int]) -> None:

@@ -202,10 +202,13 @@ def measured_mask(
         model = request.checkpoint.load(dtype, device)
         if isinstance(request, MaskRequest) and score == "energy":
             return energy_mask(request, model, prompts, query_tokens)
-        measured = measure(model, prompts, request.window, seed, request.streaming)
+        far = prompts.with_far(request.window)
+        if left_out := len(prompts.ids) - len(far.ids):
+            say(f"{left_out} of {len(prompts.ids)} prompts are too short for far tokens: left out")
+        measured = measure(model, far, request.window, seed, request.streaming)
         if isinstance(request, MaskRequest):
             return pruned_mask(request, measured)
-        return weighed_mask(request, measured, model, prompts.ids)
+        return weighed_mask(request, measured, model, far.ids)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{request.checkpoint.path}: calibrating it takes more memory than is free on "

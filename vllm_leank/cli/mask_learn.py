@@ -16,7 +16,7 @@ from vllm_leank.cli.options import (
     Sink,
     one_model,
 )
-from vllm_leank.cli.outputs import check_new, report_mask
+from vllm_leank.cli.outputs import check_apart, check_new, report_mask
 from vllm_leank.errors import UserError
 
 
@@ -125,6 +125,7 @@ def learn(
         raise UserError("--reg goes with --from nothing: it is of the stage that others leave out")
     check_new(out, overwrite)
     state = state or out.with_name(out.name + ".state")
+    check_apart(out=out, state=state, picture=picture)
     check_new(state, overwrite=True)
     if picture is not None:
         from vllm_leank.mask.pictures import check_picture

@@ -1,10 +1,11 @@
 """What commands say and write, alike in all of them."""
 
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_leank.errors import UserError
+from vllm_leank.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from vllm_leank.mask.mask import Mask
@@ -34,14 +35,51 @@ def quiet_vllm() -> None:
 
 
 def check_new(out: Path, overwrite: bool) -> None:
-    """Refuse what could not be written, before the work and not after it."""
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists already; choose another name or give --overwrite")
+    """Refuse what could not be written, before the work and not after it.
+
+    A link is replaced itself, not what it leads to.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    if os.path.isdir(out):  # not Path's, which raises where it may not look
+        raise UserError(f"{out}: is a directory; name a file, as in {out / 'NAME'}")
+    try:
+        mode = out.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    except OSError as error:
+        raise UserError(
+            f"{shortened(str(out))}: cannot be written: {error.strerror}; choose another name"
+        ) from error
+    if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        raise UserError(f"{out}: is a device, pipe or socket, not a file; choose another name")
+    if mode is not None and not overwrite:
+        link = f" as a link to {os.readlink(out)}" if stat.S_ISLNK(mode) else ""
+        raise UserError(f"{out}: exists already{link}; choose another name or give --overwrite")
     folder = out.absolute().parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such directory")
-    if not os.access(folder, os.W_OK):
+    if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: no files can be written here")
+
+
+def check_apart(**outputs: Path | None) -> None:
+    """Refuse two options that name the same file to write, of which one would be lost.
+
+    Raises:
+        UserError: there are such.
+    """
+    seen: dict[str, str] = {}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        other = seen.setdefault(os.path.realpath(path), name)
+        if other != name:
+            raise UserError(
+                f"{path}: --{other} and --{name} would write the same file; give one of them "
+                "another name"
+            )
 
 
 def report_mask(out: Path, mask: "Mask", ratio: float | None = None) -> None:

@@ -78,10 +78,18 @@ def serve(
     if uncached := no_prefix_cache(asked):
         say(f"leank has no prefix caching for models with {STATES}: adding {uncached[0]}")
         added += uncached
+    given = {"--data": data, "--prompts": prompts}
+    of_new = " and ".join(name for name, value in given.items() if value is not None)
     if bits is None:
+        if of_new:
+            raise UserError(f"{of_new}: for a mask that --bits makes; give --bits as well")
         words = [*asked.with_leank(), *added]
     else:
         wanted = _wanted(asked, bits)
+        if wanted.request is None and of_new:
+            say(f"{wanted.path}: is served as it is; {of_new}: for a new mask, not read")
+        elif data is not None and not data.is_file():
+            raise UserError(f"{data}: no such file; --data has the prompts for a new mask")
         words = [*asked.with_leank(mask=str(wanted.path)), *added]
         if wanted.request is not None:
             _judge_before(asked, wanted.request, added)

@@ -86,7 +86,7 @@ class State:
             raise UserError(f"{path}: cannot be read: {error}") from error
         if metadata.get("format") != FORMAT:
             raise UserError(f"{path}: not the state of a run of `leank mask learn`")
-        settings = json.loads(metadata["settings"])
+        settings = _settings(path, metadata)
         for name, value in first_settings.items():
             if (found := settings["first"].get(name)) != value:
                 raise UserError(
@@ -94,17 +94,44 @@ class State:
                     "anew, or name another file with --state"
                 )
         second, checks = None, Checks()
-        if "second.factors" in tensors and settings["second"] == second_settings:
-            second, checks = _progress("second", tensors), _checks(tensors)
-        return cls(
-            first_settings,
-            second_settings,
-            _progress("first", tensors),
-            second,
-            checks,
-            _statistics(tensors),
-            settings.get("start", {}),
-        )
+        try:
+            if "second.factors" in tensors and settings["second"] == second_settings:
+                second, checks = _progress("second", tensors), _checks(tensors)
+            return cls(
+                first_settings,
+                second_settings,
+                _progress("first", tensors),
+                second,
+                checks,
+                _statistics(tensors),
+                settings["start"],
+            )
+        except KeyError as error:
+            raise _lacks(path, f"the tensor {error}") from error
+
+
+def _settings(path: Path, metadata: dict[str, str]) -> dict[str, Settings]:
+    """What a file's metadata says of both stages and their start.
+
+    Raises:
+        UserError: it says nothing, or no such thing.
+    """
+    try:
+        read = json.loads(metadata.get("settings", "null"))
+    except ValueError:
+        read = None
+    settings: dict[str, Any] = {"start": {}} | (read if isinstance(read, dict) else {})
+    for name in ("first", "second", "start"):
+        if not isinstance(settings.get(name), dict):
+            raise _lacks(path, f"the settings of {name!r}")
+    return settings
+
+
+def _lacks(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path}: lacks {what}, so it is no whole state of a run; remove it to start anew, or name "
+        "another file with --state"
+    )
 
 
 def _tensors(stage: str, progress: Progress) -> dict[str, torch.Tensor]:

@@ -98,6 +98,7 @@ def measure(
         UserError: no prompt has far tokens, the model's attention cannot be observed, or
             `streaming` is out of range.
     """
+    prompts = prompts.with_far(window)
     meter, keys = StatisticsMeter(Geometry.from_hf_config(model.config), rotation=None), KeySample()
 
     def observe(layer: int, first: int, key: torch.Tensor, value: torch.Tensor) -> None:

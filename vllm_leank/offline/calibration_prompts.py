@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from vllm_leank.core.window import GRANULE, Window
 from vllm_leank.errors import UserError, printable
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.offline.builtin_prompts import Named, builtin_prompts
-from vllm_leank.offline.fisher import QUERIES
+from vllm_leank.offline.fisher import QUERIES, has_far
 from vllm_leank.offline.known_tokens import reader
 from vllm_leank.offline.prompts import read_samples
 
@@ -29,13 +29,37 @@ _SHORTEST = 8
 
 @dataclass(frozen=True)
 class CalibrationPrompts:
-    """Token ids of prompts, and what a mask's provenance says of them."""
+    """Token ids of prompts, and where they are from, for a mask's provenance."""
 
     ids: list[list[int]]
-    provenance: dict[str, Any]
+    source: dict[str, Any]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a mask's provenance says of them."""
+        lengths = [len(one) for one in self.ids]
+        return self.source | {
+            "prompts": len(lengths),
+            "tokens": sum(lengths),
+            "longest_prompt": max(lengths),
+        }
+
+    def with_far(self, window: Window) -> "CalibrationPrompts":
+        """Those that have far tokens for their last ones, which alone tell what these cost.
+
+        Raises:
+            UserError: there are none.
+        """
+        far = [ids for ids in self.ids if has_far(window, ids)]
+        if not far:
+            raise UserError(
+                f"no prompt has far tokens for its last {QUERIES} tokens; give prompts of at least "
+                f"{least_prompt(window)} tokens, or a smaller sink or recent"
+            )
+        return replace(self, ids=far)
 
     def __str__(self) -> str:
-        source = "built-in prompts" if self.provenance["data"] == "built-in" else "prompts"
+        source = "built-in prompts" if self.source["data"] == "built-in" else "prompts"
         lengths = sorted(map(len, self.ids))
         return f"{len(self.ids)} {source} of {lengths[0]:,} to {lengths[-1]:,} tokens"
 
@@ -87,14 +111,7 @@ def calibration_prompts(
         samples = [sample for _, sample in named]
         source = {"data": "built-in"}
     ids = [sample.prompt + sample.answer for sample in samples]
-    lengths = [len(one) for one in ids]
-    counts = {
-        "prompts": len(ids),
-        "tokens": sum(lengths),
-        "longest_prompt": max(lengths),
-        "max_tokens": max_tokens,
-    }
-    return CalibrationPrompts(ids, source | counts)
+    return CalibrationPrompts(ids, source | {"max_tokens": max_tokens})
 
 
 def built_in_samples(

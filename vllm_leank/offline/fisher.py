@@ -168,7 +168,7 @@ def _read(
     """Prompts, read up to their last `queries` tokens, with what is far and these tokens."""
     model.requires_grad_(False).eval()
     context = Context(Geometry.from_hf_config(model.config))
-    far = [ids for ids in prompts if _far(window, len(ids) - queries)]
+    far = [ids for ids in prompts if has_far(window, ids, queries)]
     if not far:
         raise UserError(
             f"no prompt has far tokens for its last {queries} tokens; give longer prompts, or a "
@@ -205,6 +205,11 @@ def _draw(
             labels = draw_labels(scores.detach(), seed, draw)
             loss = torch.nn.functional.cross_entropy(scores, labels, reduction="sum")
             loss.backward(retain_graph=draw + 1 < draws)
+
+
+def has_far(window: Window, ids: Sequence[int], queries: int = QUERIES) -> bool:
+    """Whether a prompt has tokens that are far for all of its last `queries`."""
+    return bool(_far(window, len(ids) - queries))
 
 
 def _far(window: Window, length: int) -> range:

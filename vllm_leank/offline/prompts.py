@@ -64,9 +64,8 @@ def read_samples(
                 answer = _token_ids(value, "answer", tokenize_answer, vocab_size)
             rest = len(answer) or room or 0
             if rest >= max_tokens:
-                raise UserError(
-                    f"the answer has {rest} tokens; with its prompt it may have {max_tokens}"
-                )
+                has = f"has {rest} tokens" if answer else f"is to have {rest} tokens"
+                raise UserError(f"the answer {has}; with its prompt it may have {max_tokens}")
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
         samples.append(Sample(prompt[rest - max_tokens :], answer))

@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO
+from typing import IO, Any, NoReturn
 
 from vllm_leank.errors import UserError
 
@@ -89,7 +90,8 @@ def started(
     environment: Mapping[str, str] | None = None,
     seconds: float = START_SECONDS,
 ) -> Iterator[str]:
-    """The address of a server once it is healthy; it is stopped on the way out.
+    """The address of a server once it is healthy; it is stopped on the way out, which SIGTERM
+    takes as well.
 
     Args:
         command: starts it on `port`.
@@ -100,19 +102,40 @@ def started(
     Raises:
         UserError: it does not start.
     """
-    process = subprocess.Popen(
-        command,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=dict(environment or {}) | os.environ,
-        process_group=0,  # a new session would be scheduled apart, and starve its clients
-    )
-    url = f"http://127.0.0.1:{port}"
+    with _exit_on_sigterm():
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=dict(environment or {}) | os.environ,
+            process_group=0,  # a new session would be scheduled apart, and starve its clients
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait(process, f"{url}/health", time.monotonic() + seconds)
+            yield url
+        finally:
+            _stop(process)
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Within the context SIGTERM raises SystemExit, with the exit code that shells give it: by
+    default it ends this process at once. A handler of somebody else's stays.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number: int, frame: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
     try:
-        _wait(process, f"{url}/health", time.monotonic() + seconds)
-        yield url
+        yield
     finally:
-        _stop(process)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _wait(process: subprocess.Popen[bytes], health: str, deadline: float) -> None:
@@ -124,10 +147,13 @@ def _wait(process: subprocess.Popen[bytes], health: str, deadline: float) -> Non
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
+    """Let a server end by itself, unless that takes too long or is interrupted once more."""
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+    finally:
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # its engine's processes as well
             process.wait()

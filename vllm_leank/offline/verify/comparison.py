@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_leank.offline.divergence import Divergence
-from vllm_leank.offline.intervals import Estimate, ratio_estimate
+from vllm_leank.offline.intervals import LEAST, Estimate, ratio_estimate, share_estimate
 
 SHOWN = 120
 """Tokens of a prompt's end that are kept to be looked at."""
@@ -102,7 +102,7 @@ class Group:
     @classmethod
     def of(cls, name: str, comparisons: Sequence[Comparison]) -> "Group":
         """The group of at least one comparison; intervals take what has a context in common as one
-        sample.
+        sample. Where all agree, bootstrap has no width: the share's is Wilson's then.
         """
         sums: dict[Hashable, list[float]] = {}
         for one in comparisons:
@@ -110,10 +110,11 @@ class Group:
             for i, number in enumerate((one.found.total, one.found.agree, len(one.tokens))):
                 unit[i] += number
         kl, agree, tokens = zip(*sums.values(), strict=True)
+        same = share_estimate if len(sums) >= LEAST else ratio_estimate
         return cls(
             name,
             len(comparisons),
             int(sum(tokens)),
-            ratio_estimate(agree, tokens),
+            same(agree, tokens),
             ratio_estimate(kl, tokens),
         )

@@ -79,7 +79,7 @@ class Check:
     @property
     def sure(self) -> bool:
         """Whether the whole interval lies on one side of what is asked, where anything was judged.
-        A single prompt has none.
+        A few prompts have none.
         """
         if self.measured is None:
             return True

@@ -72,14 +72,14 @@ def remarks(findings: Findings) -> list[str]:
     lines = []
     if unsure := [check for check in findings.checks if not check.sure]:
         lines.append(
-            "not sure, as their intervals reach over what is asked, or one prompt has none: "
+            "not sure, as their intervals reach over what is asked, or prompts are too few: "
             f"{_named(unsure)}; more --texts, --needles or --data would tell"
         )
     if len(kl := findings.layer_kl):
-        bits = findings.layer_bits
+        bits, layers = findings.layer_bits, findings.setting.served.mask.geometry.layers
         worst = ", ".join(
-            f"{layer} ({kl[layer]:.5f}, {bits[layer]:.2f} bits)"
-            for layer in np.argsort(-kl)[:WORST_LAYERS]
+            f"{layers[row]} ({kl[row]:.5f}, {bits[row]:.2f} bits)"
+            for row in np.argsort(-kl)[:WORST_LAYERS]
         )
         lines.append(
             f"layers that cost most, in KL when only they are archived: {worst}; all together "
