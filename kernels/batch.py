@@ -128,7 +128,7 @@ class Batch(Prepares):
             self,
             query_start_loc=torch.arange(count + 1, dtype=start.dtype, device=start.device),
             query_start_loc_cpu=torch.arange(count + 1, dtype=self.query_start_loc_cpu.dtype),
-            # Before the tables: `select.py` reads them before it waits for the launch before its own.
+            # Before the tables: `select.py` reads these before it waits for the launch before it.
             seq_lens=self.seq_lens[row] - (start[row + 1] - 1 - index),
             exact_until=self.exact_until[row],
             window_table=self.window_table[row],

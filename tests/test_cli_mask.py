@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,6 +91,42 @@ def test_show_of_a_mask_that_keeps_nothing(leank, tmp_path):
     code, out, _ = leank("mask", "show", tmp_path / "m.yaml")
     assert code == 0
     assert "[bold]x[/nothing]" in out
+
+
+EVIL = "\x1b]0;pwned\x07\x1b[2J\x7f\x85\u202e[red]x[/no]\\"
+SHOWN = r"\x1b]0;pwned\x07\x1b[2J\x7f\x85\u202e[red]x[/no]" + "\\"
+
+
+def test_texts_of_a_file_steer_no_terminal(leank, mask_file):
+    """Nor are they markup; what has several lines keeps them."""
+    told = {"method": EVIL, EVIL: "one\ntwo", "list": [EVIL], "smile": ":smile:"}
+    mask = replace(load_mask(mask_file), provenance=told, evaluation={EVIL: EVIL}, sha256="")
+    save_mask(mask, mask_file, overwrite=True)
+    code, out, _ = leank("mask", "show", mask_file)
+    assert code == 0
+    assert out.replace("\n", "").isprintable()
+    assert out.count(SHOWN) == 5  # in a list the backslash is written twice
+    assert ":smile:" in out
+    assert re.search("one .*\n.*two ", out)
+    assert json.loads(leank("mask", "show", mask_file, "--json")[1])["provenance"] == told
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"{json.dumps(EVIL)}: 1", f"{SHOWN}: unknown key; allowed here: "),
+        ('"a\\nleank: b": 1', r"a\nleank: b: unknown key"),
+        ("note: !%1b%5b2J%0aleank x", r"note: tag !\x1b[2J\nleank: tags are not allowed"),
+        (f"{json.dumps(EVIL)}: 1\n" * 2, f"{SHOWN}: duplicate key"),
+    ],
+    ids=["key", "line", "tag", "twice"],
+)
+def test_messages_about_a_file_steer_no_terminal(leank, mask_file, line, message):
+    mask_file.write_text(f"format: leank-mask/1\n{line}\n")
+    code, out, err = leank("mask", "show", mask_file)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.rstrip("\n").isprintable()
+    assert message in err
 
 
 def test_show_of_bits(leank, tmp_path):

@@ -1,6 +1,7 @@
 """`leank mask compose`: which channels and heads are left, and what is refused."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,6 +127,32 @@ def test_bits_are_joined_by_channel(tmp_path):
     whole = Mask.full(WIDE, model="org/name")
     assert (compose([whole, first]).k_bits == first.k_bits).all()
     assert (compose([whole, first], "union").v_bits == 16).all()
+
+
+def test_prompts_stay_as_long_as_they_were(tmp_path):
+    """So that longer requests are warned of: the least of all masks, as all their bits count."""
+
+    def of(tokens, seed=0):
+        told = {"method": "calibrate", "longest_prompt": tokens}
+        return replace(bits_of(4, 4, seed), provenance=told, sha256="")
+
+    assert compose([of(4000)]).provenance["longest_prompt"] == 4000
+    assert compose([of(9000), of(4000, 1), bits_of(4, 4)]).provenance["longest_prompt"] == 4000
+    assert compose([bits_of(4, 4), of(9000)]).provenance["longest_prompt"] == 9000
+    assert "longest_prompt" not in compose([bits_of(4, 4)]).provenance
+    assert "longest_prompt" not in compose([of("many"), of(True)]).provenance
+    (tmp_path / "heads.tsv").write_text("0.1\t0.9\n0.6\t0.5\n")
+    streaming = compose([of(4000)], streaming=tmp_path / "heads.tsv")
+    assert streaming.provenance["longest_prompt"] == 4000
+
+
+@pytest.mark.parametrize("made", [FIRST, bits_of(4, 4)], ids=["pruned", "bits"])
+def test_what_was_measured_holds_for_a_copy_alone(made):
+    measured = replace(made, evaluation={"verify": "FAIL: top-1"}, sha256="")
+    assert compose([measured]).evaluation == {"verify": "FAIL: top-1"}
+    assert compose([measured], dense_layers=[0]).evaluation is None
+    assert compose([measured], model_id="org/other").evaluation is None
+    assert compose([measured, measured]).evaluation is None
 
 
 def test_bits_that_fit_no_page_are_refused():

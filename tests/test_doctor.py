@@ -337,6 +337,37 @@ def test_doctor_of_a_good_line(doctor, line):
     assert "requests of 8,192 tokens that fit" in told
 
 
+def test_doctor_of_a_line_that_only_leank_serves(doctor, line, monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    flags = ["--max-model-len", "8192", "--max-num-batched-tokens", "512"]
+    args = line(*flags, "--kv-cache-memory-bytes", "7M", prefill="pruned")
+    code, out, _ = doctor("--", *args)
+    assert code == 0
+    assert "leank would serve this line" in out
+    assert "fits with leank; without it vLLM would not start, as it does not fit: vLLM." in out
+    assert "more memory" not in out
+
+
+def test_texts_of_masks_steer_no_terminal(doctor, tiny_llama_dir, tmp_path):
+    """Nor are they markup."""
+    path = tmp_path / "m.yaml"
+    evil = "FAIL: \x1b[2J\x9b[bold]x[/nothing]\n\u202e:smile:"
+    mask = replace(full_mask(tiny_llama_dir), sha256="", evaluation={"verify": evil})
+    save_mask(replace(mask, provenance={"method": evil}, sha256=""), path)
+    options = json.dumps({"leank": {"mask": str(path)}})
+    args = ["vllm", "serve", tiny_llama_dir, "--attention-backend", "leank"]
+    args += ["--additional-config", options, "--max-model-len", "2048"]
+    code, out, _ = doctor("--", *args)
+    assert code == 0
+    assert out.replace("\n", "").isprintable()
+    assert out.count(r"FAIL: \x1b[2J\x9b[bold]x[/nothing]\n\u202e:smile:") == 2
+    path.write_text(f"format: leank-mask/1\n{json.dumps(evil)}: 1\n")
+    code, out, _ = doctor("--", *args)
+    assert code == 1
+    assert out.replace("\n", "").isprintable()
+    assert r"\x1b[2J\x9b[bold]x[/nothing]\n\u202e:smile:: unknown key" in out
+
+
 def test_doctor_of_a_line_that_would_be_refused(doctor, line):
     args = line("--block-size", "32", "--disable-hybrid-kv-cache-manager")
     code, out, _ = doctor("--", *args)

@@ -15,7 +15,9 @@ from test_engine_answers import assert_same, long, long_but, prompts_of
 from test_engine_sliding import LIMITS, PROMPTS, assert_as_defined, kept_mask
 from test_gpu_mixed import save_in_bf16
 from tiny_models import skip_without_torchvision
+from vllm import LLM, SamplingParams
 
+from vllm_leank.mask.file import save_mask
 from vllm_leank.serving.scheduler.managers import ExactArchiveManager, ExactWindowManager
 
 pytestmark = pytest.mark.engine
@@ -126,3 +128,24 @@ def test_two_ranks_answer_like_one(granite, monkeypatch):
         split = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
         with engine(granite, mask, **split, **LIMITS) as leank:
             assert_same(leank.generate(PROMPTS, 70), expected, 5e-3)
+
+
+@long
+def test_an_engine_in_a_process_of_its_own(granite, tmp_path, monkeypatch):
+    """As servers have it: what plans the cache was spawned, and layers with kernels for states."""
+    mask, path = kept_mask(granite), tmp_path / "mask.yaml"
+    with engine(granite, mask, **LIMITS) as leank:
+        expected = leank.generate(PROMPTS[:1], 20)[0][0]
+    save_mask(mask, path)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    options = {"leank": {"mask": str(path), "sink": 32, "recent": 64}}
+    llm = LLM(
+        str(granite), dtype="float32", skip_tokenizer_init=True, enforce_eager=True,
+        enable_prefix_caching=False, kv_cache_memory_bytes=1 << 26, seed=0, max_model_len=1024,
+        attention_backend="leank", additional_config=options,
+    )  # fmt: skip
+    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, detokenize=False)
+    (answer,) = llm.generate([{"prompt_token_ids": PROMPTS[0]}], params, use_tqdm=False)
+    llm.llm_engine.engine_core.shutdown()
+    assert list(answer.outputs[0].token_ids) == expected

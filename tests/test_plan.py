@@ -234,6 +234,57 @@ def test_requests_that_can_never_be_admitted_are_told(recall):
     assert "does not fit while its prompt is computed: leank." in told
 
 
+def test_advice_depends_on_leank_alone(recall):
+    """Where only a dense cache holds no request, leank serves all the same, and is told how."""
+    asked = "--max-model-len", 8192, "--bits", 2, "--prefill", "pruned"
+    asked += "--max-num-batched-tokens", 512
+    code, out, _ = recall(*asked, "--kv-cache-memory", "30MiB")
+    assert code == 0
+    assert "fits with leank; without it vLLM would not start, as it does not fit: vLLM." in out
+    assert out.splitlines()[-2] == "to serve it:"
+    assert "more memory" not in out
+    code, out, _ = recall(*asked, "--kv-cache-memory", "3MiB")
+    assert code == 1
+    assert "does not fit while its prompt is computed: vLLM; vLLM, fp8 cache; leank." in out
+    assert "fits with leank" not in out
+    assert "to serve it:" not in out
+    _, out, _ = recall(*asked, "--kv-cache-memory", "1GiB")
+    assert "would not start" not in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--hf-overrides", '{"num_hidden_layers": 0}'], "num_hidden_layers 0; it must be a whole"),
+        (["--hf-overrides", '{"num_attention_heads": 9}', "--tp", 2], "divide 9 query heads"),
+        (["--tp", 10**36], "4096"),
+        (["--max-model-len", 10**22], "268435456"),
+        (["--max-num-batched-tokens", 10**26], "268435456"),
+    ],
+)
+def test_numbers_that_cannot_be(recall, args, message):
+    """End in what is wrong with them, and soon."""
+    given = "--bits", 2, "--kv-cache-memory", "1GiB", "--max-model-len", 8192
+    code, out, err = recall(*given, *args)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.split())
+
+
+def test_what_serves_is_the_directory_of_a_named_config(leank):
+    asked = "--bits", 2, "--kv-cache-memory", "1GiB", "--max-model-len", 8256
+    code, out, _ = leank("plan", MODEL / "config.json", *asked)
+    assert code == 0
+    assert shlex.split(out.splitlines()[-1])[:3] == ["leank", "serve", str(MODEL)]
+
+
+def test_overrides_need_the_model_that_they_change(leank):
+    asked = "--kv-cache-memory", "1GiB", "--max-model-len", 8256, "--mask", BUNDLED.path
+    code, out, err = leank("plan", *asked, "--hf-overrides", '{"max_position_embeddings": 65536}')
+    assert (code, out) == (2, "")
+    assert "--hf-overrides changes a model's config, and none is read: name MODEL" in err
+    assert leank("plan", MODEL, *asked)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -92,6 +92,11 @@ FLAGS = {
         {"attention_config": {"backend_per_kind": {"full_attention": "LEANK"}}},
         "remove backend_per_kind",
     ),
+    "version of FlashAttention": (
+        {"attention_config": {"backend": "LEANK", "flash_attn_version": 2}},
+        "remove flash_attn_version",
+    ),
+    "a load format": ({"load_format": "tensorizer"}, "use another load format"),
 }
 
 

@@ -59,13 +59,24 @@ def what_a_step_reads(capacities: dict[str, Capacity], weights: int | None = Non
 
 
 def what_does_not_fit(capacities: dict[str, Capacity]) -> str:
-    """A sentence for under the table if not even one request fits somewhere, else nothing."""
-    too_long = [name for name, one in capacities.items() if one.in_prefill < 1]
-    if not too_long:
+    """Sentences for under the table if not even one request fits with leank, else nothing."""
+    if capacities["leank"].in_prefill >= 1:
         return ""
+    too_long = [name for name, one in capacities.items() if one.in_prefill < 1]
     return (
         f"A request this long does not fit while its prompt is computed: {'; '.join(too_long)}. "
         "vLLM would not start; give less --max-model-len or more memory."
+    )
+
+
+def what_fits_with_leank_alone(capacities: dict[str, Capacity]) -> str:
+    """A sentence for under the table if a request fits, but not in a dense cache, else nothing."""
+    dense = [name for name, one in capacities.items() if name != "leank" and one.in_prefill < 1]
+    if not dense or capacities["leank"].in_prefill < 1:
+        return ""
+    return (
+        "A request this long fits with leank; without it vLLM would not start, as it does not fit: "
+        f"{'; '.join(dense)}."
     )
 
 

@@ -91,17 +91,16 @@ def _describe(serving: "Serving") -> dict[str, Any]:
 
 def _print(facts: list["Fact"], serving: "Serving | None") -> None:
     from rich.console import Console
-    from rich.markup import escape
 
     # Lines are as long as they are: a terminal wraps them, and a file keeps them whole.
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     width = max(len(fact.name) for fact in facts)
     for fact in facts:
         mark = "[red]no[/]" if fact.problem else "[green]ok[/]"
-        console.print(f"{mark}  {fact.name:{width}}  {escape(fact.value)}")
+        console.print(f"{mark}  {fact.name:{width}}  {_plain(fact.value)}")
     for fact in facts:
         if fact.problem:
-            console.print(f"[red]{fact.name}:[/] {escape(fact.problem)}")
+            console.print(f"[red]{fact.name}:[/] {_plain(fact.problem)}")
     if serving is None:
         console.print("a line to look at as well: leank doctor -- vllm serve MODEL ...")
     else:
@@ -109,19 +108,18 @@ def _print(facts: list["Fact"], serving: "Serving | None") -> None:
 
 
 def _print_serving(console: "Console", serving: "Serving") -> None:
-    from rich.markup import escape
-
     from vllm_leank.cli.capacity_table import (
         capacity_table,
         what_a_step_reads,
         what_does_not_fit,
+        what_fits_with_leank_alone,
     )
     from vllm_leank.serving.report import describe, warnings_of
 
     if serving.reasons:
         console.print("[red]leank would not serve this line:[/]")
         for reason in serving.reasons:
-            console.print(f"  * {escape(reason)}")
+            console.print(f"  * {_plain(reason)}")
     else:
         console.print("[green]leank would serve this line[/]")
     if serving.settings is None:
@@ -129,7 +127,7 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
     for text in describe(serving.settings):
         console.print(text, markup=False)
     for warning in warnings_of(serving.settings.mask, serving.length):
-        console.print(f"[yellow]{escape(warning)}[/]")
+        console.print(f"[yellow]{_plain(warning)}[/]")
     if serving.pool_bytes is None or serving.length is None:
         console.print("leank capacity: known with --kv-cache-memory-bytes, or on a GPU")
         return
@@ -137,8 +135,17 @@ def _print_serving(console: "Console", serving: "Serving") -> None:
     console.print(f"\ncache of {readable(serving.pool_bytes)} on each device")
     console.print(capacity_table(capacities, serving.length))
     console.print(what_a_step_reads(capacities))
-    if too_long := what_does_not_fit(capacities):
-        console.print(too_long)
+    if told := what_does_not_fit(capacities) or what_fits_with_leank_alone(capacities):
+        console.print(told)
+
+
+def _plain(text: str) -> str:
+    """A text for the console as it is: no markup, and nothing that steers a terminal."""
+    from rich.markup import escape
+
+    from vllm_leank.errors import printable_lines
+
+    return escape(printable_lines(text))
 
 
 def _capacities(serving: "Serving") -> "dict[str, Capacity]":

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from vllm_leank.errors import printable, printable_lines
 from vllm_leank.mask.bits import profiles_of
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.settings import dense_bytes, stored_bytes
@@ -69,7 +70,7 @@ def print_tables(mask: Mask) -> None:
     )
     if mask.geometry.layers_without_rope:
         rope += f", none in layers {', '.join(map(str, mask.geometry.layers_without_rope))}"
-    facts.add_row("RoPE", escape(rope))
+    facts.add_row("RoPE", _plain(rope))
     facts.add_row("dense tokens", f"first {mask.sink}, last {mask.recent}")
     for name, text in (_bits_facts(shown) if mask.is_packed else _keep_facts(shown)).items():
         facts.add_row(name, text)
@@ -77,7 +78,7 @@ def print_tables(mask: Mask) -> None:
     bound = "none" if shown["speed_bound"] is None else f"{shown['speed_bound']:.2f}x"
     facts.add_row("bound on attention speed", bound)
     for key, value in {**mask.provenance, "sha256": mask.sha256}.items():
-        facts.add_row(escape(key), escape(str(value)))
+        facts.add_row(Text(printable(key)), _plain(value))
 
     console = Console()
     console.print(facts)
@@ -140,5 +141,10 @@ def _evaluation_table(evaluation: Mapping[str, Any]) -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     for key, value in evaluation.items():
-        table.add_row(escape(key), escape(str(value)))
+        table.add_row(Text(printable(key)), _plain(value))
     return table
+
+
+def _plain(value: Any) -> Text:
+    """A value of a file as it stands there: no markup, and nothing that steers a terminal."""
+    return Text(printable_lines(str(value)))

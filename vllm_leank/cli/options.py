@@ -55,7 +55,7 @@ def _overrides(text: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise typer.BadParameter(f"is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise typer.BadParameter(f"{text} is no JSON object")

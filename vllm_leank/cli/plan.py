@@ -27,6 +27,7 @@ from vllm_leank.core.capacity import (
 from vllm_leank.core.hf_config import fields_of, longest_request
 from vllm_leank.core.layers import sliding_layers, state_layers
 from vllm_leank.core.other_layers import other_layers, refused_prefill
+from vllm_leank.core.window import MOST
 from vllm_leank.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 _ITEMSIZE = 2
 """Bytes of a number of the model: vLLM serves on GPUs in bfloat16 or float16."""
+
+_MOST_GPUS = 4096
+"""More than any model is served on."""
 
 
 def plan(
@@ -51,7 +55,7 @@ def plan(
     model_option: ModelOption = None,
     *,
     max_model_len: Annotated[
-        int, typer.Option(min=1, help="Tokens of each request, prompt and answer.")
+        int, typer.Option(min=1, max=MOST, help="Tokens of each request, prompt and answer.")
     ],
     mask: Annotated[
         str | None, typer.Option(help="Mask file.", show_default="looked up by model")
@@ -112,13 +116,21 @@ def plan(
         int,
         typer.Option(
             min=1,
+            max=MOST,
             help=f"As given to vLLM: tokens of a step; {STEPS_AT_ONCE} steps overlap. Decides what "
             "requests hold while their prompts are read pruned.",
             show_default=f"{BATCHED_TOKENS:,}, vLLM's on an H100 or H200",
         ),
     ] = BATCHED_TOKENS,
     tp: Annotated[
-        int, typer.Option("--tp", "--tensor-parallel-size", min=1, help="Tensor-parallel GPUs.")
+        int,
+        typer.Option(
+            "--tp",
+            "--tensor-parallel-size",
+            min=1,
+            max=_MOST_GPUS,
+            help="Tensor-parallel GPUs.",
+        ),
     ] = 1,
     hf_overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -139,6 +151,10 @@ def plan(
 
     if mask is None or model or model_option:
         model = one_model(model, model_option, "leank plan MODEL, or its mask by --mask")
+    if model is None and hf_overrides:
+        raise UserError(
+            "--hf-overrides changes a model's config, and none is read: name MODEL, or leave it out"
+        )
     checkpoint = None if model is None else Checkpoint.open(model, overrides=hf_overrides)
     read = whole_or_share(pages)
     options = parse_options(
@@ -157,7 +173,8 @@ def plan(
         from vllm_leank.offline.even_bits import even_mask
 
         found = even_mask(checkpoint.id, checkpoint.geometry, bits)
-    model = model or found.model
+    # A directory, also where its config.json was named.
+    model = found.model if checkpoint is None else checkpoint.path
     settings = _settings(checkpoint, found, options, tp)
     facts: dict[str, Any] = {
         "model": model,
@@ -234,6 +251,12 @@ def _settings(
         raise UserError(f"--tp is {tp}, which neither divides {heads} KV heads nor is a multiple")
     if checkpoint is not None:
         config = checkpoint.plain or checkpoint.config
+        queries = fields_of(config)("num_attention_heads")
+        if queries % tp:
+            raise UserError(
+                f"--tp is {tp}, which does not divide {queries} query heads: vLLM would refuse it; "
+                "give a number that does"
+            )
         sliding, states = sliding_layers(config), state_layers(config, _ITEMSIZE, tp)
         return plan_settings(mask, options, _ITEMSIZE, tp, sliding=sliding, states=states)
     if mask.geometry.served_layers is not None:

@@ -14,6 +14,7 @@ def print_plan(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: 
         capacity_table,
         what_a_step_reads,
         what_does_not_fit,
+        what_fits_with_leank_alone,
     )
 
     if as_json:
@@ -34,6 +35,8 @@ def print_plan(capacities: dict[str, Capacity], facts: dict[str, Any], as_json: 
     console.print(what_a_step_reads(capacities, weights), soft_wrap=True)
     if "while_computed" in facts:
         console.print(f"leank: {facts['while_computed']}", soft_wrap=True)
+    if alone := what_fits_with_leank_alone(capacities):
+        console.print(alone, soft_wrap=True)
     longest = facts["longest_request"]
     if too_long := what_does_not_fit(capacities):
         console.print(too_long, soft_wrap=True)

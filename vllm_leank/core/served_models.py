@@ -63,6 +63,7 @@ _LATENT = ("kv_lora_rank", "compress_ratios", "compress_rates")
 _ENCODERS = ("bert", "roberta", "electra", "xlm-roberta", "modernbert", "nomic_bert", "vit", "clip")
 
 NOT_IN_CONFIGS = {
+    "IQuestLoopCoderForCausalLM": "layers that share their K and V are not supported",
     "HrmTextForCausalLM": "prompts that are read both ways (prefix LM) are not supported",
     "Step1ForCausalLM": "ALiBi is not supported",
 }

@@ -50,7 +50,8 @@ def compose(
     In this order: channels that all masks keep (or any of them, by union), or of each channel the
     fewest (or most) bits; nothing in heads that `streaming` names (`read_streaming_heads`);
     everything in `dense_layers`. The result has the first mask's model id, the first statistics
-    that any mask has, and the largest sink, recent and (by common multiple) align of all.
+    that any mask has, the least `longest_prompt` and the largest sink, recent and (by common
+    multiple) align of all. A single mask that stays as it is keeps its evaluation.
 
     Raises:
         UserError: the masks are of different geometry, a part does not fit them, or their bits
@@ -75,6 +76,8 @@ def compose(
     ]
     if joined.statistics is not None and len(masks) > 1:
         provenance["statistics"] = "of the first mask that has them"
+    if (longest := _longest_prompt(masks)) is not None:
+        provenance["longest_prompt"] = longest
     if streaming is not None:
         data = read_bounded(streaming, MAX_BYTES, "lists of heads")
         heads = _streaming_heads(data, streaming, first.geometry, streaming_share)
@@ -102,6 +105,7 @@ def compose(
             joined.k_bits,
             joined.v_bits,
             joined.statistics,
+            first.evaluation if _is_copy(joined, masks, model_id) else None,
         )
     except MaskError as error:
         if error.loc[:1] in (("layers",), ("profiles",)):
@@ -217,6 +221,19 @@ def _only_prunes(mask: Mask) -> bool:
 
 def _first_statistics(masks: Sequence[Mask]) -> Statistics | None:
     return next((mask.statistics for mask in masks if mask.statistics is not None), None)
+
+
+def _longest_prompt(masks: Sequence[Mask]) -> int | None:
+    """Tokens up to which all masks hold, as far as they say: statistics are one's, bits all's."""
+    told = [mask.provenance.get("longest_prompt") for mask in masks]
+    return min((tokens for tokens in told if type(tokens) is int), default=None)
+
+
+def _is_copy(joined: _Joined, masks: Sequence[Mask], model_id: str | None) -> bool:
+    """Whether what is written is the one mask that was read, so that its evaluation holds."""
+    (first, *others), by_name = masks, model_id or masks[0].model
+    unchanged = (joined.k_bits == first.k_bits).all() and (joined.v_bits == first.v_bits).all()
+    return not others and by_name == first.model and bool(unchanged)
 
 
 def _filled(keep: BoolArray, allowed: BoolArray, align: int, geometry: Geometry) -> BoolArray:

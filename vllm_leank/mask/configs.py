@@ -67,10 +67,10 @@ def overridden(path: str, hub: Mapping[str, Any], overrides: Mapping[str, Any]) 
     """
     config = whole_config(path, hub)
     with understood(path):
-        had_rope = _theta(config.get_text_config()) is not None
+        had_rope = _has_rope(config.get_text_config())
         config.update(dict(overrides))
-        has_rope = _theta(config.get_text_config()) is not None
-    if had_rope and not has_rope:
+        has_rope = _has_rope(config.get_text_config())
+    if had_rope and has_rope is False:
         raise UserError(
             f"{path}: --hf-overrides replaces the model's rope_theta by nothing: name it, too, in "
             "rope_parameters"
@@ -78,8 +78,8 @@ def overridden(path: str, hub: Mapping[str, Any], overrides: Mapping[str, Any]) 
     return config
 
 
-def _theta(config: Any) -> float | None:
+def _has_rope(config: Any) -> bool | None:
     try:
-        return Geometry.from_hf_config(config).rope_theta
+        return Geometry.from_hf_config(config).rope_theta is not None
     except UserError:
         return None  # what is wrong is said where the geometry is needed

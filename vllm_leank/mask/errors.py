@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vllm_leank.errors import UserError
+from vllm_leank.errors import UserError, printable
 from vllm_leank.mask.strict_yaml import Loc
 
 
@@ -20,7 +20,7 @@ class MaskError(UserError):
         self.line = line
         self.loc = loc
         self.key = _dotted(loc)
-        place = "" if path is None else str(path)
+        place = "" if path is None else printable(str(path))
         if line is not None:
             place = f"{place}, line {line}" if place else f"line {line}"
         super().__init__(": ".join(part for part in (place, self.key, reason) if part))
@@ -33,4 +33,4 @@ def mask_error(path: Path, reason: str) -> MaskError:
 
 def _dotted(loc: Loc) -> str:
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
-    return text.removeprefix(".")
+    return printable(text.removeprefix("."))

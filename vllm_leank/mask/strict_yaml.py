@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from vllm_leank.errors import printable
+
 _BaseLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 MAX_DEPTH = 32
@@ -89,7 +91,7 @@ class _Reader:
             raise YamlError(f"anchor &{event.anchor}: anchors are not allowed", line, loc)
         # A quoted scalar carries the tag "!" from some parsers: that one is only the quotes.
         if event.tag not in (None, "!"):
-            raise YamlError(f"tag {event.tag}: tags are not allowed", line, loc)
+            raise YamlError(f"tag {printable(event.tag)}: tags are not allowed", line, loc)
         if isinstance(event, yaml.MappingStartEvent):
             return self.mapping(loc)
         if isinstance(event, yaml.SequenceStartEvent):

@@ -9,6 +9,7 @@ from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 
+from vllm_leank.core.options import OptionError
 from vllm_leank.core.pages import CacheLayout
 from vllm_leank.core.window import Window
 from vllm_leank.kernels.scratch import Scratch, needs_scratch
@@ -16,7 +17,6 @@ from vllm_leank.serving.page_backends import PagesBackend
 from vllm_leank.serving.report import log_capacity
 from vllm_leank.serving.scheduler.specs import ArchiveSpec, archive_spec
 from vllm_leank.serving.settings import load_settings
-from vllm_leank.serving.vllm.states import hook_states
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,15 +43,15 @@ class Archive(AttentionLayerBase):
 
     Attributes:
         name: what vLLM knows it by: the stage's first layer and `archive`.
+        is_taken: whether a layer is ready to ask for its part.
         kv_cache: the pages, `[num_blocks, 1, archive_block, bytes per token / itemsize]`, in the
             spec's dtype whatever they hold.
     """
 
     def __init__(self, vllm_config: "VllmConfig") -> None:
         plan = load_settings(vllm_config).plan
-        if plan.states is not None:
-            hook_states()  # in a worker that was spawned nothing has checked the config
         self.name = f"layers.{plan.first_layers[get_pp_group().rank_in_group]}.archive"
+        self.is_taken = False
         self.kv_cache = torch.tensor([])
         self._vllm_config = vllm_config
         self._scratch: Scratch | None = None
@@ -62,7 +62,16 @@ class Archive(AttentionLayerBase):
         return ArchiveBackend
 
     def get_kv_cache_spec(self, vllm_config: "VllmConfig") -> ArchiveSpec:
-        """Spec of the stage's archive pages, the same on all stages and ranks."""
+        """Spec of the stage's archive pages, the same on all stages and ranks.
+
+        Raises:
+            OptionError: vLLM loaded the weights without telling the layers.
+        """
+        if not self.is_taken:
+            raise OptionError(
+                f"leank: with --load-format {vllm_config.load_config.load_format} vLLM does not "
+                "tell attention layers that their weights are there; use another load format"
+            )
         settings = load_settings(vllm_config)
         return archive_spec(settings.plan, settings.window, vllm_config.model_config.dtype)
 

@@ -221,6 +221,16 @@ def _flags(config: "VllmConfig") -> Iterator[str]:
             "it chooses the layers that it serves: remove backend_per_kind from --attention-config "
             "and use --attention-backend leank"
         )
+    if config.attention_config.flash_attn_version is not None:
+        yield (
+            "it reads prompts by FlashAttention 3 on Hopper and 2 elsewhere: remove "
+            "flash_attn_version from --attention-config"
+        )
+    if config.load_config.load_format == "tensorizer":
+        yield (
+            "with --load-format tensorizer vLLM does not tell attention layers that their weights "
+            "are there: use another load format"
+        )
     if cache_dtype(config) != config.model_config.dtype:
         asked = "the checkpoint's own" if cache.cache_dtype == "auto" else cache.cache_dtype
         own = str(config.model_config.dtype).removeprefix("torch.")

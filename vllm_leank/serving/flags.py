@@ -100,13 +100,15 @@ SOME_VALUES = {
     "--additional-config": "leank's options under the key `leank`; others must be right as well",
     "--attention-backend": "`leank`",
     "--aux-output-config": "all but `enable_return_routed_experts`",
-    "--attention-config": "all but `backend_per_kind`: leank serves all layers or none",
+    "--attention-config": "all but `backend_per_kind`, as leank serves all layers or none, and "
+    "`flash_attn_version`",
     "--convert": "`auto` and `none`: leank serves text generation",
     "--disable-sliding-window": "for models without sliding layers",
     "--enable-prefix-caching": "off, for models with layers that keep states; `leank serve` turns "
     "it off",
     "--pipeline-parallel-size": "1, for models with sliding layers or states",
     "--dtype": "on a GPU 16 bits",
+    "--load-format": "all but `tensorizer`",
     "--kv-cache-dtype": "the model's own: far tokens are made small by a mask of bits",
     "--prefix-cache-retention-interval": "0; with sliding layers multiples of leank's pages",
     "--runner": "`auto` and `generate`: leank serves text generation",
@@ -172,7 +174,7 @@ WORKS = {
         --sleep-mode-offload-cudagraph --sleep-preserve-parameter-names
         --enable-cumem-allocator --enable-nccl-comm-suspend
         --model-impl --logits-processors --io-processor-plugin --renderer-num-workers
-        --load-format --download-dir --safetensors-load-strategy
+        --download-dir --safetensors-load-strategy
         --safetensors-prefetch-num-threads --safetensors-prefetch-block-size
         --model-loader-extra-config --ignore-patterns --use-tqdm-on-load --pt-load-map-location
         --weight-transfer-config --offload-backend --cpu-offload-gb --cpu-offload-params

@@ -81,6 +81,7 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         self._archive = self._take_archive()
         self._scratch: Scratch | None = None
         self._selection: Selection | None = None
+        self._asks_for_pages = False
 
     def _take_archive(self) -> Archive | None:
         """The archive of the layer's stage, made known to vLLM."""
@@ -107,9 +108,11 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         channels = layer_channels(*settings.mask.layer(index, heads))
         self._take_pages(layer, channels, settings.plan.layer(0, rank))
         device = layer.leank_channels.device
-        if self._archive is not None and device.type == "cuda":
-            like = self._layout, self._window, self.num_heads, device
-            self._scratch = self._archive.scratch(*like)
+        if self._archive is not None:
+            self._archive.is_taken = True
+            if device.type == "cuda":
+                like = self._layout, self._window, self.num_heads, device
+                self._scratch = self._archive.scratch(*like)
 
     def _find_layer(self) -> tuple[str, Any]:
         """The attention layer that this is the implementation of, and its name."""
@@ -125,8 +128,9 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
         all.
         """
         channels = channels.to(self._vllm_config.device_config.device)
-        if not hasattr(layer, "leank_channels"):  # as it has where weights are loaded again
+        if not self._asks_for_pages:  # as it does where weights are loaded again
             layer.attn_backend = window_backend(layer.attn_backend, self._vllm_config)
+            self._asks_for_pages = True
         # Buffers, so that they move, sleep and wake with the layer.
         layer.register_buffer("leank_channels", channels.order, persistent=False)
         layer.register_buffer("leank_statistics", channels.numbers, persistent=False)
@@ -174,7 +178,15 @@ class LeanKImpl(AttentionImpl[PagesMetadata]):
             output: like `query`.
             output_scale: not supported.
             output_block_scale: not supported.
+
+        Raises:
+            OptionError: the model's code brings no K and V.
         """
+        if key is None or value is None:
+            raise OptionError(
+                "leank: this model has layers read K and V that others stored; serve it without "
+                "--attention-backend leank"
+            )
         assert output_scale is None, "vLLM fuses output quantization without asking"
         if attn_metadata is None:
             return output.zero_()

@@ -7,6 +7,7 @@ from vllm.logger import init_logger
 
 from vllm_leank.core.capacity import dense_capacity, leank_capacity, pruned_prefill
 from vllm_leank.core.pages import LEAST_BLOCK
+from vllm_leank.errors import printable
 from vllm_leank.mask.mask import Mask
 from vllm_leank.mask.settings import Settings
 from vllm_leank.serving.environment import installed_at
@@ -81,8 +82,8 @@ def describe(settings: Settings) -> list[str]:
     longer = f", window pages of {plan.window_block}" if plan.window_block > LEAST_BLOCK else ""
     return [
         *_layers(settings),
-        f"leank mask: {mask.model}, {mask.provenance['method']}, sha256 {mask.sha256[:12]}, "
-        f"{mask.path}",
+        f"leank mask: {mask.model}, {printable(mask.provenance['method'])}, "
+        f"sha256 {mask.sha256[:12]}, {printable(str(mask.path))}",
         f"leank mask: {_kept(mask)}",
         f"leank window: sink {window.sink}, recent {window.recent} tokens dense{made_for}"
         + ("" if window.exact else "; prompts are read pruned"),
@@ -100,8 +101,9 @@ def warnings_of(mask: Mask, max_model_len: int | None) -> list[str]:
     verdict = (mask.evaluation or {}).get("verify")
     if isinstance(verdict, str) and verdict.startswith("FAIL"):
         found.append(
-            f"leank mask: it failed `leank verify`, as its file says ({verdict}). Judge it on your "
-            "model by `leank verify`, or make one that keeps more by `leank mask calibrate`"
+            f"leank mask: it failed `leank verify`, as its file says ({printable(verdict)}). Judge "
+            "it on your model by `leank verify`, or make one that keeps more by `leank mask "
+            "calibrate`"
         )
     longest = mask.provenance.get("longest_prompt")
     length = max_model_len or 0

@@ -1,7 +1,8 @@
 """The scheduler's side: cache specs, and which request holds which blocks.
 
 Specs are registered when this package is imported, since the scheduler's process first meets leank
-when it unpickles one.
+when it unpickles one: nothing has checked the config there. States beside them are hooked for the
+same reason.
 """
 
 from vllm_leank.serving.scheduler.managers import ExactArchiveManager, ExactWindowManager
@@ -13,8 +14,10 @@ from vllm_leank.serving.scheduler.specs import (
     WindowSpec,
 )
 from vllm_leank.serving.vllm.cache_specs import register_spec
+from vllm_leank.serving.vllm.states import hook_states
 
 register_spec(ArchiveSpec, ExactArchiveManager)
 register_spec(WindowSpec, ExactWindowManager)
 register_spec(PrunedArchiveSpec, PrunedArchiveManager)
 register_spec(PrunedWindowSpec, PrunedWindowManager)
+hook_states()

@@ -132,8 +132,8 @@ class ExactArchiveManager(ArchiveManager):
     """Lets requests with the same beginning share archive pages while one of them runs.
 
     Each of these fills the shared pages itself, in the step that completes its prompt and before it
-    reads them. All write the same, since prompts are computed exactly, but for rounding where a prompt
-    was computed twice.
+    reads them. All write the same, since prompts are computed exactly, but for rounding where a
+    prompt was computed twice.
     """
 
     @classmethod

@@ -16,11 +16,40 @@ from vllm.v1.request import Request
 
 from vllm_leank.core.pages import LEAST_BLOCK
 from vllm_leank.core.window import Window
-from vllm_leank.serving.scheduler.managers import ArchiveManager, WindowManager
+from vllm_leank.serving.scheduler.managers import ArchiveManager, LeanKManager, WindowManager
 from vllm_leank.serving.scheduler.specs import LeanKSpec, PrunedWindowSpec
 
 
-class PrunedArchiveManager(ArchiveManager):
+class OffersAtOnce(LeanKManager):
+    """Offers pages to the prefix cache as soon as they are full.
+
+    vLLM counts what may be offered in the longest pages of all groups. Behind an archive page that
+    is longer than what a request holds dense, window pages would be free before they count.
+    """
+
+    def __init__(self, kv_cache_spec: LeanKSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        # Tokens of a request up to the end of the step at hand.
+        self._computed: dict[str, int] = {}
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Allocate what `num_tokens` tokens need; see the base class."""
+        self._computed[request_id] = num_tokens_main_model
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget a request that ends or is preempted; see the base class."""
+        self._computed.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def _computed_of(self, request: Request, num_tokens: int) -> int:
+        """The same without drafts, which may be taken back; `num_tokens` where none is known."""
+        return min(self._computed.get(request.request_id, num_tokens), request.num_tokens)
+
+
+class PrunedArchiveManager(OffersAtOnce, ArchiveManager):
     """Offers archive pages to the prefix cache as soon as they are full.
 
     A prefix that is taken up has whole archive pages. What follows is compacted into pages of the
@@ -94,15 +123,15 @@ class PrunedArchiveManager(ArchiveManager):
         )
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Offer the pages that compaction of the request's first `num_tokens` tokens fills."""
-        self._offer(request, self._window.archived(num_tokens))
+        """Offer the pages that compaction of what was computed fills."""
+        self._offer(request, self._window.archived(self._computed_of(request, num_tokens)))
 
     def _taken_up(self, blocks: Sequence[KVCacheBlock], length: int) -> Sequence[KVCacheBlock]:
         """Of the pages found, those of a prefix of `length` tokens: less window may be there."""
         return blocks[: self._window.archived(length) // self.block_size]
 
 
-class PrunedWindowManager(WindowManager):
+class PrunedWindowManager(OffersAtOnce, WindowManager):
     """Offers window pages to the prefix cache, and finds prefixes by those at their ends."""
 
     def __init__(self, kv_cache_spec: PrunedWindowSpec, **kwargs: Any) -> None:
@@ -146,6 +175,10 @@ class PrunedWindowManager(WindowManager):
             for table, block in zip(blocks, find(page) or (), strict=True):
                 table[page] = block
         return blocks, length
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Offer all pages that are full."""
+        super().cache_blocks(request, self._computed_of(request, num_tokens), *args, **kwargs)
 
 
 def _dense_pages(window: Window, length: int) -> list[int]:
