@@ -248,7 +248,9 @@ import signal, sys, time
 from vllm_leank.offline.server import free_port, started
 
 port = free_port()
-serve = "import http.server, signal; signal.alarm(30); http.server.test("
+serve = "import http.server, signal; signal.alarm(30); "
+serve += "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored in the background
+serve += "http.server.test("
 serve += f"http.server.SimpleHTTPRequestHandler, port={port}, bind='127.0.0.1')"
 try:
     with started([sys.executable, "-c", serve], port, log=2) as url:

@@ -42,8 +42,9 @@ def test_texts_and_needles_come_with_the_command(leank, with_tokenizer):
     assert [group["name"] for group in report["groups"]] == ["1,024 tokens", "1,500 tokens"]
     for group in report["groups"]:
         assert group["positions"] == 3 * 64
-        assert group["kl"] == {"value": 0, "low": 0, "high": 0}
-        assert group["top1"] == {"value": 1, "low": 1, "high": 1}
+        # Too few to say how sure they are.
+        assert group["kl"] == {"value": 0, "low": None, "high": None}
+        assert group["top1"] == {"value": 1, "low": None, "high": None}
     assert report["window"] == {"sink": 32, "recent": 64}
     assert report["archive_format"] == "auto"
     assert report["answers"]["dense_right"] == 0
