@@ -296,6 +296,7 @@ def test_the_study_writes_what_it_finds_and_goes_on(
         study()
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_leaves_no_process(repo, folder_with_tokenizer, tmp_path):
     questions = [Question("a", 600, f"{number} " * 120, ("x",), 40) for number in range(2000)]
     save_questions(questions, tmp_path / "questions.gz")

@@ -292,6 +292,7 @@ def test_results_of_different_runs_make_no_table(tmp_path):
         merged(tmp_path)
 
 
+@pytest.mark.long
 def test_more_rows_of_queries_change_nothing_that_int4_gives(repo):
     script = "import runpy, sys; sys.path.append(sys.argv[1]); runpy.run_path(sys.argv[2])"
     paths = str(repo / "benchmarks"), str(repo / "tests/int4_with_rows.py")
