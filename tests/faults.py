@@ -498,4 +498,32 @@ FAULTS = (
         "if False and is_selected",
         "test_engine_features.py::test_streaming_input_is_refused",
     ),
+    Fault(
+        "pages of answers are offered where vLLM counts, in whole archive pages",
+        "serving/scheduler/pruned_managers.py",
+        "        return min(self._computed.get(request.request_id, num_tokens), request.num_tokens)\n",
+        "        return num_tokens\n",
+        "test_engine_pruned.py::test_answers_are_found_as_well",
+    ),
+    Fault(
+        "a layer that has buffers already asks for no pages",
+        "serving/impl.py",
+        "if not self._asks_for_pages:",
+        'if not hasattr(layer, "leank_channels"):',
+        "test_engine_loading.py::test_buffers_that_another_process_exported",
+    ),
+    Fault(
+        "what plans the cache in a spawned process knows nothing of states",
+        "serving/scheduler/__init__.py",
+        "\nhook_states()\n",
+        "\n",
+        "test_engine_loading.py::test_a_spawned_process_plans_states_as_leank_needs_them",
+    ),
+    Fault(
+        "intervals of few samples are as those of many",
+        "offline/intervals.py",
+        "    out = 100 * NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student(n - 1))\n",
+        "    out = 2.5\n",
+        "test_verify_parts.py::test_intervals_of_few_samples_hold",
+    ),
 )
