@@ -10,7 +10,7 @@ from vllm_leank.core.window import GRANULE, Window
 from vllm_leank.errors import UserError, printable
 from vllm_leank.mask.checkpoint import Checkpoint
 from vllm_leank.offline.builtin_prompts import Named, builtin_prompts
-from vllm_leank.offline.fisher import QUERIES, has_far
+from vllm_leank.offline.fisher import QUERIES, far_prompts
 from vllm_leank.offline.known_tokens import reader
 from vllm_leank.offline.prompts import read_samples
 
@@ -50,13 +50,7 @@ class CalibrationPrompts:
         Raises:
             UserError: there are none.
         """
-        far = [ids for ids in self.ids if has_far(window, ids)]
-        if not far:
-            raise UserError(
-                f"no prompt has far tokens for its last {QUERIES} tokens; give prompts of at least "
-                f"{least_prompt(window)} tokens, or a smaller sink or recent"
-            )
-        return replace(self, ids=far)
+        return replace(self, ids=far_prompts(self.ids, window))
 
     def __str__(self) -> str:
         source = "built-in prompts" if self.source["data"] == "built-in" else "prompts"

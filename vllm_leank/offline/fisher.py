@@ -9,6 +9,7 @@ backward pass through the last tokens of a prompt gives the gradients of all cha
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ QUERIES = 160
 
 DRAWS = 2
 """How often labels are drawn for them."""
+
+_Ids = TypeVar("_Ids", bound=Sequence[int])
 
 Observe = Callable[[int, int, torch.Tensor, torch.Tensor], None]
 """Takes layer, first position, K and V `[1, H, T, D]` of far tokens."""
@@ -168,13 +171,7 @@ def _read(
     """Prompts, read up to their last `queries` tokens, with what is far and these tokens."""
     model.requires_grad_(False).eval()
     context = Context(Geometry.from_hf_config(model.config))
-    far = [ids for ids in prompts if has_far(window, ids, queries)]
-    if not far:
-        raise UserError(
-            f"no prompt has far tokens for its last {queries} tokens; give longer prompts, or a "
-            "smaller sink or recent"
-        )
-    for ids in reading(far, what):
+    for ids in reading(far_prompts(prompts, window, queries), what):
         read_prompt(model, context, ids[:-queries], chunk)
         yield context, _far(window, context.length), ids[-queries:]
 
@@ -207,9 +204,19 @@ def _draw(
             loss.backward(retain_graph=draw + 1 < draws)
 
 
-def has_far(window: Window, ids: Sequence[int], queries: int = QUERIES) -> bool:
-    """Whether a prompt has tokens that are far for all of its last `queries`."""
-    return bool(_far(window, len(ids) - queries))
+def far_prompts(prompts: Sequence[_Ids], window: Window, queries: int = QUERIES) -> list[_Ids]:
+    """The prompts that have tokens which are far for all of their last `queries`.
+
+    Raises:
+        UserError: there are none.
+    """
+    far = [ids for ids in prompts if _far(window, len(ids) - queries)]
+    if not far:
+        raise UserError(
+            f"no prompt has far tokens for its last {queries} tokens; give longer prompts, or a "
+            "smaller sink or recent"
+        )
+    return far
 
 
 def _far(window: Window, length: int) -> range:

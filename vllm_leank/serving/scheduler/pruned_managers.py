@@ -45,7 +45,9 @@ class OffersAtOnce(LeanKManager):
         return super().pop_blocks_for_free(request_id)
 
     def _computed_of(self, request: Request, num_tokens: int) -> int:
-        """The same without drafts, which may be taken back; `num_tokens` where none is known."""
+        """Tokens of a request that are computed after this step, without drafts, which may be taken
+        back; `num_tokens` where that is not known.
+        """
         return min(self._computed.get(request.request_id, num_tokens), request.num_tokens)
 
 
