@@ -350,7 +350,7 @@ FAULTS = (
         "core/capacity.py",
         "at_once=one + left / in_decode",
         "at_once=blocks / in_decode",
-        "test_plan.py",
+        "test_capacity.py",
     ),
     Fault(
         "who is left counts as a full engine",
